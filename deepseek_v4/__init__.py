@@ -1,0 +1,29 @@
+"""DeepSeek-V4 in JAX: the public names, imported when they are first used. Nothing else lives here.
+
+    import deepseek_v4 as dsv4
+"""
+
+import importlib
+
+_NAMES = {
+    "ModelConfig": "deepseek_v4.config", "RunConfig": "deepseek_v4.config",
+    "DeepseekV4": "deepseek_v4.model.transformer", "ModelOutput": "deepseek_v4.model.transformer",
+    "trace": "deepseek_v4.analysis.trace",
+    "load_hf": "deepseek_v4.checkpoint.hf_format", "to_hf_names": "deepseek_v4.checkpoint.hf_names",
+    "from_hf_names": "deepseek_v4.checkpoint.hf_names", "restack": "deepseek_v4.checkpoint.hf_names",
+}
+_MODULES = ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training")
+
+__all__ = [*_NAMES, *_MODULES]
+
+
+def __getattr__(name):
+  if name in _NAMES:
+    return getattr(importlib.import_module(_NAMES[name]), name)
+  if name in _MODULES:
+    return importlib.import_module(f"deepseek_v4.{name}")
+  raise AttributeError(f"module 'deepseek_v4' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__():
+  return sorted(__all__)

@@ -1,0 +1,382 @@
+"""Checkpoints of a training run: written by Orbax in the background, verified when they are read.
+
+A step is a folder `<directory>/<step>/` with the arrays (`state/`) and a manifest (`manifest/manifest.json`: config, data
+position, versions, a checksum for every leaf). On disk every leaf is one layer's (`params/layers/03/attention/q_a`, experts
+stacked), so any mesh and any grouping of layers reads any checkpoint. A step counts only if Orbax finished it and every leaf
+that is read has the bytes the manifest says; others are named in a warning and passed over.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from typing import Any, Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from deepseek_v4 import config as config_lib
+from deepseek_v4.checkpoint import manifest as manifest_lib
+from deepseek_v4.checkpoint.manifest import DamagedError
+from deepseek_v4.checkpoint.trees import disk_parts, groups_of, named_leaves, restack, unflatten
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_MANIFEST_FILE = "manifest.json"
+
+
+class CheckpointStore:
+  """The checkpoints of one run in one directory.
+
+  Args:
+    directory: made when the first checkpoint is written; a path or a URL that Orbax knows.
+    keep: how many finished checkpoints stay; older ones are deleted once a newer one is safely written.
+    config_dict: `config.to_dict(run_config)`; goes into every manifest, and its "model" must fit what is restored.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], *, keep: int, config_dict: Mapping[str, Any]):
+    if keep < 1:
+      raise ValueError(f"keep = {keep}: expected at least 1")
+    self.directory = _path(directory)
+    self._keep = keep
+    self._config = config_dict
+    self._orbax = ocp.AsyncCheckpointer(_handler())
+    self._writing: int | None = None  # the step that Orbax may still be writing
+    self._usable: set[int] = set()  # steps known to be whole: written or restored here
+    self._damaged: set[int] = set()
+
+  def save(self, step: int, tree: Any, extra: Mapping[str, Any]) -> bool:
+    """Copies the tree to the host and starts writing it; the device buffers may be donated as soon as this returns.
+
+    Args:
+      step: number of the step; one that is already whole in the directory is not written again (returns False).
+      tree: any pytree of arrays, typed PRNG keys included, for example {"params", "router", "opt_state", "step", "key"}.
+      extra: what else the run needs to go on, such as the position in the data; must be JSON-able.
+
+    Raises:
+      RuntimeError: an earlier checkpoint could not be written (this one is not started), or this one cannot be.
+      ValueError: `extra` is not JSON-able.
+    """
+    self.wait()
+    if step in self._usable:
+      return False
+    try:
+      json.dumps(extra)
+    except TypeError as error:
+      raise ValueError(f"extra = {extra!r}: expected what JSON can hold ({error})") from error
+    leaves, impls = _to_disk(tree)
+    manifest = manifest_lib.build(self._config, extra, leaves, impls)
+    self._guard(step, lambda: self._orbax.save(
+      self.directory / str(step), force=True,  # only a damaged step can lie there
+      args=ocp.args.Composite(state=ocp.args.PyTreeSave(unflatten(leaves)), manifest=ocp.args.JsonSave(manifest))))
+    self._writing = step
+    return True
+
+  def check_errors(self) -> None:
+    """Raises RuntimeError with path and cause if the write in the background has failed; does not wait for it."""
+    if self._writing is not None:
+      self._guard(self._writing, self._orbax.check_for_errors)
+
+  def wait(self) -> None:
+    """Blocks until the write in the background is finished, then deletes checkpoints beyond `keep`; raises if it failed."""
+    if self._writing is None:
+      return
+    step = self._writing
+    self._guard(step, self._orbax.wait_until_finished)
+    self._writing = None
+    self._usable.add(step)
+    self._prune(step)
+
+  def close(self) -> None:
+    """Waits for the write in the background and frees Orbax; raises RuntimeError if the write failed."""
+    try:
+      self.wait()
+    finally:
+      self._orbax.close()
+
+  def __enter__(self) -> "CheckpointStore":
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self.close()
+
+  def steps(self) -> list[int]:
+    """Steps with a folder of their own, oldest first; whether they are whole shows when they are read."""
+    return sorted(_candidates(self.directory)[0])
+
+  def read_config(self) -> dict[str, Any]:
+    """The config dictionary of the newest step with a readable manifest."""
+    return read_config(self.directory)
+
+  def restore_latest(self, abstract_tree: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    """The newest usable checkpoint in the structure, layer grouping and shardings of `abstract_tree`.
+
+    Args:
+      abstract_tree: pytree of arrays or jax.ShapeDtypeStruct; a leaf with a sharding is born with it.
+
+    Returns:
+      (step, tree, extra), or None if the directory does not exist or is empty.
+
+    Raises:
+      ValueError: another model; or, in one message, leaves that this tree wants and the checkpoint lacks, leaves it holds
+        and nobody wants, other shapes or dtypes.
+      FileNotFoundError: the directory is not empty, but no step in it is usable; each is named with the reason.
+    """
+    self.wait()
+
+    def read(step: int, manifest: dict[str, Any]) -> tuple[int, Any, dict[str, Any]]:
+      manifest_lib.refuse_other_model(manifest["config"], self._config, str(self.directory))
+      return step, _restore(self.directory / str(step), manifest, abstract_tree), manifest["extra"]
+
+    found = _newest(self.directory, read, self._damaged)
+    if found is not None:
+      self._usable.add(found[0])
+    return found
+
+  def _guard(self, step: int, action: Callable[[], Any]) -> None:
+    """Runs an Orbax call; what it raises is raised with the step and the path."""
+    try:
+      action()
+    except Exception as error:
+      self._writing = None
+      raise RuntimeError(f"checkpoint of step {step}: {self.directory / str(step)} could not be written: {error}") from error
+
+  def _prune(self, newest: int) -> None:
+    """Keeps the newest `keep` whole steps up to `newest`; drops what is older, and what never got finished."""
+    if jax.process_index() != 0:
+      return
+    steps, unfinished = _candidates(self.directory)
+    whole = sorted(s for s in steps if s <= newest and s not in self._damaged)
+    oldest = min(whole[-self._keep:], default=0)
+    for step in steps:
+      if step < oldest:
+        (self.directory / str(step)).rmtree()
+    for name in unfinished:
+      if int(name.split(_UNFINISHED)[0]) <= newest:
+        (self.directory / name).rmtree()
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+  """The config dictionary of the newest step in `directory` that has a readable manifest.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  found = _newest(_path(directory), lambda step, manifest: manifest["config"])
+  if found is None:
+    raise FileNotFoundError(f"{directory}: no checkpoint there")
+  return found
+
+
+def restore_variables(directory: str | os.PathLike[str], *,
+                      scan_layers: bool | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
+  """Weights and router state of the newest usable checkpoint, whatever optimizer the run had.
+
+  Args:
+    directory: of the checkpoints.
+    scan_layers: layout of the layers; None = that of the stored config.
+
+  Returns:
+    ({"params", "router"}, config dictionary whose model has this `scan_layers`, step).
+
+  Raises:
+    FileNotFoundError: no usable checkpoint.
+  """
+  root = _path(directory)
+
+  def read(step: int, manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    config = manifest["config"]
+    if scan_layers is not None:
+      config = {**config, "model": {**config["model"], "scan_layers": scan_layers}}
+    model = config_lib.from_dict(config_lib.ModelConfig, config["model"])
+    wanted = [n for n in manifest["leaves"] if n.split("/")[0] in ("params", "router")]
+    arrays = _read_leaves(root / str(step), manifest, dict.fromkeys(wanted))
+    tree = unflatten({_unscanned_name(n): jnp.asarray(x) for n, x in arrays.items()})
+    return restack(tree, model, model.scan_layers), config, step
+
+  found = _newest(root, read)
+  if found is None:
+    raise FileNotFoundError(f"{directory}: no checkpoint there")
+  return found
+
+
+def _unscanned_name(name: str) -> str:
+  """`params/layers/03/...` on disk is `params/layers/layer_03/...` in an unscanned tree."""
+  parts = name.split("/")
+  return "/".join(f"layer_{p}" if i and parts[i - 1] == "layers" else p for i, p in enumerate(parts))
+
+
+# ---- the directory ---------------------------------------------------------------------------------------------------
+def _path(directory: str | os.PathLike[str]) -> epath.Path:
+  text = os.fspath(directory)
+  return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+  return ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(),
+                                        manifest=ocp.JsonCheckpointHandler(_MANIFEST_FILE))
+
+
+def _candidates(directory: epath.Path) -> tuple[list[int], list[str]]:
+  """Steps with a folder, and names of folders that Orbax did not finish."""
+  names = [p.name for p in directory.iterdir()] if directory.exists() else []
+  return [int(n) for n in names if n.isdigit()], [n for n in names if n.split(_UNFINISHED)[0].isdigit() and not n.isdigit()]
+
+
+def _newest(directory: epath.Path, read: Callable[[int, dict[str, Any]], Any], damaged: set[int] | None = None) -> Any:
+  """`read(step, manifest)` of the newest step where it finds no damage; None if the directory is empty.
+
+  Steps passed over are named in a warning and added to `damaged`; if none is usable, all are named in the error.
+  """
+  if not directory.exists() or not any(not p.name.startswith(".") for p in directory.iterdir()):
+    return None
+  steps, unfinished = _candidates(directory)
+  reasons = [f"{directory / name}: never finished" for name in sorted(unfinished)]
+  for step in sorted(steps, reverse=True):
+    path = directory / str(step)
+    try:
+      result = read(step, _read_manifest(path))
+    except DamagedError as error:
+      reasons.append(f"{path}: {error}")
+      if damaged is not None:
+        damaged.add(step)
+      continue
+    for reason in reasons:
+      warnings.warn(f"checkpoint passed over: {reason}; using step {step}", stacklevel=3)
+    return result
+  listed = "\n  ".join(reasons or ["no checkpoint in it"])
+  raise FileNotFoundError(f"{directory} is not empty, but holds no usable checkpoint; delete it to start over:\n  {listed}")
+
+
+def _read_manifest(path: epath.Path) -> dict[str, Any]:
+  file = path / "manifest" / _MANIFEST_FILE
+  if not file.exists() or not ocp.utils.is_checkpoint_finalized(path):
+    raise DamagedError("never finished, or not a checkpoint (no manifest)")
+  return manifest_lib.parse(file.read_text())
+
+
+# ---- leaves ----------------------------------------------------------------------------------------------------------
+def _is_key(x: Any) -> bool:
+  return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _to_disk(tree: Any) -> tuple[dict[str, Any], dict[str, str]]:
+  """{name on disk: array of one layer} and {name: generator} of the typed PRNG keys among them."""
+  named, _ = named_leaves(tree)
+  named = [(name, x if isinstance(x, jax.Array) else np.asarray(x)) for name, x in named]
+  groups = groups_of(named)
+  leaves: dict[str, Any] = {}
+  impls: dict[str, str] = {}
+  for name, x in named:
+    impl = str(jax.random.key_impl(x)) if _is_key(x) else None
+    x = _on_host(x if impl is None else jax.random.key_data(x))
+    for part, index in disk_parts(name, groups):
+      leaves[part] = x if index is None else x[index]
+      if impl is not None:
+        impls[part] = impl
+  return leaves, impls
+
+
+def _on_host(x: Any) -> Any:
+  """A host copy; arrays that other processes hold parts of stay where they are.
+
+  Read shard by shard: reading the whole array would leave a reference inside it, and its buffer could not be donated.
+  """
+  if not isinstance(x, jax.Array) or not x.is_fully_addressable:
+    return x
+  copy = np.empty(x.shape, x.dtype)
+  for shard in x.addressable_shards:
+    if shard.replica_id == 0:
+      copy[shard.index] = np.asarray(shard.data)
+  return copy
+
+
+def _restore(path: epath.Path, manifest: dict[str, Any], abstract_tree: Any) -> Any:
+  """The checkpoint at `path` in the structure of `abstract_tree`, one leaf after the other put together from its layers."""
+  named, treedef = named_leaves(abstract_tree)
+  groups = groups_of(named)
+  targets = {name: _Target(leaf) for name, leaf in named}
+  parts = {name: disk_parts(name, groups) for name in targets}
+  _refuse_other_leaves({part: (targets[name], index is not None) for name in parts for part, index in parts[name]},
+                       manifest["leaves"], path)
+  shardings = {part: targets[name].part_sharding(index is not None) for name in parts for part, index in parts[name]}
+  arrays = _read_leaves(path, manifest, shardings)
+  leaves = []
+  for name, target in targets.items():
+    first, index = parts[name][0]
+    whole = target.assemble([arrays.pop(part) for part, _ in parts[name]], index is not None)
+    impl = manifest["leaves"][first].get("key_impl")
+    leaves.append(whole if impl is None else jax.random.wrap_key_data(whole, impl=impl))
+  return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+class _Target:
+  """What one leaf of the wanted tree looks like, and how it is made of what is on disk."""
+
+  def __init__(self, leaf: Any):
+    self.key_dtype = leaf.dtype if _is_key(leaf) else None  # of a typed PRNG key, whose raw data are what is stored
+    self.sharding = getattr(leaf, "sharding", None)
+    stored = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    stored = stored if self.key_dtype is None else jax.eval_shape(jax.random.key_data, stored)
+    self.shape, self.dtype = stored.shape, stored.dtype
+
+  def part_sharding(self, scanned: bool) -> Any:
+    """Of one layer's part: that of the whole without the axis of repeats."""
+    if not scanned or not isinstance(self.sharding, jax.sharding.NamedSharding):
+      return self.sharding
+    return jax.sharding.NamedSharding(self.sharding.mesh, jax.sharding.PartitionSpec(*self.sharding.spec[1:]))
+
+  def assemble(self, parts: list[Any], scanned: bool) -> jax.Array:
+    """The leaf from the arrays of its layers."""
+    if not scanned:
+      return jnp.asarray(parts[0])
+    return jnp.asarray(np.stack(parts)) if self.sharding is None else _stacker(self.sharding)(*parts)
+
+
+@functools.lru_cache(maxsize=64)
+def _stacker(sharding: Any) -> Callable[..., jax.Array]:
+  return jax.jit(lambda *xs: jnp.stack(xs), out_shardings=sharding)
+
+
+def _refuse_other_leaves(wanted: Mapping[str, tuple[_Target, bool]], stored: Mapping[str, Any], path: epath.Path) -> None:
+  """Raises one ValueError that lists every leaf which the wanted tree and the checkpoint do not share."""
+  lines = [f"{n} is wanted but not in the checkpoint" for n in wanted if n not in stored]
+  lines += [f"{n} is in the checkpoint but not wanted" for n in stored if n not in wanted]
+  for name, (target, scanned) in wanted.items():
+    if name in stored:
+      impl = stored[name].get("key_impl")
+      key_dtype = None if impl is None else jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)).dtype
+      there = tuple(stored[name]["shape"]), stored[name]["dtype"], key_dtype
+      here = target.shape[scanned:], str(target.dtype), target.key_dtype
+      if there != here:
+        lines.append(f"{name} is {' '.join(map(str, there))} in the checkpoint, wanted {' '.join(map(str, here))}")
+  if lines:
+    raise ValueError("\n  ".join([f"the checkpoint {path} does not fit the state that is to be restored:", *lines]))
+
+
+def _read_leaves(path: epath.Path, manifest: dict[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
+  """The named leaves, verified: with a sharding as JAX arrays on it, with None as numpy arrays.
+
+  Raises:
+    DamagedError: a file is missing or unreadable, or a leaf's checksum does not fit.
+  """
+  def arguments(name: str) -> ocp.RestoreArgs:
+    if shardings[name] is None:
+      return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=shardings[name],
+                                global_shape=tuple(manifest["leaves"][name]["shape"]))
+
+  tree = unflatten({name: 0 for name in shardings})  # the 0 comes back where Orbax has no such leaf
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      restored = reader.restore(path / "state", args=ocp.args.PyTreeRestore(
+        item=tree, restore_args=unflatten({n: arguments(n) for n in shardings}), partial_restore=True))
+  except (OSError, ValueError, KeyError) as error:  # what Orbax and TensorStore raise for absent and broken files
+    raise DamagedError(f"{type(error).__name__}: {str(error).split(' [tensorstore_spec')[0]}") from error
+  leaves = {name: x for name, x in named_leaves(restored)[0]}
+  manifest_lib.verify(manifest, leaves)
+  return leaves

@@ -1,0 +1,118 @@
+"""Shared-KV attention: sliding window, compressed entries, sinks, inverse rotation, grouped output (report 2.3).
+
+One vector per token is key and value of every head. Because the value carries the rotation of its own position, the output
+is rotated back by the query's position.
+
+Axis letters: B batch   S sequence   D hidden size   H heads   d head width   r query latent   T entries
+              G output groups   R group rank   c channels of a group (H d / G)
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels.sparse_attention
+from deepseek_v4 import sharding
+from deepseek_v4.config import CSA, HCA, SLIDING, ModelConfig
+from deepseek_v4.model import indexer, rope, weights
+from deepseek_v4.model.compression import Compressor
+from deepseek_v4.model.context import Context
+from deepseek_v4.model.norm import RMSNorm, rms_norm
+from pallas_kernels.blocks import sees_entry
+from pallas_kernels.selection import Selection
+
+
+class Attention(nn.Module):
+  """One attention sublayer of any kind."""
+
+  config: ModelConfig
+  attention: str
+  kernels: str
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, context: Context):
+    """Returns (output [B, S, D], indexer loss as (sum, count) or None)."""
+    config = self.config
+    heads, width = config.num_attention_heads, config.head_dim
+    cos, sin = context.phases[self.attention]
+    latent_BSr = RMSNorm(config, name="q_a_norm")(x_BSD @ weights.matrix(self, config, "q_a",
+                                                                        (config.hidden_size, config.q_lora_rank)))
+    q_b = weights.matrix(self, config, "q_b", (config.q_lora_rank, heads, width))
+    q_BSHd = rms_norm(jnp.einsum("BSr,rHd->BSHd", latent_BSr, q_b), None, config.rms_norm_eps)
+    q_BSHd = sharding.constrain(rope.rotate(q_BSHd, cos[:, :, None], sin[:, :, None]), ("batch", "sequence", "heads", None))
+    kv_BSd = RMSNorm(config, name="kv_norm")(x_BSD @ weights.matrix(self, config, "kv", (config.hidden_size, width)))
+    kv_BSd = rope.rotate(kv_BSd, cos, sin)
+    sink_H = weights.exact(self, config, "sink", (heads,), nn.initializers.zeros)
+
+    entries_BTd, selection, index = self._entries(x_BSD, latent_BSr, context)
+    out_BSHd, lse_BSH = self._attend(q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context)
+    loss = None
+    if self.attention == CSA and context.with_losses:
+      loss = indexer.indexer_loss(index, q_BSHd, entries_BTd, lse_BSH, selection, context, scale=width**-0.5,
+                                  kernels=self.kernels)
+    if self.is_mutable_collection("intermediates"):
+      self._trace(q_BSHd, kv_BSd, entries_BTd, selection, lse_BSH, context)
+    out_BSHd = rope.rotate(out_BSHd, cos[:, :, None], sin[:, :, None], inverse=True)
+    return self._project(out_BSHd), loss
+
+  def _entries(self, x_BSD, latent_BSr, context: Context):
+    """Compressed entries of the sequence, which of them each query reads, and the indexer's tensors."""
+    config = self.config
+    batch, length = context.positions.shape
+    if self.attention == SLIDING:
+      return jnp.zeros((batch, 0, config.head_dim), x_BSD.dtype), Selection.all(batch, length), None
+    layout = context.entries[self.attention]
+    entries_BTd = Compressor(config, self.attention, config.head_dim, name="compressor")(x_BSD, layout)
+    if self.attention == HCA:
+      return entries_BTd, Selection.all(batch, length), None
+    selection, index = indexer.Indexer(config, self.kernels, name="indexer")(x_BSD, latent_BSr, context)
+    return entries_BTd, selection, index
+
+  def _places(self, context: Context):
+    if self.attention == SLIDING:
+      empty = jnp.zeros((context.positions.shape[0], 0), jnp.int32)
+      return empty, empty
+    layout = context.entries[self.attention]
+    return layout.last, layout.segment
+
+  def _attend(self, q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context: Context):
+    config = self.config
+
+    def run(q, kv, entries, selection, sink, positions, segment_ids, last, segment):
+      return pallas_kernels.sparse_attention.attend(
+          q, kv, entries, selection, sink, positions=positions, segment_ids=segment_ids, entry_last=last,
+          entry_segment=segment, window=config.sliding_window, scale=config.head_dim**-0.5, implementation=self.kernels)
+
+    tokens, rows, heads = ("batch", "sequence"), ("batch",), ("batch", "sequence", "heads")
+    in_axes = (heads, tokens, rows, tokens, ("heads",), tokens, tokens, rows, rows)
+    return sharding.per_shard(run, in_axes, (heads, heads))(
+        q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context.positions, context.segment_ids, *self._places(context))
+
+  def _project(self, out_BSHd: jax.Array) -> jax.Array:
+    """Grouped output projection: consecutive heads form a group; each group to rank R, all groups together to D."""
+    config = self.config
+    groups, rank = config.o_groups, config.o_lora_rank
+    channels = config.num_attention_heads * config.head_dim // groups
+    o_a = weights.matrix(self, config, "o_a", (groups, channels, rank))
+    o_b = weights.matrix(self, config, "o_b", (groups * rank, config.hidden_size))
+    out_BSGc = out_BSHd.reshape(*out_BSHd.shape[:2], groups, channels)
+    low_BSGR = jnp.einsum("BSGc,GcR->BSGR", out_BSGc, o_a)
+    return low_BSGR.reshape(*out_BSHd.shape[:2], groups * rank) @ o_b
+
+  def _trace(self, q_BSHd, kv_BSd, entries_BTd, selection, lse_BSH, context: Context) -> None:
+    """Dense attention weights from lse, for `dsv4.trace` only: window [B, S, H, S], entries [B, S, H, T], sink [B, S, H]."""
+    scale, dtype = self.config.head_dim**-0.5, lse_BSH.dtype
+    place = jnp.arange(q_BSHd.shape[1])
+    apart = place[:, None] - place[None, :]
+    near = (apart >= 0) & (apart < self.config.sliding_window) & (context.segment_ids > 0)[:, :, None]
+    near &= context.segment_ids[:, :, None] == context.segment_ids[:, None, :]
+    last, segment = self._places(context)
+    chosen = selection.mask(last.shape[1]) & sees_entry(context.positions, context.segment_ids, last, segment)
+    for name, keys, visible in (("window_weight", kv_BSd, near), ("entry_weight", entries_BTd, chosen)):
+      logits = jnp.einsum("BSHd,BUd->BSHU", q_BSHd.astype(dtype), keys.astype(dtype)) * scale
+      self.sow("intermediates", name, jnp.where(visible[:, :, None], jnp.exp(logits - lse_BSH[..., None]), 0))
+    if self.attention != SLIDING:
+      self.sow("intermediates", "entry_segment", segment)
+      self.sow("intermediates", "entry_position", last - (context.entries[self.attention].rate - 1))

@@ -1,0 +1,66 @@
+"""One decoder layer: attention and experts, each between a collapse and an expansion of the residual streams (report 2.2).
+
+Axis letters: B batch   S sequence   N streams   D hidden size   E experts   k experts per token
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from deepseek_v4 import sharding
+from deepseek_v4.config import LayerSpec, ModelConfig
+from deepseek_v4.model import weights
+from deepseek_v4.model.attention import Attention
+from deepseek_v4.model.context import Context
+from deepseek_v4.model.experts import MoE
+from deepseek_v4.model.hyper_connections import HyperConnection, expand
+from deepseek_v4.model.norm import RMSNorm
+
+
+@flax.struct.dataclass
+class LayerOutput:
+  """What a layer reports beside its streams; sums over tokens, 0 where the layer has no such loss.
+
+  Attributes:
+    experts: int32 [B, S, k].
+    load: int32 [E], without padding.
+    balance, balance_count, indexer, indexer_count: scalars.
+  """
+
+  experts: jax.Array
+  load: jax.Array
+  balance: jax.Array
+  balance_count: jax.Array
+  indexer: jax.Array
+  indexer_count: jax.Array
+
+
+class Block(nn.Module):
+  """A layer of one (attention kind, router kind)."""
+
+  config: ModelConfig
+  spec: LayerSpec
+  kernels: str
+
+  @nn.compact
+  def __call__(self, streams_BSND: jax.Array, context: Context, layer: Any) -> tuple[jax.Array, LayerOutput]:
+    """Returns the new streams and the layer's report; `layer` is the layer's number (it seeds a fresh hash table)."""
+    config, kernels = self.config, self.kernels
+    streams_BSND = sharding.constrain(streams_BSND, ("batch", "sequence", None, None))
+    z_BSD, post, comb = HyperConnection(config, kernels, name="attn_hc")(streams_BSND)
+    attention = Attention(config, self.spec.attention, kernels, name="attention")
+    y_BSD, indexer_loss = attention(RMSNorm(config, name="attn_norm")(z_BSD), context)
+    streams_BSND = expand(streams_BSND, y_BSD, post, comb, kernels=kernels)
+
+    z_BSD, post, comb = HyperConnection(config, kernels, name="ffn_hc")(streams_BSND)
+    moe = MoE(config, self.spec.router, kernels, name="moe")
+    y_BSD, experts, load, balance_loss = moe(RMSNorm(config, name="ffn_norm")(z_BSD), context, layer)
+    streams_BSND = expand(streams_BSND, y_BSD, post, comb, kernels=kernels)
+    self.sow("intermediates", "streams", streams_BSND)
+    nothing = (jnp.zeros((), weights.exact_dtype(config)),) * 2
+    return streams_BSND, LayerOutput(experts, load, *(balance_loss or nothing), *(indexer_loss or nothing))

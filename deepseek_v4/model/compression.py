@@ -1,0 +1,124 @@
+"""The two compressors side by side: CSA with overlapping windows (report 2.3.1), HCA without (2.3.2).
+
+Every `rate` tokens of a document become one entry; a document's windows start at its first token and its left-over tokens
+make no entry. In the release's channel order series 0 of a CSA compressor belongs to the NEXT window's entry and series 1
+to the own window's (the report's letters are the other way round).
+
+Axis letters: B batch   S sequence   D hidden size   T entries   m rate   o series (2 for CSA and the indexer, 1 for HCA)
+              d entry width
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_v4.config import CSA, HCA, ModelConfig
+from deepseek_v4.model import rope, weights
+from deepseek_v4.model.norm import RMSNorm
+
+
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=["rate", "contiguous"],
+                   data_fields=["closing", "has_previous", "last", "segment", "cos", "sin"])
+@dataclasses.dataclass(frozen=True)
+class EntryLayout:
+  """Where the entries of a row lie, for one rate; the same for every layer of that rate.
+
+  Attributes:
+    closing: int32 [B, T], place in the row of the token that closes the entry's window.
+    has_previous: bool [B, T], the document has a whole window before this one.
+    last: int32 [B, T], position inside the document of that token.
+    segment: int32 [B, T], the entry's document; 0 = the row has fewer entries and this one is unused.
+    cos, sin: [B, T, r / 2], rotary phases at the position of the window's FIRST token.
+    rate: tokens per entry.
+    contiguous: the row is one document from place 0 on, so that windows are a reshape.
+  """
+
+  closing: jax.Array
+  has_previous: jax.Array
+  last: jax.Array
+  segment: jax.Array
+  cos: jax.Array
+  sin: jax.Array
+  rate: int
+  contiguous: bool
+
+
+def entry_layout(config: ModelConfig, attention: str, positions_BS: jax.Array, segment_ids_BS: jax.Array,
+                 contiguous: bool) -> EntryLayout:
+  """Finds the entries of each row: windows of `rate` tokens of one document, counted from the document's start."""
+  rate = config.compress_rate(attention)
+  batch, length = positions_BS.shape
+  count = length // rate
+  if contiguous:
+    closing = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32) * rate + rate - 1, (batch, count))
+    segment = jnp.ones_like(closing)
+  else:
+    place = jnp.arange(length)
+    start = jnp.maximum(place - rate + 1, 0)
+    # The token closes a window if a whole window of its document ends with it and lies inside the row.
+    whole = (place >= rate - 1) & (segment_ids_BS[:, start] == segment_ids_BS)
+    whole &= positions_BS[:, start] == positions_BS - (rate - 1)
+    closes_BS = ((positions_BS + 1) % rate == 0) & (segment_ids_BS > 0) & whole
+    closing = jax.vmap(lambda c: jnp.nonzero(c, size=count, fill_value=0)[0])(closes_BS).astype(jnp.int32)
+    used = jnp.arange(count) < closes_BS.sum(1, keepdims=True)
+    segment = jnp.where(used, jnp.take_along_axis(segment_ids_BS, closing, 1), 0)
+  last = jnp.take_along_axis(positions_BS, closing, 1)
+  before = jnp.maximum(closing - rate, 0)
+  has_previous = (closing >= 2 * rate - 1) & (last >= 2 * rate - 1)
+  has_previous &= jnp.take_along_axis(segment_ids_BS, before, 1) == segment
+  cos, sin = rope.angles(config, attention, last - (rate - 1))
+  return EntryLayout(closing, has_previous, last, segment, cos, sin, rate, contiguous)
+
+
+def _windows(x_BSd: jax.Array, layout: EntryLayout, offset: int) -> jax.Array:
+  """[B, T, m, d]: the tokens of each entry's window, or with offset = 1 of the window before it."""
+  rate, count = layout.rate, layout.closing.shape[1]
+  if layout.contiguous:
+    shaped = x_BSd[:, :count * rate].reshape(x_BSd.shape[0], count, rate, x_BSd.shape[2])
+    return jnp.pad(shaped, ((0, 0), (offset, 0), (0, 0), (0, 0)))[:, :count]
+  place_BTm = layout.closing[..., None] - rate * offset - jnp.arange(rate - 1, -1, -1)
+  return jax.vmap(lambda x, place: x[jnp.maximum(place, 0)])(x_BSd, place_BTm)
+
+
+class Compressor(nn.Module):
+  """Tokens -> entries: per channel a softmax over the window's slots weighs the slots' values.
+
+  Attributes:
+    config: the model.
+    attention: CSA (overlapping windows; also the indexer's own compressor) or HCA.
+    width: channels of an entry.
+  """
+
+  config: ModelConfig
+  attention: str
+  width: int
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, layout: EntryLayout) -> jax.Array:
+    """Returns entries [B, T, d], normalised and rotated; unused ones hold finite values without meaning.
+
+    entry = sum over slots of softmax(gate + position bias) * value; CSA's slots are the previous window's series 0 and
+    the own window's series 1, and the first entry of a document has only the latter (report eqs. 9-12, 20-23).
+    """
+    config, m = self.config, layout.rate
+    series = {CSA: 2, HCA: 1}[self.attention]
+    shape = (series, config.hidden_size, self.width)
+    kv_oDd = weights.matrix(self, config, "kv", shape)
+    gate_oDd = weights.matrix(self, config, "gate", shape)
+    bias_omd = weights.exact(self, config, "position_bias", (series, m, self.width), nn.initializers.zeros)
+    values, gates = [], []
+    for o in range(series):
+      offset = series - 1 - o
+      values.append(_windows(x_BSD @ kv_oDd[o], layout, offset))
+      gate = _windows(x_BSD @ gate_oDd[o], layout, offset).astype(bias_omd.dtype) + bias_omd[o]
+      gates.append(jnp.where(layout.has_previous[..., None, None], gate, -jnp.inf) if offset else gate)
+    value, gate = (jnp.concatenate(parts, 2) if series > 1 else parts[0] for parts in (values, gates))
+    weight = jax.nn.softmax(gate, 2)
+    entries_BTd = (weight * value.astype(weight.dtype)).sum(2).astype(x_BSD.dtype)
+    entries_BTd = RMSNorm(config, name="norm")(entries_BTd)
+    return rope.rotate(entries_BTd, layout.cos, layout.sin)

@@ -1,0 +1,172 @@
+"""Routed and shared experts: dispatch, grouped matmuls, combine (report 2.1). No token is ever dropped.
+
+Expert weights lie on the mesh axis `expert`, their width on `tensor`. Inside the shard_map wrapper the tokens of all
+expert shards are gathered, every device works on the picks of its own experts, and the sums return by reduce-scatter.
+A pick is one (token, expert) pair; picks are sorted by expert into tiles of rows, so the work is proportional to them.
+
+Axis letters: B batch   S sequence   D hidden size   E experts   F expert width   k experts per token
+              T tokens of a device   P picks (T k)   M rows of all tiles
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels.grouped_matmul as grouped_matmul
+from deepseek_v4 import sharding
+from deepseek_v4.config import LEARNED, ModelConfig
+from deepseek_v4.model import weights
+from deepseek_v4.model.context import Context
+from deepseek_v4.model.router import Router, balance_loss, expert_load
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["slot", "pick", "group_sizes"], meta_fields=["tile"])
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+  """Where each pick's row lies.
+
+  Attributes:
+    slot: int32 [T, k], row of each pick; M = the pick belongs to another device's expert.
+    pick: int32 [M], pick of each row; P = the row is empty.
+    group_sizes: int32 [E], rows of each of this device's experts.
+    tile: rows per tile.
+  """
+
+  slot: jax.Array
+  pick: jax.Array
+  group_sizes: jax.Array
+  tile: int
+
+
+def dispatch(experts_Tk: jax.Array, num_experts: int) -> Dispatch:
+  """Sorts picks by expert, each expert's rows from a tile's start on; experts outside [0, num_experts) get no row."""
+  picks = experts_Tk.size
+  tile = grouped_matmul.row_tile(picks, num_experts)
+  rows = grouped_matmul.padded_rows(picks, num_experts, tile)
+  expert_P = experts_Tk.reshape(-1)
+  expert_P = jnp.where((expert_P >= 0) & (expert_P < num_experts), expert_P, num_experts)
+  order_P = jnp.argsort(expert_P, stable=True)
+  sorted_P = expert_P[order_P]
+  sizes_E = (expert_P[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+  tiles_E = -(-sizes_E // tile)
+  start_E = (jnp.cumsum(tiles_E) - tiles_E) * tile - (jnp.cumsum(sizes_E) - sizes_E)
+  row_P = jnp.arange(picks) + jnp.append(start_E, 0)[sorted_P]
+  row_P = jnp.where(sorted_P < num_experts, row_P, rows).astype(jnp.int32)
+  slot_P = jnp.zeros(picks, jnp.int32).at[order_P].set(row_P, unique_indices=True)
+  pick_M = jnp.full(rows, picks, jnp.int32).at[row_P].set(order_P.astype(jnp.int32), mode="drop", unique_indices=True)
+  return Dispatch(slot_P.reshape(experts_Tk.shape), pick_M, sizes_E, tile)
+
+
+def _rows_at(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x[index] with zeros where the index lies outside."""
+  return x.at[index].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def gather_rows(x_TD: jax.Array, plan: Dispatch) -> jax.Array:
+  """Rows [M, D] of the picks, zero where a tile is not full. The gradient gathers too: no scatter in either direction."""
+  return _rows_at(x_TD, plan.pick // plan.slot.shape[1])
+
+
+def _gather_rows_backward(plan, d_MD):
+  return sum(_rows_at(d_MD, plan.slot[:, j]) for j in range(plan.slot.shape[1])), None
+
+
+gather_rows.defvjp(lambda x, plan: (gather_rows(x, plan), plan), _gather_rows_backward)
+
+
+@jax.custom_vjp
+def combine_rows(y_MD: jax.Array, weights_Tk: jax.Array, plan: Dispatch) -> jax.Array:
+  """[T, D] = sum over a token's picks of weight * row, summed at least in float32."""
+  return sum(weights_Tk[:, j, None] * _rows_at(y_MD, plan.slot[:, j]) for j in range(plan.slot.shape[1]))
+
+
+def _combine_rows_backward(saved, d_TD):
+  y_MD, weights_Tk, plan = saved
+  top_k = plan.slot.shape[1]
+  d_rows = _rows_at(d_TD, plan.pick // top_k) * _rows_at(weights_Tk.reshape(-1), plan.pick)[:, None]
+  d_weights = jnp.stack([(_rows_at(y_MD, plan.slot[:, j]) * d_TD).sum(-1) for j in range(top_k)], 1)
+  return d_rows.astype(y_MD.dtype), d_weights.astype(weights_Tk.dtype), None
+
+
+combine_rows.defvjp(lambda *args: (combine_rows(*args), args), _combine_rows_backward)
+
+
+def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit: float, kernels: str,
+           expert_axis: str | None = None, width_axis: str | None = None) -> jax.Array:
+  """Sum over each token's experts of weight * expert(x), [B, S, D], on one device's part of the arrays.
+
+  Args:
+    expert_axis: mesh axis over which experts and the batch are split: tokens are gathered over it and sums scattered back.
+    width_axis: mesh axis over which F is split: partial sums are added over it.
+  """
+  if expert_axis is not None:
+    x_BSD, experts_BSk, weights_BSk = (jax.lax.all_gather(a, expert_axis, tiled=True) for a in (x_BSD, experts_BSk, weights_BSk))
+    experts_BSk = experts_BSk - jax.lax.axis_index(expert_axis) * gate_EDF.shape[0]
+  top_k = experts_BSk.shape[-1]
+  plan = dispatch(experts_BSk.reshape(-1, top_k), gate_EDF.shape[0])
+  rows_MD = gather_rows(x_BSD.reshape(-1, x_BSD.shape[-1]), plan)
+  y_MD = grouped_matmul.expert_mlp(rows_MD, gate_EDF, up_EDF, down_EFD, plan.group_sizes, tile=plan.tile, limit=limit,
+                                   implementation=kernels)
+  out_BSD = combine_rows(y_MD, weights_BSk.reshape(-1, top_k), plan).reshape(x_BSD.shape)
+  out_BSD = out_BSD if width_axis is None else jax.lax.psum(out_BSD, width_axis)
+  out_BSD = out_BSD if expert_axis is None else jax.lax.psum_scatter(out_BSD, expert_axis, tiled=True)
+  return out_BSD.astype(x_BSD.dtype)
+
+
+class Experts(nn.Module):
+  """The routed experts' weights, stacked over E."""
+
+  config: ModelConfig
+  kernels: str
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, experts_BSk: jax.Array, weights_BSk: jax.Array) -> jax.Array:
+    config = self.config
+    count, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    matrices = [weights.matrix(self, config, name, shape) for name, shape in (
+        ("gate", (count, d, f)), ("up", (count, d, f)), ("down", (count, f, d)))]
+    run = functools.partial(routed, limit=config.swiglu_limit, kernels=self.kernels,
+                            expert_axis=sharding.axis_name("expert"), width_axis=sharding.axis_name("mlp"))
+    tokens = ("batch", "sequence")
+    in_axes = (tokens, tokens, tokens, ("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None))
+    return sharding.per_shard(run, in_axes, tokens)(x_BSD, experts_BSk, weights_BSk, *matrices)
+
+
+class SharedExpert(nn.Module):
+  """The expert that every token passes, with the same clamp."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array) -> jax.Array:
+    config, limit = self.config, self.config.swiglu_limit
+    d, f = config.hidden_size, config.moe_intermediate_size
+    gate, up = x_BSD @ weights.matrix(self, config, "gate", (d, f)), x_BSD @ weights.matrix(self, config, "up", (d, f))
+    hidden = jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+    return hidden @ weights.matrix(self, config, "down", (f, d))
+
+
+class MoE(nn.Module):
+  """Router, routed experts and shared expert of one layer."""
+
+  config: ModelConfig
+  kind: str
+  kernels: str
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int):
+    """Returns (output [B, S, D], experts int32 [B, S, k], load int32 [E], balance loss (sum, count) or None)."""
+    config = self.config
+    experts_BSk, weights_BSk, scores_BSE = Router(config, self.kind, name="router")(x_BSD, context, layer)
+    out_BSD = Experts(config, self.kernels, name="experts")(x_BSD, experts_BSk, weights_BSk)
+    out_BSD += SharedExpert(config, name="shared")(x_BSD)
+    loss = None
+    if context.with_losses and self.kind == LEARNED:
+      loss = balance_loss(scores_BSE, experts_BSk, context)
+    return out_BSD, experts_BSk, expert_load(experts_BSk, config.n_routed_experts, context.segment_ids), loss

@@ -1,0 +1,93 @@
+"""Manifold-constrained hyper-connections: N residual streams, mixed by a nearly doubly stochastic matrix (report 2.2).
+
+Axis letters: B batch   S sequence   N streams   D hidden size
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels.hyper_connections
+from deepseek_v4 import sharding
+from deepseek_v4.config import ModelConfig
+from deepseek_v4.model import weights
+from deepseek_v4.model.norm import rms_norm
+
+_GATING_SCALE = 0.01  # initial factor of the input-dependent part (mHC table 5)
+_STREAMS = ("batch", "sequence")
+
+
+def initial_base(config: ModelConfig) -> np.ndarray:
+  """Static part of the coefficients [(2 + N) N] at initialisation.
+
+  "identity": the sublayer reads the mean of the streams, writes to all of them, and the streams stay (almost) unmixed;
+  "zero": every coefficient at the middle of its range, which mixes the streams completely in every sublayer.
+  """
+  n = config.hc_mult
+  if config.mhc_init == "zero":
+    return np.zeros((2 + n) * n, np.float32)
+  off = -8.0 * (1 - np.eye(n))
+  return np.concatenate([np.full(n, _mean_logit(n)), np.zeros(n), off.reshape(-1)]).astype(np.float32)
+
+
+def _mean_logit(n: int) -> float:
+  """sigmoid(_mean_logit(n)) = 1 / n; a large finite number for n = 1."""
+  return -math.log(n - 1) if n > 1 else 8.0
+
+
+class HyperConnection(nn.Module):
+  """Coefficients of one sublayer: streams -> its input, and how its output comes back."""
+
+  config: ModelConfig
+  kernels: str
+
+  @nn.compact
+  def __call__(self, streams_BSND: jax.Array):
+    """Returns (collapsed [B, S, D], post [B, S, N], comb [B, S, N, N])."""
+    config, n = self.config, self.config.hc_mult
+    width = n * config.hidden_size
+    fn = jnp.concatenate([weights.exact(self, config, name, (width, columns)) for name, columns in (
+        ("fn_pre", n), ("fn_post", n), ("fn_res", n * n))], 1)
+    base = weights.exact(self, config, "base", ((2 + n) * n,), lambda *_: jnp.asarray(initial_base(config)))
+    scale = weights.exact(self, config, "scale", (3,), nn.initializers.constant(_GATING_SCALE))
+
+    def run(streams, fn, base, scale):
+      return pallas_kernels.hyper_connections.collapse(
+          streams, fn, base, scale, norm_eps=config.rms_norm_eps, eps=config.hc_eps, iterations=config.hc_sinkhorn_iters,
+          implementation=self.kernels)
+
+    collapsed, post, comb = sharding.per_shard(run, (_STREAMS, (), (), ()), (_STREAMS,) * 3)(streams_BSND, fn, base, scale)
+    self.sow("intermediates", "post", post)
+    self.sow("intermediates", "comb", comb)
+    return collapsed, post, comb
+
+
+def expand(streams_BSND: jax.Array, update_BSD: jax.Array, post: jax.Array, comb: jax.Array, *, kernels: str) -> jax.Array:
+  """X'_k = post_k * update + sum_j comb[j, k] X_j: the sublayer's output returns to the streams."""
+  def run(*args):
+    return pallas_kernels.hyper_connections.expand(*args, implementation=kernels)
+  return sharding.per_shard(run, (_STREAMS,) * 4, _STREAMS)(streams_BSND, update_BSD, post, comb)
+
+
+class HyperHead(nn.Module):
+  """Collapse of the streams in front of the output head: a gated sum, no Sinkhorn."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, streams_BSND: jax.Array) -> jax.Array:
+    """Returns [B, S, D] = sum_j (sigmoid(u_j scale + base_j) + eps) X_j."""
+    config, n = self.config, self.config.hc_mult
+    fn = weights.exact(self, config, "fn", (n * config.hidden_size, n))
+    base = weights.exact(self, config, "base", (n,), nn.initializers.constant(
+        _mean_logit(n) if config.mhc_init == "identity" else 0.0))
+    scale = weights.exact(self, config, "scale", (1,), nn.initializers.constant(_GATING_SCALE))
+    x = streams_BSND.astype(fn.dtype)
+    u_BSN = rms_norm(x.reshape(*x.shape[:2], -1), None, config.rms_norm_eps) @ fn
+    weight_BSN = jax.nn.sigmoid(u_BSN * scale + base) + config.hc_eps
+    return jnp.einsum("BSN,BSND->BSD", weight_BSN, x).astype(streams_BSND.dtype)

@@ -1,0 +1,108 @@
+"""The lightning indexer: scores of the compressed entries, exact selection, and its own KL loss (report 2.3.1, eqs. 13-17).
+
+The indexer reads detached inputs, so its loss trains nothing else; the selection passes no gradient, so no other loss
+trains the indexer.
+
+Axis letters: B batch   S sequence   D hidden size   T entries   h index heads   c index width   r query latent   K picks
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels.indexer
+from deepseek_v4 import sharding
+from deepseek_v4.config import CSA, ModelConfig
+from deepseek_v4.model import rope, weights
+from deepseek_v4.model.compression import Compressor
+from deepseek_v4.model.context import Context
+from pallas_kernels.indexer import reference
+from pallas_kernels.selection import Selection
+
+_PLACES = (("batch", "sequence"),) * 2 + (("batch",),) * 2  # positions, segments of tokens; last, segment of entries
+_INDEX = (("batch", "sequence", "index_heads"), ("batch", "sequence", "index_heads"), ("batch",))
+
+
+class Indexer(nn.Module):
+  """Scores every visible entry for every query and keeps the best `index_topk`."""
+
+  config: ModelConfig
+  kernels: str
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, latent_BSr: jax.Array, context: Context):
+    """Returns (selection, (queries [B, S, h, c], weights [B, S, h], keys [B, T, c])).
+
+    Args:
+      x_BSD: the attention sublayer's normalised input.
+      latent_BSr: the normalised query latent that the attention's queries come from.
+      context: of the forward pass.
+    """
+    config, layout = self.config, context.entries[CSA]
+    x_BSD, latent_BSr = jax.lax.stop_gradient((x_BSD, latent_BSr))
+    heads, width = config.index_n_heads, config.index_head_dim
+    keys_BTc = Compressor(config, CSA, width, name="compressor")(x_BSD, layout)
+    q_b = weights.matrix(self, config, "q_b", (config.q_lora_rank, heads, width))
+    queries_BShc = jnp.einsum("BSr,rhc->BShc", latent_BSr, q_b)
+    cos, sin = context.phases[CSA]
+    queries_BShc = rope.rotate(queries_BShc, cos[:, :, None], sin[:, :, None])
+    head_weights = weights.matrix(self, config, "head_weights", (config.hidden_size, heads))
+    weights_BSh = jnp.einsum("BSD,Dh->BSh", x_BSD, head_weights, preferred_element_type=weights.exact_dtype(config))
+    weights_BSh = weights_BSh * (heads * width) ** -0.5
+    index = (queries_BShc, weights_BSh, keys_BTc)
+    selection = self._select(index, context)
+    if self.is_mutable_collection("intermediates"):
+      self._trace(index, selection, context)
+    return selection, index
+
+  def _select(self, index, context: Context) -> Selection:
+    config, layout = self.config, context.entries[CSA]
+    if context.attention_mode == "dense":
+      return Selection.all(*context.positions.shape)
+    axis = sharding.axis_name("index_heads")
+
+    def run(queries, head_weights, keys, positions, segment_ids, last, segment):
+      return pallas_kernels.indexer.select(queries, head_weights, keys, top_k=config.index_topk, positions=positions,
+                                           segment_ids=segment_ids, entry_last=last, entry_segment=segment,
+                                           implementation=self.kernels, axis_name=axis)
+
+    places = (context.positions, context.segment_ids, layout.last, layout.segment)
+    return sharding.per_shard(run, (*_INDEX, *_PLACES), ("batch", "sequence"))(*index, *places)
+
+  def _trace(self, index, selection: Selection, context: Context) -> None:
+    """Dense pictures of what happened, for `dsv4.trace` only: scores [B, S, T] and the chosen entries [B, S, K]."""
+    layout = context.entries[CSA]
+    visible = reference.sees_entry(context.positions, context.segment_ids, layout.last, layout.segment)
+    self.sow("intermediates", "scores", jnp.where(visible, reference.scores(*index), -jnp.inf))
+    everything = jnp.where(visible, jnp.arange(layout.last.shape[1]), -1)
+    self.sow("intermediates", "selected", everything if selection.kind == "all" else selection.indices())
+
+
+def indexer_loss(index, attention_queries, entries, lse, selection: Selection, context: Context, *, scale: float,
+                 kernels: str):
+  """The KL loss as (sum over queries, count of queries that see an entry); report and SPEC_TRAINING 3.2.
+
+  Args:
+    index: the indexer's (queries, weights, keys), differentiable.
+    attention_queries: [B, S, H, d]; entries: [B, T, d]; lse: [B, S, H]; scale: all of the attention that is the teacher.
+  """
+  layout = context.entries[CSA]
+  axis = sharding.axis_name("heads")
+
+  def run(queries, head_weights, keys, teacher, entries, lse, selection, positions, segment_ids, last, segment):
+    return pallas_kernels.indexer.kl_loss(queries, head_weights, keys, teacher, entries, lse, selection,
+                                          positions=positions, segment_ids=segment_ids, entry_last=last,
+                                          entry_segment=segment, scale=scale, implementation=kernels, axis_name=axis)
+
+  heads = ("batch", "sequence", "heads")
+  in_axes = (*_INDEX, heads, ("batch",), heads, ("batch", "sequence"), *_PLACES)
+  kl_BS = sharding.per_shard(run, in_axes, ("batch", "sequence"))(
+      *index, attention_queries, entries, lse, selection, context.positions, context.segment_ids, layout.last, layout.segment)
+  return kl_BS.sum(), (visible_queries(context)).sum().astype(kl_BS.dtype)
+
+
+def visible_queries(context: Context) -> jax.Array:
+  """bool [B, S]: tokens for which at least one compressed entry of a CSA layer is visible."""
+  return (context.segment_ids > 0) & (context.positions >= context.entries[CSA].rate - 1)

@@ -1,0 +1,44 @@
+"""Multi-token prediction, depth 1 (report 2.1, unchanged from V3 but for the streams): the token after next.
+
+Axis letters: B batch   S sequence   N streams   D hidden size
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_v4.config import ModelConfig
+from deepseek_v4.model import weights
+from deepseek_v4.model.block import Block, LayerOutput
+from deepseek_v4.model.context import Context
+from deepseek_v4.model.hyper_connections import HyperHead
+from deepseek_v4.model.norm import RMSNorm
+
+
+class MTP(nn.Module):
+  """The main model's last streams and the next token's embedding through one more layer; embedding and head are shared."""
+
+  config: ModelConfig
+  kernels: str
+
+  @nn.compact
+  def __call__(self, streams_BSND: jax.Array, embedded_BSD: jax.Array, context: Context) -> tuple[jax.Array, LayerOutput]:
+    """Returns (what the shared head multiplies [B, S, D], the layer's report).
+
+    Args:
+      streams_BSND: after the main model's last layer, before its head's collapse.
+      embedded_BSD: embedding of each place's own token; the block reads the next place's.
+      context: of the forward pass.
+    """
+    config = self.config
+    d = config.hidden_size
+    same_BS = jnp.pad(context.segment_ids[:, 1:] == context.segment_ids[:, :-1], ((0, 0), (0, 1)))
+    # The last token of a document has no next one; zero keeps a packed row equal to its documents alone.
+    next_BSD = jnp.where(same_BS[..., None], jnp.roll(embedded_BSD, -1, axis=1), 0)
+    e_BSD = RMSNorm(config, name="embed_norm")(next_BSD) @ weights.matrix(self, config, "embed_proj", (d, d))
+    h_BSND = RMSNorm(config, name="hidden_norm")(streams_BSND) @ weights.matrix(self, config, "hidden_proj", (d, d))
+    block = Block(config, config.mtp_spec, self.kernels, name="block")
+    streams_BSND, report = block(e_BSD[:, :, None] + h_BSND, context, config.num_hidden_layers)
+    return RMSNorm(config, name="final_norm")(HyperHead(config, name="hc_head")(streams_BSND)), report

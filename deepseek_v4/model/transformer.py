@@ -1,0 +1,194 @@
+"""The whole network: embedding, residual streams, grouped layers, head, losses (report 2).
+
+Axis letters: B batch   S sequence   N streams   D hidden size   V vocabulary   L layers   E experts   k experts per token
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from deepseek_v4 import sharding
+from deepseek_v4.config import LayerSpec, ModelConfig
+from deepseek_v4.model import losses, weights
+from deepseek_v4.model.block import Block, LayerOutput
+from deepseek_v4.model.context import Context, make_context
+from deepseek_v4.model.groups import LayerGroups, group_layers
+from deepseek_v4.model.hyper_connections import HyperHead
+from deepseek_v4.model.mtp import MTP
+from deepseek_v4.model.norm import RMSNorm
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+@flax.struct.dataclass
+class ModelOutput:
+  """Result of `DeepseekV4`; what was not asked for is None.
+
+  Attributes:
+    logits: [B, S, V] float32 ([B, 1, V] for logits="last").
+    hidden: [B, S, D] after the final norm, what the head multiplies.
+    mtp_hidden: [B, S, D], the same of the multi-token-prediction block.
+    losses: {"next_token", "mtp", "balance", "indexer": (sum, count)} when targets were given.
+    routing: {"experts": int32 [L, B, S, k], "load": int32 [L, E] without padding, and "mtp_load": int32 [E]}.
+  """
+
+  logits: jax.Array | None
+  hidden: jax.Array
+  mtp_hidden: jax.Array | None
+  losses: dict[str, Pair] | None
+  routing: dict[str, jax.Array]
+
+
+class _Unit(nn.Module):
+  """The layers of one repetition; the blocks belong to the stack, so that their parameters lie under its keys."""
+
+  blocks: tuple[Block, ...]
+
+  def __call__(self, streams_BSND, layers, context):
+    reports = []
+    for j, block in enumerate(self.blocks):
+      streams_BSND, report = block(streams_BSND, context, layers[j])
+      reports.append(report)
+    return streams_BSND, tuple(reports)
+
+
+class Stack(nn.Module):
+  """All decoder layers: those of the repeated unit scanned, the others one by one, each recomputed if `remat` says so."""
+
+  config: ModelConfig
+  kernels: str
+
+  @nn.compact
+  def __call__(self, streams_BSND: jax.Array, context: Context) -> tuple[jax.Array, LayerOutput]:
+    """Returns the streams after the last layer and the reports of all layers, stacked over L."""
+    config, groups = self.config, group_layers(self.config)
+    reports: list[LayerOutput] = []
+    for layer in [*range(groups.prefix), -1, *range(groups.suffix_start, groups.num_layers)]:
+      if layer >= 0:
+        block = self._block(config.layer_specs[layer], groups.key_of(layer)[0], in_scan=False)
+        streams_BSND, report = block(streams_BSND, context, layer)
+        reports.append(report)
+      elif groups.repeats:
+        streams_BSND, scanned = self._scan(streams_BSND, context, groups)
+        reports += scanned
+    return streams_BSND, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+
+  def _block(self, spec: LayerSpec, name: str, in_scan: bool) -> Block:
+    # Inside a scan the loop's body already keeps XLA from merging the recomputation with the forward pass.
+    kind = nn.remat(Block, prevent_cse=not in_scan) if self.config.remat == "block" else Block
+    return kind(self.config, spec, self.kernels, name=name)
+
+  def _scan(self, streams_BSND, context: Context, groups: LayerGroups):
+    blocks = tuple(self._block(self.config.layer_specs[groups.prefix + j], f"unit_{j}", in_scan=True)
+                   for j in range(groups.unit))
+    scan = nn.scan(_Unit, variable_axes={"params": 0, "router": 0, "intermediates": 0}, split_rngs={"params": True},
+                   in_axes=(0, nn.broadcast), length=groups.repeats)
+    numbers = groups.prefix + jnp.arange(groups.repeats * groups.unit).reshape(groups.repeats, groups.unit)
+    streams_BSND, reports = scan(blocks, name="scan")(streams_BSND, numbers, context)
+    return streams_BSND, [jax.tree.map(lambda x, r=r: x[r], reports[j]) for r in range(groups.repeats)
+                          for j in range(groups.unit)]
+
+
+class DeepseekV4(nn.Module):
+  """DeepSeek-V4 as a pure function of its variables.
+
+      model = DeepseekV4(config)
+      variables = model.init(key, tokens)      # {"params": ..., "router": ...}
+      out = model.apply(variables, tokens)
+
+  Attributes:
+    config: the architecture.
+    kernels: implementation of the ops: auto, reference, blockwise, pallas, interpret.
+  """
+
+  config: ModelConfig
+  kernels: str = "auto"
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, *,
+               logits: str = "all", attention_mode: str = "sparse", targets: jax.Array | None = None,
+               mtp: bool | None = None) -> ModelOutput:
+    """Runs the network.
+
+    Args:
+      tokens: int32 [B, S].
+      positions: int32 [B, S], restarting with each document; default: counted from each change of segment_ids.
+      segment_ids: int32 [B, S], the document of each token, 0 = not a token; default: one document per row.
+      logits: "all" places, "last" place only, or "none".
+      attention_mode: "sparse", or "dense": CSA layers attend to every visible entry.
+      targets: int32 [B, S], next token of each place, -1 = not counted. Given: `losses` is filled and, unless logits are
+        asked for by name, none are made.
+      mtp: run the multi-token-prediction block; default: if targets are given.
+
+    Returns:
+      ModelOutput.
+
+    Raises:
+      ValueError: arguments that do not fit, before anything is computed.
+    """
+    config, kernels = self.config, pallas_kernels.resolve(self.kernels)
+    if logits not in ("all", "last", "none"):
+      raise ValueError(f"logits = {logits!r}: expected all, last or none")
+    if targets is not None and targets.shape != tokens.shape:
+      raise ValueError(f"targets have shape {targets.shape}: expected the tokens' shape {tokens.shape}")
+    has_mtp = config.num_nextn_predict_layers == 1
+    if mtp and not has_mtp:
+      raise ValueError("mtp = True: expected a model with num_nextn_predict_layers = 1")
+    run_mtp = has_mtp and (mtp or self.is_initializing() or (mtp is None and targets is not None))
+    context = make_context(config, tokens, positions, segment_ids, attention_mode, with_losses=targets is not None)
+
+    embedded_BSD = Embedding(config, name="embed")(tokens)
+    streams_BSND = jnp.broadcast_to(embedded_BSD[:, :, None], (*tokens.shape, config.hc_mult, config.hidden_size))
+    streams_BSND, reports = Stack(config, kernels, name="layers")(streams_BSND, context)
+    hidden_BSD = RMSNorm(config, name="final_norm")(HyperHead(config, name="hc_head")(streams_BSND))
+    self.sow("intermediates", "hidden", hidden_BSD)
+    head_DV = LMHead(config, name="lm_head")()
+    routing = {"experts": reports.experts, "load": reports.load}
+    mtp_BSD = None
+    if run_mtp:
+      mtp_BSD, mtp_report = MTP(config, kernels, name="mtp")(streams_BSND, embedded_BSD, context)
+      routing["mtp_load"] = mtp_report.load
+    found = None
+    if targets is not None:
+      loss = lambda h, t: losses.cross_entropy(h, head_DV, t, chunk_size=config.loss_chunk_size)
+      found = {"next_token": loss(hidden_BSD, targets),
+               "balance": (reports.balance.sum(), reports.balance_count.max()),
+               "indexer": (reports.indexer.sum(), reports.indexer_count.max())}
+      if run_mtp:
+        found["mtp"] = loss(mtp_BSD, losses.mtp_targets(targets, context.segment_ids))
+        found["balance"] = (found["balance"][0] + mtp_report.balance,
+                            jnp.maximum(found["balance"][1], mtp_report.balance_count))
+      logits = "none"
+    out = None
+    if logits != "none":
+      chosen = hidden_BSD[:, -1:] if logits == "last" else hidden_BSD
+      out = jnp.matmul(chosen, head_DV, preferred_element_type=weights.exact_dtype(config))
+      out = sharding.constrain(out, ("batch", "sequence", "vocab"))
+    return ModelOutput(out, hidden_BSD, mtp_BSD, found, routing)
+
+
+class Embedding(nn.Module):
+  """Token embedding [V, D]."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    table = weights.matrix(self, self.config, "embedding", (self.config.vocab_size, self.config.hidden_size))
+    return sharding.constrain(table[tokens], ("batch", "sequence", None))
+
+
+class LMHead(nn.Module):
+  """Output head [D, V], not tied to the embedding."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> Any:
+    return weights.matrix(self, self.config, "kernel", (self.config.hidden_size, self.config.vocab_size))

@@ -1,0 +1,31 @@
+"""How modules get their parameters: one initial distribution, the compute dtype, and the layout that a matmul wants."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_v4 import sharding
+from deepseek_v4.config import ModelConfig
+
+
+def matrix(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...]) -> jax.Array:
+  """A float32 parameter, normal with `config.initializer_range`, cast to `config.compute_dtype` and gathered for use."""
+  weight = module.param(name, nn.initializers.normal(config.initializer_range), shape, jnp.float32)
+  return sharding.gathered(weight.astype(config.compute_dtype), (*module.path, name))
+
+
+def exact(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...],
+          init: Callable | None = None) -> jax.Array:
+  """A parameter that is used in float32 (or wider): norms, sinks, biases, the router's gate, mHC coefficients."""
+  init = nn.initializers.normal(config.initializer_range) if init is None else init
+  weight = module.param(name, init, shape, jnp.float32)
+  return sharding.gathered(weight.astype(exact_dtype(config)), (*module.path, name))
+
+
+def exact_dtype(config: ModelConfig) -> jnp.dtype:
+  """At least float32: the precision of norms, scores, statistics and losses."""
+  return jnp.promote_types(config.compute_dtype, jnp.float32)

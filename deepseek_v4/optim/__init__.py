@@ -1,0 +1,23 @@
+"""Muon for matrices, AdamW for the rest, by one table."""
+
+from deepseek_v4.optim.assign import MatrixAxes, assign, decay_mask, matrix_axes
+from deepseek_v4.optim.build import build_optimizer
+from deepseek_v4.optim.muon import muon, orthogonalize, scale_by_adam, scale_by_muon, scale_by_shape
+from deepseek_v4.optim.newton_schulz import newton_schulz
+from deepseek_v4.optim.schedule import decay_start, make_schedule
+
+__all__ = [
+    "MatrixAxes",
+    "assign",
+    "build_optimizer",
+    "decay_mask",
+    "decay_start",
+    "make_schedule",
+    "matrix_axes",
+    "muon",
+    "newton_schulz",
+    "orthogonalize",
+    "scale_by_adam",
+    "scale_by_muon",
+    "scale_by_shape",
+]

@@ -1,0 +1,217 @@
+"""Matrices of many leaves as batches of equal shape, whole matrices on single devices, the batch spread over all.
+
+An operation that needs whole matrices (Newton-Schulz) is local this way, and what travels is what two exchanges cost,
+however long it runs. All of it is reshapes and sharding constraints. Leaves that are sharded alike travel together, as
+
+  x_PKM   P: one axis for every mesh axis that is placed already, whole, so that a device holds 1 of each
+          K: matrices of one device (of one P), from all layers and experts; padded with zero matrices
+          M: the matrix's axes, first those of its shorter side; some still sharded
+
+A mesh axis is placed by splitting its size off K: for one that shards a matrix axis, moving it there is one all-to-all; for
+one over which the leaf is replicated, a slice on the way there and an all-gather on the way back. When all are placed, what
+has the same shape is joined along K, which is local.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from deepseek_v4.optim.assign import MatrixAxes
+
+
+def mesh_sizes() -> dict[str, int]:
+  """Sizes of the ambient mesh's axes (`jax.set_mesh`) that have more than one device; empty without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return {}
+  return {name: size for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+          if size > 1 and kind == AxisType.Auto}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How a leaf becomes x_PKM. Equal `stack` = leaves that travel together.
+
+  Attributes:
+    shape: Of the leaf, its sharded batch axes split into mesh axes and the rest.
+    order: Permutation of those axes to P, K (not yet merged), M.
+    count: K, matrices on one device.
+    stack: (mesh axes of P, sizes of the shorter side, sizes of the longer, mesh axes on each axis of M or None = unknown).
+  """
+
+  shape: tuple[int, ...]
+  order: tuple[int, ...]
+  count: int
+  stack: tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...], tuple[tuple[str, ...], ...] | None]
+
+
+def _names_of(spec: PartitionSpec | None, ndim: int, sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
+  """Mesh axes, of those in `sizes`, that shard each axis of a leaf."""
+  entries = [] if spec is None else list(spec)
+  entries += [None] * (ndim - len(entries))
+  named = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
+  return [tuple(name for name in names if name in sizes) for names in named]
+
+
+def layout_of(shape: Sequence[int], axes: MatrixAxes, spec: PartitionSpec | None, sizes: Mapping[str, int]) -> Layout:
+  """Plans one leaf; `spec` None = the sharding is not known.
+
+  Raises:
+    ValueError: a sharded axis is not a multiple of its mesh axes.
+  """
+  names = _names_of(spec, len(shape), sizes)
+  short, long = axes
+  if math.prod(shape[i] for i in short) > math.prod(shape[i] for i in long):
+    short, long = long, short
+  placed, split, first, rest, matrix = [], [], [], [], {}
+  for axis, size in enumerate(shape):
+    parts = [sizes[name] for name in names[axis]]
+    if size % math.prod(parts):
+      raise ValueError(f"axis {axis} of {list(shape)}, sharded {spec}: expected a multiple of {math.prod(parts)}")
+    if axis in short or axis in long:
+      matrix[axis] = len(split)
+      split.append(size)
+      continue
+    first += range(len(split), len(split) + len(parts))
+    rest.append(len(split) + len(parts))
+    split += [*parts, size // math.prod(parts)]
+    placed += names[axis]
+  sharded = None if spec is None or not sizes else tuple(names[axis] for axis in short + long)
+  sides = (tuple(shape[axis] for axis in short), tuple(shape[axis] for axis in long))
+  return Layout(tuple(split), (*first, *rest, *(matrix[axis] for axis in short + long)),
+                math.prod(split[i] for i in rest), (tuple(placed), *sides, sharded))
+
+
+def _to_stack(x: jax.Array, layout: Layout, sizes: Mapping[str, int]) -> jax.Array:
+  """A leaf as x_PKM."""
+  placed, short, long, _ = layout.stack
+  x = x.reshape(layout.shape).transpose(layout.order)
+  return x.reshape(*(sizes[name] for name in placed), layout.count, *short, *long)
+
+
+def _from_stack(x_PKM: jax.Array, layout: Layout, shape: Sequence[int]) -> jax.Array:
+  """The inverse of `_to_stack`."""
+  inverse = sorted(range(len(layout.order)), key=layout.order.__getitem__)
+  return x_PKM.reshape([layout.shape[i] for i in layout.order]).transpose(inverse).reshape(shape)
+
+
+def _constrain(x_PKM: jax.Array, placed: Sequence[str], free: int, sharded: Sequence[tuple[str, ...]] | None) -> jax.Array:
+  """Pins x_PKM: one mesh axis on each of P, `free` unsharded axes, mesh axes on those of M; does nothing where unknown."""
+  if sharded is None:
+    return x_PKM
+  spec = PartitionSpec(*placed, *[None] * free, *(names or None for names in sharded))
+  return jax.lax.with_sharding_constraint(x_PKM, spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+  """One exchange: mesh axes that join P, what was placed before, mesh axes on M before and after."""
+
+  names: tuple[str, ...]
+  placed: tuple[str, ...]
+  before: tuple[tuple[str, ...], ...] | None
+  after: tuple[tuple[str, ...], ...] | None
+
+
+def moves_of(stack: tuple, sizes: Mapping[str, int]) -> list[Move]:
+  """The exchanges that place all mesh axes: one for each that shards the matrix, one for all over which it is replicated."""
+  placed, short, long, sharded = stack
+  moves = []
+  for axis in range(len(short) + len(long)) if sharded else ():
+    for name in reversed(sharded[axis]):  # the innermost first: what stays is contiguous
+      after = tuple(names[:-1] if i == axis else names for i, names in enumerate(sharded))
+      moves.append(Move((name,), placed, sharded, after))
+      placed, sharded = placed + (name,), after
+  left = tuple(name for name in sizes if name not in placed)
+  return moves + [Move(left, placed, sharded, sharded)] if left else moves
+
+
+def _spread(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int]) -> jax.Array:
+  """x_PKM with a padded K -> [*mesh, K, R, C], P in the mesh's order, every matrix whole on one device."""
+  placed, short, long, sharded = stack
+  x_PKM = _constrain(x_PKM, placed, 1, sharded)
+  for move in moves_of(stack, sizes):
+    parts = [sizes[name] for name in move.names]
+    lead, (count, *matrix) = x_PKM.shape[:len(move.placed)], x_PKM.shape[len(move.placed):]
+    x_PKM = x_PKM.reshape(*lead, *parts, count // math.prod(parts), *matrix)
+    placed = move.placed + move.names
+    x_PKM = _constrain(x_PKM, move.placed, len(parts) + 1, move.before)
+    # Where shardings are unknown, this last one is still known: nothing may split a matrix.
+    x_PKM = _constrain(x_PKM, placed, 1, move.after if sharded is not None else [()] * len(matrix))
+  x_PKM = x_PKM.transpose(*(placed.index(name) for name in sizes), *range(len(sizes), x_PKM.ndim))
+  return x_PKM.reshape(*x_PKM.shape[:len(sizes) + 1], math.prod(short), math.prod(long))
+
+
+def _gather(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int]) -> jax.Array:
+  """The inverse of `_spread`."""
+  placed, short, long, _ = stack
+  moves = moves_of(stack, sizes)
+  order = placed + tuple(name for move in moves for name in move.names)
+  names = list(sizes)
+  x_PKM = x_PKM.reshape(*x_PKM.shape[:len(sizes) + 1], *short, *long)
+  x_PKM = x_PKM.transpose(*(names.index(name) for name in order), *range(len(sizes), x_PKM.ndim))
+  for move in reversed(moves):
+    x_PKM = _constrain(x_PKM, move.placed + move.names, 1, move.after)
+    x_PKM = _constrain(x_PKM, move.placed, len(move.names) + 1, move.before)
+    at = len(move.placed)
+    count = math.prod(x_PKM.shape[at:at + len(move.names) + 1])
+    x_PKM = x_PKM.reshape(*x_PKM.shape[:at], count, *x_PKM.shape[at + len(move.names) + 1:])
+  return x_PKM
+
+
+def _join(arrays: Sequence[jax.Array], axis: int, multiple: int = 1) -> jax.Array:
+  """Concatenates along `axis` and pads it with zeros to a multiple."""
+  missing = -sum(x.shape[axis] for x in arrays) % multiple
+  x = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
+  return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
+
+
+def _cut(x: jax.Array, counts: Sequence[int], axis: int) -> list[jax.Array]:
+  """The inverse of `_join`: pieces of these sizes; padding is dropped."""
+  stops = [sum(counts[:i + 1]) for i in range(len(counts))]
+  return [jax.lax.slice_in_dim(x, stop - count, stop, axis=axis) for stop, count in zip(stops, counts)]
+
+
+def map_matrices(function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], axes: Sequence[MatrixAxes],
+                 specs: Sequence[PartitionSpec | None] | None = None) -> list[jax.Array]:
+  """Applies `function` to all matrices of all leaves, in one batch for every matrix shape.
+
+  Args:
+    function: [..., R, C] -> the same shape, R <= C, each matrix by itself; zero matrices (padding) are harmless.
+    leaves: Arrays of one dtype.
+    axes: The matrix axes of each leaf; a matrix is handed over transposed where it has more rows than columns.
+    specs: How each leaf is sharded on the ambient mesh; None = unknown: the partitioner finds the ways.
+
+  Returns:
+    Arrays like leaves.
+  """
+  sizes = mesh_sizes()
+  specs = [None] * len(leaves) if specs is None else specs
+  layouts = [layout_of(x.shape, *rest, sizes) for x, *rest in zip(leaves, axes, specs)]
+  members: dict[Any, list[int]] = {}
+  for i, layout in enumerate(layouts):
+    members.setdefault(layout.stack, []).append(i)
+  spread = {}
+  for stack, indices in members.items():
+    left = math.prod(size for name, size in sizes.items() if name not in stack[0])
+    x_PKM = _join([_to_stack(leaves[i], layouts[i], sizes) for i in indices], len(stack[0]), left)
+    spread[stack] = _spread(x_PKM, stack, sizes)
+  by_shape: dict[Any, list[Any]] = {}
+  for stack, x in spread.items():
+    by_shape.setdefault(x.shape[-2:], []).append(stack)
+  results: list[Any] = [None] * len(leaves)
+  for stacks in by_shape.values():
+    batch = function(_join([spread[stack] for stack in stacks], len(sizes)))
+    batch = _constrain(batch, tuple(sizes), 1, [(), ()] if sizes else None)
+    for stack, x in zip(stacks, _cut(batch, [spread[stack].shape[len(sizes)] for stack in stacks], len(sizes))):
+      indices = members[stack]
+      pieces = _cut(_gather(x, stack, sizes), [layouts[i].count for i in indices], len(stack[0]))
+      for i, piece in zip(indices, pieces):
+        results[i] = _from_stack(piece, layouts[i], leaves[i].shape)
+  return results

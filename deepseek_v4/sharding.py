@@ -1,0 +1,195 @@
+"""From meaning to mesh: the one table logical axis -> mesh axis, the mesh itself, and the one shard_map wrapper for ops.
+
+Mesh axes: data (copies), fsdp (weights split, gathered where they are used), expert (experts split), context (sequence,
+refused until context parallelism exists), tensor (heads, expert width, vocabulary). A batch is split over data, fsdp and
+expert together: `tokens[B_(data,fsdp,expert), S_context]`. The ambient mesh is the one of `jax.set_mesh`; without one
+everything here is the identity, so that modules need not ask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from deepseek_v4.config import MeshConfig, ModelConfig, RunConfig
+
+MESH_AXES = MeshConfig.axis_names
+BATCH_AXES = ("data", "fsdp", "expert")
+
+# THE table. A name that is not here is an error; None = never split.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES, "sequence": "context", "shards": (*BATCH_AXES, "context"), "heads": "tensor", "index_heads": "tensor", "groups": "tensor",
+    "vocab": "tensor", "mlp": "tensor", "expert": "expert", "embed": "fsdp", "lora": "fsdp",
+}
+
+# Logical axes of each parameter by its name inside a layer (or at the top); a scanned layer's leading axis is never split.
+PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
+    "embed/embedding": ("vocab", "embed"), "lm_head/kernel": ("embed", "vocab"),
+    "hc_head/fn": ("embed", None), "hc_head/base": (None,), "hc_head/scale": (None,),
+    "final_norm/scale": (None,), "embed_norm/scale": (None,), "hidden_norm/scale": (None,),
+    "embed_proj": ("embed", None), "hidden_proj": ("embed", None),
+    **{f"{hc}/{leaf}": axes for hc in ("attn_hc", "ffn_hc") for leaf, axes in (
+        ("fn_pre", ("embed", None)), ("fn_post", ("embed", None)), ("fn_res", ("embed", None)), ("base", (None,)),
+        ("scale", (None,)))},
+    "attn_norm/scale": (None,), "ffn_norm/scale": (None,),
+    "attention/q_a": ("embed", None), "attention/q_a_norm/scale": (None,), "attention/q_b": ("lora", "heads", None),
+    "attention/kv": ("embed", None), "attention/kv_norm/scale": (None,), "attention/sink": ("heads",),
+    "attention/o_a": ("groups", None, "lora"), "attention/o_b": ("groups", "embed"),
+    **{f"attention/{part}/{leaf}": axes for part in ("compressor", "indexer/compressor") for leaf, axes in (
+        ("kv", (None, "embed", None)), ("gate", (None, "embed", None)), ("position_bias", (None, None, None)),
+        ("norm/scale", (None,)))},
+    "attention/indexer/q_b": ("lora", "index_heads", None), "attention/indexer/head_weights": ("embed", "index_heads"),
+    "moe/router/gate": ("embed", None), "moe/router/bias": (None,), "moe/router/hash_table": (None, None),
+    "moe/experts/gate": ("expert", "embed", "mlp"), "moe/experts/up": ("expert", "embed", "mlp"),
+    "moe/experts/down": ("expert", "mlp", "embed"),
+    "moe/shared/gate": ("embed", "mlp"), "moe/shared/up": ("embed", "mlp"), "moe/shared/down": ("mlp", "embed"),
+}
+
+
+def leaf_name(path: Sequence[str]) -> str:
+  """A parameter's name in tables: its path without `layers/<key>`, `mtp` and `mtp/block`."""
+  path = [p for p in path if p not in ("params", "router")] if path and path[0] in ("params", "router") else list(path)
+  if path[0] == "layers":
+    path = path[2:]
+  elif path[0] == "mtp":
+    path = path[2:] if path[1] == "block" else path[1:]
+  return "/".join(path)
+
+
+def parameter_axes(path: Sequence[str], ndim: int) -> tuple[str | None, ...]:
+  """Logical axes of the leaf at `path` with `ndim` axes.
+
+  Raises:
+    ValueError: a leaf that the table does not know, or with a number of axes that does not fit.
+  """
+  name = leaf_name(path)
+  if name not in PARAMETER_AXES:
+    raise ValueError(f"parameter {'/'.join(path)}: not in the table of logical axes")
+  axes = PARAMETER_AXES[name]
+  if ndim - len(axes) not in (0, 1):
+    raise ValueError(f"parameter {'/'.join(path)}: {ndim} axes, expected {len(axes)}, or one more for scanned layers")
+  return (None,) * (ndim - len(axes)) + axes
+
+
+def spec(axes: Sequence[str | None]) -> PartitionSpec:
+  """Logical axis names -> PartitionSpec.
+
+  Raises:
+    ValueError: an unknown name, or two axes that want the same mesh axis.
+  """
+  mapped, used = [], []
+  for name in axes:
+    if name is not None and name not in RULES:
+      raise ValueError(f"logical axis {name!r}: expected one of {', '.join(RULES)}")
+    target = None if name is None else RULES[name]
+    mapped.append(target)
+    used += [target] if isinstance(target, str) else list(target or ())
+  if len(used) != len(set(used)):
+    raise ValueError(f"logical axes {tuple(axes)}: two of them lie on one mesh axis {used}")
+  return PartitionSpec(*mapped)
+
+
+# ---- meshes -----------------------------------------------------------------------------------------------------------
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of a run over all devices; every axis exists, most have size 1.
+
+  Raises:
+    ValueError: sizes that do not multiply to the number of devices, or a context axis above 1.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = {name: getattr(config, name) for name in MESH_AXES}
+  if sizes["context"] != 1:
+    raise ValueError(f"mesh.context = {sizes['context']}: expected 1; context parallelism does not exist yet")
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if -1 in sizes.values():
+    if len(devices) % fixed:
+      raise ValueError(f"mesh = {sizes}: {len(devices)} devices are not a multiple of {fixed}")
+    sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
+  if math.prod(sizes.values()) != len(devices):
+    raise ValueError(f"mesh = {sizes}: the product must be the number of devices, {len(devices)}")
+  return Mesh(np.array(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def check_divides(config: RunConfig, mesh: Mesh) -> None:
+  """Refuses a run whose sizes its mesh does not divide.
+
+  Raises:
+    ValueError: names the field, its value and the mesh axis.
+  """
+  check_model_divides(config.model, mesh)
+  rows, shards = config.data.batch_size // config.data.accumulation, math.prod(mesh.shape[a] for a in BATCH_AXES)
+  if rows % shards:
+    raise ValueError(f"data.batch_size / data.accumulation = {rows}: expected a multiple of data x fsdp x expert = {shards}")
+
+
+def check_model_divides(model: ModelConfig, mesh: Mesh) -> None:
+  """The part of `check_divides` that concerns the model alone."""
+  wanted = {"tensor": ("num_attention_heads", "o_groups", "index_n_heads", "vocab_size", "moe_intermediate_size"),
+            "fsdp": ("hidden_size", "q_lora_rank", "o_lora_rank"), "expert": ("n_routed_experts",)}
+  for axis, fields in wanted.items():
+    for field in fields:
+      if getattr(model, field) % mesh.shape[axis]:
+        raise ValueError(f"model.{field} = {getattr(model, field)}: expected a multiple of mesh.{axis} = {mesh.shape[axis]}")
+
+
+def path_names(path: Sequence[Any]) -> tuple[str, ...]:
+  """The names along a key path of jax.tree_util: dictionary keys, attributes, indices."""
+  return tuple(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+  """NamedSharding of every leaf of a `params` or `router` tree (arrays or shapes)."""
+  def one(path, leaf):
+    return NamedSharding(mesh, spec(parameter_axes(path_names(path), len(leaf.shape))))
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Sharding of the arrays [A, B, S] of a batch: rows over data, fsdp and expert, the sequence over context."""
+  return NamedSharding(mesh, spec((None, "batch", "sequence")))
+
+
+# ---- inside a traced function -----------------------------------------------------------------------------------------
+def _ambient():
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty else mesh
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+  """`x` with its layout pinned to logical axes; the identity without an ambient mesh."""
+  return x if _ambient() is None else jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def gathered(weight: jax.Array, path: Sequence[str]) -> jax.Array:
+  """A parameter as its matmul wants it: whole along fsdp, still split over tensor and expert."""
+  if _ambient() is None:
+    return weight
+  axes = parameter_axes(path, weight.ndim)
+  return constrain(weight, [None if RULES.get(a) == "fsdp" else a for a in axes])
+
+
+def axis_name(logical: str) -> str | None:
+  """Mesh axis to sum over inside `per_shard` for a logical axis that is split there; None where it is whole."""
+  mesh, axis = _ambient(), RULES[logical]
+  return axis if mesh is not None and mesh.shape[axis] > 1 else None
+
+
+def per_shard(fn: Callable, in_axes: Sequence[Any], out_axes: Any) -> Callable:
+  """The one shard_map wrapper for ops: `fn` sees each device's part of its arguments.
+
+  Args:
+    fn: function of arrays or pytrees of arrays.
+    in_axes: for each argument the logical axes of its leading axes (one tuple for all leaves of a pytree).
+    out_axes: the same for the result (a tuple of tuples for several results).
+
+  Gradients of arguments that are whole along a mesh axis are summed over it.
+  """
+  if _ambient() is None:
+    return fn
+  is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+  to_spec = lambda tree: jax.tree.map(spec, tree, is_leaf=is_axes)
+  return jax.shard_map(fn, in_specs=tuple(to_spec(a) for a in in_axes), out_specs=to_spec(out_axes), check_vma=False)

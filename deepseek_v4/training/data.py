@@ -1,0 +1,286 @@
+"""Batches of packed rows for training and evaluation, on Grain.
+
+    documents (sources.py) -> ids, fill-in-the-middle, document end -> packed rows (packing.py) -> order -> batches
+
+Rows are packed once. An epoch of the training split is a permutation of its rows (Grain's index shuffle: another one each
+epoch, no list of it in memory), and batch n is made of rows n * batch_size ... of the endless sequence of epochs. So any
+batch can be made alone: the position in the data is one number, which means the same whatever the number of processes or the
+batch size, and each process reads only the rows it needs.
+
+Axes: A accumulation passes, B rows of a pass (of this process), S tokens of a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import zlib
+from typing import Any, Iterator
+
+import grain
+import numpy as np
+
+from deepseek_v4.config import DataConfig
+from deepseek_v4.text import tokenize
+from deepseek_v4.training import packing, sources
+
+Batch = dict[str, np.ndarray]
+
+
+# ---- documents as ids ---------------------------------------------------------------------------------------------------
+class _Finish:
+  """What turns the ids of a text into a document of the corpus: maybe a rearrangement, and the document end."""
+
+  def __init__(self, config: DataConfig, split: str, tokenizer):
+    # Held-out documents stay as they are: their loss is compared between runs.
+    self._rate = config.fim_rate if split == "train" else 0.0
+    self._seed = config.seed
+    self._fim = tokenizer.fim
+    self._end = tokenizer.document_end
+
+  def __call__(self, ids: np.ndarray, name: str) -> np.ndarray:
+    """[n] -> [n + extra(name)], same dtype."""
+    if self._rearranged(name):
+      ids = packing.fill_in_the_middle(ids, self._fim, name, self._seed)
+    return np.append(ids, np.asarray(self._end, ids.dtype))
+
+  def extra(self, name: str) -> int:
+    """How many ids are added."""
+    return 4 if self._rearranged(name) else 1
+
+  def _rearranged(self, name: str) -> bool:
+    return self._rate > 0 and packing.fim_chosen(name, self._rate, self._seed)
+
+
+class _TextDocuments:
+  """Documents of text, encoded once and held as one array of ids."""
+
+  threads = 0  # everything is in memory: reading takes microseconds
+
+  def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer):
+    found = sources.read_texts(config, split)
+    finish = _Finish(config, split, tokenizer)
+    encoded = tokenizer.encode_documents(found.texts)
+    self.text_bytes = sum(map(len, found.texts))
+    extra = np.array([finish.extra(name) for name in found.names], np.int64)
+    self.lengths = np.array([len(ids) for ids in encoded], np.int64) + extra
+    self._first = np.cumsum(self.lengths) - self.lengths
+    self._ids = np.empty(self.lengths.sum(), np.uint16 if vocab_size <= 1 << 16 else np.int32)
+    for ids, name, first, length in zip(encoded, found.names, self._first, self.lengths, strict=True):
+      self._ids[first:first + length] = finish(ids.astype(self._ids.dtype, copy=False), name)
+    self.checksum = zlib.crc32(self._ids.data)
+
+  def read(self, document: int, start: int, length: int) -> np.ndarray:
+    at = self._first[document] + start
+    return self._ids[at:at + length]
+
+
+class _RecordDocuments:
+  """Documents of ids in ArrayRecord files, read when a row needs them.
+
+  A record is read as a whole for each of its pieces, so records should not be much longer than a row.
+  """
+
+  threads = 4  # reads wait for a disk or for the network
+  text_bytes = None
+
+  def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer):
+    self._files = sources.open_records(config, vocab_size)
+    self._finish = _Finish(config, split, tokenizer)
+    files, records, lengths = [], [], []
+    for f, file in enumerate(self._files):
+      chosen = [r for r in np.flatnonzero(file.lengths).tolist()
+                if sources.in_split(self._name(f, r), split, config.held_out_percent)]
+      files.append(np.full(len(chosen), f, np.int64))
+      records.append(np.array(chosen, np.int64))
+      lengths.append(file.lengths[records[-1]] + np.array([self._finish.extra(self._name(f, r)) for r in chosen], np.int64))
+    self._file, self._record, self.lengths = (np.concatenate(parts) for parts in (files, records, lengths))
+    self.checksum = zlib.crc32("\n".join(file.name for file in self._files).encode("utf-8", "surrogateescape"))
+
+  def _name(self, file: int, record: int) -> str:
+    return f"{self._files[file].name}#{record}"
+
+  def read(self, document: int, start: int, length: int) -> np.ndarray:
+    file, record = int(self._file[document]), int(self._record[document])
+    return self._finish(self._files[file].read(record), self._name(file, record))[start:start + length]
+
+
+# ---- batches ------------------------------------------------------------------------------------------------------------
+class _Rows:
+  """The packed rows as a Grain random-access source."""
+
+  def __init__(self, rows: packing.Packing, documents):
+    self._rows, self._documents = rows, documents
+
+  def __len__(self) -> int:
+    return self._rows.rows
+
+  def __getitem__(self, row: int) -> Batch:
+    return packing.build_row(self._rows, row, self._documents.read)
+
+
+class Batches:
+  """What `make_dataset` returns: `iter()` of it gives a `BatchIterator` at the start of the data.
+
+  Attributes:
+    tokenizer: how the text was encoded.
+    documents, tokens, targets: number of them in one epoch (`tokens` counts document ends and FIM sentinels).
+    text_bytes: bytes of text behind them; None for files of ids.
+    rows, fill: rows of one epoch, and the share of their places that hold a token.
+    batch_size: rows of a batch over all processes and accumulation passes; rows / batch_size batches are an epoch.
+  """
+
+  def __init__(self, config: DataConfig, split: str, documents, tokenizer, process_index: int, process_count: int):
+    self._config, self._split, self._source = config, split, documents
+    self._packing = packing.pack(documents.lengths, config.sequence_length)
+    self.tokenizer = tokenizer
+    self.batch_size = config.batch_size
+    self.documents = len(documents.lengths)
+    self.text_bytes = documents.text_bytes
+    self.rows, self.fill = self._packing.rows, self._packing.fill
+    self.tokens, self.targets = self._packing.tokens, self._packing.targets
+    share = config.batch_size // config.accumulation // process_count
+    # Places of this process's rows in the batch: its columns of the [A, B of all processes] grid.
+    grid = np.arange(config.batch_size).reshape(config.accumulation, process_count, share)
+    self._places_AB = grid[:, process_index]
+    digest = hashlib.sha256(documents.lengths.astype("<i8").tobytes() + documents.checksum.to_bytes(4, "little"))
+    self._identity = {"split": split, "sequence_length": config.sequence_length, "seed": config.seed,
+                      "fim_rate": config.fim_rate, "documents": digest.hexdigest()[:16]}
+
+  def __iter__(self) -> "BatchIterator":
+    return BatchIterator(self)
+
+  @property
+  def tokens_per_byte(self) -> float | None:
+    """Turns a mean loss per token into one per byte of text (1 + one document end per document, for bytes)."""
+    return self.tokens / self.text_bytes if self.text_bytes else None
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What a position refers to: with another value of any of these, the same number would be another place."""
+    return dict(self._identity)
+
+  def pipeline(self, first_row: int) -> grain.IterDataset[Batch]:
+    """The batches from a row of the endless (held-out: finite) sequence of rows on, as a Grain dataset."""
+    rows = grain.MapDataset.source(_Rows(self._packing, self._source))
+    if self._split == "train":
+      rows = rows.shuffle(seed=_seed("rows", self._config.seed)).repeat()
+      stop = sys.maxsize
+    else:
+      # One fixed order for all runs; shuffled, because an evaluation may stop early and rows of a long file lie together.
+      rows = rows.shuffle(seed=_seed("held_out", 0))
+      stop = self.rows
+
+    def make_batch(first: int) -> Batch:
+      rows_AB = [[rows[int(r)] if r < stop else self._empty_row() for r in line] for line in first + self._places_AB]
+      return {name: np.stack([np.stack([row[name] for row in line]) for line in rows_AB]) for name in rows_AB[0][0]}
+
+    threads = self._source.threads
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return grain.MapDataset.range(first_row, stop, self.batch_size).map(make_batch).to_iter_dataset(options)
+
+  def _empty_row(self) -> Batch:
+    return packing.build_row(self._packing, None, self._source.read)
+
+
+class BatchIterator:
+  """Batches {"tokens", "segment_ids", "positions", "loss_mask"}, each int32 [A, B, S], with a position that can be saved."""
+
+  def __init__(self, batches: Batches):
+    self._batches = batches
+    self._row = 0
+    self._iterator = iter(batches.pipeline(0))
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    batch = next(self._iterator)
+    self._row += self._batches.batch_size
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    """The position after the last batch, for JSON (about 130 bytes).
+
+    It is the same in every process, and stays valid for another batch size and another number of processes.
+    """
+    return {"row": self._row, **self._batches.identity}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a position of `get_state`: the next batch is the one that would have followed there.
+
+    Raises:
+      ValueError: the state is none, or comes from other documents, tokenizer, split, sequence length, seed or fim_rate.
+    """
+    identity = self._batches.identity
+    row = state.get("row") if isinstance(state, dict) else None
+    if type(row) is not int or row < 0:
+      raise ValueError(f"data position = {state!r}: expected a dictionary with 'row' and {', '.join(identity)}")
+    for name, value in identity.items():
+      if state.get(name) != value:
+        hint = " (the text files, their tokenizer or data.held_out_percent have changed)" if name == "documents" else ""
+        raise ValueError(f"data position: {name} = {state.get(name)!r}; expected {value!r}, that of this run's data{hint}")
+    self._iterator.close()
+    self._row = row
+    self._iterator = iter(self._batches.pipeline(row))
+
+  def close(self) -> None:
+    """Stops reading ahead."""
+    self._iterator.close()
+
+
+def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", process_index: int = 0,
+                 process_count: int = 1) -> Batches:
+  """The packed batches of one split.
+
+  Training goes on without end, in another order each epoch; "held_out" is one pass in a fixed order, whose last batch is
+  filled up with empty rows. Every token of every document is in exactly one row of an epoch.
+
+  Args:
+    config: source, packing, seed.
+    vocab_size: the model's; every id is below it.
+    split: "train" or "held_out".
+    process_index, process_count: this process gets columns of the batch; put side by side along axis 1 in the order of the
+      processes, they are the batch of a single process.
+
+  Raises:
+    ValueError: wrong settings, unreadable or empty data, ids outside the vocabulary, less data than a batch.
+  """
+  if split not in sources.SPLITS:
+    raise ValueError(f"split = {split!r}: expected one of {', '.join(map(repr, sources.SPLITS))}")
+  if not 0 <= process_index < process_count:
+    raise ValueError(f"process_index = {process_index}: expected 0 to process_count - 1 = {process_count - 1}")
+  columns = config.batch_size // config.accumulation
+  if columns % process_count:
+    raise ValueError(f"data.batch_size / data.accumulation = {columns}: expected a multiple of {process_count} processes")
+  tokenizer = tokenize.load_tokenizer(config.tokenizer, vocab_size)
+  if config.fim_rate and tokenizer.fim is None:
+    raise ValueError(f"data.fim_rate = {config.fim_rate}: expected 0, since the vocabulary has no fill-in-the-middle tokens "
+                     f"(bytes: model.vocab_size of {tokenize.BYTE_FIM[-1] + 1} or more)")
+  kind = _RecordDocuments if config.source == "array_record" else _TextDocuments
+  batches = Batches(config, split, kind(config, split, vocab_size, tokenizer), tokenizer, process_index, process_count)
+  _check_enough(config, split, batches)
+  return batches
+
+
+def held_out_documents(config: DataConfig) -> list[bytes]:
+  """The held-out texts as bytes, for baselines; a ValueError for files of ids, which hold no text."""
+  return sources.read_texts(config, "held_out").texts
+
+
+def _check_enough(config: DataConfig, split: str, batches: Batches) -> None:
+  where = sources.describe(config)
+  if not batches.targets and split == "held_out":
+    raise ValueError(f"data.held_out_percent = {config.held_out_percent}: expected a percentage that holds out at least one "
+                     f"document of {where}; a hash of each file's or record's name decides: take a higher one or more files")
+  if not batches.targets:
+    raise ValueError(f"{where}: expected training text, found no document that is not empty, is UTF-8 and is not among the "
+                     f"data.held_out_percent = {config.held_out_percent} held out")
+  if split == "train" and batches.rows < config.batch_size:
+    raise ValueError(f"data.batch_size = {config.batch_size}: expected at most {batches.rows}, the rows that the "
+                     f"{batches.tokens} tokens of {where} fill with data.sequence_length = {config.sequence_length}")
+
+
+def _seed(purpose: str, seed: int) -> int:
+  """A 32-bit seed; neighbouring ones have nothing in common, as Grain takes seed + 1 for the next epoch."""
+  return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:4], "little")

@@ -1,0 +1,38 @@
+"""Trains the run of a config file; goes on by itself if the workdir holds a run.
+
+python -m launch.train --config configs/tiny.py --workdir runs/tiny [--set training.steps=100]...
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, flags
+
+from launch import emulate_devices, use_huge_pages
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("config", None, "Python file with get_config().", required=True)
+  flags.DEFINE_string("workdir", None, "Folder of the run: new, empty, or with a run to go on with.", required=True)
+  flags.DEFINE_multi_string("set", [], "KEY=VALUE replaces a setting, for example training.steps=100; repeatable.")
+
+
+def main(argv: list[str]) -> None:
+  if argv[1:]:
+    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  from deepseek_v4 import config
+  try:
+    run_config = config.load(flags.FLAGS["config"].value, flags.FLAGS["set"].value)
+  except (ValueError, FileNotFoundError) as error:  # a mistake in a setting needs no traceback
+    sys.exit(f"error: {error}")
+  emulate_devices(run_config.mesh.emulated_devices)
+  from deepseek_v4.sharding import make_mesh
+  from deepseek_v4.training import loop
+  loop.train(run_config, flags.FLAGS["workdir"].value, make_mesh(run_config.mesh))
+
+
+if __name__ == "__main__":
+  use_huge_pages()
+  define_flags()
+  app.run(main)

@@ -1,0 +1,42 @@
+"""Experts' matmuls on tokens sorted by expert (report 2.1): gate, up, clamp, SiLU, down."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels import pick
+from pallas_kernels.grouped_matmul import blockwise, reference
+
+
+def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array, *, tile: int,
+               limit: float, implementation: str = "auto") -> jax.Array:
+  """Each row through its expert: (silu(min(x gate, limit)) * clip(x up, -limit, limit)) down.
+
+  Rows lie expert after expert. Each expert's rows start at a multiple of `tile`, so that a tile of rows has one expert:
+  expert e owns rows [start_e, start_e + group_sizes_e) with start_e = tile * sum_{f < e} ceil(group_sizes_f / tile). All
+  other rows must be zero; their results are zero.
+
+  Args:
+    x: [M, D], M a multiple of tile and at least the rows in use.
+    gate, up: [E, D, F]; down: [E, F, D]; group_sizes: int32 [E].
+    tile: rows per tile, static.
+    limit: of the clamp, from above for the gate, both ways for up.
+
+  Returns:
+    [M, D] in x's dtype, differentiable in x and the three weights.
+  """
+  run = pick("grouped_matmul", implementation, {"reference": reference.expert_mlp, "blockwise": blockwise.expert_mlp})
+  return run(x, gate, up, down, group_sizes, tile=tile, limit=limit)
+
+
+def row_tile(rows: int, num_experts: int) -> int:
+  """Rows per tile so that padding costs about an eighth of the work with evenly loaded experts: 8 to 256."""
+  tile = 8
+  while tile < 256 and tile * 2 * num_experts * 4 <= rows:
+    tile *= 2
+  return tile
+
+
+def padded_rows(rows: int, num_experts: int, tile: int) -> int:
+  """Rows that hold `rows` tokens however they fall on the experts: every expert may leave one tile partly empty."""
+  return -(-rows // tile) * tile + num_experts * tile

@@ -1,0 +1,80 @@
+"""Experts one after another, each over its own tiles: work proportional to the routed rows, a written gradient.
+
+A loop over experts loads that expert's weights once; inside it a loop over its tiles has a length known only at run time.
+(`jax.lax.ragged_dot` on a CPU multiplies every row by every expert.)
+
+Axis letters: X tiles   C rows of a tile   D hidden size   F expert width   E experts
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit):
+  """See `pallas_kernels.grouped_matmul.expert_mlp`."""
+  last_E = jnp.cumsum(-(-group_sizes_E // tile))
+  first_E = last_E - -(-group_sizes_E // tile)
+  tiles = x_MD.reshape(-1, tile, x_MD.shape[1])
+  return _tiles(tiles, gate_EDF, up_EDF, down_EFD, first_E, last_E, limit).reshape(x_MD.shape)
+
+
+def _dot(a, b):
+  return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _tiles(x_XCD, gate_EDF, up_EDF, down_EFD, first_E, last_E, limit):
+  dtype = x_XCD.dtype
+
+  def expert(out, item):
+    gate, up, down, first, last = item
+
+    def tile(i, out):
+      g, u = _dot(x_XCD[i], gate), _dot(x_XCD[i], up)
+      h = (jax.nn.silu(jnp.minimum(g, limit)) * jnp.clip(u, -limit, limit)).astype(dtype)
+      return out.at[i].set(_dot(h, down).astype(dtype))
+
+    return jax.lax.fori_loop(first, last, tile, out), None
+
+  return jax.lax.scan(expert, jnp.zeros_like(x_XCD), (gate_EDF, up_EDF, down_EFD, first_E, last_E))[0]
+
+
+def _forward(x, gate, up, down, first, last, limit):
+  return _tiles(x, gate, up, down, first, last, limit), (x, gate, up, down, first, last)
+
+
+def _backward(limit, saved, dy_XCD):
+  x_XCD, gate_EDF, up_EDF, down_EFD, first_E, last_E = saved
+  dtype = x_XCD.dtype
+  exact = jnp.promote_types(dtype, jnp.float32)
+
+  def expert(dx, item):
+    gate, up, down, first, last = item
+
+    def tile(i, carry):
+      dx, d_gate, d_up, d_down = carry
+      x, dy = x_XCD[i], dy_XCD[i]
+      g, u = _dot(x, gate), _dot(x, up)
+      dh = _dot(dy, down.T)
+      g_low, u_in = jnp.minimum(g, limit), jnp.clip(u, -limit, limit)
+      sigmoid = jax.nn.sigmoid(g_low)
+      h = g_low * sigmoid * u_in
+      # Outside the bounds the clamp stops the gradient.
+      dg = jnp.where(g < limit, dh * u_in * sigmoid * (1 + g_low * (1 - sigmoid)), 0).astype(dtype)
+      du = jnp.where(jnp.abs(u) < limit, dh * g_low * sigmoid, 0).astype(dtype)
+      dx = dx.at[i].set((_dot(dg, gate.T) + _dot(du, up.T)).astype(dtype))
+      return dx, d_gate + _dot(x.T, dg), d_up + _dot(x.T, du), d_down + _dot(h.astype(dtype).T, dy)
+
+    zeros = tuple(jnp.zeros(w.shape, exact) for w in (gate, up, down))
+    dx, *d_weights = jax.lax.fori_loop(first, last, tile, (dx, *zeros))
+    return dx, tuple(d.astype(w.dtype) for d, w in zip(d_weights, (gate, up, down)))
+
+  dx, d_weights = jax.lax.scan(expert, jnp.zeros_like(x_XCD), (gate_EDF, up_EDF, down_EFD, first_E, last_E))
+  return dx, *d_weights, None, None
+
+
+_tiles.defvjp(_forward, _backward)

@@ -1,0 +1,26 @@
+"""Experts as the formula stands: every row looks its expert's weights up. Memory grows with rows x weights.
+
+Axis letters: M rows   D hidden size   F expert width   E experts
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def hidden(x, gate, up, limit):
+  """The clamped SwiGLU between the matmuls: silu(min(g, limit)) * clip(u, -limit, limit)."""
+  return jax.nn.silu(jnp.minimum(x @ gate, limit)) * jnp.clip(x @ up, -limit, limit)
+
+
+def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit):
+  """See `pallas_kernels.grouped_matmul.expert_mlp`."""
+  last_tile_E = jnp.cumsum(-(-group_sizes_E // tile))
+  expert_M = jnp.searchsorted(last_tile_E, jnp.arange(x_MD.shape[0]) // tile, side="right")
+  expert_M = jnp.minimum(expert_M, gate_EDF.shape[0] - 1)  # rows behind the last group are zero, whoever owns them
+
+  def one(x_D, expert):
+    return hidden(x_D, gate_EDF[expert], up_EDF[expert], limit) @ down_EFD[expert]
+
+  return jax.vmap(one)(x_MD, expert_M).astype(x_MD.dtype)

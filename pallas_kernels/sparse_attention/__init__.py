@@ -1,0 +1,44 @@
+"""Shared-KV attention over a sliding window, compressed entries and a sink (report 2.3)."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels import pick
+from pallas_kernels.selection import Selection
+from pallas_kernels.sparse_attention import blockwise, reference
+
+
+def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Selection, sink: jax.Array, *,
+           positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array, window: int,
+           scale: float, implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
+  """Attention in which one vector per key is key and value of all heads.
+
+  Query i sees window key j of its own document where 0 <= i - j < window, and those selected entries of its document
+  whose last token has passed. All of them and the head's sink share one softmax; the sink's value is zero, so a query
+  that sees nothing returns exactly 0.
+
+  Args:
+    q: [B, S, H, d] queries.
+    window_kv: [B, S, d] keys = values of the tokens themselves; unread if window = 0.
+    entries: [B, T, d] keys = values of the compressed entries; T may be 0.
+    selection: entries of each query; `Selection.all` for every visible one.
+    sink: [H] logit per head, unscaled.
+    positions: int32 [B, S], position inside the document.
+    segment_ids: int32 [B, S], document; 0 = not a token.
+    entry_last: int32 [B, T], position of the entry's last token.
+    entry_segment: int32 [B, T], document of the entry; 0 = unused memory, which may hold anything.
+    window: keys of the sliding window, the query's own included; 0 = none.
+    scale: multiplies q . k, not the sink.
+    implementation: auto, reference, blockwise.
+
+  Returns:
+    out [B, S, H, d] in q's dtype; lse [B, S, H], at least float32, log of the whole denominator, the sink's part included.
+    Both are differentiable in q, window_kv, entries and sink.
+
+  Raises:
+    NotImplementedError: a named implementation that does not exist.
+  """
+  run = pick("sparse_attention", implementation, {"reference": reference.attend, "blockwise": blockwise.attend})
+  return run(q, window_kv, entries, selection, sink, positions=positions, segment_ids=segment_ids, entry_last=entry_last,
+             entry_segment=entry_segment, window=window, scale=scale)

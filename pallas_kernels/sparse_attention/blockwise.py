@@ -1,0 +1,170 @@
+"""The same attention, one block of queries at a time, with a written gradient: linear memory on any backend.
+
+A block reads its queries, the window keys around it and either all entries or the gathered picks of its queries. The
+backward pass recomputes the probabilities from lse, so nothing of size [S, T] is kept.
+
+Axis letters: B batch   S queries   H heads   T entries   K picks   d head width
+              N blocks of all rows   C queries of a block   W window keys that a block reads
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import blocks
+from pallas_kernels.blocks import MASKED
+
+
+def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, segment_ids, entry_last, entry_segment,
+           window, scale):
+  """See `pallas_kernels.sparse_attention.attend`."""
+  entries_BTd = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0)
+  places = (positions, segment_ids, entry_last, entry_segment)
+  return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, selection.picks, places, (selection.kind, window, scale))
+
+
+def _plan(q_BSHd, entries_BTd, picks_BSK, kind, window):
+  """Queries per block and window keys in front of a block, both static."""
+  _, length, heads, width = q_BSHd.shape
+  reach = picks_BSK.shape[2] if kind == "indices" else entries_BTd.shape[1]
+  gathered = reach * width if kind == "indices" else 0
+  size = blocks.block_size(length, 4 * (heads * (reach + 128 + window) + gathered))
+  front = -(-max(window - 1, 0) // 8) * 8
+  return size, front
+
+
+def _block_inputs(q_BSHd, picks_BSK, places, size):
+  """What the loop walks over: one item per block."""
+  positions, segment_ids, _, _ = places
+  batch, length = positions.shape
+  row_N, start_N = blocks.block_numbers(batch, length, size)
+  return (row_N, start_N, blocks.cut(q_BSHd, size), blocks.cut(picks_BSK, size), blocks.cut(positions, size),
+          blocks.cut(segment_ids, size))
+
+
+def _front_padded(x_BS, front, size):
+  """[B, S, ...] with `front` zero rows before and up to a block of zero rows behind, so that every slice is inside."""
+  return jnp.pad(x_BS, ((0, 0), (front, -x_BS.shape[1] % size)) + ((0, 0),) * (x_BS.ndim - 2))
+
+
+def _block_keys(item, kv_BXd, segment_BX, entries_BTd, places, static, size, front):
+  """Window keys [W, d], entries [T, d] or [C, K, d], and the two masks of one block."""
+  kind, window, _ = static
+  row, start, _, picks_CK, position_C, segment_C = item
+  _, _, entry_last, entry_segment = places
+  kv_Wd = jax.lax.dynamic_slice(kv_BXd, (row, start, 0), (1, size + front, kv_BXd.shape[2]))[0]
+  segment_W = jax.lax.dynamic_slice(segment_BX, (row, start), (1, size + front))[0]
+  apart_CW = jnp.arange(size)[:, None] + front - jnp.arange(size + front)[None, :]
+  near_CW = (apart_CW >= 0) & (apart_CW < window) & (segment_C[:, None] == segment_W[None, :]) & (segment_C > 0)[:, None]
+  entries, last_T, own_T = entries_BTd[row], entry_last[row], entry_segment[row]
+  if kind == "indices":
+    visible = blocks.picked_sees(picks_CK, position_C, segment_C, last_T, own_T)
+    entries = entries[jnp.maximum(picks_CK, 0)]
+  else:
+    visible = blocks.sees_entry(position_C, segment_C, last_T, own_T)
+  return kv_Wd, entries, near_CW, visible
+
+
+def _dot(a, b, spec):
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _scores(q_CHd, kv_Wd, entries, near_CW, visible, scale):
+  """Masked logits [C, H, W] and [C, H, T or K]."""
+  window_CHW = jnp.where(near_CW[:, None], _dot(q_CHd, kv_Wd, "CHd,Wd->CHW") * scale, MASKED)
+  spec = "CHd,CKd->CHK" if entries.ndim == 3 else "CHd,Kd->CHK"
+  entry_CHK = jnp.where(visible[:, None], _dot(q_CHd, entries, spec) * scale, MASKED)
+  return window_CHW, entry_CHK
+
+
+def _forward_block(q_CHd, keys, sink_H, scale):
+  kv_Wd, entries, near_CW, visible = keys
+  s_window, s_entry = _scores(q_CHd, kv_Wd, entries, near_CW, visible, scale)
+  top_CH = jnp.broadcast_to(sink_H.astype(s_window.dtype), s_window.shape[:2])
+  for scores in (s_window, s_entry):
+    if scores.shape[-1]:
+      top_CH = jnp.maximum(top_CH, scores.max(-1))
+  p_window, p_entry = jnp.exp(s_window - top_CH[..., None]), jnp.exp(s_entry - top_CH[..., None])
+  total_CH = p_window.sum(-1) + p_entry.sum(-1) + jnp.exp(sink_H - top_CH)
+  dtype = kv_Wd.dtype
+  out_CHd = _dot(p_window.astype(dtype), kv_Wd, "CHW,Wd->CHd")
+  out_CHd += _dot(p_entry.astype(dtype), entries, "CHK,CKd->CHd" if entries.ndim == 3 else "CHK,Kd->CHd")
+  return (out_CHd / total_CH[..., None]).astype(q_CHd.dtype), top_CH + jnp.log(total_CH)
+
+
+def _backward_block(q_CHd, keys, sink_H, scale, lse_CH, d_out_CHd, delta_CH):
+  """Gradients of one block; delta = sum(out * d_out) - d_lse, so that ds = p (dp - delta)."""
+  kv_Wd, entries, near_CW, visible = keys
+  s_window, s_entry = _scores(q_CHd, kv_Wd, entries, near_CW, visible, scale)
+  p_window, p_entry = jnp.exp(s_window - lse_CH[..., None]), jnp.exp(s_entry - lse_CH[..., None])
+  gathered = entries.ndim == 3
+  dtype = q_CHd.dtype
+  dp_window = _dot(d_out_CHd, kv_Wd, "CHd,Wd->CHW")
+  ds_window = (p_window * (dp_window - delta_CH[..., None]) * scale).astype(dtype)
+  dp_entry = _dot(d_out_CHd, entries, "CHd,CKd->CHK" if gathered else "CHd,Kd->CHK")
+  ds_entry = (p_entry * (dp_entry - delta_CH[..., None]) * scale).astype(dtype)
+  # A key's gradient is one matmul: its part as key (ds . q) and as value (p . d_out), stacked along the summed rows.
+  rows_d = jnp.concatenate([q_CHd, d_out_CHd], 1)
+  d_kv_Wd = _dot(jnp.concatenate([ds_window, p_window.astype(dtype)], 1), rows_d, "CHW,CHd->Wd")
+  both = jnp.concatenate([ds_entry, p_entry.astype(dtype)], 1)
+  d_entries = _dot(both, rows_d, "CHK,CHd->CKd" if gathered else "CHK,CHd->Kd")
+  dq_CHd = _dot(ds_window, kv_Wd, "CHW,Wd->CHd")
+  dq_CHd += _dot(ds_entry, entries, "CHK,CKd->CHd" if gathered else "CHK,Kd->CHd")
+  d_sink_H = -(jnp.exp(sink_H - lse_CH) * delta_CH).sum(0)
+  return dq_CHd.astype(dtype), d_kv_Wd, d_entries, d_sink_H
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, kv, entries, sink, picks, places, static):
+  return _attend_forward(q, kv, entries, sink, picks, places, static)[0]
+
+
+def _attend_forward(q, kv, entries, sink, picks, places, static):
+  kind, window, scale = static
+  size, front = _plan(q, entries, picks, kind, window)
+  padded, segments = _front_padded(kv, front, size), _front_padded(places[1], front, size)
+
+  def one(item):
+    keys = _block_keys(item, padded, segments, entries, places, static, size, front)
+    return _forward_block(item[2], keys, sink, scale)
+
+  out_NCHd, lse_NCH = jax.lax.map(one, _block_inputs(q, picks, places, size))
+  out, lse = (blocks.join(x, *q.shape[:2]) for x in (out_NCHd, lse_NCH))
+  return (out, lse), (q, kv, entries, sink, picks, places, out, lse)
+
+
+def _attend_backward(static, saved, gradients):
+  kind, window, scale = static
+  q, kv, entries, sink, picks, places, out, lse = saved
+  d_out, d_lse = gradients
+  size, front = _plan(q, entries, picks, kind, window)
+  padded, segments = _front_padded(kv, front, size), _front_padded(places[1], front, size)
+  exact = lse.dtype
+  delta = (out.astype(exact) * d_out.astype(exact)).sum(-1) - d_lse
+
+  def one(carry, item):
+    d_kv, d_entries, d_sink = carry
+    block, lse_CH, d_out_CHd, delta_CH = item
+    keys = _block_keys(block, padded, segments, entries, places, static, size, front)
+    dq, d_window, d_chosen, d_sink_H = _backward_block(block[2], keys, sink, scale, lse_CH, d_out_CHd, delta_CH)
+    row, start, picks_CK = block[0], block[1], block[3]
+    old = jax.lax.dynamic_slice(d_kv, (row, start, 0), (1, size + front, d_kv.shape[2]))
+    d_kv = jax.lax.dynamic_update_slice(d_kv, old + d_window[None], (row, start, 0))
+    if kind == "indices":
+      d_entries = d_entries.at[row, jnp.maximum(picks_CK, 0)].add(d_chosen)
+    elif entries.shape[1]:
+      d_entries = d_entries.at[row].add(d_chosen)
+    return (d_kv, d_entries, d_sink + d_sink_H), dq
+
+  zeros = (jnp.zeros(padded.shape, exact), jnp.zeros(entries.shape, exact), jnp.zeros(sink.shape, exact))
+  items = (_block_inputs(q, picks, places, size), *(blocks.cut(x, size) for x in (lse, d_out, delta)))
+  (d_kv, d_entries, d_sink), dq_NCHd = jax.lax.scan(one, zeros, items)
+  d_kv = jax.lax.slice_in_dim(d_kv, front, front + kv.shape[1], axis=1)
+  return (blocks.join(dq_NCHd, *q.shape[:2]), d_kv.astype(kv.dtype), d_entries.astype(entries.dtype),
+          d_sink.astype(sink.dtype), None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

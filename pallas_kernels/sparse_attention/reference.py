@@ -1,0 +1,33 @@
+"""Attention over window, entries and sink as the formula stands (report 2.3.1, 2.3.2): dense, quadratic memory.
+
+Axis letters: B batch   S queries   H heads   T entries   d head width
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import sees_entry
+
+
+def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, segment_ids, entry_last, entry_segment,
+           window, scale):
+  """See `pallas_kernels.sparse_attention.attend`."""
+  exact = jnp.promote_types(q_BSHd.dtype, jnp.float32)
+  q, kv, entries, sink = (x.astype(exact) for x in (q_BSHd, window_kv_BSd, entries_BTd, sink_H))
+  length = q.shape[1]
+  apart_SS = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+  near_BSS = (apart_SS >= 0) & (apart_SS < window)
+  near_BSS = near_BSS & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, :, None]
+  chosen_BST = selection.mask(entries.shape[1]) & sees_entry(positions, segment_ids, entry_last, entry_segment)
+  entries = jnp.where((entry_segment > 0)[..., None], entries, 0)
+
+  keys_BUd = jnp.concatenate([kv, entries], 1)
+  visible_BSU = jnp.concatenate([near_BSS, chosen_BST], 2)
+  scores_BSHU = jnp.einsum("BSHd,BUd->BSHU", q, keys_BUd) * scale
+  scores_BSHU = jnp.where(visible_BSU[:, :, None], scores_BSHU, -jnp.inf)
+  sink_BSH1 = jnp.broadcast_to(sink[None, None, :, None], (*q.shape[:3], 1))
+  logits = jnp.concatenate([scores_BSHU, sink_BSH1], -1)
+  out = jnp.einsum("BSHU,BUd->BSHd", jax.nn.softmax(logits, -1)[..., :-1], keys_BUd)
+  return out.astype(q_BSHd.dtype), jax.nn.logsumexp(logits, -1)

@@ -1,0 +1,30 @@
+"""Package metadata. It ships the two libraries; configs/ and launch/ are used from the checkout."""
+
+from setuptools import find_packages, setup
+
+OLDER, NEWER = "python_version < '3.12'", "python_version >= '3.12'"
+
+# A libtpu belongs to a jax: only these pairs are tested. libtpu compiles for TPUs on a machine that has none.
+AOT = [
+  f"jax==0.10.2; {OLDER}", f"libtpu==0.0.42.1; {OLDER}",
+  f"jax==0.12.0.1; {NEWER}", f"libtpu==0.0.50.1; {NEWER}",
+]
+# transformers and torch are the independent truth about the model; the parity tests run on the older Python.
+TEST = AOT + ["pytest", "pytest-xdist", "hypothesis", f"transformers==5.24.0; {OLDER}", f"torch==2.13.0; {OLDER}"]
+# nbclient executes the notebooks, nbformat reads them, ipykernel is the Python that they run in.
+NOTEBOOKS = ["nbclient", "nbformat", "ipykernel"]
+
+setup(
+  name="deepseek-v4-jax",
+  version="0.1.0",
+  description="DeepSeek-V4 in JAX and Flax: model, training, checkpoints, kernels",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["deepseek_v4*", "pallas_kernels*"]),
+  install_requires=[
+    "jax>=0.10.2", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy", "absl-py",
+    "safetensors", "tokenizers",  # released models
+    "tqdm", "tensorboardX", "matplotlib",  # progress, metrics, pictures
+  ],
+  extras_require={"aot": AOT, "test": TEST, "notebooks": NOTEBOOKS},
+)

@@ -1,0 +1,27 @@
+"""Before JAX wakes: eight emulated CPU devices, a compilation cache that outlives the run, and no search for TPUs."""
+
+import importlib.util
+import os
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile much and compute little.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+import jax  # noqa: E402  (the platform must be chosen first)
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir",
+                  os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "deepseek_v4_jax_cache")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Comparisons with transformers need torch, which not every Python has; what is left out is said in the report's header.
+_WITHOUT_TORCH = importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None
+collect_ignore_glob = ["*_parity.py"] if _WITHOUT_TORCH else []
+
+
+def pytest_report_header(config):
+  """Says which versions run and whether the parity files are left out."""
+  parity = "left out: torch or transformers is not installed" if _WITHOUT_TORCH else "included"
+  return f"jax {jax.__version__}, {jax.device_count()} emulated devices; parity with transformers {parity}"

@@ -1,0 +1,125 @@
+"""Batches of matrices on meshes of 8 devices: the same numbers, whole matrices per device, few collectives."""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deepseek_v4.optim import MatrixAxes, orthogonalize
+from deepseek_v4.optim.batches import layout_of, map_matrices
+from deepseek_v4.optim.newton_schulz import COEFFICIENTS
+
+AXIS_NAMES = ("data", "fsdp", "expert", "context", "tensor")
+
+# name: shape, matrix axes, sharding. Two matrix shapes: 16 x 24 for the first five, 8 x 16.
+LEAVES = {
+    "gate": ((3, 8, 16, 24), MatrixAxes((2,), (3,)), P(None, "expert", "fsdp", "tensor")),
+    "down": ((3, 8, 24, 16), MatrixAxes((2,), (3,)), P(None, "expert", "tensor", "fsdp")),
+    "shared": ((3, 16, 24), MatrixAxes((1,), (2,)), P(None, "fsdp", "tensor")),
+    "q_b": ((16, 4, 6), MatrixAxes((0,), (1, 2)), P("fsdp", "tensor")),
+    "lone": ((24, 16), MatrixAxes((0,), (1,)), P()),
+    "two_on_one": ((16, 8), MatrixAxes((0,), (1,)), P(("fsdp", "tensor"), None)),
+    "groups": ((3, 4, 16, 8), MatrixAxes((2,), (3,)), P(None, "tensor", "fsdp")),
+}
+AXES = {name: axes for name, (_, axes, _) in LEAVES.items()}
+
+
+def mesh_of(**sizes):
+  shape = tuple(sizes.get(name, 1) for name in AXIS_NAMES)
+  return jax.make_mesh(shape, AXIS_NAMES, axis_types=(AxisType.Auto,) * len(AXIS_NAMES))
+
+
+@pytest.fixture(scope="module")
+def gradients():
+  rng = np.random.default_rng(0)
+  return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, (shape, _, _) in LEAVES.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(gradients):
+  return jax.device_get(jax.jit(lambda g: orthogonalize(axes=AXES).update(g, optax.EmptyState())[0])(gradients))
+
+
+def compiled_update(mesh, gradients, known=True, coefficients=COEFFICIENTS):
+  """The compiled update with everything sharded as LEAVES says, and the sharded arguments."""
+  shardings = {name: NamedSharding(mesh, spec) for name, (_, _, spec) in LEAVES.items()}
+  transform = orthogonalize(axes=AXES, shardings=shardings if known else None, coefficients=coefficients)
+  update = jax.jit(lambda g: transform.update(g, optax.EmptyState())[0], in_shardings=(shardings,), out_shardings=shardings)
+  with jax.set_mesh(mesh):
+    return update.lower(gradients).compile(), jax.device_put(gradients, shardings)
+
+
+def collectives(text):
+  kinds = r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
+  return Counter(re.findall(kinds, text))
+
+
+@pytest.mark.parametrize("sizes, allowed", [
+    (dict(data=8), {"all-gather"}),
+    (dict(data=2, expert=2, tensor=2), {"all-to-all", "all-gather"}),
+], ids=str)
+def test_sharded_equals_one_device_and_exchanges_directly(gradients, expected, sizes, allowed):
+  compiled, arguments = compiled_update(mesh_of(**sizes), gradients)
+  got = compiled(arguments)
+  for name, x in got.items():
+    np.testing.assert_allclose(x, expected[name], atol=1e-6, err_msg=name)
+    assert x.sharding.is_equivalent_to(arguments[name].sharding, x.ndim)
+  # Only moves of whole matrices: no sums over devices, nothing sent around in rings.
+  assert set(collectives(compiled.as_text())) <= allowed
+
+
+def test_collectives_do_not_grow_with_the_steps(gradients, expected):
+  mesh = mesh_of(fsdp=2, expert=2, tensor=2)
+  few, _ = compiled_update(mesh, gradients, coefficients=COEFFICIENTS[-2:])
+  many, arguments = compiled_update(mesh, gradients)
+  assert collectives(few.as_text()) == collectives(many.as_text())
+  assert set(collectives(many.as_text())) == {"all-to-all", "all-gather"}
+  # None is inside a loop either: bodies of `while` are computations of their own.
+  computations = re.split(r"\n(?=\S)", many.as_text())
+  bodies = set(re.findall(r"body=%?([\w.\-]+)", many.as_text()))
+  inside = [c for c in computations if re.split(r"[ (]", c.lstrip("%"), maxsplit=1)[0] in bodies]
+  assert len(inside) == len(bodies) == 2
+  assert not any(collectives(c) for c in inside)
+  for name, x in many(arguments).items():
+    np.testing.assert_allclose(x, expected[name], atol=1e-6, err_msg=name)
+
+
+def test_unknown_shardings_give_the_same_numbers(gradients, expected):
+  compiled, arguments = compiled_update(mesh_of(fsdp=2, expert=4), gradients, known=False)
+  for name, x in compiled(arguments).items():
+    np.testing.assert_allclose(x, expected[name], atol=1e-6, err_msg=name)
+
+
+def test_every_device_has_its_share_of_whole_matrices(gradients):
+  """24 + 24 + 3 matrices of 16 x 24 on 8 devices: 3 + 3 a device, and one more for the padded 3."""
+  seen = []
+
+  def function(x):
+    seen.append(x.shape)
+    return x
+
+  with jax.set_mesh(mesh_of(fsdp=2, expert=4)):
+    names = ("gate", "down", "shared")
+    results = jax.jit(lambda g: map_matrices(function, [g[name] for name in names], [AXES[name] for name in names],
+                                             [LEAVES[name][2] for name in names]))(gradients)
+  assert seen == [(2, 4, 7, 16, 24)]
+  for name, x in zip(names, results):
+    np.testing.assert_array_equal(x, gradients[name])
+
+
+def test_without_a_mesh_there_is_one_batch_for_every_shape(gradients):
+  seen = []
+  jax.eval_shape(lambda g: map_matrices(lambda x: seen.append(x.shape) or x, list(g.values()), [AXES[name] for name in g]),
+                 gradients)
+  assert sorted(seen) == [(1 + 12, 8, 16), (24 + 24 + 3 + 1 + 1, 16, 24)]
+
+
+def test_an_axis_that_does_not_divide_is_refused():
+  with pytest.raises(ValueError, match=r"axis 0 of \[6, 8\].*expected a multiple of 4"):
+    layout_of((6, 8), MatrixAxes((0,), (1,)), P("fsdp"), {"fsdp": 4})

@@ -1,0 +1,272 @@
+"""The loop with a fake step, fake data and a fake store: order of work, resuming, what is written, what stops it."""
+
+import dataclasses
+import json
+import math
+import pickle
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_v4.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from deepseek_v4.training import loop, metrics
+
+RUN = RunConfig(
+  model=ModelConfig(vocab_size=320, num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",)),
+  optimizer=OptimizerConfig(warmup_steps=0),
+  data=DataConfig(sequence_length=4, batch_size=4, accumulation=2),
+  training=TrainingConfig(steps=10, log_every=1, eval_every=4, eval_batches=2, checkpoint_every=3),
+)
+HELD_OUT_BATCHES = 5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  step: int
+  params: dict
+
+
+class Scalar:
+  """A number that notes when it is fetched."""
+
+  def __init__(self, value, note):
+    self.value, self.note = value, note
+
+  def __array__(self, dtype=None, copy=None):
+    self.note()
+    return np.asarray(self.value, dtype)
+
+
+class FakeData:
+  """Batch i holds the number i everywhere, so that a batch tells its place in the data."""
+
+  text_bytes, tokens_per_byte = 100, 1.25
+
+  def __init__(self, length=None):
+    self.length = length
+
+  def __iter__(self):
+    return FakeIterator(self.length)
+
+
+class FakeIterator:
+  def __init__(self, length):
+    self.place, self.length = 0, length
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if self.place == self.length:
+      raise StopIteration
+    self.place += 1
+    return {name: np.full((2, 2, 4), self.place, np.int32) for name in loop.BATCH_ARRAYS}
+
+  def get_state(self):
+    return {"row": self.place}
+
+  def set_state(self, state):
+    self.place = state["row"]
+
+  def close(self):
+    pass
+
+
+class FakeStore:
+  def __init__(self, directory, *, keep, config_dict):
+    self.directory = directory
+    assert keep == RUN.training.keep_checkpoints and config_dict["model"]["vocab_size"] == 320
+    directory.mkdir(parents=True, exist_ok=True)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    pass
+
+  def save(self, step, tree, extra):
+    (self.directory / f"{step:04d}").write_bytes(pickle.dumps((step, tree, extra)))
+
+  def restore_latest(self, abstract_tree):
+    assert abstract_tree == "abstract"
+    files = sorted(self.directory.iterdir())
+    return pickle.loads(files[-1].read_bytes()) if files else None
+
+  def check_errors(self):
+    pass
+
+
+class World:
+  """The fakes, and a diary of what the loop did with them."""
+
+  def __init__(self, monkeypatch):
+    self.diary, self.not_finite_at, self.killed_at = [], None, None
+    self.searched = None
+    replace = lambda name, value: monkeypatch.setattr(loop, name, value)
+    lengths = {"train": None, "held_out": HELD_OUT_BATCHES}
+    replace("make_dataset", lambda config, vocab_size, *, split, **_: FakeData(lengths[split]))
+    replace("CheckpointStore", FakeStore)
+    replace("baselines", SimpleNamespace(measure=lambda config: {"bigram": 3.5, "zlib": 1.5}))
+    # test_metrics.py looks at the picture itself
+    replace("plots", SimpleNamespace(loss_curves=lambda lines, path, baselines: path.write_text(f"{len(lines)} lines")))
+    replace("abstract_state", lambda run_config, mesh: "abstract")
+    replace("init_state", lambda run_config, key, mesh: State(0, {"w": np.float64(1.0)}))
+    replace("make_train_step", lambda run_config, mesh: self)
+    replace("make_eval_step", lambda run_config, mesh: self.eval_step)
+    replace("find_non_finite", lambda run_config, mesh: self.find_non_finite)
+
+  def lower(self, state, batch):
+    assert {x.shape for x in batch.values()} == {(2, 2, 4)}
+    return SimpleNamespace(compile=lambda: self.step)
+
+  def step(self, state, batch):
+    n, place = state.step + 1, int(batch["tokens"][0, 0, 0])
+    if n == self.killed_at:
+      raise KeyboardInterrupt
+    self.diary.append(f"step {n} on batch {place}")
+    finite = n != self.not_finite_at
+    if finite:
+      state = State(n, {"w": 0.5 * state.params["w"] + place})
+    values = {"loss": state.params["w"], "next_token": state.params["w"], "grad_norm": float(n), "tokens": 16}
+    note = lambda: self.diary.append(f"fetch {n}")
+    return state, values | {"finite": Scalar(finite, note)}
+
+  def eval_step(self, state, batch):
+    self.diary.append(f"evaluate after {state.step}")
+    return {"next_token_sum": 8 * math.log(2), "next_token_count": 4}
+
+  def find_non_finite(self, state, batch):
+    self.searched = (state, int(batch["tokens"][0, 0, 0]))
+    return "gradient of layers/03/attention/q_b"
+
+
+@pytest.fixture
+def world(monkeypatch):
+  return World(monkeypatch)
+
+
+def lines(workdir):
+  return metrics.read_lines(workdir / metrics.LINES)
+
+
+def without_times(found):
+  return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in found]
+
+
+def saved(workdir):
+  return [int(path.name) for path in sorted((workdir / loop.CHECKPOINTS).iterdir())]
+
+
+def test_a_run_writes_its_files(world, tmp_path, capsys):
+  summary = loop.train(RUN, tmp_path / "run")
+  workdir = tmp_path / "run"
+  assert [(x["split"], x["step"]) for x in lines(workdir)] == [
+    ("train", 1), ("train", 2), ("train", 3), ("train", 4), ("held_out", 4), ("train", 5), ("train", 6), ("train", 7),
+    ("train", 8), ("held_out", 8), ("train", 9), ("train", 10), ("held_out", 10)]
+  assert saved(workdir) == [3, 6, 9, 10]
+  assert json.loads((workdir / loop.CONFIG).read_text())["training"]["steps"] == 10
+  assert json.loads((workdir / metrics.SUMMARY).read_text()) == summary
+  # 8 bits for 4 tokens, 1.25 tokens per byte; the last evaluation takes all of the held-out batches
+  assert summary["held_out"] == {"next_token": pytest.approx(2 * math.log(2)), "tokens": 4 * HELD_OUT_BATCHES,
+                                 "bits_per_token": pytest.approx(2), "bits_per_byte": pytest.approx(2.5)}
+  assert summary["baselines"] == {"bigram": 3.5, "zlib": 1.5}
+  assert world.diary.count("evaluate after 4") == RUN.training.eval_batches
+  assert (workdir / metrics.CURVES).read_text() == "13 lines"
+  assert list((workdir / metrics.EVENTS).glob("events*"))
+  printed = capsys.readouterr().out
+  assert "compiled the step in" in printed and "WORSE than zlib" in printed and "1 parameters" in printed
+
+
+def test_log_every(world, tmp_path):
+  run = dataclasses.replace(RUN, training=dataclasses.replace(RUN.training, steps=7, log_every=3, eval_every=100))
+  loop.train(run, tmp_path / "run")
+  assert [x["step"] for x in lines(tmp_path / "run") if x["split"] == "train"] == [3, 6, 7]
+
+
+def test_the_host_runs_one_step_ahead_but_looks_before_it_saves(world, tmp_path):
+  loop.train(RUN, tmp_path / "run")
+  order = [entry for entry in world.diary if not entry.startswith("evaluate")]
+  assert order.index("fetch 1") > order.index("step 2 on batch 2")
+  assert order.index("fetch 3") < order.index("step 4 on batch 4")  # step 3 was saved
+  assert [entry for entry in order if entry.startswith("fetch")] == [f"fetch {n}" for n in range(1, 11)]
+
+
+def test_resumed_equals_uninterrupted(world, tmp_path, capsys):
+  loop.train(RUN, tmp_path / "whole")
+  world.diary.clear()
+  world.killed_at = 9
+  with pytest.raises(KeyboardInterrupt):
+    loop.train(RUN, tmp_path / "run")
+  assert max(x["step"] for x in lines(tmp_path / "run")) == 8  # two steps beyond the checkpoint, written to be dropped
+  assert saved(tmp_path / "run")[-1] == 6
+  world.killed_at = None
+  world.diary.clear()
+  loop.train(RUN, tmp_path / "run")
+  assert "resumed at step 6" in capsys.readouterr().out
+  assert [x for x in world.diary if x.startswith("step")] == [f"step {n} on batch {n}" for n in (7, 8, 9, 10)]
+  assert without_times(lines(tmp_path / "run")) == without_times(lines(tmp_path / "whole"))
+  final = [pickle.loads((tmp_path / name / loop.CHECKPOINTS / "0010").read_bytes()) for name in ("run", "whole")]
+  assert final[0] == final[1]
+
+
+def test_a_finished_run_is_only_evaluated_again(world, tmp_path):
+  loop.train(RUN, tmp_path / "run")
+  before = lines(tmp_path / "run")
+  world.diary.clear()
+  summary = loop.train(RUN, tmp_path / "run")
+  assert not [x for x in world.diary if x.startswith("step")]
+  assert lines(tmp_path / "run") == before
+  assert summary["held_out"]["bits_per_byte"] == pytest.approx(2.5)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(world, tmp_path):
+  world.killed_at = 2
+  with pytest.raises(KeyboardInterrupt):
+    loop.train(RUN, tmp_path / "run")
+  world.killed_at = None
+  loop.train(RUN, tmp_path / "run")
+  assert [x["step"] for x in lines(tmp_path / "run") if x["split"] == "train"] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("bad, saved_before, seen_at", [(5, [3], 5), (6, [3], 5), (7, [3, 6], 7)])
+def test_not_finite_stops_with_the_name_and_saves_nothing(world, tmp_path, bad, saved_before, seen_at):
+  world.not_finite_at = bad
+  with pytest.raises(FloatingPointError, match=rf"step {bad}: not finite: gradient of layers/03/attention/q_b\. Nothing"):
+    loop.train(RUN, tmp_path / "run")
+  state, place = world.searched
+  assert place == bad  # the batch of the step that failed
+  assert state.step == bad - 1  # and the state that step was given: the fake fails at every step on it
+  assert saved(tmp_path / "run") == saved_before
+  assert max(x["step"] for x in lines(tmp_path / "run")) == bad - 1
+
+
+def test_a_search_that_finds_nothing_says_so(world, tmp_path, monkeypatch):
+  world.not_finite_at = 2
+  monkeypatch.setattr(loop, "find_non_finite", lambda run_config, mesh: lambda state, batch: None)
+  with pytest.raises(FloatingPointError, match="step 2: not finite: no tensor when repeated"):
+    loop.train(RUN, tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_refused(world, tmp_path):
+  (tmp_path / "thesis.tex").write_text("years of work")
+  with pytest.raises(ValueError, match="workdir = .*expected a new or an empty folder.*it holds thesis.tex"):
+    loop.train(RUN, tmp_path)
+  with pytest.raises(ValueError, match="expected a folder"):
+    loop.train(RUN, tmp_path / "thesis.tex")
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_changed_settings_are_named(world, tmp_path, capsys):
+  loop.train(RUN, tmp_path / "run")
+  longer = dataclasses.replace(RUN, training=dataclasses.replace(RUN.training, steps=12))
+  loop.train(longer, tmp_path / "run")
+  assert "changed since the last start: training.steps: 10 -> 12" in capsys.readouterr().out
+  assert [x["step"] for x in lines(tmp_path / "run") if x["split"] == "train"] == list(range(1, 13))
+
+
+def test_changes_are_found_at_every_depth():
+  old, new = {"a": 1, "b": {"c": [1, 2], "d": None}}, {"a": 1, "b": {"c": [1, 3], "d": {"e": 1}}, "f": 0}
+  assert loop.changes(old, new) == ["b.c: [1, 2] -> [1, 3]", "b.d: None -> {'e': 1}", "f: None -> 0"]
