@@ -8,6 +8,8 @@ everything here is the identity, so that modules need not ask.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from typing import Any, Callable, Sequence
 
@@ -159,6 +161,12 @@ def _ambient():
   return None if mesh.empty else mesh
 
 
+def batch_shards() -> int:
+  """Into how many parts the ambient mesh splits the rows of a batch; 1 without a mesh."""
+  mesh = _ambient()
+  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
   """`x` with its layout pinned to logical axes; the identity without an ambient mesh."""
   return x if _ambient() is None else jax.lax.with_sharding_constraint(x, spec(axes))
@@ -193,3 +201,23 @@ def per_shard(fn: Callable, in_axes: Sequence[Any], out_axes: Any) -> Callable:
   is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
   to_spec = lambda tree: jax.tree.map(spec, tree, is_leaf=is_axes)
   return jax.shard_map(fn, in_specs=tuple(to_spec(a) for a in in_axes), out_specs=to_spec(out_axes), check_vma=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+  """A jitted function that is called, and lowered, with its mesh as the ambient one (None: no mesh, one device)."""
+
+  jitted: Any
+  mesh: Mesh | None
+
+  def _ambient(self):
+    return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+  def __call__(self, *args):
+    with self._ambient():
+      return self.jitted(*args)
+
+  def lower(self, *args):
+    """Lowers for arrays or ShapeDtypeStructs; `.compile()` follows as with any jitted function."""
+    with self._ambient():
+      return self.jitted.lower(*args)

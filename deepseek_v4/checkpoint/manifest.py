@@ -139,4 +139,4 @@ def refuse_other_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], whe
   names = [n for n in {**old, **new} if n not in FREE_FIELDS and old.get(n) != new.get(n)]
   if names:
     fields = "; ".join(f"model.{n} = {new.get(n)!r}, there {old.get(n)!r}" for n in names)
-    raise ValueError(f"the checkpoint in {where} is of another model: {fields}; expected the same model or another directory")
+    raise ValueError(f"the checkpoint in {where} is of another model: {fields}; expected the same, or another directory")

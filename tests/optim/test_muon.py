@@ -150,6 +150,7 @@ def test_floor_of_the_second_moment():
   floored, plain = scale_by_adam(v_floor=1e-36), scale_by_adam()
   tiny = jnp.asarray([1e-19, 1e-20, 0.0], jnp.float32)
   np.testing.assert_allclose(update_of(floored, tiny), [0.099, 0.0099, 0.0], rtol=0.02)
+  np.testing.assert_allclose(update_of(scale_by_adam(v_floor=0.25), jnp.asarray([1.0, 0.1])), [1.0, 0.2], rtol=1e-5)
   # Elsewhere nothing changes, and the state is the same, so that a run can switch.
   g = normal(0, 5, 7)
   state_a, state_b = floored.init(g), plain.init(g)

@@ -1,0 +1,92 @@
+"""Everything that a training step changes, as one pytree; weights are born sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_v4 import optim, sharding
+from deepseek_v4.config import ModelConfig, RunConfig
+from deepseek_v4.model.transformer import DeepseekV4
+
+
+@flax.struct.dataclass
+class TrainState:
+  """State of a run between two steps.
+
+  Attributes:
+    step: int32 [], optimizer steps done.
+    params: what gradients train.
+    router: balancing biases and hash tables; never by gradients.
+    opt_state: of the optimizer.
+    key: typed PRNG key of the run.
+  """
+
+  step: jax.Array
+  params: Any
+  router: Any
+  opt_state: Any
+  key: jax.Array
+
+
+def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """Fresh variables {"params", "router"}; no shape depends on the tokens they are initialised with."""
+  return DeepseekV4(config, kernels="reference").init(key, jnp.zeros((sharding.batch_shards(), 2), jnp.int32))
+
+
+def optimizer_of(run_config: RunConfig, params: Any, mesh: Mesh | None):
+  """The run's Optax transformation for a `params` tree (arrays or shapes)."""
+  shardings = None if mesh is None else sharding.parameter_shardings(params, mesh)
+  return optim.build_optimizer(run_config.optimizer, params, steps=run_config.training.steps, shardings=shardings)
+
+
+def _new_state(run_config: RunConfig, mesh: Mesh | None, key: jax.Array) -> TrainState:
+  init_key, run_key = jax.random.split(key)
+  variables = init_variables(run_config.model, init_key)
+  opt_state = optimizer_of(run_config, variables["params"], mesh).init(variables["params"])
+  return TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["router"], opt_state, run_key)
+
+
+def abstract_state(run_config: RunConfig, mesh: Mesh | None = None) -> TrainState:
+  """The state's shapes, dtypes and, on a mesh, shardings; nothing is allocated.
+
+  Raises:
+    ValueError: sizes that the mesh does not divide.
+  """
+  if mesh is not None:
+    sharding.check_divides(run_config, mesh)
+  shapes = jax.eval_shape(lambda key: _new_state(run_config, mesh, key), jax.random.key(0))
+  if mesh is None:
+    return shapes
+  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes,
+                      state_shardings(shapes, mesh))
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+  """NamedSharding of every leaf: moments lie like their parameters, scalars and keys everywhere."""
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  params = sharding.parameter_shardings(state.params, mesh)
+  by_path = {sharding.path_names(path): place for path, place in jax.tree_util.tree_leaves_with_path(params)}
+
+  def of_moment(path, _):
+    names = sharding.path_names(path)
+    return next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), everywhere)
+
+  return TrainState(everywhere, params, sharding.parameter_shardings(state.router, mesh),
+                    jax.tree_util.tree_map_with_path(of_moment, state.opt_state), everywhere)
+
+
+def init_state(run_config: RunConfig, key: jax.Array, mesh: Mesh | None = None) -> TrainState:
+  """A fresh state from one key; on a mesh every leaf is created where it belongs.
+
+  Raises:
+    ValueError: sizes that the mesh does not divide, before anything is compiled.
+  """
+  places = None
+  if mesh is not None:
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run_config, mesh))
+  return jax.jit(lambda key: _new_state(run_config, mesh, key), out_shardings=places)(key)

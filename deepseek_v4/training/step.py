@@ -1,0 +1,220 @@
+"""One optimizer step as a pure function: losses over the whole global batch, accumulation, Muon, router bias, finiteness.
+
+Axis letters: A accumulation   B rows   S sequence   L layers   E experts
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_v4 import optim, sharding
+from deepseek_v4.config import CSA, LossConfig, ModelConfig, RunConfig
+from deepseek_v4.model.groups import group_layers, split_layers
+from deepseek_v4.model.losses import mtp_targets, next_token_targets
+from deepseek_v4.model.transformer import DeepseekV4
+from deepseek_v4.training.state import TrainState, abstract_state, optimizer_of
+
+Batch = Mapping[str, jax.Array]
+
+# XLA's CPU scheduler otherwise starts recomputation at once, and remat then saves no memory.
+COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+
+
+def compiler_options() -> dict[str, str]:
+  """What the backend in use wants for programs with recomputation."""
+  return COMPILER_OPTIONS.get(jax.default_backend(), {})
+
+
+# ---- losses -----------------------------------------------------------------------------------------------------------
+def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
+  """How many terms each loss has in the whole batch [A, B, S]; known before any pass, so accumulation changes no mean."""
+  rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
+  segment_ids, targets = rows["segment_ids"], next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
+  tokens = segment_ids > 0
+  counts = {"next_token": targets >= 0, "mtp": mtp_targets(targets, segment_ids) >= 0, "balance": tokens,
+            "indexer": tokens & (rows["positions"] >= config.compress_rate(CSA) - 1)}
+  return {name: jnp.maximum(x.sum(), 1).astype(jnp.float32) for name, x in counts.items()}
+
+
+def loss_weights(loss: LossConfig, decaying: jax.Array | bool) -> dict[str, Any]:
+  """Weight of each loss; the MTP weight drops where the learning rate starts to decay."""
+  return {"next_token": 1.0, "mtp": jnp.where(decaying, loss.mtp_weight_final, loss.mtp_weight),
+          "balance": loss.balance_weight, "indexer": loss.indexer_weight}
+
+
+def _micro_losses(run_config: RunConfig, params: Any, router: Any, rows: Batch):
+  """Loss sums of one pass over rows [B, S], and the routing."""
+  model = DeepseekV4(run_config.model, run_config.training.kernels)
+  targets = next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
+  out = model.apply({"params": params, "router": router}, rows["tokens"], rows["positions"], rows["segment_ids"],
+                    targets=targets, attention_mode=run_config.training.attention_mode)
+  load = {"layers": out.routing["load"], **({"mtp": out.routing["mtp_load"]} if "mtp_load" in out.routing else {})}
+  return {name: total for name, (total, _) in out.losses.items()}, load
+
+
+def _accumulate(run_config: RunConfig, state: TrainState, batch: Batch, places: Any):
+  """Gradients, mean losses and expert loads of the whole batch, one pass after another over A."""
+  counts = loss_counts(run_config.model, batch)
+  decaying = state.step >= optim.decay_start(run_config.optimizer, run_config.training.steps)
+  weights = loss_weights(run_config.loss, decaying)
+
+  def objective(params, rows):
+    sums, load = _micro_losses(run_config, params, state.router, rows)
+    means = {name: total / counts[name] for name, total in sums.items()}
+    return sum(weights[name] * mean for name, mean in means.items()), (means, load)
+
+  def one(rows):
+    (_, (means, load)), grads = jax.value_and_grad(objective, has_aux=True)(state.params, rows)
+    grads = grads if places is None else jax.lax.with_sharding_constraint(grads, places)
+    return grads, means, load
+
+  if batch["tokens"].shape[0] == 1:
+    grads, means, load = one({name: x[0] for name, x in batch.items()})
+  else:
+    shapes = jax.eval_shape(one, {name: x[0] for name, x in batch.items()})
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    add = lambda total, rows: (jax.tree.map(jnp.add, total, one(rows)), None)
+    (grads, means, load), _ = jax.lax.scan(add, zeros, dict(batch))
+  return grads, means, sum(weights[name] * mean for name, mean in means.items()), load
+
+
+# ---- the router's bias ------------------------------------------------------------------------------------------------
+def update_router(config: ModelConfig, router: Any, load: Mapping[str, jax.Array], speed: float) -> Any:
+  """Moves each learned router's bias by `speed` towards balance: b_e += speed * sign(mean load - load_e) (V3 2.1.2)."""
+  groups = group_layers(config)
+
+  def moved(tree, load_E):
+    if "bias" not in tree["moe"]["router"]:
+      return tree
+    load_E = load_E.astype(jnp.float32)
+    bias = tree["moe"]["router"]["bias"]
+    return {"moe": {"router": {"bias": bias + speed * jnp.sign(load_E.mean(-1, keepdims=True) - load_E)}}}
+
+  layers = {}
+  for key, tree in router["layers"].items():
+    numbers = groups.layers_of(key)
+    layers[key] = moved(tree, load["layers"][jnp.array(numbers)] if groups.scanned(key) else load["layers"][numbers[0]])
+  new = {"layers": layers}
+  if "mtp" in router:
+    new["mtp"] = {"block": moved(router["mtp"]["block"], load["mtp"])}
+  return new
+
+
+def _max_violation(load: Mapping[str, jax.Array]) -> jax.Array:
+  """Largest over layers of (most loaded expert / mean - 1); 0 = balanced."""
+  load_LE = load["layers"].astype(jnp.float32)
+  return (load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1) - 1).max()
+
+
+# ---- steps ------------------------------------------------------------------------------------------------------------
+def _all_finite(tree: Any) -> jax.Array:
+  return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def _updated(run_config: RunConfig, mesh: Mesh | None, state: TrainState, grads: Any, load: Any) -> TrainState:
+  optimizer = optimizer_of(run_config, state.params, mesh)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  router = update_router(run_config.model, state.router, load, run_config.loss.bias_update_speed)
+  return TrainState(state.step + 1, optax.apply_updates(state.params, updates), router, opt_state, state.key)
+
+
+def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: TrainState,
+               batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The step as a pure function; see `make_train_step`."""
+  grads, means, loss, load = _accumulate(run_config, state, batch, places)
+  grad_norm = optax.global_norm(grads)
+  new = _updated(run_config, mesh, state, grads, load)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new.params)
+  keep = lambda a, b: jax.lax.select(finite, a, b)
+  kept = TrainState(*(jax.tree.map(keep, getattr(new, name), getattr(state, name))
+                      for name in ("step", "params", "router", "opt_state")), state.key)
+  rate = optim.make_schedule(run_config.optimizer, run_config.training.steps)(state.step)
+  metrics = {"loss": loss, **means, "grad_norm": grad_norm, "learning_rate": rate, "finite": finite,
+             "tokens": (batch["segment_ids"] > 0).sum(), "max_load_violation": _max_violation(load)}
+  return kept, metrics
+
+
+def _jit_on(run_config: RunConfig, mesh: Mesh | None, fn: Callable, *, donate: bool, returns_state: bool) -> sharding.OnMesh:
+  """Jits fn(state, batch) with the state's and the batch's shardings in, and out where the state comes back."""
+  options: dict[str, Any] = {"compiler_options": compiler_options(), "donate_argnums": (0,) if donate else ()}
+  if mesh is not None:
+    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run_config, mesh))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    options["in_shardings"] = (state, sharding.batch_sharding(mesh))
+    options["out_shardings"] = (state, everywhere) if returns_state else everywhere
+  return sharding.OnMesh(jax.jit(fn, **options), mesh)
+
+
+def make_train_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding.OnMesh:
+  """The jitted, donated step (state, batch) -> (state, metrics) of a run.
+
+  The batch holds int32 [A, B, S] arrays "tokens", "segment_ids", "positions", "loss_mask"; A passes are accumulated. If
+  loss, gradient norm or a new parameter is not finite, the OLD state comes back and metrics["finite"] is False.
+
+  Args:
+    run_config: the run.
+    mesh: devices; None = the default device alone.
+
+  Returns:
+    A callable, also with `.lower(state, batch)`. Metrics are float32 scalars: "loss" (the weighted sum), the mean of each
+    loss by name (nats), "grad_norm" before clipping, "learning_rate", "tokens", "finite", "max_load_violation".
+
+  Raises:
+    ValueError: sizes that the mesh does not divide.
+  """
+  places = None if mesh is None else sharding.parameter_shardings(abstract_state(run_config, mesh).params, mesh)
+  step = functools.partial(train_step, run_config, mesh, places)
+  return _jit_on(run_config, mesh, step, donate=True, returns_state=True)
+
+
+def make_eval_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding.OnMesh:
+  """The jitted (state, batch) -> {"next_token_sum", "next_token_count"}, nats, over all rows of the batch."""
+  model = DeepseekV4(run_config.model, run_config.training.kernels)
+
+  def score(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+    def one(rows):
+      targets = next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
+      out = model.apply({"params": state.params, "router": state.router}, rows["tokens"], rows["positions"],
+                        rows["segment_ids"], targets=targets, mtp=False, attention_mode=run_config.training.attention_mode)
+      return out.losses["next_token"]
+    total, count = jax.lax.map(one, dict(batch))
+    return {"next_token_sum": total.sum(), "next_token_count": count.sum()}
+
+  return _jit_on(run_config, mesh, score, donate=False, returns_state=False)
+
+
+def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable[[TrainState, Batch], str | None]:
+  """A second, undonated pass that names the first tensor that is not finite.
+
+  Returns:
+    (state, batch) -> a name such as "gradient layers/03/attention/q_b", or None. Looked at in this order: parameters,
+    losses, gradients, updated parameters.
+  """
+  groups = group_layers(run_config.model)
+
+  def flags(state: TrainState, batch: Batch) -> dict[str, Any]:
+    grads, means, _, load = _accumulate(run_config, state, batch, None)
+    new = _updated(run_config, mesh, state, grads, load)
+    ok = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), {
+        **tree, "layers": dict(enumerate(split_layers(tree["layers"], groups)))})
+    return {"parameter": ok(state.params), "loss": jax.tree.map(jnp.isfinite, means), "gradient": ok(grads),
+            "updated parameter": ok(new.params)}
+
+  jitted = _jit_on(run_config, mesh, flags, donate=False, returns_state=False)
+
+  def find(state: TrainState, batch: Batch) -> str | None:
+    found = jax.device_get(jitted(state, batch))
+    for kind in ("parameter", "loss", "gradient", "updated parameter"):
+      for path, finite in jax.tree_util.tree_leaves_with_path(found[kind]):
+        if not finite:
+          names = [f"{int(name):02d}" if name.isdigit() else name for name in sharding.path_names(path)]
+          return f"{kind} {'/'.join(names)}"
+    return None
+
+  return find
