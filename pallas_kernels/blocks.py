@@ -52,3 +52,8 @@ def picked_sees(picks_CK, position_C, segment_C, last_T, entry_segment_T) -> jax
   safe_CK = jnp.maximum(picks_CK, 0)
   same_CK = (entry_segment_T[safe_CK] == segment_C[:, None]) & (segment_C[:, None] > 0)
   return (picks_CK >= 0) & same_CK & (last_T[safe_CK] <= position_C[:, None])
+
+
+def positive_zero(scores: jax.Array) -> jax.Array:
+  """-0 becomes +0, so that it does not rank below it; only for ranking, since no gradient passes at zero."""
+  return jnp.where(scores == 0, 0.0, scores)

@@ -165,7 +165,7 @@ class Leaf:
 
 def leaves(config: ModelConfig) -> Iterator[Leaf]:
   """Every leaf of `params` and `router` of this model, layers unscanned."""
-  scopes = [("", "", "", _TOP, None)]
+  scopes: list[tuple[str, str, str, tuple[Row, ...], LayerSpec | None]] = [("", "", "", _TOP, None)]
   scopes += [(f"layers/layer_{n:02d}/", f"model.layers.{n}.", f"layers.{n}.", _LAYER, spec)
              for n, spec in enumerate(config.layer_specs)]
   if config.num_nextn_predict_layers:
@@ -173,7 +173,7 @@ def leaves(config: ModelConfig) -> Iterator[Leaf]:
   for ours, hf, release, rows, spec in scopes:
     sizes = _sizes(config, spec)
     for row in rows:
-      if not row.only or spec.attention in row.only or spec.router in row.only:
+      if not row.only or (spec is not None and (spec.attention in row.only or spec.router in row.only)):
         release_name = release + row.release
         # transformers has no MTP block: beside its names, those tensors can only stand under the released ones.
         hf_name = release_name if ours.startswith("mtp/") else hf + row.hf
@@ -237,7 +237,7 @@ def to_hf_names(tree: Any, config: ModelConfig, form: str = "hf") -> dict[str, n
     whole = np.concatenate(arrays, axis=members[0][0].row.join) if len(arrays) > 1 else arrays[0]
     whole = whole.astype(np.int64) if name.endswith("tid2eid") else whole
     experts = [(name.format(e=e), whole[e]) for e in range(len(whole))] if "{e}" in name else [(name, whole)]
-    named.update((n, np.ascontiguousarray(x)) for n, x in experts)
+    named.update((n, np.array(x, order="C")) for n, x in experts)  # copies: the leaves may be donated later
   return named
 
 
@@ -285,7 +285,7 @@ class _Tensor:
       into.setdefault(leaf.path, np.empty(leaf.their_shape, dtype))[self.expert] = x
       return
     join = self.leaves[0].row.join
-    ends = np.cumsum([leaf.their_shape[join] for leaf in self.leaves])[:-1] if len(self.leaves) > 1 else []
+    ends = np.cumsum([leaf.their_shape[join] for leaf in self.leaves])[:-1] if len(self.leaves) > 1 else np.zeros(0, int)
     into.update((leaf.path, np.array(part, dtype)) for leaf, part in zip(self.leaves, np.split(x, ends, join), strict=True))
 
 

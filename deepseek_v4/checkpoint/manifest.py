@@ -36,7 +36,8 @@ def _block_sum(block: np.ndarray, starts: Sequence[int], shape: Sequence[int]) -
   words = block.reshape(-1).view(unit).reshape(*block.shape, width)
   rows = words.reshape(-1, words.shape[-2] * width if block.ndim else width)
   # Place of each row's first word in the whole leaf: rows are the last axis of the block, the axes before it are walked.
-  place, stride = np.zeros((), np.uint64), width
+  place: np.ndarray = np.zeros((), np.uint64)
+  stride = width
   for axis in reversed(range(block.ndim)):
     length = 1 if axis == block.ndim - 1 else block.shape[axis]
     along = (np.arange(length, dtype=np.uint64) + np.uint64(starts[axis])) * np.uint64(stride)

@@ -284,7 +284,7 @@ def _to_disk(tree: Any) -> tuple[dict[str, Any], dict[str, str]]:
 def _on_host(x: Any) -> Any:
   """A host copy; arrays that other processes hold parts of stay where they are.
 
-  Read shard by shard: reading the whole array would leave a reference inside it, and its buffer could not be donated.
+  Read shard by shard: an array that is read whole keeps its host copy until it dies.
   """
   if not isinstance(x, jax.Array) or not x.is_fully_addressable:
     return x

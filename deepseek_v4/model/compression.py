@@ -68,9 +68,10 @@ def entry_layout(config: ModelConfig, attention: str, positions_BS: jax.Array, s
     used = jnp.arange(count) < closes_BS.sum(1, keepdims=True)
     segment = jnp.where(used, jnp.take_along_axis(segment_ids_BS, closing, 1), 0)
   last = jnp.take_along_axis(positions_BS, closing, 1)
-  before = jnp.maximum(closing - rate, 0)
-  has_previous = (closing >= 2 * rate - 1) & (last >= 2 * rate - 1)
-  has_previous &= jnp.take_along_axis(segment_ids_BS, before, 1) == segment
+  # The window before belongs to the entry if its first token is of the same document and the right position.
+  before = jnp.maximum(closing - (2 * rate - 1), 0)
+  has_previous = (closing >= 2 * rate - 1) & (jnp.take_along_axis(segment_ids_BS, before, 1) == segment)
+  has_previous &= jnp.take_along_axis(positions_BS, before, 1) == last - (2 * rate - 1)
   cos, sin = rope.angles(config, attention, last - (rate - 1))
   return EntryLayout(closing, has_previous, last, segment, cos, sin, rate, contiguous)
 

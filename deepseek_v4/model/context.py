@@ -57,13 +57,21 @@ def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | 
       raise ValueError(f"{name} = {value.dtype}{value.shape}: expected integers of the tokens' shape {tokens.shape}")
   if attention_mode not in ("sparse", "dense"):
     raise ValueError(f"attention_mode = {attention_mode!r}: expected sparse or dense")
+  tokens, positions, segment_ids = (None if x is None else jnp.asarray(x) for x in (tokens, positions, segment_ids))
   contiguous = positions is None and segment_ids is None
-  segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+  if segment_ids is None:
+    segment_ids = jnp.ones_like(tokens) if positions is None else document_numbers(positions)
   positions = document_positions(segment_ids) if positions is None else positions
   kinds = dict.fromkeys(config.layer_types)
   phases = {kind: rope.angles(config, kind, positions) for kind in (*kinds, SLIDING)}
   entries = {kind: entry_layout(config, kind, positions, segment_ids, contiguous) for kind in kinds if kind in (CSA, HCA)}
   return Context(tokens, positions, segment_ids, phases, entries, attention_mode, contiguous, with_losses)
+
+
+def document_numbers(positions_BS: jax.Array) -> jax.Array:
+  """Segment ids int32 [B, S], from 1: a new document wherever positions do not go on by one."""
+  breaks = positions_BS[:, 1:] != positions_BS[:, :-1] + 1
+  return 1 + jnp.pad(jnp.cumsum(breaks, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def document_positions(segment_ids_BS: jax.Array) -> jax.Array:

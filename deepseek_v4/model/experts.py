@@ -25,20 +25,25 @@ from deepseek_v4.model.context import Context
 from deepseek_v4.model.router import Router, balance_loss, expert_load
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["slot", "pick", "group_sizes"], meta_fields=["tile"])
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=["tile"],
+                   data_fields=["slot", "local", "pick", "token", "group_sizes"])
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
   """Where each pick's row lies.
 
   Attributes:
-    slot: int32 [T, k], row of each pick; M = the pick belongs to another device's expert.
+    slot: int32 [T, k], row of each pick; some row for a pick that is not local.
+    local: bool [T, k], the pick's expert lives on this device.
     pick: int32 [M], pick of each row; P = the row is empty.
+    token: int32 [M], token of each row; some token for an empty row.
     group_sizes: int32 [E], rows of each of this device's experts.
     tile: rows per tile.
   """
 
   slot: jax.Array
+  local: jax.Array
   pick: jax.Array
+  token: jax.Array
   group_sizes: jax.Array
   tile: int
 
@@ -49,7 +54,8 @@ def dispatch(experts_Tk: jax.Array, num_experts: int) -> Dispatch:
   tile = grouped_matmul.row_tile(picks, num_experts)
   rows = grouped_matmul.padded_rows(picks, num_experts, tile)
   expert_P = experts_Tk.reshape(-1)
-  expert_P = jnp.where((expert_P >= 0) & (expert_P < num_experts), expert_P, num_experts)
+  local_P = (expert_P >= 0) & (expert_P < num_experts)
+  expert_P = jnp.where(local_P, expert_P, num_experts)
   order_P = jnp.argsort(expert_P, stable=True)
   sorted_P = expert_P[order_P]
   sizes_E = (expert_P[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
@@ -57,24 +63,35 @@ def dispatch(experts_Tk: jax.Array, num_experts: int) -> Dispatch:
   start_E = (jnp.cumsum(tiles_E) - tiles_E) * tile - (jnp.cumsum(sizes_E) - sizes_E)
   row_P = jnp.arange(picks) + jnp.append(start_E, 0)[sorted_P]
   row_P = jnp.where(sorted_P < num_experts, row_P, rows).astype(jnp.int32)
-  slot_P = jnp.zeros(picks, jnp.int32).at[order_P].set(row_P, unique_indices=True)
+  slot_P = jnp.zeros(picks, jnp.int32).at[order_P].set(jnp.minimum(row_P, rows - 1), unique_indices=True)
   pick_M = jnp.full(rows, picks, jnp.int32).at[row_P].set(order_P.astype(jnp.int32), mode="drop", unique_indices=True)
-  return Dispatch(slot_P.reshape(experts_Tk.shape), pick_M, sizes_E, tile)
+  token_M = jnp.minimum(pick_M // experts_Tk.shape[1], experts_Tk.shape[0] - 1)
+  # Pinned here, or the indices (a division each) are computed again for every channel of every row that is gathered.
+  slot_P, local_P, pick_M, token_M = jax.lax.optimization_barrier((slot_P, local_P, pick_M, token_M))
+  shape = experts_Tk.shape
+  return Dispatch(slot_P.reshape(shape), local_P.reshape(shape), pick_M, token_M, sizes_E, tile)
 
 
 def _rows_at(x: jax.Array, index: jax.Array) -> jax.Array:
-  """x[index] with zeros where the index lies outside."""
-  return x.at[index].get(mode="fill", fill_value=0)
+  return x.at[index].get(mode="promise_in_bounds")
+
+
+def _sum_of_rows(rows_MD: jax.Array, weights_Tk: jax.Array, plan: Dispatch) -> jax.Array:
+  """[T, D] = sum over a token's local picks of weight * row."""
+  weights_Tk = jnp.where(plan.local, weights_Tk, 0)
+  total = sum(weights_Tk[:, j, None] * _rows_at(rows_MD, plan.slot[:, j]) for j in range(plan.slot.shape[1]))
+  # Pinned, or a consumer that wants columns gathers column by column.
+  return jax.lax.optimization_barrier(total)
 
 
 @jax.custom_vjp
 def gather_rows(x_TD: jax.Array, plan: Dispatch) -> jax.Array:
-  """Rows [M, D] of the picks, zero where a tile is not full. The gradient gathers too: no scatter in either direction."""
-  return _rows_at(x_TD, plan.pick // plan.slot.shape[1])
+  """Rows [M, D] of the picks; empty rows hold some token. The gradient gathers too: no scatter in either direction."""
+  return jax.lax.optimization_barrier(_rows_at(x_TD, plan.token))
 
 
 def _gather_rows_backward(plan, d_MD):
-  return sum(_rows_at(d_MD, plan.slot[:, j]) for j in range(plan.slot.shape[1])), None
+  return _sum_of_rows(d_MD, jnp.ones(plan.slot.shape, d_MD.dtype), plan), None
 
 
 gather_rows.defvjp(lambda x, plan: (gather_rows(x, plan), plan), _gather_rows_backward)
@@ -82,16 +99,17 @@ gather_rows.defvjp(lambda x, plan: (gather_rows(x, plan), plan), _gather_rows_ba
 
 @jax.custom_vjp
 def combine_rows(y_MD: jax.Array, weights_Tk: jax.Array, plan: Dispatch) -> jax.Array:
-  """[T, D] = sum over a token's picks of weight * row, summed at least in float32."""
-  return sum(weights_Tk[:, j, None] * _rows_at(y_MD, plan.slot[:, j]) for j in range(plan.slot.shape[1]))
+  """[T, D] = sum over a token's picks of weight * row, summed at least in float32; empty rows get a zero gradient."""
+  return _sum_of_rows(y_MD, weights_Tk, plan)
 
 
 def _combine_rows_backward(saved, d_TD):
   y_MD, weights_Tk, plan = saved
-  top_k = plan.slot.shape[1]
-  d_rows = _rows_at(d_TD, plan.pick // top_k) * _rows_at(weights_Tk.reshape(-1), plan.pick)[:, None]
-  d_weights = jnp.stack([(_rows_at(y_MD, plan.slot[:, j]) * d_TD).sum(-1) for j in range(top_k)], 1)
-  return d_rows.astype(y_MD.dtype), d_weights.astype(weights_Tk.dtype), None
+  weight_M = jnp.append(weights_Tk.reshape(-1), 0)[plan.pick]  # pick P, an empty row, has weight 0
+  weight_M = jax.lax.optimization_barrier(weight_M)
+  d_rows = _rows_at(d_TD, plan.token) * weight_M[:, None]
+  d_weights = jnp.stack([(_rows_at(y_MD, plan.slot[:, j]) * d_TD).sum(-1) for j in range(plan.slot.shape[1])], 1)
+  return d_rows.astype(y_MD.dtype), jnp.where(plan.local, d_weights, 0).astype(weights_Tk.dtype), None
 
 
 combine_rows.defvjp(lambda *args: (combine_rows(*args), args), _combine_rows_backward)

@@ -16,7 +16,6 @@ import pallas_kernels.hyper_connections
 from deepseek_v4 import sharding
 from deepseek_v4.config import ModelConfig
 from deepseek_v4.model import weights
-from deepseek_v4.model.norm import rms_norm
 
 _GATING_SCALE = 0.01  # initial factor of the input-dependent part (mHC table 5)
 _STREAMS = ("batch", "sequence")
@@ -88,6 +87,8 @@ class HyperHead(nn.Module):
         _mean_logit(n) if config.mhc_init == "identity" else 0.0))
     scale = weights.exact(self, config, "scale", (1,), nn.initializers.constant(_GATING_SCALE))
     x = streams_BSND.astype(fn.dtype)
-    u_BSN = rms_norm(x.reshape(*x.shape[:2], -1), None, config.rms_norm_eps) @ fn
+    flat = x.reshape(*x.shape[:2], -1)
+    # The norm's factor is one number per token, so it may follow the matmul.
+    u_BSN = (flat @ fn) * jax.lax.rsqrt((flat * flat).mean(-1, keepdims=True) + config.rms_norm_eps)
     weight_BSN = jax.nn.sigmoid(u_BSN * scale + base) + config.hc_eps
     return jnp.einsum("BSN,BSND->BSD", weight_BSN, x).astype(streams_BSND.dtype)

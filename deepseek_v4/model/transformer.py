@@ -119,11 +119,11 @@ class DeepseekV4(nn.Module):
     Args:
       tokens: int32 [B, S].
       positions: int32 [B, S], restarting with each document; default: counted from each change of segment_ids.
-      segment_ids: int32 [B, S], the document of each token, 0 = not a token; default: one document per row.
+      segment_ids: int32 [B, S], the document of each token, 0 = not a token; default: a new document wherever the given
+        positions do not go on by one, without positions one document per row.
       logits: "all" places, "last" place only, or "none".
       attention_mode: "sparse", or "dense": CSA layers attend to every visible entry.
-      targets: int32 [B, S], next token of each place, -1 = not counted. Given: `losses` is filled and, unless logits are
-        asked for by name, none are made.
+      targets: int32 [B, S], next token of each place, -1 = not counted. Given: `losses` is filled and no logits are made.
       mtp: run the multi-token-prediction block; default: if targets are given.
 
     Returns:
@@ -135,8 +135,8 @@ class DeepseekV4(nn.Module):
     config, kernels = self.config, pallas_kernels.resolve(self.kernels)
     if logits not in ("all", "last", "none"):
       raise ValueError(f"logits = {logits!r}: expected all, last or none")
-    if targets is not None and targets.shape != tokens.shape:
-      raise ValueError(f"targets have shape {targets.shape}: expected the tokens' shape {tokens.shape}")
+    if targets is not None and (targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer)):
+      raise ValueError(f"targets = {targets.dtype}{targets.shape}: expected integers of the tokens' shape {tokens.shape}")
     has_mtp = config.num_nextn_predict_layers == 1
     if mtp and not has_mtp:
       raise ValueError("mtp = True: expected a model with num_nextn_predict_layers = 1")

@@ -140,14 +140,18 @@ def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: Tra
   return kept, metrics
 
 
-def _jit_on(run_config: RunConfig, mesh: Mesh | None, fn: Callable, *, donate: bool, returns_state: bool) -> sharding.OnMesh:
-  """Jits fn(state, batch) with the state's and the batch's shardings in, and out where the state comes back."""
-  options: dict[str, Any] = {"compiler_options": compiler_options(), "donate_argnums": (0,) if donate else ()}
+def _places_of(run_config: RunConfig, mesh: Mesh | None) -> Any:
+  """The shardings of the state on a mesh, as a TrainState; None without one."""
+  return None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run_config, mesh))
+
+
+def _jit_on(mesh: Mesh | None, places: Any, fn: Callable, *, is_step: bool = False) -> sharding.OnMesh:
+  """Jits fn(state, batch) with the state's and the batch's shardings in; a step consumes the state and returns one alike."""
+  options: dict[str, Any] = {"compiler_options": compiler_options(), "donate_argnums": (0,) if is_step else ()}
   if mesh is not None:
-    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run_config, mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    options["in_shardings"] = (state, sharding.batch_sharding(mesh))
-    options["out_shardings"] = (state, everywhere) if returns_state else everywhere
+    options["in_shardings"] = (places, sharding.batch_sharding(mesh))
+    options["out_shardings"] = (places, everywhere) if is_step else everywhere
   return sharding.OnMesh(jax.jit(fn, **options), mesh)
 
 
@@ -162,15 +166,15 @@ def make_train_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding
     mesh: devices; None = the default device alone.
 
   Returns:
-    A callable, also with `.lower(state, batch)`. Metrics are float32 scalars: "loss" (the weighted sum), the mean of each
-    loss by name (nats), "grad_norm" before clipping, "learning_rate", "tokens", "finite", "max_load_violation".
+    A callable, also with `.lower(state, batch)`. Metrics are scalars: "loss" (the weighted sum), the mean of each loss by
+    name (nats), "grad_norm" before clipping, "learning_rate" and "max_load_violation" in float32, "tokens" int32, "finite".
 
   Raises:
     ValueError: sizes that the mesh does not divide.
   """
-  places = None if mesh is None else sharding.parameter_shardings(abstract_state(run_config, mesh).params, mesh)
-  step = functools.partial(train_step, run_config, mesh, places)
-  return _jit_on(run_config, mesh, step, donate=True, returns_state=True)
+  places = _places_of(run_config, mesh)
+  step = functools.partial(train_step, run_config, mesh, None if places is None else places.params)
+  return _jit_on(mesh, places, step, is_step=True)
 
 
 def make_eval_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding.OnMesh:
@@ -186,7 +190,23 @@ def make_eval_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding.
     total, count = jax.lax.map(one, dict(batch))
     return {"next_token_sum": total.sum(), "next_token_count": count.sum()}
 
-  return _jit_on(run_config, mesh, score, donate=False, returns_state=False)
+  return _jit_on(mesh, _places_of(run_config, mesh), score)
+
+
+# Parameters in the order in which a forward pass meets them, level by level of the tree; gradients come the other way.
+_FORWARD = ("embed", "layers", "embed_norm", "hidden_norm", "embed_proj", "hidden_proj", "block", "attn_hc", "attn_norm",
+            "attention", "q_a", "q_a_norm", "q_b", "kv", "kv_norm", "compressor", "indexer", "sink", "o_a", "o_b", "ffn_hc",
+            "ffn_norm", "moe", "router", "experts", "shared", "hc_head", "final_norm", "lm_head", "mtp")
+
+
+def _first_broken(flags: Mapping[str, Any], backward: bool) -> str | None:
+  """Name of the first leaf that is False, a layer as layers/NN, in the order of a forward or of a backward pass."""
+  broken = [sharding.path_names(path) for path, finite in jax.tree_util.tree_leaves_with_path(flags) if not finite]
+  if not broken:
+    return None
+  place = lambda names: [(_FORWARD.index(n) if n in _FORWARD else 0, int(n) if n.isdigit() else 0) for n in names]
+  first = (max if backward else min)(broken, key=place)
+  return "/".join(f"{int(n):02d}" if n.isdigit() else n for n in first)
 
 
 def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable[[TrainState, Batch], str | None]:
@@ -194,7 +214,8 @@ def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable
 
   Returns:
     (state, batch) -> a name such as "gradient layers/03/attention/q_b", or None. Looked at in this order: parameters,
-    losses, gradients, updated parameters.
+    losses, gradients (from the loss backwards, since all gradients behind a broken one are broken too), their norm, updated
+    parameters.
   """
   groups = group_layers(run_config.model)
 
@@ -204,17 +225,16 @@ def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable
     ok = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), {
         **tree, "layers": dict(enumerate(split_layers(tree["layers"], groups)))})
     return {"parameter": ok(state.params), "loss": jax.tree.map(jnp.isfinite, means), "gradient": ok(grads),
-            "updated parameter": ok(new.params)}
+            "gradient norm": {"over all parameters": jnp.isfinite(optax.global_norm(grads))}, "updated parameter": ok(new.params)}
 
-  jitted = _jit_on(run_config, mesh, flags, donate=False, returns_state=False)
+  jitted = _jit_on(mesh, _places_of(run_config, mesh), flags)
 
   def find(state: TrainState, batch: Batch) -> str | None:
     found = jax.device_get(jitted(state, batch))
-    for kind in ("parameter", "loss", "gradient", "updated parameter"):
-      for path, finite in jax.tree_util.tree_leaves_with_path(found[kind]):
-        if not finite:
-          names = [f"{int(name):02d}" if name.isdigit() else name for name in sharding.path_names(path)]
-          return f"{kind} {'/'.join(names)}"
+    for kind in ("parameter", "loss", "gradient", "gradient norm", "updated parameter"):
+      name = _first_broken(found[kind], backward=kind == "gradient")
+      if name is not None:
+        return f"{kind} {name}"
     return None
 
   return find

@@ -13,8 +13,8 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
   """Each row through its expert: (silu(min(x gate, limit)) * clip(x up, -limit, limit)) down.
 
   Rows lie expert after expert. Each expert's rows start at a multiple of `tile`, so that a tile of rows has one expert:
-  expert e owns rows [start_e, start_e + group_sizes_e) with start_e = tile * sum_{f < e} ceil(group_sizes_f / tile). All
-  other rows must be zero; their results are zero.
+  expert e owns rows [start_e, start_e + group_sizes_e) with start_e = tile * sum_{f < e} ceil(group_sizes_f / tile). The
+  other rows may hold any finite numbers: their results have no meaning, and the gradient that comes back for them must be 0.
 
   Args:
     x: [M, D], M a multiple of tile and at least the rows in use.

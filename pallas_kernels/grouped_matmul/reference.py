@@ -18,7 +18,7 @@ def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit):
   """See `pallas_kernels.grouped_matmul.expert_mlp`."""
   last_tile_E = jnp.cumsum(-(-group_sizes_E // tile))
   expert_M = jnp.searchsorted(last_tile_E, jnp.arange(x_MD.shape[0]) // tile, side="right")
-  expert_M = jnp.minimum(expert_M, gate_EDF.shape[0] - 1)  # rows behind the last group are zero, whoever owns them
+  expert_M = jnp.minimum(expert_M, gate_EDF.shape[0] - 1)  # nobody reads the rows behind the last group
 
   def one(x_D, expert):
     return hidden(x_D, gate_EDF[expert], up_EDF[expert], limit) @ down_EFD[expert]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import pick
 from pallas_kernels.indexer import blockwise, reference
@@ -33,8 +34,9 @@ def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: in
   if top_k >= keys.shape[1]:
     return Selection.all(*positions.shape)
   run = pick("indexer.select", implementation, {"reference": reference.select, "blockwise": blockwise.select})
-  picks = run(*map(jax.lax.stop_gradient, (queries, weights, keys)), top_k=top_k, positions=positions,
-              segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment, axis_name=axis_name)
+  places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
+  picks = run(*map(jax.lax.stop_gradient, (queries, weights, keys)), top_k=top_k, axis_name=axis_name,
+              **{name: jnp.asarray(x) for name, x in places.items()})
   return Selection.from_indices(picks)
 
 
@@ -60,5 +62,6 @@ def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_q
   """
   run = pick("indexer.kl_loss", implementation, {"reference": reference.kl_loss, "blockwise": blockwise.kl_loss})
   teacher = jax.lax.stop_gradient((attention_queries, entries, lse))
-  return run(queries, weights, keys, *teacher, selection, positions=positions, segment_ids=segment_ids,
-             entry_last=entry_last, entry_segment=entry_segment, scale=scale, axis_name=axis_name)
+  places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
+  return run(queries, weights, keys, *teacher, selection, scale=scale, axis_name=axis_name,
+             **{name: jnp.asarray(x) for name, x in places.items()})

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import blocks
-from pallas_kernels.blocks import MASKED
+from pallas_kernels.blocks import MASKED, positive_zero
 
 
 def _block_scores(q_Chc, w_Ch, keys, axis_name):
@@ -28,8 +28,7 @@ def _block_scores(q_Chc, w_Ch, keys, axis_name):
     rows = q_Chc.transpose(1, 0, 2).reshape(heads * size, width)
     dots_hCT = jnp.einsum("Rc,Tc->RT", rows, keys, preferred_element_type=exact).reshape(heads, size, -1)
     total = sum(jax.nn.relu(dots_hCT[h]) * w_Ch[:, h, None].astype(exact) for h in range(heads))
-  total = total if axis_name is None else jax.lax.psum(total, axis_name)
-  return jnp.where(total == 0, 0.0, total)  # -0 must not rank below +0
+  return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
 def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids, entry_last, entry_segment, axis_name):
@@ -43,7 +42,7 @@ def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids
     row, q_Chc, w_Ch, position_C, segment_C = item
     scores_CT = _block_scores(q_Chc, w_Ch, keys_BTc[row], axis_name)
     visible = blocks.sees_entry(position_C, segment_C, entry_last[row], entry_segment[row])
-    best, picks = jax.lax.top_k(jnp.where(visible, scores_CT, -jnp.inf), top_k)
+    best, picks = jax.lax.top_k(jnp.where(visible, positive_zero(scores_CT), -jnp.inf), top_k)
     return jnp.where(best > -jnp.inf, picks, -1)
 
   items = (row_N, *(blocks.cut(x, size) for x in (queries_BShc, weights_BSh, positions, segment_ids)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import sees_entry
+from pallas_kernels.blocks import positive_zero, sees_entry
 
 
 def scores(queries_BShc, weights_BSh, keys_BTc, axis_name=None):
@@ -17,15 +17,14 @@ def scores(queries_BShc, weights_BSh, keys_BTc, axis_name=None):
   q, w, k = (x.astype(exact) for x in (queries_BShc, weights_BSh, keys_BTc))
   dots_BSTh = jax.nn.relu(jnp.einsum("BShc,BTc->BSTh", q, k))
   total = (dots_BSTh * w[:, :, None]).sum(-1)
-  total = total if axis_name is None else jax.lax.psum(total, axis_name)
-  return jnp.where(total == 0, 0.0, total)  # -0 must not rank below +0
+  return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
 def select(queries, weights, keys, *, top_k, positions, segment_ids, entry_last, entry_segment, axis_name):
   """See `pallas_kernels.indexer.select`; returns picks [B, S, K]."""
   keys = jnp.where((entry_segment > 0)[..., None], keys, 0)
   visible = sees_entry(positions, segment_ids, entry_last, entry_segment)
-  masked = jnp.where(visible, scores(queries, weights, keys, axis_name), -jnp.inf)
+  masked = jnp.where(visible, positive_zero(scores(queries, weights, keys, axis_name)), -jnp.inf)
   best, picks = jax.lax.top_k(masked, top_k)
   return jnp.where(best > -jnp.inf, picks, -1)
 

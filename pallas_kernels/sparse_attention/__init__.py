@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import pick
 from pallas_kernels.selection import Selection
@@ -40,5 +41,8 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Se
     NotImplementedError: a named implementation that does not exist.
   """
   run = pick("sparse_attention", implementation, {"reference": reference.attend, "blockwise": blockwise.attend})
-  return run(q, window_kv, entries, selection, sink, positions=positions, segment_ids=segment_ids, entry_last=entry_last,
-             entry_segment=entry_segment, window=window, scale=scale)
+  places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
+  # A key of weight zero is still multiplied by it, and NaN times zero is NaN: what is unread must be finite.
+  window_kv = window_kv if window else jnp.zeros_like(window_kv)
+  return run(q, window_kv, entries, selection, sink, window=window, scale=scale,
+             **{name: jnp.asarray(x) for name, x in places.items()})

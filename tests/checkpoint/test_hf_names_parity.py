@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from deepseek_v4.checkpoint.hf_format import load_hf
@@ -45,6 +46,17 @@ def test_state_dict_there_and_back(model):
   released = to_hf_names(variables, CONFIG, "release")
   again = to_hf_names(from_hf_names(released, CONFIG), CONFIG)
   assert all(np.array_equal(again[name], back[name]) for name in back)
+
+
+def test_transformers_reads_our_released_names(model, tmp_path):
+  variables = from_hf_names(model.state_dict(), CONFIG)
+  released = to_hf_names(variables, CONFIG, "release")
+  save_file({n: torch.from_numpy(x) for n, x in released.items()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+  model.config.save_pretrained(tmp_path)
+  theirs, report = DeepseekV4ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+  assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+  state = model.state_dict()
+  assert all(torch.equal(x, state[n]) for n, x in theirs.state_dict().items())
 
 
 def test_loaded_variables_do_not_share_torch_memory(model):

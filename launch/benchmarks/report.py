@@ -1,0 +1,168 @@
+"""Rows of a bench: figures, ratios, the table, which targets are reached, the JSON file."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any, Sequence
+
+from launch.benchmarks import flops
+from launch.benchmarks.cases import OURS, THREADS, Case, Target, model_config, targets_of
+
+Row = dict[str, Any]
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------------
+def _head(case: Case) -> Row:
+  head = {"case": case.name, "side": case.label, "kind": case.kind, "length": case.length, "ours": case.side == OURS,
+          "variant": case.variant}
+  return head
+
+
+def failed_row(case: Case, reason: str) -> Row:
+  """The row of a case that could not be measured."""
+  return _head(case) | {"failed": reason}
+
+
+def make_row(case: Case, ready: dict[str, Any], samples: Sequence[dict[str, Any]]) -> Row:
+  """The figures of a case from what its worker said when it was ready and after each pass.
+
+  Seconds are the median over the passes; the share of the matmul rate is the median of the shares pass by pass, each with
+  the rate measured right behind it. Activation memory is the peak less what was resident between two passes (weights,
+  moments, compiled code).
+  """
+  seconds = statistics.median(s["seconds"] for s in samples)
+  work = flops.per_token(model_config(), case.length, case.kind)
+  row = _head(case) | {
+      "tokens_per_second": case.length / seconds, "seconds_per_token": seconds / case.length, "seconds_median": seconds,
+      "seconds_min": min(s["seconds"] for s in samples), "repeats": len(samples),
+      "compile_seconds": ready["compile_seconds"], "resident_bytes": ready["resident_bytes"], "peak_bytes": None,
+      "activation_bytes_per_token": None, "flops_per_token": work,
+      "matmul_flops_per_second": statistics.median(s["matmul_flops_per_second"] for s in samples),
+      "matmul_share": statistics.median(work * case.length / s["seconds"] / s["matmul_flops_per_second"] for s in samples)}
+  if ready["resident_bytes"] is not None:
+    row["peak_bytes"] = max(s["peak_bytes"] for s in samples)
+    row["activation_bytes_per_token"] = (row["peak_bytes"] - ready["resident_bytes"]) / case.length
+  return row
+
+
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+  """Adds `ratio`, the other side's median seconds over ours, to our rows of one length.
+
+  The other side stands for itself with the faster of its ways that could be measured. The full step with Muon has no
+  counterpart there, and so no ratio.
+  """
+  theirs = [row["seconds_median"] for row in rows if not row["ours"] and "failed" not in row]
+  comparable = lambda row: row["ours"] and "failed" not in row and row["variant"] != "muon"
+  return [row | {"ratio": min(theirs) / row["seconds_median"]} if theirs and comparable(row) else row for row in rows]
+
+
+# ---- the table --------------------------------------------------------------------------------------------------------
+_COLUMNS = (  # title, figure, unit's factor, format
+    ("tokens/s", "tokens_per_second", 1, ",.0f"), ("us/token", "seconds_per_token", 1e6, ",.0f"),
+    ("s", "seconds_median", 1, ".2f"), ("fastest", "seconds_min", 1, ".2f"),
+    ("KiB/token", "activation_bytes_per_token", 2**-10, ",.0f"), ("compile s", "compile_seconds", 1, ".1f"),
+    ("MFLOP/token", "flops_per_token", 1e-6, ",.1f"), ("GF/s matmul", "matmul_flops_per_second", 1e-9, ",.0f"),
+    ("share", "matmul_share", 100, ".0f"), ("ratio", "ratio", 1, ".2f"))
+
+
+def table(rows: Sequence[Row]) -> str:
+  """The rows as text; a figure that does not exist is a dash."""
+  lines = [["case", "side", *(title for title, *_ in _COLUMNS)]]
+  for row in rows:
+    cells = ["-" if row.get(figure) is None else format(row[figure] * factor, form) for _, figure, factor, form in _COLUMNS]
+    lines.append([row["case"], row["side"], *cells] if "failed" not in row else [row["case"], row["side"], row["failed"]])
+  measured = [line for line in lines if len(line) > 3]
+  widths = [max(len(line[i]) for line in measured) for i in range(len(lines[0]))]
+  widths[:2] = [max(len(line[i]) for line in lines) for i in range(2)]
+  text = []
+  for line in lines:
+    cells = [cell.ljust(width) if i < 2 or len(line) == 3 else cell.rjust(width)
+             for i, (cell, width) in enumerate(zip(line, widths))]
+    text.append("  ".join(cells).rstrip())
+  return "\n".join(text)
+
+
+EXPLANATION = """\
+s and us/token: median over the passes; fastest: the fastest pass. KiB/token: peak of resident memory less what is resident
+between two passes. MFLOP/token: matmuls by the formula (launch/benchmarks/flops.py). GF/s matmul: the machine's own float32
+matmul, same library and process; share: what the case reaches of it, in percent. ratio: the other side's time (the faster of
+its ways) over ours."""
+
+
+# ---- targets ----------------------------------------------------------------------------------------------------------
+def _value(target: Target, rows: Sequence[Row]) -> float | None:
+  """What was reached. A growth compares rows of the same variant: a longer row is not excused by recomputing less, nor
+  blamed for recomputing more."""
+  ours = [row for row in rows if row["ours"] and "failed" not in row and row["variant"] != "muon"]
+  at = {(row["length"], row["variant"]): row.get(target.figure) for row in ours}
+  if target.figure == "ratio":
+    found = [value for (length, _), value in at.items() if length == target.length and value is not None]
+    return max(found, default=None)
+  for variant in ("", "remat"):
+    long, short = at.get((target.length, variant)), at.get((target.base_length, variant))
+    if long is not None and short:
+      return long / short
+  return None
+
+
+def targets(kind: str, rows: Sequence[Row]) -> list[Row]:
+  """Each target with its `value` and whether it is `reached`; None where the rows do not say."""
+  found = []
+  for target in targets_of(kind):
+    value = _value(target, rows)
+    reached = value if value is None else value >= target.bound if target.figure == "ratio" else value <= target.bound
+    found.append({"target": f"{kind}: {target.text}", "bound": target.bound, "value": value, "reached": reached})
+  return found
+
+
+def target_lines(found: Sequence[Row]) -> str:
+  """The targets as text."""
+  words = {True: "yes", False: "NO ", None: "not measured"}
+  return "\n".join(f"{words[t['reached']]}  {t['target']}" + (f": {t['value']:.2f}" if t["value"] is not None else "")
+                   for t in found)
+
+
+def losses(rows: Sequence[Row]) -> str:
+  """A sentence that names the rows in which the other side is faster; empty if there is none."""
+  lost = [f"{row['case']} {row['side']} ({row['ratio']:.2f})" for row in rows if row.get("ratio", 1) < 1]
+  return f"Slower than the other side: {', '.join(lost)}." if lost else ""
+
+
+# ---- the file ---------------------------------------------------------------------------------------------------------
+def machine() -> Row:
+  """Processor, cores and memory of this machine."""
+  found = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": THREADS,
+           "system": platform.platform()}
+  for file, key, field in (("/proc/cpuinfo", "processor", "model name"), ("/proc/meminfo", "memory_bytes", "MemTotal")):
+    try:
+      line = next(line for line in Path(file).read_text().splitlines() if line.startswith(field))
+    except (OSError, StopIteration):
+      continue
+    value = line.split(":", 1)[1].strip()
+    found[key] = int(value.split()[0]) * 1024 if key == "memory_bytes" else value
+  return found
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python and of the libraries that are installed."""
+  found = {"python": platform.python_version()}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def write_json(path: str | Path, rows: Sequence[Row], found: Sequence[Row]) -> None:
+  """{"machine", "versions", "date", "rows", "targets"}; the folder must exist."""
+  date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+  content = {"machine": machine(), "versions": versions(), "date": date, "rows": list(rows), "targets": list(found)}
+  Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,209 @@
+"""Starts the workers of a length, lets the sides take turns, stops who needs too much memory, shows progress."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import numpy as np
+
+from launch.benchmarks import report
+from launch.benchmarks.cases import (
+  ENVIRONMENT,
+  LOGITS_LENGTH,
+  LOGITS_TOLERANCE,
+  MEMORY_LIMIT,
+  OURS,
+  Case,
+  cases_of,
+  expected_seconds,
+  passes_of,
+)
+from launch.benchmarks.worker import memory
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = (sys.executable, "-m", "launch.benchmarks.worker")
+_LOSS_TOLERANCE = 1e-3  # one token that a near tie sends to other experts changes the mean less than that
+
+
+class WorkerFailed(Exception):
+  """A worker ended before it answered; the message says why."""
+
+
+class Worker:
+  """A process that measures one side of one case."""
+
+  def __init__(self, case: Case, folder: Path):
+    self.case = case
+    self._errors = (folder / f"errors {time.monotonic_ns()}.txt").open("w+", encoding="utf-8", errors="replace")
+    arguments = [json.dumps(dataclasses.asdict(case)), str(folder)]
+    self._process = subprocess.Popen([*PROGRAM, *arguments], cwd=ROOT, env=os.environ | ENVIRONMENT[case.side], text=True,
+                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+    self._lines: queue.Queue[str] = queue.Queue()
+    self._reader = threading.Thread(target=self._read, daemon=True)
+    self._reader.start()
+
+  def _read(self) -> None:
+    for line in self._process.stdout:
+      self._lines.put(line)
+    self._lines.put("")
+
+  def reply(self) -> dict[str, Any]:
+    """The worker's next message; its memory is watched while it works.
+
+    Raises:
+      WorkerFailed: it died, or was stopped because it needs more than MEMORY_LIMIT.
+    """
+    while True:
+      with contextlib.suppress(queue.Empty):
+        line = self._lines.get(timeout=0.05)
+        if line:
+          return json.loads(line)
+        raise WorkerFailed(self._last_words())
+      if (memory("VmRSS", self._process.pid) or 0) > MEMORY_LIMIT:
+        self._process.kill()
+        raise WorkerFailed(f"stopped: needs more than {MEMORY_LIMIT // 2**30} GiB")
+
+  def _last_words(self) -> str:
+    code = self._process.wait()
+    self._errors.seek(0)
+    said = [line for line in self._errors.read().splitlines() if line.strip()]
+    return f"ended with code {code}" + (f": {said[-1].strip()}" if said else "")
+
+  def measure(self) -> dict[str, Any]:
+    """One timed pass."""
+    with contextlib.suppress(BrokenPipeError):  # the reply then says what happened
+      self._process.stdin.write("run\n")
+      self._process.stdin.flush()
+    return self.reply()
+
+  def close(self) -> None:
+    """Ends the process; a worker that waits for the next line ends by itself."""
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.close()
+    try:
+      self._process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      self._process.wait()
+    self._reader.join()
+    self._process.stdout.close()
+    self._errors.close()
+
+
+class Progress:
+  """One line per measurement, with the time left: the expected seconds of what is left, scaled by what the rest took."""
+
+  def __init__(self, groups: Sequence[Sequence[Case]], repeats: int, say: Callable[[str], None]):
+    self._say, self._total = say, sum((1 + repeats) * len(group) for group in groups)
+    self._left, self._expected, self._count = passes_of(groups, repeats), passes_of(groups, repeats), 0
+    self._start = time.monotonic()
+
+  def done(self, text: str, seconds: float, count: int = 1) -> None:
+    """Counts `count` measurements that were expected to take so many seconds together."""
+    self._count, self._left = self._count + count, max(0.0, self._left - seconds)
+    finished = max(1e-9, self._expected - self._left)
+    left = (time.monotonic() - self._start) / finished * self._left
+    minutes = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+    self._say(f"[{self._count:>{len(str(self._total))}}/{self._total}] {text}, about {minutes} left")
+
+
+def check_logits(folder: Path, against: str) -> str:
+  """Compares the logits of both sides on a few rows of random tokens; returns what to print.
+
+  The sides round differently. Once in some thousands of choices the fourth and the fifth expert are so close that they
+  choose differently, which changes the logits of all later places of the row. Different formulas would change every row, so
+  the sides agree if one whole row does.
+
+  Raises:
+    WorkerFailed: the sides do not compute the same.
+  """
+  for side in (OURS, against):
+    with contextlib.closing(Worker(Case("logits", side, LOGITS_LENGTH), folder)) as worker:
+      worker.reply()
+  ours, theirs = (np.load(folder / f"logits {side}.npy") for side in (OURS, against))
+  return agreement(ours, theirs, against)
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray, against: str) -> str:
+  """See `check_logits`; logits [rows, places, vocabulary]."""
+  apart = np.abs(ours - theirs).max(-1)
+  same = apart <= LOGITS_TOLERANCE
+  text = (f"logits within {LOGITS_TOLERANCE:g} of {against} at every place of {same.all(1).sum()} of {len(same)} rows of "
+          f"{same.shape[1]} tokens, in all at {same.mean():.1%} of the places (standard deviation {theirs.std():.2f})")
+  if not same.all(1).any():
+    raise WorkerFailed(f"{text}: the two sides do not compute the same, a comparison of their speed means nothing")
+  return text
+
+
+def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: Progress) -> list[dict[str, Any]]:
+  """Rows of the cases of one length. All workers get ready first, then they take turns, so that a slow phase of the
+  machine hits every side; a worker that waits does nothing."""
+  rows, workers, ready, samples = {}, {}, {}, {}
+  with contextlib.ExitStack() as stack:
+
+    def attempt(case: Case, ask: Callable[[], dict[str, Any]], keep: Callable[[dict[str, Any]], None], describe) -> None:
+      first, one = expected_seconds(case)
+      try:
+        answer = ask()
+      except WorkerFailed as failure:
+        skipped = 1 + repeats - (case in ready) - len(samples.get(case, ()))
+        rows[case] = report.failed_row(case, str(failure))
+        progress.done(f"{case.name} {case.label}: {failure}", skipped * one + (0 if case in ready else first), skipped)
+        return
+      keep(answer)
+      progress.done(f"{case.name:13} {case.label}: {describe(answer)}", one + (first if "ready" in answer else 0))
+
+    for case in group:
+      workers[case] = Worker(case, folder)
+      stack.callback(workers[case].close)
+      attempt(case, workers[case].reply, lambda answer, case=case: ready.__setitem__(case, answer),
+              lambda answer: "ready" + f", compiled in {answer['compile_seconds']:.1f} s" * (answer["compile_seconds"] > 0))
+    check_losses(ready)
+    for _ in range(repeats):
+      for case in group:
+        if case not in rows:
+          attempt(case, workers[case].measure, samples.setdefault(case, []).append,
+                  lambda answer, case=case: f"{case.length / answer['seconds']:,.0f} tokens/s")
+  return [rows.get(case) or report.make_row(case, ready[case], samples[case]) for case in group]
+
+
+def check_losses(ready: dict[Case, dict[str, Any]]) -> None:
+  """Before the first update both sides must have the same loss.
+
+  Raises:
+    WorkerFailed: they do not.
+  """
+  losses = {case: answer["first_loss"] for case, answer in ready.items() if answer.get("first_loss") is not None}
+  if not all(abs(loss - next(iter(losses.values()))) <= _LOSS_TOLERANCE for loss in losses.values()):
+    raise WorkerFailed("first losses differ: " + ", ".join(f"{case.label} {loss:.5f}" for case, loss in losses.items()))
+
+
+def measure(kind: str, lengths: Sequence[int], against: str | None, repeats: int,
+            say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+  """Measures one kind at all lengths and returns its rows, with ratios.
+
+  Raises:
+    WorkerFailed: weights could not be made, or the two sides do not compute the same.
+  """
+  groups = cases_of(kind, lengths, against)
+  rows: list[dict[str, Any]] = []
+  with tempfile.TemporaryDirectory() as folder:
+    with contextlib.closing(Worker(Case("weights", OURS, 0), Path(folder))) as worker:
+      worker.reply()
+    if against:
+      say(check_logits(Path(folder), against))
+    progress = Progress(groups, repeats, say)
+    for group in groups:
+      rows += report.with_ratios(measure_group(group, Path(folder), repeats, progress))
+  return rows

@@ -1,0 +1,127 @@
+"""Every op, every case, every implementation: values against float64 loops, gradients against their finite differences."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.cases import all_cases
+from pallas_kernels.selection import Selection
+from tests.kernels import oracles
+
+IMPLEMENTATIONS = ("blockwise",)  # those that are compared with `reference`; a kernel joins here
+CASES = [case for case in all_cases() if not case.bench]
+WALK = [(case, dtype, implementation) for case in CASES for dtype in case.tolerances
+        for implementation in (("reference",) if dtype == "float64" else ()) + IMPLEMENTATIONS]
+BY_TITLE = {case.title: case for case in CASES}
+
+
+def outputs(result):
+  """Arrays to compare; a selection is a set per query."""
+  if isinstance(result, Selection):
+    return (jnp.sort(result.indices(), -1),)
+  return result if isinstance(result, tuple) else (result,)
+
+
+def cotangents(values):
+  """Fixed random weights of every number of a result, so that one backward pass speaks about all of them."""
+  rng = np.random.default_rng(7)
+  return tuple(rng.normal(size=x.shape) for x in values)
+
+
+@functools.cache
+def compiled(title, implementation):
+  """(moving, fixed) -> (values, gradients of their weighted sum with respect to `moving`), jitted."""
+  @jax.jit
+  def both(moving, fixed):
+    run = lambda moving: outputs(BY_TITLE[title].run({**moving, **fixed}, implementation))
+    values, pull = jax.vjp(run, moving)
+    return values, pull(tuple(w.astype(v.dtype) for w, v in zip(cotangents(values), values)))[0] if moving else {}
+  return both
+
+
+def evaluate(case, arrays, dtype, implementation):
+  """(values, gradients) of one implementation as NumPy arrays."""
+  with jax.enable_x64(dtype == "float64"):
+    moving = {name: arrays[name] for name in case.differentiable}
+    fixed = {name: x for name, x in arrays.items() if name not in moving}
+    return jax.tree.map(np.asarray, compiled(case.title, implementation)(moving, fixed))
+
+
+@functools.cache
+def ours(title, dtype, implementation):
+  """(inputs, values, gradients) of one implementation on the case's inputs."""
+  case = BY_TITLE[title]
+  with jax.enable_x64(True):  # the same numbers, rounded, in every dtype
+    arrays = case.arrays(jnp.dtype(dtype))
+  return arrays, *evaluate(case, arrays, dtype, implementation)
+
+
+def truth(case, arrays):
+  """The loops' values for these inputs."""
+  loop = getattr(oracles, case.op.__name__)
+  known = {name: x for name, x in {**arrays, **case.options}.items() if name in inspect.signature(loop).parameters
+           or name in ("positions", "segment_ids", "entry_last", "entry_segment")}
+  return loop(**known)
+
+
+def close(got, want, tolerance, what):
+  """Equal within a share of the largest number."""
+  got = np.asarray(got).astype(np.float64)
+  assert got.shape == want.shape
+  limit = tolerance * max(np.abs(want).max(initial=0.0), 1e-30)
+  error = np.abs(got - want).max(initial=0.0)
+  assert error <= limit, f"{what}: {error:.2e} apart, allowed {limit:.2e}"
+
+
+def ids(value):
+  return value.title if hasattr(value, "title") and not isinstance(value, str) else str(value)
+
+
+@pytest.mark.parametrize("case, dtype, implementation", WALK, ids=ids)
+def test_values_equal_float64_loops(case, dtype, implementation):
+  arrays, values, _ = ours(case.title, dtype, implementation)
+  for i, (got, want) in enumerate(zip(values, truth(case, arrays), strict=True)):
+    close(got, want, case.tolerances[dtype], f"result {i}")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.differentiable], ids=ids)
+def test_reference_gradients_equal_finite_differences(case):
+  """d(weighted sum)/d(input along a random direction), for every input by itself, by central differences of the loops."""
+  arrays, values, gradients = ours(case.title, "float64", "reference")
+  weights = cotangents(values)
+  rng = np.random.default_rng(3)
+  for name in case.differentiable:
+    x = np.asarray(arrays[name])
+    direction = np.where(np.isnan(x), 0, rng.normal(size=x.shape))
+    step = 1e-6  # small enough that no clamp and no relu changes sides
+    total = lambda moved, name=name: sum((w * v).sum() for w, v in zip(weights, truth(case, {**arrays, name: moved})))
+    numeric = (total(x + step * direction) - total(x - step * direction)) / (2 * step)
+    assert np.isfinite(gradients[name]).all()
+    analytic = (gradients[name] * direction).sum()
+    size = max(abs(numeric), np.linalg.norm(gradients[name]), 1e-3)
+    assert abs(analytic - numeric) < 2e-6 * size, f"{name}: {analytic} by the gradient, {numeric} by differences"
+
+
+@pytest.mark.parametrize("case, dtype, implementation", [w for w in WALK if w[0].differentiable and w[2] != "reference"], ids=ids)
+def test_gradients_equal_the_reference(case, dtype, implementation):
+  """Against the formula's gradient in float64 at the same numbers."""
+  arrays, _, gradients = ours(case.title, dtype, implementation)
+  if dtype == "float64":
+    want = ours(case.title, "float64", "reference")[2]
+  else:
+    widen = lambda x: np.asarray(x).astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
+    want = evaluate(case, jax.tree.map(widen, arrays), "float64", "reference")[1]
+  for name in case.differentiable:
+    assert gradients[name].dtype == arrays[name].dtype
+    close(gradients[name], want[name], case.tolerances[dtype], f"gradient of {name}")
+
+
+def test_cases_have_names_of_their_own():
+  titles = [case.title for case in all_cases()]
+  assert len(set(titles)) == len(titles)
+  for op in {case.op for case in all_cases()}:
+    assert {case.bench for case in all_cases() if case.op == op} == {True, False}, op

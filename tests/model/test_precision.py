@@ -1,0 +1,48 @@
+"""A bfloat16 model keeps in float32 what must be: read from the traced program, nothing executed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+import deepseek_v4 as dsv4
+from tests.model.small import T0
+from tests.model.test_memory import inner
+
+# an expert count that no other axis has, so that router tensors are known by their shape
+CONFIG = dataclasses.replace(T0, compute_dtype="bfloat16", n_routed_experts=11, hidden_size=48)
+# exponentials and logarithms of softmax and scores, norms, Sinkhorn's divisions, RoPE's phases, selection
+EXACT = {"exp", "exp2", "log", "log1p", "rsqrt", "sqrt", "sin", "cos", "top_k", "cumsum", "reduce_max", "div", "logsumexp"}
+
+
+def equations(program):
+  for equation in program.eqns:
+    yield equation
+    for value in equation.params.values():
+      for body in inner(value):
+        yield from equations(body)
+
+
+def test_exact_parts_of_a_bfloat16_model():
+  model = dsv4.DeepseekV4(CONFIG)
+  tokens = jax.ShapeDtypeStruct((1, 29), jnp.int32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
+  traced = jax.make_jaxpr(lambda v, t: model.apply(v, t, targets=t))(variables, tokens)
+  found = list(equations(traced.jaxpr))
+  narrow = lambda variable: getattr(variable.aval, "dtype", None) == jnp.bfloat16
+  dots = [e for e in found if e.primitive.name == "dot_general"]
+  assert sum(any(map(narrow, e.invars)) for e in dots) > 20  # it is a bfloat16 model
+  for e in found:
+    if e.primitive.name in EXACT:
+      assert not any(map(narrow, e.invars)), e
+  routers = [e for e in dots if e.outvars[0].aval.shape[-1:] == (11,)]
+  assert len(routers) == 4  # three layers and the prediction block
+  for e in routers:
+    assert not any(map(narrow, (*e.invars, *e.outvars))), e
+  scores = [e for e in found if e.primitive.name in ("log1p", "sqrt") and e.outvars[0].aval.shape[-1:] == (11,)]
+  assert scores and all(e.outvars[0].aval.dtype == jnp.float32 for e in scores)
+  out = jax.eval_shape(lambda v, t: model.apply(v, t, targets=t), variables, tokens)
+  assert out.hidden.dtype == jnp.bfloat16
+  assert {pair[0].dtype for pair in out.losses.values()} == {jnp.dtype("float32")}
+  assert jax.eval_shape(model.apply, variables, tokens).logits.dtype == jnp.float32

@@ -1,0 +1,107 @@
+"""What must not change a number: scanning, recomputation, dense attention against a large top-k. And who trains whom."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deepseek_v4 as dsv4
+from deepseek_v4.config import CSA, HASH, HCA, LEARNED
+from deepseek_v4.model.losses import next_token_targets
+from tests.model.small import T0, pack, random_tokens, random_variables
+
+# two times (HCA with a table, CSA with a learned router): everything that a scan has to carry
+SCANNED = dataclasses.replace(T0, num_hidden_layers=4, layer_types=(HCA, CSA) * 2, mlp_layer_types=(HASH, LEARNED) * 2)
+LOSSES = ("next_token", "mtp", "balance", "indexer")
+TOKENS, SEGMENTS = pack(random_tokens(17, seed=1), random_tokens(11, seed=2), length=31)
+
+
+@functools.cache
+def scanned_variables():
+  return random_variables(SCANNED)
+
+
+@functools.cache
+def compiled(**fields):
+  """(variables, weights of the losses) -> (gradients, output), jitted, for a variant of SCANNED."""
+  model = dsv4.DeepseekV4(dataclasses.replace(SCANNED, **fields), "blockwise")
+
+  @jax.jit
+  def run(variables, weights):
+    def total(params):
+      targets = next_token_targets(TOKENS, SEGMENTS, np.ones_like(TOKENS))
+      out = model.apply({"params": params, "router": variables["router"]}, TOKENS, None, SEGMENTS, targets=targets)
+      return sum(weights[name] * pair[0] / pair[1] for name, pair in out.losses.items()), out
+    return jax.grad(total, has_aux=True)(variables["params"])
+
+  return lambda variables, **weights: jax.device_get(run(variables, {name: jnp.float32(weights.get(name, 0)) for name in LOSSES}))
+
+
+def named(tree):
+  return {"/".join(str(p.key) for p in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def same(got, want, tolerance):
+  """Equal leaf by leaf, within a share of each leaf's largest number."""
+  got, want = named(got), named(want)
+  assert got.keys() == want.keys()
+  for name, leaf in want.items():
+    np.testing.assert_allclose(got[name], leaf, atol=tolerance * max(np.abs(leaf).max(), 1e-6), err_msg=name)
+
+
+ALL = dict(next_token=1.0, mtp=0.3, balance=0.5, indexer=0.7)
+
+
+@pytest.mark.parametrize("change", [dict(scan_layers=False), dict(remat="block")], ids=str)
+def test_scanning_and_recomputation_change_nothing(change):
+  gradients, out = compiled()(scanned_variables(), **ALL)
+  flat = not change.get("scan_layers", True)
+  variables = dsv4.restack(scanned_variables(), SCANNED, scan_layers=False) if flat else scanned_variables()
+  assert ("layer_03" in variables["params"]["layers"]) == flat
+  other_gradients, other = compiled(**change)(variables, **ALL)
+  if flat:
+    other_gradients = dsv4.restack({"params": other_gradients}, SCANNED, scan_layers=True)["params"]
+  np.testing.assert_allclose(other.hidden, out.hidden, atol=1e-4)
+  np.testing.assert_allclose(other.mtp_hidden, out.mtp_hidden, atol=1e-4)
+  for name in LOSSES:
+    np.testing.assert_allclose(other.losses[name], out.losses[name], rtol=1e-5, err_msg=name)
+  np.testing.assert_array_equal(other.routing["experts"], out.routing["experts"])
+  np.testing.assert_array_equal(other.routing["load"], out.routing["load"])
+  same(other_gradients, gradients, 2e-4)
+
+
+def test_language_and_indexer_train_apart():
+  """The indexer's leaves get exactly nothing from the other losses, and its loss gives exactly nothing to other leaves."""
+  language, out = compiled()(scanned_variables(), next_token=1.0, mtp=0.3, balance=1.0)
+  indexer, _ = compiled()(scanned_variables(), indexer=1.0)
+  assert all(np.isfinite(pair[0]) and pair[0] > 0 for pair in out.losses.values())
+  of_indexer = [name for name in named(language) if "/indexer/" in name]
+  assert len(of_indexer) == 6
+  for name, leaf in named(language).items():
+    assert (leaf == 0).all() == (name in of_indexer), name
+  for name, leaf in named(indexer).items():
+    assert (leaf == 0).all() == (name not in of_indexer), name
+  # every repetition of the scan gets a gradient of its own
+  for name in of_indexer:
+    assert (np.abs(named(indexer)[name]).reshape(2, -1).max(1) > 0).all(), name
+
+
+def program(config, attention_mode):
+  """Text of the traced forward pass with losses."""
+  model = dsv4.DeepseekV4(config, "blockwise")
+  variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS[:, :2])
+  traced = jax.make_jaxpr(lambda v: model.apply(v, TOKENS, None, SEGMENTS, targets=TOKENS, attention_mode=attention_mode))(variables)
+  return re.sub(r"0x[0-9a-f]+", "", str(traced))
+
+
+def test_dense_attention_is_the_program_of_a_top_k_that_drops_nothing():
+  entries = TOKENS.shape[1] // T0.csa_compress_rate
+  small = dataclasses.replace(T0, num_nextn_predict_layers=0)
+  dense = program(small, "dense")
+  assert dense == program(dataclasses.replace(small, index_topk=entries), "sparse")
+  assert dense == program(dataclasses.replace(small, index_topk=64), "dense")
+  assert dense != program(dataclasses.replace(small, index_topk=entries - 1), "sparse")
