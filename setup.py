@@ -9,10 +9,10 @@ AOT = [
   f"jax==0.10.2; {OLDER}", f"libtpu==0.0.42.1; {OLDER}",
   f"jax==0.12.0.1; {NEWER}", f"libtpu==0.0.50.1; {NEWER}",
 ]
+# nbclient executes the notebooks (the tests do), nbformat reads them, ipykernel is the Python that they run in.
 # transformers and torch are the independent truth about the model; the parity tests run on the older Python.
-TEST = AOT + ["pytest", "pytest-xdist", "hypothesis", f"transformers==5.24.0; {OLDER}", f"torch==2.13.0; {OLDER}"]
-# nbclient executes the notebooks, nbformat reads them, ipykernel is the Python that they run in.
 NOTEBOOKS = ["nbclient", "nbformat", "ipykernel"]
+TEST = AOT + NOTEBOOKS + ["pytest", "pytest-xdist", "hypothesis", f"transformers==5.24.0; {OLDER}", f"torch==2.13.0; {OLDER}"]
 
 setup(
   name="deepseek-v4-jax",

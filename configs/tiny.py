@@ -25,10 +25,10 @@ from deepseek_v4.config import (
 def get_config() -> RunConfig:
   model = ModelConfig(
     vocab_size=320,  # 256 bytes, the special ids, and what makes it a multiple of 64
-    hidden_size=160,
-    num_hidden_layers=6,
-    layer_types=(SLIDING, HCA) + (CSA, HCA) * 2,
-    mlp_layer_types=(HASH,) * 2 + (LEARNED,) * 4,
+    hidden_size=192,
+    num_hidden_layers=5,
+    layer_types=(SLIDING,) + (CSA, HCA) * 2,  # four bodies to compile: this one, the repeated pair, the MTP block
+    mlp_layer_types=(HASH,) + (LEARNED,) * 4,
     csa_compress_rate=4,
     hca_compress_rate=32,
     num_attention_heads=8,
@@ -53,8 +53,8 @@ def get_config() -> RunConfig:
   )
   return RunConfig(
     model=model,
-    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30, decay_steps=150),
+    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=15, decay_steps=70),
     data=DataConfig(source="stdlib", sequence_length=512, batch_size=8, held_out_percent=1),
     mesh=MeshConfig(data=2, fsdp=2, expert=2, emulated_devices=8),
-    training=TrainingConfig(steps=300, log_every=10, eval_every=100, eval_batches=8, checkpoint_every=100),
+    training=TrainingConfig(steps=120, log_every=10, eval_every=40, eval_batches=4, checkpoint_every=60),
   )

@@ -53,8 +53,8 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
 
 
 def leaf_name(path: Sequence[str]) -> str:
-  """A parameter's name in tables: its path without `layers/<key>`, `mtp` and `mtp/block`."""
-  path = [p for p in path if p not in ("params", "router")] if path and path[0] in ("params", "router") else list(path)
+  """A parameter's name in tables: its path without the collection, `layers/<key>`, `mtp` and `mtp/block`."""
+  path = list(path[1:] if path[0] in ("params", "router") else path)  # "router" is also a part of `moe`
   if path[0] == "layers":
     path = path[2:]
   elif path[0] == "mtp":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from launch import emulate_devices, use_huge_pages
 
@@ -21,6 +21,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells at INFO level how it saves
   from deepseek_v4 import config
   try:
     run_config = config.load(flags.FLAGS["config"].value, flags.FLAGS["set"].value)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -60,3 +62,78 @@ def _curve(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, label: str
   points = [(line["step"], line[name] * scale) for line in lines if line.get(name) is not None]
   if points:
     axes.plot(*zip(*points), label=label, **style)
+
+
+# ---- what a traced model does (names of `analysis.trace`) --------------------------------------------------------------
+def png(figure: Figure) -> bytes:
+  """A figure as the bytes of a PNG, for notebooks and files."""
+  buffer = io.BytesIO()
+  FigureCanvasAgg(figure).print_png(buffer)
+  return buffer.getvalue()
+
+
+def _image(axes: Axes, values: np.ndarray, title: str, xlabel: str, ylabel: str, **options: Any) -> None:
+  picture = axes.imshow(values, aspect="auto", interpolation="nearest", **({"cmap": "Greys"} | options))
+  axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+  axes.figure.colorbar(picture, ax=axes, fraction=0.046)
+
+
+def attention_maps(found: Mapping[str, Any], layers: Sequence[int], row: int = 0) -> Figure:
+  """Who looks at what: attention weights, mean over heads, of tokens in the window (left) and of compressed entries (right).
+
+  Args:
+    found: of `trace`.
+    layers: one line of pictures each.
+    row: of the batch.
+  """
+  figure = Figure(figsize=(9, 3.2 * len(layers)), dpi=110, layout="constrained")
+  grid = figure.subplots(len(layers), 2, squeeze=False)
+  for (window, entries), layer in zip(grid, layers):
+    name = f"layers/{layer:02d}"
+    weights = np.asarray(found[f"{name}/attention/window_weight"][row]).mean(1)
+    _image(window, weights ** 0.5, f"layer {layer}: window", "key (token)", "query (token)")
+    of_entries = np.asarray(found[f"{name}/attention/entry_weight"][row]).mean(1)
+    if of_entries.shape[1]:
+      _image(entries, of_entries ** 0.5, f"layer {layer}: compressed entries", "entry", "query (token)")
+    else:
+      entries.set_axis_off()
+      entries.text(0.5, 0.5, "sliding layer: no entries", ha="center", va="center")
+  return figure
+
+
+def selection_map(found: Mapping[str, Any], layer: int, row: int = 0) -> Figure:
+  """The indexer of a CSA layer: its choice (left) and the attention mass that each query put on the chosen entries (right)."""
+  name = f"layers/{layer:02d}"
+  scores, picks = (np.asarray(found[f"{name}/indexer/{part}"][row]) for part in ("scores", "selected"))
+  chosen = np.zeros(scores.shape)
+  rows, places = np.nonzero(picks >= 0)
+  chosen[rows, picks[rows, places]] = 1
+  figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
+  left, right = figure.subplots(1, 2)
+  _image(left, chosen + 0.25 * (scores > -np.inf), f"layer {layer}: visible (grey), chosen (black)", "entry", "query (token)")
+  mass = np.asarray(found[f"{name}/attention/entry_weight"][row]).mean(1).sum(-1)
+  right.plot(mass, color="black", linewidth=0.8)
+  right.set(title="attention on compressed entries", xlabel="query (token)", ylabel="share, mean over heads", ylim=(0, 1))
+  return figure
+
+
+def expert_loads(found: Mapping[str, Any], num_experts: int) -> Figure:
+  """Share of the tokens' picks that each expert gets, layer by layer; level = balanced."""
+  names = sorted(name for name in found if name.startswith("layers/") and name.endswith("router/experts"))
+  loads = np.stack([np.bincount(np.asarray(found[name]).reshape(-1), minlength=num_experts) for name in names])
+  figure = Figure(figsize=(9, 0.5 * len(names) + 1.6), dpi=110, layout="constrained")
+  _image(figure.subplots(), loads / loads.sum(1, keepdims=True) * num_experts, "expert load (1 = balanced)", "expert", "layer",
+         vmin=0, vmax=2)
+  return figure
+
+
+def stream_mixing(found: Mapping[str, Any]) -> Figure:
+  """mHC over depth: the mean mixing matrix of every sublayer; rows = new streams, each summing to about 1."""
+  names = sorted(n for n in found if n.startswith("layers/") and n.endswith("/comb"))
+  # Within a layer attention comes before the experts, as the alphabet has it.
+  figure = Figure(figsize=(1.5 * len(names) + 1, 2.1), dpi=110, layout="constrained")
+  for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names):
+    comb = np.asarray(found[name])
+    axes.imshow(comb.mean((0, 1)).T, cmap="Greys", vmin=0, vmax=1)
+    axes.set(title=f"{name.split('/')[1]} {name.split('/')[2].removeprefix('mhc_')}", xticks=[], yticks=[])
+  return figure

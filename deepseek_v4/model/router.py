@@ -26,8 +26,14 @@ def score(logits: jax.Array, scoring_func: str) -> jax.Array:
 
 def combine_weights(scores_BSE: jax.Array, experts_BSk: jax.Array, factor: float) -> jax.Array:
   """Weights [B, S, k] of the chosen experts: their unbiased scores, normalised to sum to `factor`."""
-  chosen = jnp.take_along_axis(scores_BSE, experts_BSk, axis=-1)
-  return chosen / (chosen.sum(-1, keepdims=True) + 1e-20) * factor
+  return _normalised(jnp.take_along_axis(scores_BSE, experts_BSk, axis=-1)) * factor
+
+
+def _normalised(scores: jax.Array) -> jax.Array:
+  """scores / (their sum over the last axis + 1e-20)."""
+  total = scores.sum(-1, keepdims=True) + 1e-20
+  # Where all scores underflow, the quotient's derivative by the sum, scores / total^2, is 0 times more than float32 holds.
+  return scores / jnp.where(total < 1e-18, jax.lax.stop_gradient(total), total)
 
 
 def _mix_bits(x: jax.Array) -> jax.Array:
@@ -69,7 +75,7 @@ def balance_loss(scores_BSE: jax.Array, experts_BSk: jax.Array, context: Context
   """
   num_experts, top_k = scores_BSE.shape[-1], experts_BSk.shape[-1]
   token_BS = (context.segment_ids > 0).astype(scores_BSE.dtype)
-  share_BSE = scores_BSE / (scores_BSE.sum(-1, keepdims=True) + 1e-20)
+  share_BSE = _normalised(scores_BSE)
   picks_BSE = (experts_BSk[..., None] == jnp.arange(num_experts)).sum(-2).astype(scores_BSE.dtype) * token_BS[..., None]
   if context.contiguous:
     picks_of_document, tokens_of_document = picks_BSE.sum(1, keepdims=True), float(picks_BSE.shape[1])

@@ -80,13 +80,16 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
                     jax.tree_util.tree_map_with_path(of_moment, state.opt_state), everywhere)
 
 
+def jit_init(run_config: RunConfig, mesh: Mesh | None = None):
+  """The jitted function key -> TrainState; on a mesh every leaf is created where it belongs."""
+  places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run_config, mesh))
+  return jax.jit(lambda key: _new_state(run_config, mesh, key), out_shardings=places)
+
+
 def init_state(run_config: RunConfig, key: jax.Array, mesh: Mesh | None = None) -> TrainState:
-  """A fresh state from one key; on a mesh every leaf is created where it belongs.
+  """A fresh state from one key, the same on every mesh.
 
   Raises:
     ValueError: sizes that the mesh does not divide, before anything is compiled.
   """
-  places = None
-  if mesh is not None:
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run_config, mesh))
-  return jax.jit(lambda key: _new_state(run_config, mesh, key), out_shardings=places)(key)
+  return jit_init(run_config, mesh)(key)

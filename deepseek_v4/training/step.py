@@ -128,7 +128,7 @@ def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: Tra
                batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
   """The step as a pure function; see `make_train_step`."""
   grads, means, loss, load = _accumulate(run_config, state, batch, places)
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   new = _updated(run_config, mesh, state, grads, load)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new.params)
   keep = lambda a, b: jax.lax.select(finite, a, b)
@@ -225,7 +225,7 @@ def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable
     ok = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), {
         **tree, "layers": dict(enumerate(split_layers(tree["layers"], groups)))})
     return {"parameter": ok(state.params), "loss": jax.tree.map(jnp.isfinite, means), "gradient": ok(grads),
-            "gradient norm": {"over all parameters": jnp.isfinite(optax.global_norm(grads))}, "updated parameter": ok(new.params)}
+            "gradient norm": {"over all parameters": jnp.isfinite(optax.tree.norm(grads))}, "updated parameter": ok(new.params)}
 
   jitted = _jit_on(mesh, _places_of(run_config, mesh), flags)
 

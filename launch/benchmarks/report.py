@@ -15,14 +15,14 @@ from launch.benchmarks import flops
 from launch.benchmarks.cases import OURS, THREADS, Case, Target, model_config, targets_of
 
 Row = dict[str, Any]
+_UNDISTURBED = 0.75  # matmul rates of a quiet machine stay above this share of the best
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------------
 def _head(case: Case) -> Row:
-  head = {"case": case.name, "side": case.label, "kind": case.kind, "length": case.length, "ours": case.side == OURS,
+  return {"case": case.name, "side": case.label, "kind": case.kind, "length": case.length, "ours": case.side == OURS,
           "variant": case.variant}
-  return head
 
 
 def failed_row(case: Case, reason: str) -> Row:
@@ -34,7 +34,7 @@ def make_row(case: Case, ready: dict[str, Any], samples: Sequence[dict[str, Any]
   """The figures of a case from what its worker said when it was ready and after each pass.
 
   Seconds are the median over the passes; the share of the matmul rate is the median of the shares pass by pass, each with
-  the rate measured right behind it. Activation memory is the peak less what was resident between two passes (weights,
+  the rate measured right behind it. Activation memory is the peak less what was resident before the first pass (weights,
   moments, compiled code).
   """
   seconds = statistics.median(s["seconds"] for s in samples)
@@ -45,6 +45,7 @@ def make_row(case: Case, ready: dict[str, Any], samples: Sequence[dict[str, Any]
       "compile_seconds": ready["compile_seconds"], "resident_bytes": ready["resident_bytes"], "peak_bytes": None,
       "activation_bytes_per_token": None, "flops_per_token": work,
       "matmul_flops_per_second": statistics.median(s["matmul_flops_per_second"] for s in samples),
+      "matmul_flops_per_second_min": min(s["matmul_flops_per_second"] for s in samples),
       "matmul_share": statistics.median(work * case.length / s["seconds"] / s["matmul_flops_per_second"] for s in samples)}
   if ready["resident_bytes"] is not None:
     row["peak_bytes"] = max(s["peak_bytes"] for s in samples)
@@ -90,10 +91,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 EXPLANATION = """\
-s and us/token: median over the passes; fastest: the fastest pass. KiB/token: peak of resident memory less what is resident
-between two passes. MFLOP/token: matmuls by the formula (launch/benchmarks/flops.py). GF/s matmul: the machine's own float32
-matmul, same library and process; share: what the case reaches of it, in percent. ratio: the other side's time (the faster of
-its ways) over ours."""
+s and us/token: median over the passes; fastest: the fastest pass. KiB/token: peak of resident memory less what was resident
+before the first pass (weights, moments, program). MFLOP/token: matmuls by the formula (launch/benchmarks/flops.py).
+GF/s matmul: the machine's own float32 matmul, same library and process; share: what the case reaches of it, in percent.
+ratio: the other side's time (the faster of its ways) over ours."""
 
 
 # ---- targets ----------------------------------------------------------------------------------------------------------
@@ -133,6 +134,19 @@ def losses(rows: Sequence[Row]) -> str:
   """A sentence that names the rows in which the other side is faster; empty if there is none."""
   lost = [f"{row['case']} {row['side']} ({row['ratio']:.2f})" for row in rows if row.get("ratio", 1) < 1]
   return f"Slower than the other side: {', '.join(lost)}." if lost else ""
+
+
+def disturbances(rows: Sequence[Row]) -> str:
+  """A sentence that names the rows during which the machine was busy otherwise; empty if there is none.
+
+  The matmul rate behind some pass was then well below the best median of the same library.
+  """
+  measured = [row for row in rows if "failed" not in row]
+  best = {ours: max((row["matmul_flops_per_second"] for row in measured if row["ours"] == ours), default=0)
+          for ours in (True, False)}
+  slow = [f"{row['case']} {row['side']}" for row in measured
+          if row["matmul_flops_per_second_min"] < _UNDISTURBED * best[row["ours"]]]
+  return f"The machine was busy otherwise, measure again: {', '.join(slow)}." if slow else ""
 
 
 # ---- the file ---------------------------------------------------------------------------------------------------------

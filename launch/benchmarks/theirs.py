@@ -47,8 +47,7 @@ def _train(model, tokens, checkpointing: bool):
   model.train()
   if checkpointing:
     model.activation_checkpointing_enable()
-  optimizer = torch.optim.AdamW(model.parameters(), lr=ADAMW["learning_rate"], betas=ADAMW["betas"],
-                                weight_decay=ADAMW["weight_decay"], fused=True)
+  optimizer = _adamw(model)
 
   def run():
     loss = model(tokens, labels=tokens, use_cache=False).loss
@@ -58,3 +57,18 @@ def _train(model, tokens, checkpointing: bool):
     return loss.item()
 
   return run
+
+
+def _adamw(model) -> torch.optim.Optimizer:
+  """AdamW before its first step, with its moments in memory: they are no activations."""
+  optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=ADAMW["betas"], weight_decay=ADAMW["weight_decay"],
+                                fused=True)
+  for parameter in model.parameters():
+    parameter.grad = torch.zeros_like(parameter)
+  optimizer.step()
+  optimizer.zero_grad(set_to_none=True)
+  for moments in optimizer.state.values():
+    moments["step"].zero_()
+  for group in optimizer.param_groups:
+    group["lr"] = ADAMW["learning_rate"]
+  return optimizer

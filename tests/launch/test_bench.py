@@ -146,6 +146,13 @@ def test_lost_rows_are_named():
   assert report.losses(report.with_ratios(TRAIN)) == ""
 
 
+def test_a_busy_machine_is_noticed():
+  quiet = [row(Case("forward", OURS, 512), 1.0, rate=2e11), row(Case("forward", TRANSFORMERS, 512), 1.0, rate=1e11)]
+  assert report.disturbances(quiet) == ""
+  busy = report.disturbances([*quiet, row(Case("forward", OURS, 1024), 1.0, rate=1.4e11)])
+  assert busy == "The machine was busy otherwise, measure again: forward 1024 ours."
+
+
 def test_the_table_lines_up():
   stopped = report.failed_row(Case("train", TRANSFORMERS, 4096), "stopped: needs more than 16 GiB, or so it seemed")
   lines = report.table([*report.with_ratios(TRAIN), stopped]).splitlines()

@@ -43,14 +43,13 @@ def test_parameters_of_the_released_models(name):
   assert scanned == (repeats, config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_forward_pass_of_the_released_models_has_a_shape(name):
-  """Base models too; 256 tokens, with losses."""
-  config = dsv4.ModelConfig.from_hf(RELEASED[f"{name}-Base"])
+def test_a_forward_pass_of_flash_has_a_shape():
+  """The base model; 256 tokens, with losses."""
+  config = dsv4.ModelConfig.from_hf(RELEASED["DeepSeek-V4-Flash-Base"])
   model = dsv4.DeepseekV4(config)
   tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
   out = jax.eval_shape(lambda v, t: model.apply(v, t, targets=t), variables, tokens)
-  assert out.hidden.shape == out.mtp_hidden.shape == (1, 256, config.hidden_size) and out.logits is None
-  assert out.routing["experts"].shape == (config.num_hidden_layers, 1, 256, 6)
-  assert {name: pair[0].shape for name, pair in out.losses.items()} == dict.fromkeys(("next_token", "mtp", "balance", "indexer"), ())
+  assert out.hidden.shape == out.mtp_hidden.shape == (1, 256, 4096) and out.logits is None
+  assert out.routing["experts"].shape == (43, 1, 256, 6) and out.routing["load"].shape == (43, 256)
+  assert {pair[0].shape for pair in out.losses.values()} == {()}

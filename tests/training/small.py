@@ -68,8 +68,9 @@ def _random_leaf(path, leaf, rng, model):
   return x.astype(np.float32)
 
 
+@functools.cache
 def random_state(run=RUN, seed=0):
-  """A TrainState of numpy arrays: random parameters and router, the optimizer's state as it starts, zero."""
+  """A TrainState of numpy arrays: random parameters and router, the optimizer's state as it starts, zero. To be read only."""
   rng = np.random.default_rng(seed)
   shapes = abstract_state(run)
 

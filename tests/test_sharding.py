@@ -1,0 +1,213 @@
+"""The table of axes knows every parameter, meshes are made or refused by name, and a layout is what its axes say."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from deepseek_v4 import config as c
+from deepseek_v4 import sharding
+from deepseek_v4.training.state import abstract_state
+from tests.training.small import RUN, leaves, with_model
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SIZES = {"embed": "fsdp", "lora": "fsdp", "expert": "expert", "heads": "tensor", "index_heads": "tensor", "groups": "tensor",
+         "vocab": "tensor", "mlp": "tensor"}
+
+
+def mesh_of(**sizes):
+  sizes = {"data": 1} | sizes
+  return sharding.make_mesh(c.MeshConfig(**sizes), jax.devices()[:np.prod(list(sizes.values()))])
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["v4_pro", "v4_flash", "tiny"])
+def shapes(request):
+  """(run, {path: shape} of params and router) of a real config; nothing is allocated."""
+  run = c.load(CONFIGS / f"{request.param}.py")
+  state = abstract_state(run)
+  return run, {name: x.shape for name, x in (leaves(state.params) | leaves({"router": state.router})).items()}
+
+
+def test_every_parameter_is_in_the_table_and_divides(shapes):
+  """On any mesh that `check_model_divides` lets pass, every split axis is a multiple of its mesh axis."""
+  run, named = shapes
+  m = run.model
+  largest = {"fsdp": np.gcd.reduce([m.hidden_size, m.q_lora_rank, m.o_lora_rank]), "expert": m.n_routed_experts,
+             "tensor": np.gcd.reduce([m.num_attention_heads, m.o_groups, m.index_n_heads, m.vocab_size,
+                                      m.moe_intermediate_size])}
+  used = set()
+  for name, shape in named.items():
+    path = name.split("/")
+    axes = sharding.parameter_axes(path, len(shape))
+    assert len(axes) == len(shape)
+    assert axes[0] is None or "unit_" not in name  # layers are never split
+    assert not [(n, axis) for n, axis in zip(shape, axes) if axis and n % largest[SIZES[axis]]], name
+    sharding.spec(axes)
+    used.add(sharding.leaf_name(path))
+  # nothing in the table is left from another time
+  assert set(sharding.PARAMETER_AXES) == used
+
+
+def test_big_matrices_are_split(shapes):
+  """What a pod cannot hold whole: everything above a megabyte of the real models is split over fsdp, experts over expert too."""
+  run, named = shapes
+  if run.model.hidden_size < 1024:
+    pytest.skip("a small model")
+  for name, shape in named.items():
+    targets = [sharding.RULES[axis] for axis in sharding.parameter_axes(name.split("/"), len(shape)) if axis]
+    layers = 1 if "unit_" not in name else shape[0]
+    if np.prod(shape) / layers * 4 > 1 << 20 and not name.startswith("router/"):
+      assert "fsdp" in targets, name
+    assert ("expert" in targets) == ("moe/experts/" in name), name
+
+
+def test_names():
+  assert sharding.leaf_name(("layers", "unit_0", "attention", "q_b")) == "attention/q_b"
+  assert sharding.leaf_name(("params", "layers", "layer_03", "moe", "experts", "up")) == "moe/experts/up"
+  assert sharding.leaf_name(("router", "mtp", "block", "moe", "router", "bias")) == "moe/router/bias"
+  assert sharding.leaf_name(("mtp", "hc_head", "fn")) == "hc_head/fn"
+  assert sharding.leaf_name(("mtp", "block", "attn_hc", "fn_pre")) == "attn_hc/fn_pre"
+
+
+def test_axes_of_scanned_and_single_layers():
+  path = ("layers", "unit_0", "moe", "experts", "down")
+  assert sharding.parameter_axes(path, 4) == (None, "expert", "mlp", "embed")
+  assert sharding.parameter_axes(path, 3) == ("expert", "mlp", "embed")
+  with pytest.raises(ValueError, match="parameter layers/unit_0/moe/experts/down: 5 axes, expected 3, or one more"):
+    sharding.parameter_axes(path, 5)
+  with pytest.raises(ValueError, match="parameter layers/layer_00/attention/q_c: not in the table"):
+    sharding.parameter_axes(("layers", "layer_00", "attention", "q_c"), 2)
+
+
+def test_specs():
+  assert sharding.spec(("expert", "embed", "mlp")) == P("expert", "fsdp", "tensor")
+  assert sharding.spec((None, "batch", "sequence")) == P(None, ("data", "fsdp", "expert"), "context")
+  assert sharding.spec(()) == P()
+
+
+@pytest.mark.parametrize("axes", [("embed", "lora"), ("heads", "vocab"), ("batch", "embed"), ("expert", "batch"),
+                                  ("shards", "sequence"), ("heads", None, "heads")])
+def test_two_axes_on_one_mesh_axis_are_refused(axes):
+  with pytest.raises(ValueError, match=re.escape(f"logical axes {axes}: two of them lie on one mesh axis")):
+    sharding.spec(axes)
+
+
+def test_an_unknown_axis_is_refused_with_the_known_ones():
+  with pytest.raises(ValueError, match="logical axis 'embedding': expected one of batch, sequence, .*lora"):
+    sharding.spec(("embedding", None))
+
+
+# ---- meshes ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("sizes, expected", [
+  ({}, (8, 1, 1, 1, 1)),
+  (dict(data=1, fsdp=-1), (1, 8, 1, 1, 1)),
+  (dict(data=-1, fsdp=2, tensor=2), (2, 2, 1, 1, 2)),
+  (dict(data=2, expert=-1), (2, 1, 4, 1, 1)),
+  (dict(data=2, fsdp=2, expert=2, tensor=-1), (2, 2, 2, 1, 1)),
+])
+def test_meshes(sizes, expected):
+  mesh = sharding.make_mesh(c.MeshConfig(**sizes))
+  assert mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor")
+  assert mesh.devices.shape == expected
+  assert mesh.devices.reshape(-1).tolist() == jax.devices()
+
+
+@pytest.mark.parametrize("sizes, message", [
+  (dict(data=3), "the product must be the number of devices, 8"),
+  (dict(data=16), "the product must be the number of devices, 8"),
+  (dict(data=-1, fsdp=3), "8 devices are not a multiple of 3"),
+  (dict(data=-1, tensor=16), "8 devices are not a multiple of 16"),
+  (dict(data=4, context=2), "mesh.context = 2: expected 1; context parallelism does not exist yet"),
+  (dict(data=1, context=-1), "mesh.context = -1: expected 1"),
+])
+def test_meshes_that_do_not_fit_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    sharding.make_mesh(c.MeshConfig(**sizes))
+
+
+@pytest.mark.parametrize("field, value, axis, size", [
+  ("num_attention_heads", 2, "tensor", 4),
+  ("o_groups", 1, "tensor", 2),
+  ("index_n_heads", 3, "tensor", 2),
+  ("vocab_size", 67, "tensor", 2),
+  ("moe_intermediate_size", 18, "tensor", 4),
+  ("hidden_size", 36, "fsdp", 8),
+  ("q_lora_rank", 20, "fsdp", 8),
+  ("o_lora_rank", 4, "fsdp", 8),
+  ("n_routed_experts", 6, "expert", 4),
+])
+def test_sizes_that_a_mesh_does_not_divide_are_refused_by_name(field, value, axis, size):
+  """Before anything is traced, by the functions that a run calls first."""
+  others = dict(o_groups=4) if axis == "tensor" and size == 4 and field != "num_attention_heads" else {}
+  run = with_model(RUN, **others | {field: value})
+  mesh = mesh_of(**{axis: size})
+  message = f"model.{field} = {value}: expected a multiple of mesh.{axis} = {size}"
+  for check in (sharding.check_divides, abstract_state):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      check(run, mesh)
+  sharding.check_divides(run, mesh_of())
+
+
+@pytest.mark.parametrize("batch_size, accumulation, sizes", [
+  (8, 2, dict(data=8)), (8, 4, dict(data=2, fsdp=2)), (4, 1, dict(data=2, fsdp=2, expert=2)), (12, 1, dict(expert=8)),
+])
+def test_batches_that_a_mesh_does_not_divide_are_refused(batch_size, accumulation, sizes):
+  run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, batch_size=batch_size, accumulation=accumulation))
+  message = (f"data.batch_size / data.accumulation = {batch_size // accumulation}: expected a multiple of data x fsdp x expert = "
+             f"{np.prod(list(sizes.values()))}")
+  with pytest.raises(ValueError, match=re.escape(message)):
+    sharding.check_divides(run, mesh_of(**sizes))
+  sharding.check_divides(run, mesh_of(tensor=2))  # tensor does not split a batch
+
+
+# ---- layouts in a traced function --------------------------------------------------------------------------------------
+def test_without_a_mesh_everything_is_the_identity():
+  x = np.ones((2, 2))
+  assert sharding.constrain(x, ("no such axis", "either")) is x
+  assert sharding.gathered(x, ("layers", "layer_00", "attention", "q_a")) is x
+  assert sharding.per_shard(len, (), ()) is len
+  assert sharding.batch_shards() == 1 and sharding.axis_name("heads") is None
+
+
+def test_an_axis_of_one_device_needs_no_sum():
+  with jax.set_mesh(mesh_of(data=2, tensor=2)):
+    assert sharding.axis_name("heads") == "tensor" and sharding.axis_name("expert") is None
+    assert sharding.batch_shards() == 2
+
+
+def test_a_batch_lies_over_data_fsdp_and_expert_in_this_order():
+  mesh = mesh_of(data=2, fsdp=2, expert=2)
+  x = jax.device_put(np.arange(16).reshape(1, 8, 2), sharding.batch_sharding(mesh))
+  rows = {shard.device: shard.data[0, :, 0].tolist() for shard in x.addressable_shards}
+  assert [rows[d] for d in mesh.devices.reshape(-1)] == [[2 * row] for row in range(8)]
+
+
+def test_per_shard_gives_each_device_its_part_and_sums_gradients_of_what_is_whole():
+  mesh = mesh_of(data=2, tensor=2)
+  x, w = np.arange(8.0, dtype=np.float32).reshape(4, 2), np.array([1.0, 3.0], np.float32)
+  seen = []
+
+  def fn(x, w):
+    seen.append((x.shape, w.shape))
+    return x * w
+
+  with jax.set_mesh(mesh):
+    run = sharding.per_shard(fn, (("batch", "heads"), ("heads",)), ("batch", "heads"))
+    out, grad = jax.jit(lambda x, w: (run(x, w), jax.grad(lambda w: (run(x, w) ** 2).sum())(w)))(x, w)
+  assert set(seen) == {((2, 1), (1,))}
+  np.testing.assert_array_equal(out, x * w)
+  np.testing.assert_allclose(grad, (2 * x * x * w).sum(0))
+
+
+def test_a_gathered_weight_is_whole_along_fsdp_only():
+  mesh = mesh_of(fsdp=2, expert=2, tensor=2)
+  path = ("layers", "layer_00", "moe", "experts", "up")
+  place = jax.NamedSharding(mesh, P("expert", "fsdp", "tensor"))
+  with jax.set_mesh(mesh):
+    y = jax.jit(lambda w: sharding.gathered(w, path), in_shardings=place)(np.ones((4, 6, 8), np.float32))
+  assert y.sharding.shard_shape(y.shape) == (2, 6, 4)

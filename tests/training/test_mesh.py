@@ -1,0 +1,189 @@
+"""One step on meshes of eight devices equals the step on one device: losses, gradients, parameters, router; and who holds what."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_v4 import config as c
+from deepseek_v4 import optim, sharding
+from tests.training.small import (
+  LOSSES,
+  MODEL,
+  RUN,
+  Step,
+  at,
+  differing,
+  gradients_of,
+  leaves,
+  on_host,
+  random_batch,
+  random_state,
+  reference,
+  single_step,
+  with_leaf,
+  with_model,
+)
+
+# Every axis, and every pair but data x fsdp, which split a batch alike. The fsdp x expert mesh recomputes layers in the backward
+# pass, as pods do: that changes no number either.
+TOGETHER = {
+  "tensor=2 fsdp=4": (c.MeshConfig(data=1, fsdp=4, tensor=2), "none"),
+  "data=2 expert=2 tensor=2": (c.MeshConfig(data=2, expert=2, tensor=2), "none"),
+  "fsdp=2 expert=4": (c.MeshConfig(data=1, fsdp=2, expert=4), "block"),
+}
+ALONE = {"data=8": (c.MeshConfig(data=8), "none"), "fsdp=8": (c.MeshConfig(data=1, fsdp=8), "none"),
+         "expert=8": (c.MeshConfig(data=1, expert=8), "none")}
+MESHES = [*TOGETHER, *(pytest.param(name, marks=pytest.mark.long) for name in ALONE)]
+RATE = 5e-3  # of the first update
+COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?"
+
+
+@functools.cache
+def mesh_step(name):
+  mesh_config, remat = (TOGETHER | ALONE)[name]
+  return Step(with_model(RUN, remat=remat), sharding.make_mesh(mesh_config))
+
+
+@functools.cache
+def stepped(name):
+  """(new state, metrics) of the reference's step on a mesh."""
+  return mesh_step(name)(random_state(), random_batch())
+
+
+# ---- the same numbers --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", MESHES)
+def test_losses_and_gradients(name):
+  """float32 sums in another order: a few 1e-7 each. Two gradients are nearly zero by cancellation, see `matrices`: 1e-7 of
+  the global norm, which is 1 after clipping."""
+  state, metrics = stepped(name)
+  expected_state, expected = reference()
+  for key in (*LOSSES, "loss", "grad_norm"):
+    assert metrics[key] == pytest.approx(float(expected[key]), rel=3e-6), key
+  for key in ("tokens", "finite", "learning_rate", "max_load_violation"):
+    assert metrics[key] == expected[key], key
+  expected_grads, grads = gradients_of(expected_state), gradients_of(state)
+  assert grads.keys() == expected_grads.keys()
+  for key, g in expected_grads.items():
+    assert np.linalg.norm(grads[key] - g) <= 2e-5 * np.linalg.norm(g) + 1e-7, key
+
+
+def matrices(tree, name, axes):
+  """The float64 matrices [n, R, C] of a leaf that Muon updates."""
+  rows, columns = axes[name]
+  x = np.asarray(tree[name], np.float64)
+  batch = x.ndim - len(rows) - len(columns)
+  x = np.moveaxis(x, rows + columns, range(batch, x.ndim))
+  return x.reshape(-1, np.prod(x.shape[batch:batch + len(rows)]), np.prod(x.shape[batch + len(rows):]))
+
+
+def tolerance(gradient):
+  """Allowed RMS difference of an update, as a share of 0.18 lr, its own RMS at full rank.
+
+  Newton-Schulz returns the singular vectors of the gradient at length 1, whatever their singular values s: an error e of the
+  gradient becomes e / s, and where s is noise itself at most 8e4 e. Gradients agree to about 3e-6 of their norm.
+    1e-3  s above 1e-4 of the norm: at most 3e-2 in a single direction, far less on average
+    5e-2  smaller s, or gradient and noise cancelled to below 1e-4: experts with fewer tokens than rows; mHC's fn_res, as
+          logits that shift a whole row or column change no doubly stochastic matrix; the first layer's fn_pre, whose scale
+          the norm behind it removes
+    inf   no gradient but noise: the first layer's fn_res, which mixes streams that are still equal
+  """
+  norm = np.linalg.norm(gradient)
+  if norm < 1e-8:
+    return np.inf
+  smallest = np.linalg.svd(gradient, compute_uv=False)[-1]
+  return 1e-3 if smallest > 1e-4 * norm and norm > 1e-4 else 5e-2
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_parameters_after_the_update(name):
+  state, expected_state = stepped(name)[0], reference()[0]
+  params, expected, grads = on_host(state.params), on_host(expected_state.params), gradients_of(expected_state)
+  axes = {"/".join(sharding.path_names(path)): pair for path, pair in jax.tree_util.tree_leaves_with_path(
+    optim.matrix_axes(random_state().params), is_leaf=lambda x: isinstance(x, optim.MatrixAxes))}
+  allowed = []
+  for key, p in expected.items():
+    if key not in axes:  # AdamW's g / (|g| + 1e-4): the error of g over 1e-4
+      np.testing.assert_allclose(params[key], p, rtol=0, atol=1e-3 * RATE, err_msg=key)
+      continue
+    differences = matrices(params, key, axes) - matrices(expected, key, axes)
+    for i, (gradient, difference) in enumerate(zip(matrices(grads, key, axes), differences)):
+      allowed.append(tolerance(gradient))
+      assert np.sqrt(np.square(difference).mean()) <= allowed[-1] * 0.18 * RATE, f"matrix {i} of {key}"
+  # almost all are held to the small tolerance, and one leaf to none
+  assert sum(a == np.inf for a in allowed) == 1 and np.mean([a == 1e-3 for a in allowed]) > 0.8
+  assert differing(state.router, expected_state.router) == []
+  assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_next_step_takes_the_state_as_it_comes_back(name):
+  """The compiled step refuses other shardings than its own. Noise directions (see `tolerance`) blur the second loss a little."""
+  clone = lambda step: jax.device_put(stepped(step)[0], jax.tree.map(lambda x: x.sharding, stepped(step)[0]), may_alias=False)
+  batch = jax.device_put(random_batch(seed=1), sharding.batch_sharding(sharding.make_mesh((TOGETHER | ALONE)[name][0])))
+  state, metrics = mesh_step(name).compiled(clone(name), batch)
+  _, expected = single_step().compiled(single_step().put(reference()[0]), random_batch(seed=1))
+  assert int(state.step) == 2
+  for key in (*LOSSES, "loss", "grad_norm"):
+    assert metrics[key] == pytest.approx(float(expected[key]), rel=1e-3), key
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_not_finite_gives_the_old_state_back(name):
+  state = random_state()
+  state = state.replace(params=with_leaf(state.params, "layers/unit_1/moe/experts/gate", at((0, 5, 1, 1), np.nan)))
+  new, metrics = mesh_step(name)(state, random_batch())
+  assert not metrics["finite"]
+  assert differing(new, state) == []
+
+
+# ---- who holds what ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", MESHES)
+def test_every_device_holds_its_part(name):
+  """Before and after the step, moments included: the sizes of the shards are those that the table of axes promises."""
+  sizes = {axis: getattr((TOGETHER | ALONE)[name][0], axis) for axis in ("fsdp", "expert", "tensor")}
+  divided = {"embed": "fsdp", "lora": "fsdp", "expert": "expert", "heads": "tensor", "index_heads": "tensor",
+             "groups": "tensor", "vocab": "tensor", "mlp": "tensor"}
+  new = stepped(name)[0]
+  (places, _), _ = mesh_step(name).compiled.input_shardings
+  params, moments, before = leaves(new.params), leaves(new.opt_state), leaves(places.params)
+  for key, x in params.items():
+    axes = sharding.parameter_axes(key.split("/"), x.ndim)
+    shard = tuple(n // sizes[divided[axis]] if axis else n for n, axis in zip(x.shape, axes))
+    copies = [m for m_key, m in moments.items() if m_key.endswith(f"/{key}") and (
+      "mtp/" in key or "mtp/" not in m_key)]  # mtp has leaves of the same names as the model
+    assert len(copies) in (1, 2), key
+    assert {m.sharding.shard_shape(m.shape) for m in (x, *copies)} == {shard}, key
+    assert {s.data.shape for s in x.addressable_shards} == {shard}, key
+    assert before[key].shard_shape(x.shape) == shard, key
+  experts = params["layers/unit_0/moe/experts/down"]
+  assert experts.sharding.shard_shape(experts.shape)[1] == MODEL.n_routed_experts // sizes["expert"]
+
+
+def loops(text):
+  """{name of a computation: its text} of all computations, and the names of those inside a loop's body or condition."""
+  computations = {re.split(r"[ (]", t.removeprefix("ENTRY ").lstrip("%"), maxsplit=1)[0]: t for t in re.split(r"\n(?=\S)", text)}
+  inside = set(re.findall(r"(?:body|condition)=%?([\w.\-]+)", text))
+  waiting = list(inside)
+  while waiting:
+    for called in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", computations.get(waiting.pop(), "")):
+      if called not in inside:
+        inside.add(called)
+        waiting.append(called)
+  return computations, inside
+
+
+def test_expert_weights_stay_and_newton_schulz_is_alone():
+  """In the compiled step of fsdp=2 expert=4: no array holds all experts' weights, no loop of Newton-Schulz communicates."""
+  text = mesh_step("fsdp=2 expert=4").compiled.as_text()
+  e, d, f = MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size
+  moved = re.findall(rf"= \(?(f32\[.*) (?:{COLLECTIVES})\(", text)
+  shapes = {tuple(map(int, shape.split(","))) for line in moved for shape in re.findall(r"f32\[([\d,]+)\]", line)}
+  assert [shape for shape in shapes if shape[-3:] == (e // 4, d, f)]  # gathered over fsdp, for use
+  assert [shape for shape in shapes if shape[-3:] in ((e, d, f), (e, f, d))] == []
+  computations, inside = loops(text)
+  newton_schulz = {name for name in inside if "RC,...SC->...RS" in computations[name]}
+  communicates = [name for name in newton_schulz if re.search(rf" (?:{COLLECTIVES})\(", computations[name])]
+  assert newton_schulz and communicates == []
