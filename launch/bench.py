@@ -50,8 +50,9 @@ def main(argv: list[str]) -> None:
   except (ValueError, run.WorkerFailed) as error:
     sys.exit(f"error: {error}")
   found = report.targets(kind, rows)
-  parts = (report.table(rows), report.EXPLANATION, report.target_lines(found), report.losses(rows), report.disturbances(rows))
-  print("", "\n\n".join(filter(None, parts)), sep="\n")
+  remarks = (report.losses(rows), report.disturbances(rows))
+  parts = (report.table(rows), report.EXPLANATION, report.target_lines(found), *filter(None, remarks))
+  print("", "\n\n".join(parts), sep="\n")
   if path is not None:
     report.write_json(path, rows, found)
   if any(row["ours"] and "failed" in row for row in rows):

@@ -16,6 +16,7 @@ from typing import Any, Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+
 def _tolerances() -> dict[str, float]:
   return {"float64": 1e-10, "float32": 5e-5}
 

@@ -20,7 +20,8 @@ def score(logits: jax.Array, scoring_func: str) -> jax.Array:
   """Affinity of each expert: sqrt(softplus(x)), or sigmoid(x); values and gradients finite for every x."""
   if scoring_func == "sigmoid":
     return jax.nn.sigmoid(logits)
-  upper = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits, _LINEAR_BELOW)))
+  # where, not maximum: at a tie that would halve the gradient
+  upper = jnp.sqrt(jax.nn.softplus(jnp.where(logits < _LINEAR_BELOW, _LINEAR_BELOW, logits)))
   return jnp.where(logits < _LINEAR_BELOW, jnp.exp(0.5 * jnp.minimum(logits, _LINEAR_BELOW)), upper)
 
 

@@ -49,7 +49,7 @@ def _loss(key: jax.Array, *, rows, length, rate, entries, picks=None, heads=8, w
           "selection": teacher["selection"]}
 
 
-_EXACT = {"float64": 0.0, "float32": 0.0, "bfloat16": 0.0}
+_EXACT = {"float64": 0.0, "bfloat16": 0.0}
 _KL = dict(options=dict(scale=0.25), differentiable=("queries", "weights", "keys"), wide=("weights", "lse"))
 _LONG = dict(rows=((4096,),), length=4096, rate=4, entries=1024, heads=4, width=32)
 
@@ -60,11 +60,11 @@ CASES = (
          dict(top_k=6), tolerances=_EXACT),
     Case(kl_loss, "picks scattered, two packed rows", functools.partial(
         _loss, rows=((5, 19, 1), (13, 8)), length=27, rate=2, entries=13, picks=6), **_KL,
-         tolerances={"float64": 1e-10, "float32": 5e-5, "bfloat16": 3e-2}),
+         tolerances={"float64": 1e-10, "bfloat16": 3e-2}),
     Case(kl_loss, "every entry, several blocks", functools.partial(
         _loss, rows=((150, 139),), length=290, rate=4, entries=72), **_KL),
     Case(select, "a long row", functools.partial(_index, **_LONG), dict(top_k=64), bench=True),
     Case(kl_loss, "selected entries of a long row", functools.partial(
-        _loss, **_LONG, picks=64, attention_heads=8, attention_width=64, window=128), **{**_KL, "options": dict(scale=0.125)},
-         bench=True),
+        _loss, **_LONG, picks=64, attention_heads=8, attention_width=64, window=128),
+         **{**_KL, "options": dict(scale=0.125)}, bench=True),
 )

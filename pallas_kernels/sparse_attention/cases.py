@@ -36,16 +36,16 @@ def _case(name, *, window, tolerances=None, bench=False, **inputs):
 
 
 def _extreme(key: jax.Array):
-  """Logits of several hundred and sinks far above and below them: exponentials that are not taken from the maximum overflow."""
+  """Logits of several hundred, sinks far above and below: exponentials that are not taken from the maximum overflow."""
   arrays = _inputs(key, rows=((20,),), length=20, rate=2, entries=10, picks=4)
   return {**arrays, "q": 100 * arrays["q"], "sink": jnp.array([-500.0, 0.0, 500.0, 90.0])}
 
 
 CASES = (
     _case("picks scattered, two packed rows", rows=((5, 19, 1), (13, 8)), length=27, rate=2, entries=13, picks=6, window=8,
-          tolerances={"float64": 1e-10, "float32": 5e-5, "bfloat16": 4e-2}),
+          tolerances={"float64": 1e-10, "bfloat16": 4e-2}),
     _case("every entry, several blocks", rows=((150, 139),), length=290, rate=8, entries=36, window=20,
-          tolerances={"float64": 1e-10, "float32": 5e-5, "bfloat16": 4e-2}),
+          tolerances={"float64": 1e-10, "float32": 5e-5}),
     _case("no entries", rows=((9, 4),), length=16, rate=32, entries=0, window=300, tolerances={"float64": 1e-10}),
     _case("no window", rows=((3, 30),), length=33, rate=4, entries=8, picks=3, window=0,
           tolerances={"float64": 1e-10}),

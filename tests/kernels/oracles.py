@@ -21,7 +21,8 @@ def _visible(b, i, t, places):
 
 def _chosen(b, i, selection, num_entries, places):
   """Entries that query i reads, in the order of its picks."""
-  candidates = range(num_entries) if selection.kind == "all" else [int(t) for t in np.asarray(selection.picks)[b, i] if t >= 0]
+  everything = selection.kind == "all"
+  candidates = range(num_entries) if everything else [int(t) for t in np.asarray(selection.picks)[b, i] if t >= 0]
   return [t for t in candidates if _visible(b, i, t, places)]
 
 
@@ -74,8 +75,8 @@ def kl_loss(queries, weights, keys, attention_queries, entries, lse, selection, 
       chosen = _chosen(b, i, selection, keys.shape[1], places)
       if not chosen:
         continue
-      mass = np.array([sum(math.exp(float(q @ entries[b, t]) * scale - z) for q, z in zip(attention_queries[b, i], lse[b, i]))
-                       for t in chosen])
+      heads = list(zip(attention_queries[b, i], lse[b, i]))
+      mass = np.array([sum(math.exp(float(q @ entries[b, t]) * scale - z) for q, z in heads) for t in chosen])
       p = mass / mass.sum()
       scores = np.array([_index_score(b, i, t, queries, weights, keys) for t in chosen])
       log_q = scores - scores.max() - math.log(np.exp(scores - scores.max()).sum())

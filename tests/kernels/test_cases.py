@@ -106,7 +106,8 @@ def test_reference_gradients_equal_finite_differences(case):
     assert abs(analytic - numeric) < 2e-6 * size, f"{name}: {analytic} by the gradient, {numeric} by differences"
 
 
-@pytest.mark.parametrize("case, dtype, implementation", [w for w in WALK if w[0].differentiable and w[2] != "reference"], ids=ids)
+@pytest.mark.parametrize("case, dtype, implementation", [
+  walk for walk in WALK if walk[0].differentiable and walk[2] != "reference"], ids=ids)
 def test_gradients_equal_the_reference(case, dtype, implementation):
   """Against the formula's gradient in float64 at the same numbers."""
   arrays, _, gradients = ours(case.title, dtype, implementation)

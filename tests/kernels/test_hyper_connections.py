@@ -24,7 +24,8 @@ def from_logits(logits, implementation, streams=None):
   n = logits.shape[0]
   streams = np.ones((1, 1, n, 8), np.float32) if streams is None else streams
   base = np.concatenate([np.zeros(2 * n), logits.reshape(-1)]).astype(np.float32)
-  return jitted(implementation)(streams, np.zeros((n * streams.shape[-1], (2 + n) * n), np.float32), base, np.ones(3, np.float32))
+  fn = np.zeros((n * streams.shape[-1], (2 + n) * n), np.float32)
+  return jitted(implementation)(streams, fn, base, np.ones(3, np.float32))
 
 
 @both_implementations

@@ -14,11 +14,11 @@ from deepseek_v4.model.router import hash_table
 
 # Eight index heads: with two, scores that are exactly zero tie, and comparing sets would say nothing.
 T0 = ModelConfig(
-    vocab_size=97, hidden_size=32, num_hidden_layers=3, layer_types=(SLIDING, CSA, HCA), mlp_layer_types=(HASH, LEARNED, LEARNED),
-    csa_compress_rate=4, hca_compress_rate=8, num_attention_heads=4, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16,
-    o_groups=2, o_lora_rank=8, sliding_window=8, index_n_heads=8, index_head_dim=8, index_topk=2, n_routed_experts=4,
-    num_experts_per_tok=2, moe_intermediate_size=16, rope_scaling=None, max_position_embeddings=4096,
-    loss_chunk_size=24)  # does not divide 64
+    vocab_size=97, hidden_size=32, num_hidden_layers=3, layer_types=(SLIDING, CSA, HCA),
+    mlp_layer_types=(HASH, LEARNED, LEARNED), csa_compress_rate=4, hca_compress_rate=8, num_attention_heads=4, head_dim=16,
+    qk_rope_head_dim=8, q_lora_rank=16, o_groups=2, o_lora_rank=8, sliding_window=8, index_n_heads=8, index_head_dim=8,
+    index_topk=2, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, rope_scaling=None,
+    max_position_embeddings=4096, loss_chunk_size=24)  # a chunk that does not divide the row
 ROW = 64
 
 
@@ -103,3 +103,21 @@ def traced_model(kernels):
 def logits(hidden):
   """What the head makes of hidden states, in NumPy."""
   return np.asarray(hidden) @ np.asarray(variables()["params"]["lm_head"]["kernel"])
+
+
+def equations(program):
+  """Every equation of a traced program and of the programs inside it, in order."""
+  def inner(value):
+    if hasattr(value, "eqns"):
+      yield value
+    elif hasattr(value, "jaxpr"):
+      yield value.jaxpr
+    elif isinstance(value, (tuple, list)):
+      for item in value:
+        yield from inner(item)
+
+  for equation in program.eqns:
+    yield equation
+    for value in equation.params.values():
+      for body in inner(value):
+        yield from equations(body)

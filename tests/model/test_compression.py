@@ -47,7 +47,8 @@ def test_entries_are_the_whole_windows_of_each_document(kind):
   seen = 0
   for row in range(ROWS):
     want = entries_by_the_rule(segments[row], positions[row], rate)
-    got = list(zip(*(np.asarray(x[row])[:len(want)] for x in (layout.closing, layout.segment, layout.last, layout.has_previous))))
+    fields = (layout.closing, layout.segment, layout.last, layout.has_previous)
+    got = list(zip(*(np.asarray(x[row])[:len(want)] for x in fields)))
     assert got == want, (segments[row], positions[row])
     assert (np.asarray(layout.segment[row])[len(want):] == 0).all()
     seen += sum(w[3] for w in want)

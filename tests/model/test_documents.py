@@ -1,4 +1,4 @@
-"""Who sees whom: the future is invisible, compressed entries appear when their window closes, documents are alone in a row."""
+"""Who sees whom: the future is invisible, an entry appears when its window closes, documents are alone in a row."""
 
 import numpy as np
 import pytest
@@ -110,10 +110,8 @@ def test_a_packed_row_equals_its_documents_alone(kernels):
                     "balance": sum(LENGTHS), "indexer": sum(max(n - 3, 0) for n in LENGTHS)}
 
 
-@pytest.mark.parametrize("number", [0, 3])
-def test_a_document_in_a_packed_row_equals_a_plain_run(number):
-  """14 tokens, and 3: fewer than any rate."""
-  document = DOCUMENTS[number]
+def test_a_document_in_a_packed_row_equals_a_plain_run():
+  document = DOCUMENTS[0]
   plain, row = plain_model("blockwise")(document[None]), packed_model("blockwise")(*pack(document))
   np.testing.assert_allclose(logits(row.hidden[0, :len(document)]), logits(plain.hidden[0]), atol=1e-4)
   np.testing.assert_allclose(row.mtp_hidden[0, :len(document)], plain.mtp_hidden[0], atol=1e-4)

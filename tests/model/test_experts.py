@@ -71,8 +71,8 @@ def test_cpu_experts_cost_what_is_routed():
   load = np.bincount(experts.reshape(-1), minlength=count)
   np.testing.assert_array_equal(plan.group_sizes, load)
   assert load.max() > 2 * load.min()  # a routing with uneven loads
-  body = flops(lambda x, *w: grouped_matmul.expert_mlp(x, *w, jnp.ones(1, jnp.int32), tile=plan.tile, limit=10.0,
-                                                       implementation="blockwise"), real((plan.tile, d), jnp.float32), *matrices(1))
+  one_tile = functools.partial(grouped_matmul.expert_mlp, tile=plan.tile, limit=10.0, implementation="blockwise")
+  body = flops(lambda x, *w: one_tile(x, *w, jnp.ones(1, jnp.int32)), real((plan.tile, d), jnp.float32), *matrices(1))
   assert 1 <= body / (plan.tile * 6 * d * f) < 1.1
   assert counted < 4 * body, "XLA counts more than one body: the sum below would be wrong"
   executed = counted + (-(-load // plan.tile)).sum() * body - body

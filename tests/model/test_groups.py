@@ -21,8 +21,9 @@ LISTS = st.one_of(st.lists(KINDS, min_size=1, max_size=10), REPEATED)
 def fewest_bodies(specs):
   """Bodies of the best grouping, by trying every prefix, unit and number of repeats."""
   n = len(specs)
-  return min([n] + [n - (repeats - 1) * unit for start in range(n) for unit in range(1, n) for repeats in range(2, n + 1)
-                    if start + unit * repeats <= n and specs[start:start + unit * repeats] == specs[start:start + unit] * repeats])
+  tried = ((start, unit, repeats) for start in range(n) for unit in range(1, n) for repeats in range(2, n + 1))
+  return min([n] + [n - (repeats - 1) * unit for start, unit, repeats in tried if start + unit * repeats <= n and
+                    specs[start:start + unit * repeats] == specs[start:start + unit] * repeats])
 
 
 @given(LISTS, st.booleans())

@@ -10,6 +10,7 @@ import pytest
 
 import deepseek_v4 as dsv4
 import pallas_kernels
+from deepseek_v4.model.context import make_context
 from pallas_kernels.grouped_matmul import expert_mlp
 from pallas_kernels.hyper_connections import collapse, expand
 from pallas_kernels.indexer import kl_loss, select
@@ -40,7 +41,7 @@ def trace(*arguments, config=T0, kernels="reference", **named):
   (lambda: trace(TOKENS, TOKENS + 0.5), r"positions = float64\(2, 6\): expected integers"),
   (lambda: trace(TOKENS, None, TOKENS[:1]), r"segment_ids = int32\(1, 6\): expected integers of the tokens' shape"),
   (lambda: trace(TOKENS, None, TOKENS > 0), r"segment_ids = bool\(2, 6\): expected integers"),
-  (lambda: trace(TOKENS, targets=TOKENS[:, 1:]), r"targets = int32\(2, 5\): expected integers of the tokens' shape \(2, 6\)"),
+  (lambda: trace(TOKENS, targets=TOKENS[:, 1:]), r"targets = int32\(2, 5\): expected integers of the tokens' shape"),
   (lambda: trace(TOKENS, targets=TOKENS / 2), r"targets = float64\(2, 6\): expected integers of the tokens' shape"),
   (lambda: trace(TOKENS, logits="first"), "logits = 'first': expected all, last or none"),
   (lambda: trace(TOKENS, attention_mode="full"), "attention_mode = 'full': expected sparse or dense"),
@@ -61,7 +62,7 @@ def test_trace_refuses_layers_that_do_not_exist(layers):
 
 def test_what_is_asked_for_is_there():
   out = trace(TOKENS)
-  assert out.logits.shape == (2, 6, 97) and out.losses is None and out.mtp_hidden is None
+  assert out.logits.shape == (2, 6, 97) and out.logits.dtype == jnp.float32 and out.losses is None and out.mtp_hidden is None
   assert trace(TOKENS, logits="last").logits.shape == (2, 1, 97)
   out = trace(TOKENS, logits="none", mtp=True)
   assert out.logits is None and out.mtp_hidden.shape == (2, 6, 32)
@@ -69,7 +70,8 @@ def test_what_is_asked_for_is_there():
   assert out.logits is None and set(out.losses) == {"next_token", "mtp", "balance", "indexer"}
   assert out.routing["experts"].shape == (3, 2, 6, 2) and out.routing["load"].shape == (3, 4)
   assert set(trace(TOKENS, targets=TOKENS, mtp=False).losses) == {"next_token", "balance", "indexer"}
-  found = jax.eval_shape(lambda v: dsv4.trace(dsv4.DeepseekV4(T0, "reference"), v, TOKENS, layers=[1], targets=TOKENS), shapes())
+  model = dsv4.DeepseekV4(T0, "reference")
+  found = jax.eval_shape(lambda v: dsv4.trace(model, v, TOKENS, layers=[1], targets=TOKENS), shapes())
   assert {name.split("/")[1] for name in found if name.startswith("layers/")} == {"01"}
   assert found["layers/01/streams"].shape == (2, 6, 4, 32) and found["mtp/streams"].shape == (2, 6, 4, 32)
   assert found["layers/01/indexer/selected"].shape == (2, 6, 1)
@@ -80,7 +82,8 @@ def test_numpy_arrays_are_welcome_inside_jit():
   segments = np.array([[1, 1, 1, 2, 2, 0]] * 2, np.int32)
   positions = np.array([[0, 1, 2, 0, 1, 0]] * 2, np.int32)
   for arguments in ((None, segments), (positions, None), (positions, segments)):
-    assert trace(TOKENS, *arguments, targets=TOKENS).hidden.shape == (2, 6, 32)
+    context = jax.eval_shape(lambda a=arguments: make_context(T0, TOKENS, *a, "sparse", with_losses=False))
+    assert context.positions.shape == context.segment_ids.shape == (2, 6)
 
 
 def test_doubles_stay_doubles():
@@ -94,7 +97,8 @@ def test_doubles_stay_doubles():
 def call_ops(implementation):
   """Every op with arguments that fit, by name."""
   f = jnp.zeros
-  places = dict(positions=f((1, 4), int), segment_ids=f((1, 4), int), entry_last=f((1, 2), int), entry_segment=f((1, 2), int))
+  token, entry = f((1, 4), int), f((1, 2), int)
+  places = dict(positions=token, segment_ids=token, entry_last=entry, entry_segment=entry)
   every = Selection.all(1, 4)
   index = (f((1, 4, 2, 3)), f((1, 4, 2)), f((1, 2, 3)))
   return {
@@ -116,7 +120,8 @@ def call_ops(implementation):
 def test_a_named_implementation_insists_or_says_why_not(op):
   for name in ("auto", "reference", "blockwise"):
     jax.eval_shape(call_ops(name)[op])
-  with pytest.raises(NotImplementedError, match=f"{op}: there is no 'pallas' implementation yet; it has reference, blockwise"):
+  reason = f"{op}: there is no 'pallas' implementation yet; it has reference, blockwise"
+  with pytest.raises(NotImplementedError, match=reason):
     jax.eval_shape(call_ops("pallas")[op])
   with pytest.raises(ValueError, match="kernels = 'fast': expected auto, reference, blockwise, pallas, interpret"):
     jax.eval_shape(call_ops("fast")[op])

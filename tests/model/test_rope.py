@@ -64,18 +64,20 @@ def test_pairs_are_neighbours_at_the_end_of_a_head():
 def test_a_layer_reads_its_own_table_only_and_relative_positions_only(kind):
   """NaN in the other kinds' tables changes no bit. Moving everything by 128 places changes nothing, moving queries and
   window keys without the entries does: so queries, keys, compressor, indexer and the inverse share one table."""
-  config = dataclasses.replace(T0, rope_scaling=Yarn(factor=16, original_max_position_embeddings=32, beta_fast=8, beta_slow=0.5))
+  yarn = Yarn(factor=16, original_max_position_embeddings=32, beta_fast=8, beta_slow=0.5)
+  config = dataclasses.replace(T0, rope_scaling=yarn)
   params = variables()["params"]["layers"][f"layer_{LAYER_OF[kind]:02d}"]["attention"]
   tokens = jnp.ones((1, 41), jnp.int32)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 41, T0.hidden_size)), jnp.float32)
   place = jnp.arange(41)[None]
   at = lambda positions: make_context(config, tokens, positions, jnp.ones_like(tokens), "sparse", with_losses=False)
   base = at(place)
-  np.testing.assert_allclose(base.phases[kind][0][0], np.cos(np.arange(41)[:, None] * rope.frequencies(config, kind)), atol=1e-5)
+  table = rope.frequencies(config, kind)
+  np.testing.assert_allclose(base.phases[kind][0][0], np.cos(np.arange(41)[:, None] * table), atol=1e-5)
   if kind in base.entries:
     rate = config.compress_rate(kind)
     first = np.arange(0, 41 - rate + 1, rate)
-    np.testing.assert_allclose(base.entries[kind].cos[0], np.cos(first[:, None] * rope.frequencies(config, kind)), atol=1e-5)
+    np.testing.assert_allclose(base.entries[kind].cos[0], np.cos(first[:, None] * table), atol=1e-5)
 
   run = jax.jit(lambda context: Attention(config, kind, "blockwise").apply({"params": params}, x, context)[0])
   want = run(base)

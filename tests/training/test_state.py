@@ -23,12 +23,12 @@ MESH = c.MeshConfig(data=1, fsdp=2, expert=4)
 
 @pytest.fixture(scope="module")
 def born():
-  """(the compiled initialisation on a mesh, its state, the state of `init_state` on one device)."""
+  """(the compiled initialisation on a mesh, its state, the state on one device)."""
   mesh, key = sharding.make_mesh(MESH), jax.random.key(5)
   with jax.set_mesh(mesh):  # as the loop does
     compiled = state_lib.jit_init(LITTLE, mesh).lower(key).compile(compiler_options=fast_options())
-    state = compiled(key)
-  return compiled, state, state_lib.init_state(LITTLE, key)
+  alone = state_lib.jit_init(LITTLE).lower(key).compile(compiler_options=fast_options())
+  return compiled, compiled(key), alone(key)
 
 
 def test_a_mesh_changes_no_number(born):
