@@ -250,7 +250,7 @@ def as_numpy(value: Any) -> np.ndarray:
   return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
 
 
-def _refuse_quantised(mapping: Mapping[str, Any], known: set[str]) -> None:
+def _refuse_quantised(mapping: Mapping[str, Any], known: set[str], config: ModelConfig) -> None:
   """Packed weights and their scales need their own reader; without it, say so instead of listing wrong shapes."""
   packed = ("float8", "float4", "int8", "uint8", "f8", "f4", "i8", "u8")
   names = [n for n, x in mapping.items()
@@ -258,7 +258,8 @@ def _refuse_quantised(mapping: Mapping[str, Any], known: set[str]) -> None:
            or (n.endswith((".scale", "_scale_inv")) and n not in known)]
   if names:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    raise ValueError(f"quantised checkpoints are not read yet: expected bfloat16, float16 or float32 tensors, found "
+    said = f" (config.quantization = {config.quantization!r})" if config.quantization else ""
+    raise ValueError(f"quantised checkpoints are not read yet{said}: expected bfloat16, float16 or float32 tensors, found "
                      f"{', '.join(names[:5])}{more}")
 
 
@@ -324,7 +325,7 @@ def read_variables(mapping: Mapping[str, Any], config: ModelConfig, problems: Pr
   tensors = _tensors(config, form)
   if config.num_nextn_predict_layers == 0:
     mapping = {n: mapping[n] for n in mapping if not n.startswith("mtp.")}
-  _refuse_quantised(mapping, set(tensors))
+  _refuse_quantised(mapping, set(tensors), config)
   problems = {**problems, "missing": [], "unexpected": [n for n in mapping if n not in tensors], "wrong shape": []}
   if config.num_nextn_predict_layers and not any(n.startswith("mtp.") for n in mapping):
     problems["no multi-token-prediction block"] = [

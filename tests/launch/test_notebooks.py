@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((ROOT / "launch" / "notebooks").glob("*.ipynb"))
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """A run folder with a checkpoint of untrained weights."""
-  config = load(ROOT / "configs" / "debug.py")
+  config = load(ROOT / "configs" / "debug_yarn.py")  # a CSA and an HCA layer
   folder = tmp_path_factory.mktemp("run")
   with CheckpointStore(folder / "checkpoints", keep=1, config_dict=to_dict(config)) as store:
     store.save(1, init_state(config, jax.random.key(0)), {"data": {}})

@@ -22,17 +22,19 @@ T0 = ModelConfig(
 ROW = 64
 
 
-def random_variables(config, seed=0):
-  """Variables in which every term matters: sinks, biases, norms and mixing far from their initial values."""
-  shapes = jax.eval_shape(dsv4.DeepseekV4(config, "reference").init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+@functools.cache
+def abstract_variables(config):
+  """Shapes of a model's variables; no shape depends on the tokens."""
+  return jax.eval_shape(dsv4.DeepseekV4(config, "reference").init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
 
+
+def random_variables(config, seed=0):
+  """Variables (NumPy) in which every term matters: sinks, biases, norms and mixing far from their initial values."""
   def draw(path, leaf):
     name = "/".join(str(p.key) for p in path)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if name.endswith("hash_table"):
-      tables = [hash_table(*leaf.shape[-2:-1], config.n_routed_experts, leaf.shape[-1], len(name) + i)
-                for i in range(leaf.shape[0] if leaf.ndim == 3 else 1)]
-      return jnp.stack(tables).reshape(leaf.shape)
+      return np.asarray(hash_table(*leaf.shape[-2:-1], config.n_routed_experts, leaf.shape[-1], len(name)))
     noise = rng.normal(size=leaf.shape)
     if "norm/scale" in name:
       noise = 1 + 0.2 * noise
@@ -40,9 +42,9 @@ def random_variables(config, seed=0):
       noise = 0.5 + 0.3 * noise
     elif not name.endswith(("sink", "position_bias", "base")):
       noise = (0.2 if name.endswith("bias") else 0.3) * noise
-    return jnp.asarray(noise, leaf.dtype)
+    return noise.astype(leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(draw, shapes)
+  return jax.tree_util.tree_map_with_path(draw, abstract_variables(config))
 
 
 @functools.cache
@@ -102,7 +104,7 @@ def traced_model(kernels):
 
 def logits(hidden):
   """What the head makes of hidden states, in NumPy."""
-  return np.asarray(hidden) @ np.asarray(variables()["params"]["lm_head"]["kernel"])
+  return hidden @ variables()["params"]["lm_head"]["kernel"]
 
 
 def equations(program):

@@ -42,17 +42,17 @@ def test_a_token_moves_nothing_before_itself(kernels):
 def test_plain_rows_equal_packed_rows_of_one_document():
   """Same numbers where windows are a reshape and where they are gathered; trace changes no number; causal there too."""
   tokens = random_tokens(1, ROW)
-  found = traced_model("blockwise")(tokens)
+  found = traced_model("reference")(tokens)
   np.testing.assert_allclose(found["logits"][0], logits(whole_row("blockwise", tokens)), atol=1e-4)
   np.testing.assert_allclose(found["logits"][0], logits(whole_row("reference", tokens)), atol=1e-4)
   changed = tokens.copy()
   changed[0, 20] = other(tokens[0, 20])
-  np.testing.assert_array_equal(traced_model("blockwise")(changed)["logits"][0, :20], found["logits"][0, :20])
+  np.testing.assert_array_equal(traced_model("reference")(changed)["logits"][0, :20], found["logits"][0, :20])
 
 
 def test_entries_appear_when_their_window_closes():
   """Attention weight on entry w is zero before token (w + 1) m - 1 has come and positive from then on where it is picked."""
-  found = traced_model("blockwise")(random_tokens(1, ROW))
+  found = traced_model("reference")(random_tokens(1, ROW))
   for layer, rate in ((1, T0.csa_compress_rate), (2, T0.hca_compress_rate)):
     weight = found[f"layers/{layer:02d}/attention/entry_weight"][0].sum(1)  # [S, T]
     closed = (np.arange(ROW)[:, None] + 1) // rate > np.arange(ROW // rate)
@@ -72,7 +72,7 @@ def test_entries_appear_when_their_window_closes():
 
 
 def test_attention_weights_with_the_sink_sum_to_one():
-  found = traced_model("blockwise")(random_tokens(1, ROW))
+  found = traced_model("reference")(random_tokens(1, ROW))
   for layer in range(3):
     window = found[f"layers/{layer:02d}/attention/window_weight"][0]
     place = np.arange(ROW)
@@ -112,7 +112,7 @@ def test_a_packed_row_equals_its_documents_alone(kernels):
 
 def test_a_document_in_a_packed_row_equals_a_plain_run():
   document = DOCUMENTS[0]
-  plain, row = plain_model("blockwise")(document[None]), packed_model("blockwise")(*pack(document))
+  plain, row = plain_model("reference")(document[None]), packed_model("blockwise")(*pack(document))
   np.testing.assert_allclose(logits(row.hidden[0, :len(document)]), logits(plain.hidden[0]), atol=1e-4)
   np.testing.assert_allclose(row.mtp_hidden[0, :len(document)], plain.mtp_hidden[0], atol=1e-4)
   for name, pair in plain.losses.items():

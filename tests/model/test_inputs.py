@@ -1,7 +1,6 @@
 """What does not fit is refused with a name, a value and what was expected, while the program is traced."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +15,14 @@ from pallas_kernels.hyper_connections import collapse, expand
 from pallas_kernels.indexer import kl_loss, select
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend
-from tests.model.small import T0
+from tests.model.small import T0, abstract_variables
 
 TOKENS = np.ones((2, 6), np.int32)
 
 
-@functools.cache
-def shapes():
-  return jax.eval_shape(dsv4.DeepseekV4(T0, "reference").init, jax.random.key(0), TOKENS)
-
-
 def trace(*arguments, config=T0, kernels="reference", **named):
   """Traces a call; nothing is compiled or run."""
-  return jax.eval_shape(lambda v: dsv4.DeepseekV4(config, kernels).apply(v, *arguments, **named), shapes())
+  return jax.eval_shape(lambda v: dsv4.DeepseekV4(config, kernels).apply(v, *arguments, **named), abstract_variables(T0))
 
 
 @pytest.mark.parametrize("call, message", [
@@ -57,7 +51,7 @@ def test_model_inputs(call, message):
 @pytest.mark.parametrize("layers", [[3], [-1], [0, 7]])
 def test_trace_refuses_layers_that_do_not_exist(layers):
   with pytest.raises(ValueError, match="layer = .*: expected 0 to 2"):
-    jax.eval_shape(lambda v: dsv4.trace(dsv4.DeepseekV4(T0, "reference"), v, TOKENS, layers=layers), shapes())
+    jax.eval_shape(lambda v: dsv4.trace(dsv4.DeepseekV4(T0, "reference"), v, TOKENS, layers=layers), abstract_variables(T0))
 
 
 def test_what_is_asked_for_is_there():
@@ -71,7 +65,7 @@ def test_what_is_asked_for_is_there():
   assert out.routing["experts"].shape == (3, 2, 6, 2) and out.routing["load"].shape == (3, 4)
   assert set(trace(TOKENS, targets=TOKENS, mtp=False).losses) == {"next_token", "balance", "indexer"}
   model = dsv4.DeepseekV4(T0, "reference")
-  found = jax.eval_shape(lambda v: dsv4.trace(model, v, TOKENS, layers=[1], targets=TOKENS), shapes())
+  found = jax.eval_shape(lambda v: dsv4.trace(model, v, TOKENS, layers=[1], targets=TOKENS), abstract_variables(T0))
   assert {name.split("/")[1] for name in found if name.startswith("layers/")} == {"01"}
   assert found["layers/01/streams"].shape == (2, 6, 4, 32) and found["mtp/streams"].shape == (2, 6, 4, 32)
   assert found["layers/01/indexer/selected"].shape == (2, 6, 1)

@@ -171,15 +171,16 @@ def test_bias_moves_towards_balance(scan_layers):
   """Layers 1, 3 and 2, 4 are scanned together; the first has a table. Each bias follows its own layer's load."""
   config = dataclasses.replace(T0, num_hidden_layers=5, layer_types=(SLIDING, CSA, HCA, CSA, HCA), scan_layers=scan_layers,
                                mlp_layer_types=(HASH,) + (LEARNED,) * 4)
-  table = hash_table(97, 4, 2, 0)
+  table = np.arange(194, dtype=np.int32).reshape(97, 2)
   start = np.arange(16, dtype=np.float32).reshape(4, 4)
-  bias = lambda layer: {"moe": {"router": {"bias": jnp.asarray(start[layer - 1])}}}
+  bias = lambda layer: {"moe": {"router": {"bias": start[layer - 1]}}}
   tree = {"layers": {"layer_00": {"moe": {"router": {"hash_table": table}}},
                      **{f"layer_{i:02d}": bias(i) for i in range(1, 5)}}, "mtp": {"block": bias(1)}}
   router = dsv4.restack(tree, config, scan_layers=scan_layers)
   assert ("unit_0" in router["layers"]) == scan_layers
   load = np.array([[9, 0, 0, 0], [4, 4, 4, 4], [16, 0, 0, 0], [3, 5, 4, 4], [1, 1, 1, 13]])
-  moved = update_router(config, router, {"layers": jnp.asarray(load), "mtp": jnp.array([0, 8, 4, 4])}, 0.125)
+  load = {"layers": load, "mtp": np.array([0, 8, 4, 4])}
+  moved = jax.device_get(jax.jit(lambda router, load: update_router(config, router, load, 0.125))(router, load))
   back = dsv4.restack(moved, config, scan_layers=False)
   np.testing.assert_array_equal(back["layers"]["layer_00"]["moe"]["router"]["hash_table"], table)
   want = {1: [0, 0, 0, 0], 2: [-1, 1, 1, 1], 3: [1, -1, 0, 0], 4: [1, 1, 1, -1]}

@@ -11,11 +11,12 @@ import numpy as np
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, LEARNED
 from deepseek_v4.model.losses import next_token_targets
-from tests.model.small import T0, pack, random_tokens, random_variables
+from tests.model.small import T0, abstract_variables, pack, random_tokens, random_variables
 
 # The parity with transformers has a scanned unit of two layers; here the unit is one layer that has every loss.
 SCANNED = dataclasses.replace(T0, num_hidden_layers=2, layer_types=(CSA,) * 2, mlp_layer_types=(LEARNED,) * 2,
                               num_nextn_predict_layers=0)
+ONE_LAYER = SCANNED.cut_layers(1)
 LOSSES = ("next_token", "balance", "indexer")
 TOKENS, SEGMENTS = pack(random_tokens(17, seed=1), random_tokens(11, seed=2), length=31)
 
@@ -28,7 +29,7 @@ def scanned_variables():
 @functools.cache
 def compiled(**fields):
   """(variables, weights of the losses) -> (gradients, output), jitted, for a variant of SCANNED."""
-  model = dsv4.DeepseekV4(dataclasses.replace(SCANNED, **fields), "blockwise")
+  model = dsv4.DeepseekV4(dataclasses.replace(SCANNED, **fields), "reference")
 
   @jax.jit
   def run(variables, weights):
@@ -89,17 +90,14 @@ def test_language_and_indexer_train_apart():
 
 def program(config, attention_mode):
   """Text of the traced forward pass with losses."""
-  model = dsv4.DeepseekV4(config, "blockwise")
-  variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS[:, :2])
-  run = functools.partial(model.apply, targets=TOKENS, attention_mode=attention_mode)
-  traced = jax.make_jaxpr(lambda v: run(v, TOKENS, None, SEGMENTS))(variables)
+  run = functools.partial(dsv4.DeepseekV4(config, "blockwise").apply, targets=TOKENS, attention_mode=attention_mode)
+  traced = jax.make_jaxpr(lambda v: run(v, TOKENS, None, SEGMENTS))(abstract_variables(ONE_LAYER))
   return re.sub(r"0x[0-9a-f]+", "", str(traced))
 
 
 def test_dense_attention_is_the_program_of_a_top_k_that_drops_nothing():
   entries = TOKENS.shape[1] // T0.csa_compress_rate
-  small = dataclasses.replace(SCANNED, num_hidden_layers=1, layer_types=(CSA,), mlp_layer_types=(LEARNED,))
-  dense = program(small, "dense")
-  assert dense == program(dataclasses.replace(small, index_topk=entries), "sparse")
-  assert dense == program(dataclasses.replace(small, index_topk=64), "dense")
-  assert dense != program(dataclasses.replace(small, index_topk=entries - 1), "sparse")
+  dense = program(ONE_LAYER, "dense")
+  assert dense == program(dataclasses.replace(ONE_LAYER, index_topk=entries), "sparse")
+  assert dense == program(dataclasses.replace(ONE_LAYER, index_topk=64), "dense")
+  assert dense != program(dataclasses.replace(ONE_LAYER, index_topk=entries - 1), "sparse")
