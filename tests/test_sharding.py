@@ -55,10 +55,8 @@ def test_every_parameter_is_in_the_table_and_divides(shapes):
 
 def test_big_matrices_are_split(shapes):
   """What a pod cannot hold whole: everything above a megabyte of the real models is split over fsdp, experts over expert too."""
-  run, named = shapes
-  if run.model.hidden_size < 1024:
-    pytest.skip("a small model")
-  for name, shape in named.items():
+  _, named = shapes
+  for name, shape in named.items():  # of a small model no matrix is that large, and the experts' rule holds all the same
     targets = [sharding.RULES[axis] for axis in sharding.parameter_axes(name.split("/"), len(shape)) if axis]
     layers = 1 if "unit_" not in name else shape[0]
     if np.prod(shape) / layers * 4 > 1 << 20 and not name.startswith("router/"):

@@ -109,13 +109,14 @@ class Progress:
     self._left, self._expected, self._count = passes_of(groups, repeats), passes_of(groups, repeats), 0
     self._start = time.monotonic()
 
-  def done(self, text: str, seconds: float, count: int = 1) -> None:
-    """Counts `count` measurements that were expected to take so many seconds together."""
+  def done(self, case: Case, text: str, seconds: float, count: int = 1) -> None:
+    """Counts `count` measurements of a case that were expected to take so many seconds together."""
     self._count, self._left = self._count + count, max(0.0, self._left - seconds)
     finished = max(1e-9, self._expected - self._left)
     left = (time.monotonic() - self._start) / finished * self._left
     minutes = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
-    self._say(f"[{self._count:>{len(str(self._total))}}/{self._total}] {text}, about {minutes} left")
+    number = f"[{self._count:>{len(str(self._total))}}/{self._total}]"
+    self._say(f"{number} {case.name:13} {case.label}: {text}, about {minutes} left")
 
 
 def check_logits(folder: Path, against: str) -> str:
@@ -149,32 +150,34 @@ def agreement(ours: np.ndarray, theirs: np.ndarray, against: str) -> str:
 def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: Progress) -> list[dict[str, Any]]:
   """Rows of the cases of one length. All workers get ready first, then they take turns, so that a slow phase of the
   machine hits every side; a worker that waits does nothing."""
-  rows, workers, ready, samples = {}, {}, {}, {}
+  rows, workers, ready, samples = {}, {}, {}, {case: [] for case in group}
+
+  def ask(case: Case, question: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The answer, or nothing if the worker failed: its row is then done."""
+    try:
+      return question()
+    except WorkerFailed as failure:
+      rows[case] = report.failed_row(case, str(failure))
+      count = repeats - len(samples[case]) + (case not in ready)  # this measurement and those that will not come
+      progress.done(case, str(failure), seconds + (count - 1) * expected_seconds(case)[1], count)
+      return {}
+
   with contextlib.ExitStack() as stack:
-
-    def attempt(case: Case, ask: Callable[[], dict[str, Any]], keep: Callable[[dict[str, Any]], None], describe) -> None:
-      first, one = expected_seconds(case)
-      try:
-        answer = ask()
-      except WorkerFailed as failure:
-        skipped = 1 + repeats - (case in ready) - len(samples.get(case, ()))
-        rows[case] = report.failed_row(case, str(failure))
-        progress.done(f"{case.name} {case.label}: {failure}", skipped * one + (0 if case in ready else first), skipped)
-        return
-      keep(answer)
-      progress.done(f"{case.name:13} {case.label}: {describe(answer)}", one + (first if "ready" in answer else 0))
-
     for case in group:
       workers[case] = Worker(case, folder)
       stack.callback(workers[case].close)
-      attempt(case, workers[case].reply, lambda answer, case=case: ready.__setitem__(case, answer),
-              lambda answer: "ready" + f", compiled in {answer['compile_seconds']:.1f} s" * (answer["compile_seconds"] > 0))
+      expected = sum(expected_seconds(case))
+      if answer := ask(case, workers[case].reply, expected):
+        ready[case] = answer
+        compiled = f", compiled in {answer['compile_seconds']:.1f} s" if answer["compile_seconds"] else ""
+        progress.done(case, f"ready{compiled}", expected)
     check_losses(ready)
     for _ in range(repeats):
-      for case in group:
-        if case not in rows:
-          attempt(case, workers[case].measure, samples.setdefault(case, []).append,
-                  lambda answer, case=case: f"{case.length / answer['seconds']:,.0f} tokens/s")
+      for case in [case for case in group if case not in rows]:
+        expected = expected_seconds(case)[1]
+        if answer := ask(case, workers[case].measure, expected):
+          samples[case].append(answer)
+          progress.done(case, f"{case.length / answer['seconds']:,.0f} tokens/s", expected)
   return [rows.get(case) or report.make_row(case, ready[case], samples[case]) for case in group]
 
 

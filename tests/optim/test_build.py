@@ -149,7 +149,7 @@ def default_update():
     ({"momentum": 0.5}, {"q_b"}),
     ({"newton_schulz_dtype": "bfloat16"}, {"q_b"}),
     ({"position_bias_owner": "muon"}, {"position_bias"}),
-], ids=str)
+], ids=lambda value: ",".join(sorted(value)))
 def test_an_option_reaches_its_leaves_and_no_others(default_update, changes, expected):
   other = second_update(**changes)
   moved = {name for name in other if np.abs(other[name] - default_update[name]).max() > 1e-4}
