@@ -127,7 +127,8 @@ def test_the_mtp_weight_drops_with_the_first_update_of_the_cosine(step, mtp_weig
   new, metrics = single_step()(random_state().replace(step=np.int32(step)), random_batch())
   total = metrics["next_token"] + mtp_weight * metrics["mtp"] + 0.1 * metrics["balance"] + 0.5 * metrics["indexer"]
   assert metrics["loss"] == pytest.approx(float(total), rel=1e-6)
-  assert metrics["learning_rate"] == optim.make_schedule(RUN.optimizer, 10)(step)
+  # inside the jitted step XLA may round the cosine's product otherwise: one unit in the last place
+  assert metrics["learning_rate"] == pytest.approx(float(optim.make_schedule(RUN.optimizer, 10)(step)), rel=1e-6)
   assert int(new.step) == step + 1
 
 
