@@ -2,8 +2,8 @@
 
 command   python -m launch.train --config configs/tiny.py --workdir runs/tiny
 hardware  2 CPU cores; eight emulated devices, so that the run is sharded as on a pod
-duration  under 8 minutes with compilation
-result    held-out bits per byte of Python's standard library, printed beside a bigram model's and zlib's; see the README
+duration  about 5 minutes with compilation
+result    2.67 held-out bits per byte of Python's standard library (bigram model 3.48, zlib 1.85); see the README
 """
 
 from deepseek_v4.config import (
