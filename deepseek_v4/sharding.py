@@ -24,8 +24,9 @@ BATCH_AXES = ("data", "fsdp", "expert")
 
 # THE table. A name that is not here is an error; None = never split.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": BATCH_AXES, "sequence": "context", "shards": (*BATCH_AXES, "context"), "heads": "tensor", "index_heads": "tensor", "groups": "tensor",
-    "vocab": "tensor", "mlp": "tensor", "expert": "expert", "embed": "fsdp", "lora": "fsdp",
+    "batch": BATCH_AXES, "sequence": "context", "shards": (*BATCH_AXES, "context"),
+    "heads": "tensor", "index_heads": "tensor", "groups": "tensor", "vocab": "tensor", "mlp": "tensor",
+    "expert": "expert", "embed": "fsdp", "lora": "fsdp",
 }
 
 # Logical axes of each parameter by its name inside a layer (or at the top); a scanned layer's leading axis is never split.

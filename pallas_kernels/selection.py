@@ -18,7 +18,7 @@ class Selection:
   """An opaque pytree of arrays with the batch and query axes first.
 
   Attributes:
-    picks: int32 [B, S, K], entry numbers in any order, -1 = empty anywhere; [B, S, 0] for kind "all".
+    picks: int32 [B, S, K], distinct entry numbers in any order, -1 = empty anywhere; [B, S, 0] for kind "all".
     kind: "indices", or "all" = every entry that causality and the documents let the query see.
   """
 

@@ -54,7 +54,7 @@ def test_every_parameter_is_in_the_table_and_divides(shapes):
 
 
 def test_big_matrices_are_split(shapes):
-  """What a pod cannot hold whole: everything above a megabyte of the real models is split over fsdp, experts over expert too."""
+  """What a pod cannot hold whole: all above a megabyte of the real models is split over fsdp, experts over expert too."""
   _, named = shapes
   for name, shape in named.items():  # of a small model no matrix is that large, and the experts' rule holds all the same
     targets = [sharding.RULES[axis] for axis in sharding.parameter_axes(name.split("/"), len(shape)) if axis]
@@ -156,8 +156,8 @@ def test_sizes_that_a_mesh_does_not_divide_are_refused_by_name(field, value, axi
 ])
 def test_batches_that_a_mesh_does_not_divide_are_refused(batch_size, accumulation, sizes):
   run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, batch_size=batch_size, accumulation=accumulation))
-  message = (f"data.batch_size / data.accumulation = {batch_size // accumulation}: expected a multiple of data x fsdp x expert = "
-             f"{np.prod(list(sizes.values()))}")
+  message = (f"data.batch_size / data.accumulation = {batch_size // accumulation}: expected a multiple of data x fsdp x "
+             f"expert = {np.prod(list(sizes.values()))}")
   with pytest.raises(ValueError, match=re.escape(message)):
     sharding.check_divides(run, mesh_of(**sizes))
   sharding.check_divides(run, mesh_of(tensor=2))  # tensor does not split a batch

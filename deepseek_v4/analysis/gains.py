@@ -1,9 +1,9 @@
 """How much the residual streams can grow on their way through the layers (mHC paper 3.1, figures 3, 7 and 8).
 
-A sublayer maps the streams X to B X (and adds its own output), B = comb transposed. The composite map of a model is the ordered
-product of B over its sublayers, and its gain is the largest absolute row sum (what a signal can grow by on the way forward) or
-column sum (a gradient on the way back). Sinkhorn ends on comb's columns, B's rows: the forward gain is 1, the backward gain
-leaves 1 by what the iterations have not settled.
+A sublayer maps the streams X to B X (and adds its own output), B = comb transposed. The composite map of a model is the
+ordered product of B over its sublayers, and its gain is the largest absolute row sum (what a signal can grow by on the way
+forward) or column sum (a gradient on the way back). Sinkhorn ends on comb's columns, B's rows: the forward gain is 1, the
+backward gain leaves 1 by what the iterations have not settled.
 
 Axis letters: B batch   S sequence   N streams   L sublayers
 """

@@ -224,8 +224,9 @@ def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable
     new = _updated(run_config, mesh, state, grads, load)
     ok = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), {
         **tree, "layers": dict(enumerate(split_layers(tree["layers"], groups)))})
+    norm = {"over all parameters": jnp.isfinite(optax.tree.norm(grads))}
     return {"parameter": ok(state.params), "loss": jax.tree.map(jnp.isfinite, means), "gradient": ok(grads),
-            "gradient norm": {"over all parameters": jnp.isfinite(optax.tree.norm(grads))}, "updated parameter": ok(new.params)}
+            "gradient norm": norm, "updated parameter": ok(new.params)}
 
   jitted = _jit_on(mesh, _places_of(run_config, mesh), flags)
 

@@ -82,14 +82,14 @@ def packed_model(kernels):
 
 
 @functools.cache
-def plain_model(kernels, attention_mode="sparse"):
+def plain_model(kernels):
   """(variables, tokens) -> output with all losses of rows that are one document each, jitted."""
   model = dsv4.DeepseekV4(T0, kernels)
 
   @jax.jit
   def run(variables, tokens):
     targets = next_token_targets(tokens, jnp.ones_like(tokens), jnp.ones_like(tokens))
-    return model.apply(variables, tokens, targets=targets, attention_mode=attention_mode)
+    return model.apply(variables, tokens, targets=targets)
 
   return lambda tokens, changed=None: jax.device_get(run(changed or variables(), tokens))
 

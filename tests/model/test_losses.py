@@ -9,7 +9,7 @@ from deepseek_v4.config import LossConfig
 from deepseek_v4.model.losses import cross_entropy
 from deepseek_v4.model.norm import rms_norm
 from deepseek_v4.training.step import loss_counts, loss_weights
-from tests.model.small import T0
+from tests.model.small import ROW, T0, packed_model, random_tokens, traced_model
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 100])
@@ -36,6 +36,23 @@ def test_chunked_cross_entropy(chunk_size):
   d_logits = 2 * (p - np.eye(11)[np.maximum(targets, 0)]) * counted[..., None]
   np.testing.assert_allclose(d_hidden, d_logits @ head.T, atol=1e-12)
   np.testing.assert_allclose(d_head, np.einsum("bsd,bsv->dv", hidden, d_logits), atol=1e-12)
+
+
+def test_indexer_loss_is_the_distance_from_the_attention_that_the_trace_shows():
+  """p: the attention's weight on the picked entries, all heads together, normalised once; q: softmax of the index scores."""
+  tokens = random_tokens(1, ROW)
+  found = traced_model("reference")(tokens)
+  want = 0.0
+  for i, picks in enumerate(found["layers/01/indexer/selected"][0]):
+    picks = picks[picks >= 0]
+    if picks.size:
+      p = found["layers/01/attention/entry_weight"][0, i].astype(np.float64).sum(0)[picks]
+      scores = found["layers/01/indexer/scores"][0, i].astype(np.float64)[picks]
+      p, q = p / p.sum(), np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+      want += (p * np.log(p / q)).sum()
+  total, count = packed_model("blockwise")(tokens, np.ones_like(tokens)).losses["indexer"]
+  np.testing.assert_allclose(total, want, rtol=1e-4)
+  assert count == ROW - 3 and total > 1  # the first three tokens see no entry
 
 
 def test_loss_weights_and_counts():

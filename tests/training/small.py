@@ -19,11 +19,11 @@ from deepseek_v4.training.state import TrainState, abstract_state
 from deepseek_v4.training.step import make_train_step
 
 MODEL = c.ModelConfig(
-  vocab_size=64, hidden_size=32, num_hidden_layers=4, layer_types=(c.CSA, c.HCA) * 2, mlp_layer_types=(c.HASH, c.LEARNED) * 2,
-  csa_compress_rate=4, hca_compress_rate=8, num_attention_heads=8, head_dim=8, qk_rope_head_dim=4, q_lora_rank=16, o_groups=2,
-  o_lora_rank=8, sliding_window=8, index_n_heads=8, index_head_dim=8, index_topk=2, n_routed_experts=8, num_experts_per_tok=2,
-  moe_intermediate_size=16, hc_mult=2, rope_scaling=c.Yarn(factor=2.0, original_max_position_embeddings=16),
-  max_position_embeddings=64, loss_chunk_size=16)
+  vocab_size=64, hidden_size=32, num_hidden_layers=4, layer_types=(c.CSA, c.HCA) * 2,
+  mlp_layer_types=(c.HASH, c.LEARNED) * 2, csa_compress_rate=4, hca_compress_rate=8, num_attention_heads=8, head_dim=8,
+  qk_rope_head_dim=4, q_lora_rank=16, o_groups=2, o_lora_rank=8, sliding_window=8, index_n_heads=8, index_head_dim=8,
+  index_topk=2, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, hc_mult=2, max_position_embeddings=64,
+  rope_scaling=c.Yarn(factor=2.0, original_max_position_embeddings=16), loss_chunk_size=16)
 RUN = c.RunConfig(
   model=MODEL,
   # With the report's eps of 1e-20 AdamW's first step is sign(g), and where g is rounding noise two orders of summation give
@@ -70,7 +70,7 @@ def _random_leaf(path, leaf, rng, model):
 
 @functools.cache
 def random_state(run=RUN, seed=0):
-  """A TrainState of numpy arrays: random parameters and router, the optimizer's state as it starts, zero. To be read only."""
+  """A TrainState of numpy arrays: random parameters and router, moments zero as at the start. To be read only."""
   rng = np.random.default_rng(seed)
   shapes = abstract_state(run)
 

@@ -1,5 +1,6 @@
-"""One step on meshes of eight devices equals the step on one device: losses, gradients, parameters, router; and who holds what."""
+"""One step on meshes of eight devices equals the step on one device, and every device holds its part and no more."""
 
+import dataclasses
 import functools
 import re
 
@@ -27,15 +28,15 @@ from tests.training.small import (
   with_model,
 )
 
-# Every axis, and every pair but data x fsdp, which split a batch alike. The fsdp x expert mesh recomputes layers in the backward
-# pass, as pods do: that changes no number either.
+# Mesh, remat, accumulation. Every axis, and every pair but data x fsdp, which split a batch alike. One mesh recomputes
+# layers in the backward pass and one takes the batch in two passes, as pods do: that changes no number either.
 TOGETHER = {
-  "tensor=2 fsdp=4": (c.MeshConfig(data=1, fsdp=4, tensor=2), "none"),
-  "data=2 expert=2 tensor=2": (c.MeshConfig(data=2, expert=2, tensor=2), "none"),
-  "fsdp=2 expert=4": (c.MeshConfig(data=1, fsdp=2, expert=4), "block"),
+  "tensor=2 fsdp=4": (c.MeshConfig(data=1, fsdp=4, tensor=2), "none", 2),
+  "data=2 expert=2 tensor=2": (c.MeshConfig(data=2, expert=2, tensor=2), "none", 1),
+  "fsdp=2 expert=4": (c.MeshConfig(data=1, fsdp=2, expert=4), "block", 1),
 }
-ALONE = {"data=8": (c.MeshConfig(data=8), "none"), "fsdp=8": (c.MeshConfig(data=1, fsdp=8), "none"),
-         "expert=8": (c.MeshConfig(data=1, expert=8), "none")}
+ALONE = {"data=8": (c.MeshConfig(data=8), "none", 1), "fsdp=8": (c.MeshConfig(data=1, fsdp=8), "none", 1),
+         "expert=8": (c.MeshConfig(data=1, expert=8), "none", 1)}
 MESHES = [*TOGETHER, *(pytest.param(name, marks=pytest.mark.long) for name in ALONE)]
 RATE = 5e-3  # of the first update
 COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?"
@@ -43,14 +44,19 @@ COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-per
 
 @functools.cache
 def mesh_step(name):
-  mesh_config, remat = (TOGETHER | ALONE)[name]
-  return Step(with_model(RUN, remat=remat), sharding.make_mesh(mesh_config))
+  mesh_config, remat, accumulation = (TOGETHER | ALONE)[name]
+  run = dataclasses.replace(with_model(RUN, remat=remat), data=dataclasses.replace(RUN.data, accumulation=accumulation))
+  return Step(run, sharding.make_mesh(mesh_config))
+
+
+def batch_for(name, seed=0):
+  return random_batch((TOGETHER | ALONE)[name][2], seed=seed)
 
 
 @functools.cache
 def stepped(name):
-  """(new state, metrics) of the reference's step on a mesh."""
-  return mesh_step(name)(random_state(), random_batch())
+  """(new state, metrics) of the reference's step on a mesh; to be read only."""
+  return mesh_step(name)(random_state(), batch_for(name))
 
 
 # ---- the same numbers --------------------------------------------------------------------------------------------------
@@ -120,10 +126,11 @@ def test_parameters_after_the_update(name):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_the_next_step_takes_the_state_as_it_comes_back(name):
-  """The compiled step refuses other shardings than its own. Noise directions (see `tolerance`) blur the second loss a little."""
-  clone = lambda step: jax.device_put(stepped(step)[0], jax.tree.map(lambda x: x.sharding, stepped(step)[0]), may_alias=False)
-  batch = jax.device_put(random_batch(seed=1), sharding.batch_sharding(sharding.make_mesh((TOGETHER | ALONE)[name][0])))
-  state, metrics = mesh_step(name).compiled(clone(name), batch)
+  """The compiled step refuses other shardings than its own. Noise directions (see `tolerance`) blur the second loss."""
+  state = stepped(name)[0]
+  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state), may_alias=False)  # a copy that may be consumed
+  batch = jax.device_put(batch_for(name, seed=1), sharding.batch_sharding(sharding.make_mesh((TOGETHER | ALONE)[name][0])))
+  state, metrics = mesh_step(name).compiled(state, batch)
   _, expected = single_step().compiled(single_step().put(reference()[0]), random_batch(seed=1))
   assert int(state.step) == 2
   for key in (*LOSSES, "loss", "grad_norm"):
@@ -134,7 +141,7 @@ def test_the_next_step_takes_the_state_as_it_comes_back(name):
 def test_not_finite_gives_the_old_state_back(name):
   state = random_state()
   state = state.replace(params=with_leaf(state.params, "layers/unit_1/moe/experts/gate", at((0, 5, 1, 1), np.nan)))
-  new, metrics = mesh_step(name)(state, random_batch())
+  new, metrics = mesh_step(name)(state, batch_for(name))
   assert not metrics["finite"]
   assert differing(new, state) == []
 
@@ -164,7 +171,8 @@ def test_every_device_holds_its_part(name):
 
 def loops(text):
   """{name of a computation: its text} of all computations, and the names of those inside a loop's body or condition."""
-  computations = {re.split(r"[ (]", t.removeprefix("ENTRY ").lstrip("%"), maxsplit=1)[0]: t for t in re.split(r"\n(?=\S)", text)}
+  name_of = lambda part: re.split(r"[ (]", part.removeprefix("ENTRY ").lstrip("%"), maxsplit=1)[0]
+  computations = {name_of(part): part for part in re.split(r"\n(?=\S)", text)}
   inside = set(re.findall(r"(?:body|condition)=%?([\w.\-]+)", text))
   waiting = list(inside)
   while waiting:

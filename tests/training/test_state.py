@@ -1,4 +1,4 @@
-"""A fresh state: born on its devices, the same on every mesh, moments beside their parameters; nothing allocated for its shapes."""
+"""A fresh state: born on its devices, the same on every mesh, moments beside their parameters; its shapes cost nothing."""
 
 import dataclasses
 import re

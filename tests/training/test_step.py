@@ -1,13 +1,14 @@
 """One optimizer step on one device: what goes into its means, what comes out, and what a non-finite number does."""
 
 import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_v4 import optim, sharding
 from deepseek_v4 import config as c
+from deepseek_v4 import optim, sharding
 from deepseek_v4.training import step as step_lib
 from tests.training.small import (
   LENGTHS,
@@ -235,19 +236,20 @@ def test_the_first_tensor_that_is_not_finite_is_named(two_layers):
 
 
 def test_a_broken_gradient_is_named_where_the_backward_pass_meets_it(two_layers):
-  """o_a and o_b of layer 1 swap 30 orders of magnitude: only what flows back from o_b to o_a overflows.
+  """o_a of layer 1 is small by as much as o_b is large: only what flows back from o_b to o_a overflows.
 
   Everything before it is broken as well (embedding, layer 0, the queries), everything after it is not.
   """
   state, find = two_layers
-  params = with_leaf(state.params, "layers/unit_0/attention/o_a", lambda x: x * np.array([1, 1e-37], np.float32)[:, None, None, None])
-  params = with_leaf(params, "layers/unit_0/attention/o_b", lambda x: x * np.array([1, 1e37], np.float32)[:, None, None])
+  times = lambda *factors: lambda x: x * np.float32(factors).reshape(-1, *[1] * (x.ndim - 1))
+  params = with_leaf(state.params, "layers/unit_0/attention/o_a", times(1, 1e-37))
+  params = with_leaf(params, "layers/unit_0/attention/o_b", times(1, 1e37))
   params = with_leaf(params, "lm_head/kernel", lambda x: x * np.float32(1e6))
   assert find(state.replace(params=params)) == "gradient layers/01/attention/o_a"
 
 
 def test_gradients_whose_norm_overflows_are_told_from_those_that_are_not_finite(two_layers):
-  """logits = hidden @ head stay as they are: hidden 1e22 times larger, head as much smaller, its gradient 1e22 times larger."""
+  """logits = hidden @ head stay: hidden is 1e22 times larger, the head as much smaller, its gradient as much larger."""
   state, find = two_layers
   params = with_leaf(state.params, "final_norm/scale", lambda x: x * np.float32(1e22))
   params = with_leaf(params, "lm_head/kernel", lambda x: x * np.float32(1e-22))
