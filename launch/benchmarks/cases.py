@@ -105,6 +105,16 @@ def expected_seconds(case: Case) -> tuple[float, float]:
   return 6.0, (1e-3 + 0.9e-6 * case.length) * work
 
 
+def turn_seconds(case: Case, group: Sequence[Case]) -> float:
+  """Expected seconds of a turn: one pass, and one before it that does not count where others take turns, too."""
+  return expected_seconds(case)[1] * (1 + (len(group) > 1))
+
+
+def seconds_of(groups: Sequence[Sequence[Case]], repeats: int) -> float:
+  """Expected seconds of these groups in all."""
+  return math.fsum(sum(expected_seconds(case)) + repeats * turn_seconds(case, group) for group in groups for case in group)
+
+
 # ---- what should be reached -------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -146,8 +156,3 @@ def lengths_from(texts: Sequence[str]) -> tuple[int, ...]:
     if not text.strip().isdecimal() or not 1 <= int(text) <= longest:
       raise ValueError(f"--lengths = {text!r}: expected whole numbers from 1 to {longest}, with commas between them")
   return tuple(sorted({int(text) for text in texts}))
-
-
-def passes_of(groups: Sequence[Sequence[Case]], repeats: int) -> float:
-  """Expected seconds of everything that is left to do in these groups."""
-  return math.fsum(ready + (1 + repeats) * one for group in groups for ready, one in map(expected_seconds, group))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import queue
@@ -27,7 +28,8 @@ from launch.benchmarks.cases import (
   Case,
   cases_of,
   expected_seconds,
-  passes_of,
+  seconds_of,
+  turn_seconds,
 )
 from launch.benchmarks.worker import memory
 
@@ -80,10 +82,10 @@ class Worker:
     said = [line for line in self._errors.read().splitlines() if line.strip()]
     return f"ended with code {code}" + (f": {said[-1].strip()}" if said else "")
 
-  def measure(self) -> dict[str, Any]:
-    """One timed pass."""
+  def measure(self, warm: bool) -> dict[str, Any]:
+    """One timed pass; `warm`: after one that does not count."""
     with contextlib.suppress(BrokenPipeError):  # the reply then says what happened
-      self._process.stdin.write("run\n")
+      self._process.stdin.write("warm\n" if warm else "run\n")
       self._process.stdin.flush()
     return self.reply()
 
@@ -106,7 +108,7 @@ class Progress:
 
   def __init__(self, groups: Sequence[Sequence[Case]], repeats: int, say: Callable[[str], None]):
     self._say, self._total = say, sum((1 + repeats) * len(group) for group in groups)
-    self._left, self._expected, self._count = passes_of(groups, repeats), passes_of(groups, repeats), 0
+    self._left, self._expected, self._count = seconds_of(groups, repeats), seconds_of(groups, repeats), 0
     self._start = time.monotonic()
 
   def done(self, case: Case, text: str, seconds: float, count: int = 1) -> None:
@@ -148,8 +150,13 @@ def agreement(ours: np.ndarray, theirs: np.ndarray, against: str) -> str:
 
 
 def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: Progress) -> list[dict[str, Any]]:
-  """Rows of the cases of one length. All workers get ready first, then they take turns, so that a slow phase of the
-  machine hits every side; a worker that waits does nothing."""
+  """Rows of the cases of one length.
+
+  All workers get ready first, then they take turns, so that a slow phase of the machine hits every side; a worker that
+  waits does nothing. A turn begins with a pass that does not count: in a virtual machine the memory that another process
+  has just freed may have gone back to the host, and who takes it again pays (a fifth of a training step was seen).
+  """
+  warm = len(group) > 1
   rows, workers, ready, samples = {}, {}, {}, {case: [] for case in group}
 
   def ask(case: Case, question: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -159,7 +166,7 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
     except WorkerFailed as failure:
       rows[case] = report.failed_row(case, str(failure))
       count = repeats - len(samples[case]) + (case not in ready)  # this measurement and those that will not come
-      progress.done(case, str(failure), seconds + (count - 1) * expected_seconds(case)[1], count)
+      progress.done(case, str(failure), seconds + (count - 1) * turn_seconds(case, group), count)
       return {}
 
   with contextlib.ExitStack() as stack:
@@ -174,8 +181,8 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
     check_losses(ready)
     for _ in range(repeats):
       for case in [case for case in group if case not in rows]:
-        expected = expected_seconds(case)[1]
-        if answer := ask(case, workers[case].measure, expected):
+        expected = turn_seconds(case, group)
+        if answer := ask(case, functools.partial(workers[case].measure, warm), expected):
           samples[case].append(answer)
           progress.done(case, f"{case.length / answer['seconds']:,.0f} tokens/s", expected)
   return [rows.get(case) or report.make_row(case, ready[case], samples[case]) for case in group]

@@ -3,7 +3,8 @@
     python -m launch.benchmarks.worker '{"kind": "forward", "side": "ours", "length": 512, "variant": ""}' FOLDER
 
 It prepares (weights, compilation, one pass that warms up), says so in one JSON line on stdout, then answers each line on
-stdin with the JSON of one timed pass, and ends when stdin does. Whatever libraries print goes to stderr.
+stdin with the JSON of one timed pass, before which comes an untimed one if the line says "warm"; it ends when stdin does.
+Whatever libraries print goes to stderr.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def main(spec: str, folder: str) -> None:
   resident = settle()  # weights, moments and compiled code; never again, or the next pass would pay for it
   first = run()
   say({"ready": True, "compile_seconds": compile_seconds, "first_loss": first, "resident_bytes": resident})
-  for _ in sys.stdin:
+  for line in sys.stdin:
+    if line.strip() == "warm":
+      run()
     start = time.perf_counter()
     run()
     seconds = time.perf_counter() - start

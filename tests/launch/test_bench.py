@@ -237,8 +237,7 @@ def test_progress_counts_to_the_end():
   progress = run.Progress(groups, 2, lines.append)
   for group in groups:
     for case in group:
-      first, one = cases.expected_seconds(case)
-      progress.done(case, "", first + 3 * one, 3)
+      progress.done(case, "", sum(cases.expected_seconds(case)) + 2 * cases.turn_seconds(case, group), 3)
   assert [line.split("]")[0] for line in lines] == ["[ 3/12", "[ 6/12", "[ 9/12", "[12/12"]
   assert lines[-1].endswith("about 0 s left")
 
