@@ -255,7 +255,8 @@ class DataConfig:
   def __post_init__(self):
     _one_of(self, "source", ("stdlib", "text", "jsonl", "array_record"))
     if (self.path is None) != (self.source == "stdlib"):
-      _refuse("path", self.path, f"{'None' if self.source == 'stdlib' else 'a folder, file or glob'} for source {self.source!r}")
+      expected = "None" if self.source == "stdlib" else "a folder, file or glob"
+      _refuse("path", self.path, f"{expected} for source {self.source!r}")
     _at_least(self, 2, "sequence_length")
     _at_least(self, 1, "batch_size", "accumulation")
     if self.batch_size % self.accumulation:

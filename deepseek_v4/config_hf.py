@@ -79,7 +79,8 @@ def _layer_types(raw: Mapping[str, Any], n: int) -> tuple[str, ...]:
     _refuse("compress_ratios", f"{len(ratios)} entries", f"at least num_hidden_layers = {n} (then one per draft stage)")
   for i, ratio in enumerate(ratios):
     if ratio not in RATIO_KINDS:
-      _refuse(f"compress_ratios[{i}]", ratio, "0 (sliding), 4 (CSA) or 128 (HCA); other rates need layer_types and compress_rates")
+      _refuse(f"compress_ratios[{i}]", ratio,
+              "0 (sliding), 4 (CSA) or 128 (HCA); other rates need layer_types and compress_rates")
   draft = ratios[n:]
   if any(draft) or len(draft) not in (0, 1, 3):
     _refuse("compress_ratios", f"{draft} after the layers", "nothing, one 0 (MTP block) or three 0 (draft stages)")

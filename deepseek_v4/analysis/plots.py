@@ -102,7 +102,7 @@ def attention_maps(found: Mapping[str, Any], layers: Sequence[int], row: int = 0
 
 
 def selection_map(found: Mapping[str, Any], layer: int, row: int = 0) -> Figure:
-  """The indexer of a CSA layer: its choice (left) and the attention mass that each query put on the chosen entries (right)."""
+  """The indexer of a CSA layer: its choice (left) and the attention mass of each query on the chosen entries (right)."""
   name = f"layers/{layer:02d}"
   scores, picks = (np.asarray(found[f"{name}/indexer/{part}"][row]) for part in ("scores", "selected"))
   chosen = np.zeros(scores.shape)
@@ -110,7 +110,8 @@ def selection_map(found: Mapping[str, Any], layer: int, row: int = 0) -> Figure:
   chosen[rows, picks[rows, places]] = 1
   figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
   left, right = figure.subplots(1, 2)
-  _image(left, chosen + 0.25 * (scores > -np.inf), f"layer {layer}: visible (grey), chosen (black)", "entry", "query (token)")
+  shades = chosen + 0.25 * (scores > -np.inf)
+  _image(left, shades, f"layer {layer}: visible (grey), chosen (black)", "entry", "query (token)")
   mass = np.asarray(found[f"{name}/attention/entry_weight"][row]).mean(1).sum(-1)
   right.plot(mass, color="black", linewidth=0.8)
   right.set(title="attention on compressed entries", xlabel="query (token)", ylabel="share, mean over heads", ylim=(0, 1))
@@ -122,8 +123,8 @@ def expert_loads(found: Mapping[str, Any], num_experts: int) -> Figure:
   names = sorted(name for name in found if name.startswith("layers/") and name.endswith("router/experts"))
   loads = np.stack([np.bincount(np.asarray(found[name]).reshape(-1), minlength=num_experts) for name in names])
   figure = Figure(figsize=(9, 0.5 * len(names) + 1.6), dpi=110, layout="constrained")
-  _image(figure.subplots(), loads / loads.sum(1, keepdims=True) * num_experts, "expert load (1 = balanced)", "expert", "layer",
-         vmin=0, vmax=2)
+  relative = loads / loads.sum(1, keepdims=True) * num_experts
+  _image(figure.subplots(), relative, "expert load (1 = balanced)", "expert", "layer", vmin=0, vmax=2)
   return figure
 
 

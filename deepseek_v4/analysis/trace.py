@@ -1,6 +1,7 @@
 """Every intermediate of a forward pass by name, without changing any number.
 
-Axis letters: B batch   S sequence   N streams   D hidden size   H heads   T entries   K picks   E experts   k experts per token
+Axis letters: B batch   S sequence   N streams   D hidden size   H heads   T entries   K picks   E experts
+              k experts per token
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ _NAMES = {
     "ffn_hc/comb": "mhc_ffn/comb", "attention/window_weight": "attention/window_weight",
     "attention/entry_weight": "attention/entry_weight", "attention/entry_segment": "attention/entry_segment",
     "attention/entry_position": "attention/entry_position", "attention/indexer/scores": "indexer/scores",
-    "attention/indexer/selected": "indexer/selected", "moe/router/scores": "router/scores", "moe/router/experts": "router/experts",
+    "attention/indexer/selected": "indexer/selected", "moe/router/scores": "router/scores",
+    "moe/router/experts": "router/experts",
 }
 
 
 def trace(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: jax.Array | None = None,
-          segment_ids: jax.Array | None = None, *, layers: Sequence[int] | None = None, **arguments: Any) -> dict[str, jax.Array]:
+          segment_ids: jax.Array | None = None, *, layers: Sequence[int] | None = None,
+          **arguments: Any) -> dict[str, jax.Array]:
   """Runs the model and returns its intermediates; some are dense, so keep sequences short.
 
   Args:

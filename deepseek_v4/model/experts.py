@@ -124,7 +124,8 @@ def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit
     width_axis: mesh axis over which F is split: partial sums are added over it.
   """
   if expert_axis is not None:
-    x_BSD, experts_BSk, weights_BSk = (jax.lax.all_gather(a, expert_axis, tiled=True) for a in (x_BSD, experts_BSk, weights_BSk))
+    gather = functools.partial(jax.lax.all_gather, axis_name=expert_axis, tiled=True)
+    x_BSD, experts_BSk, weights_BSk = map(gather, (x_BSD, experts_BSk, weights_BSk))
     experts_BSk = experts_BSk - jax.lax.axis_index(expert_axis) * gate_EDF.shape[0]
   top_k = experts_BSk.shape[-1]
   plan = dispatch(experts_BSk.reshape(-1, top_k), gate_EDF.shape[0])

@@ -76,7 +76,8 @@ def group_specs(specs: Sequence[LayerSpec], scan_layers: bool = True) -> LayerGr
   return best
 
 
-def split_layers(layers: dict[str, Any], groups: LayerGroups, take: Callable[[Any, int], Any] = lambda x, i: x[i]) -> list[Any]:
+def split_layers(layers: dict[str, Any], groups: LayerGroups,
+                 take: Callable[[Any, int], Any] = lambda x, i: x[i]) -> list[Any]:
   """One subtree per layer, in order, from a `layers` subtree in grouped form."""
   trees = []
   for i in range(groups.num_layers):

@@ -98,8 +98,9 @@ def indexer_loss(index, attention_queries, entries, lse, selection: Selection, c
 
   heads = ("batch", "sequence", "heads")
   in_axes = (*_INDEX, heads, ("batch",), heads, ("batch", "sequence"), *_PLACES)
+  places = (context.positions, context.segment_ids, layout.last, layout.segment)
   kl_BS = sharding.per_shard(run, in_axes, ("batch", "sequence"))(
-      *index, attention_queries, entries, lse, selection, context.positions, context.segment_ids, layout.last, layout.segment)
+      *index, attention_queries, entries, lse, selection, *places)
   return kl_BS.sum(), (visible_queries(context)).sum().astype(kl_BS.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Ours against transformers 5.24.0, live, on random weights that make every term matter: logits, streams, picks, gradients."""
+"""Ours against transformers 5.24.0, live, random weights that make every term matter: logits, streams, picks, gradients."""
 
 import dataclasses
 import functools
@@ -14,7 +14,8 @@ import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig, Yarn
 
 BASE = ModelConfig(
-    vocab_size=97, hidden_size=32, num_hidden_layers=3, layer_types=(SLIDING, CSA, HCA), mlp_layer_types=(HASH, LEARNED, LEARNED),
+    vocab_size=97, hidden_size=32, num_hidden_layers=3, layer_types=(SLIDING, CSA, HCA),
+    mlp_layer_types=(HASH, LEARNED, LEARNED),
     csa_compress_rate=4, hca_compress_rate=8, num_attention_heads=4, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16,
     o_groups=2, o_lora_rank=8, sliding_window=8, index_n_heads=8, index_head_dim=8, index_topk=3, n_routed_experts=6,
     num_experts_per_tok=2, moe_intermediate_size=16, rope_scaling=None, max_position_embeddings=4096,
@@ -31,7 +32,8 @@ CASES = {
     "yarn_scanned_top_k_bites": (REPEATED | dict(rope_scaling=SHORT_YARN, index_topk=2), 1, 61),
     "two_streams_sigmoid_clamp_bites": (dict(hc_mult=2, scoring_func="sigmoid", swiglu_limit=0.4), 2, 50),
     "real_rates_window_inside": (dict(hca_compress_rate=128, sliding_window=16, index_topk=8, rope_scaling=Yarn()), 1, 263),
-    "one_expert_per_token_other_rates": (dict(csa_compress_rate=3, hca_compress_rate=5, num_experts_per_tok=1, hc_mult=3), 2, 29),
+    "one_expert_per_token_other_rates": (
+        dict(csa_compress_rate=3, hca_compress_rate=5, num_experts_per_tok=1, hc_mult=3), 2, 29),
 }
 
 
