@@ -47,7 +47,7 @@ def get_config() -> RunConfig:
     max_position_embeddings=1024,
     num_nextn_predict_layers=0,
     pad_token_id=2,
-    initializer_range=0.02,
+    init_std=0.02,
   )
   return RunConfig(
     model=model,

@@ -49,7 +49,7 @@ def get_config() -> RunConfig:
     rope_scaling=Yarn(factor=4.0, original_max_position_embeddings=1024),
     max_position_embeddings=4096,
     pad_token_id=2,
-    initializer_range=0.02,
+    init_std=0.02,
   )
   return RunConfig(
     model=model,

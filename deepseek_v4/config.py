@@ -11,10 +11,11 @@ import ast
 import dataclasses
 import math
 import runpy
-import types
 import typing
 from pathlib import Path
 from typing import Any, Mapping, Sequence
+
+from deepseek_v4.config_checks import at_least, fields_of, one_of, options_of, positive, refuse, typed
 
 SLIDING = "sliding_attention"
 CSA = "compressed_sparse_attention"
@@ -23,29 +24,6 @@ ATTENTION_KINDS = (SLIDING, CSA, HCA)
 HASH = "hash_moe"
 LEARNED = "moe"
 ROUTER_KINDS = (HASH, LEARNED)
-
-
-def _refuse(field: str, value: Any, expected: str) -> typing.NoReturn:
-  raise ValueError(f"{field} = {value!r}: expected {expected}")
-
-
-def _at_least(config: Any, bound: float, *fields: str) -> None:
-  for name in fields:
-    value = getattr(config, name)
-    if not value >= bound:
-      _refuse(name, value, f"at least {bound}")
-
-
-def _positive(config: Any, *fields: str) -> None:
-  for name in fields:
-    value = getattr(config, name)
-    if not (value > 0 and math.isfinite(value)):
-      _refuse(name, value, "a finite number above 0")
-
-
-def _one_of(config: Any, field: str, choices: Sequence[Any]) -> None:
-  if getattr(config, field) not in choices:
-    _refuse(field, getattr(config, field), f"one of {', '.join(map(repr, choices))}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +44,11 @@ class Yarn:
   beta_slow: float = 1.0
 
   def __post_init__(self):
-    _at_least(self, 1, "factor", "original_max_position_embeddings")
-    _positive(self, "beta_fast", "beta_slow")
+    typed(self)
+    at_least(self, 1, "factor", "original_max_position_embeddings")
+    positive(self, "beta_fast", "beta_slow")
     if self.beta_slow > self.beta_fast:
-      _refuse("beta_slow", self.beta_slow, f"at most beta_fast = {self.beta_fast}")
+      refuse("beta_slow", self.beta_slow, f"at most beta_fast = {self.beta_fast}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +91,7 @@ class ModelConfig:
   eos_token_id: int | None = 1
   pad_token_id: int | None = None
   quantization: str | None = None  # how the weights of the source folder are stored: None, "fp8", "fp8+fp4"
-  initializer_range: float = 0.006  # standard deviation of every matrix at initialisation (V3's value)
+  init_std: float = 0.006  # standard deviation of every matrix at initialisation (V3's value)
   mhc_init: str = "identity"  # "identity": streams start unmixed; "zero": fully mixed
   compute_dtype: str = "float32"
   scan_layers: bool = True
@@ -120,41 +99,42 @@ class ModelConfig:
   loss_chunk_size: int = 1024  # tokens per device whose logits exist at a time in training
 
   def __post_init__(self):
+    typed(self)
     object.__setattr__(self, "layer_types", tuple(self.layer_types))
     object.__setattr__(self, "mlp_layer_types", tuple(self.mlp_layer_types))
-    _at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "q_lora_rank",
+    at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "q_lora_rank",
               "o_groups", "o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk",
               "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "hc_mult", "hc_sinkhorn_iters",
               "max_position_embeddings", "loss_chunk_size")
-    _at_least(self, 2, "csa_compress_rate", "hca_compress_rate", "qk_rope_head_dim")
-    _positive(self, "routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps", "rope_theta",
-              "compress_rope_theta", "initializer_range")
+    at_least(self, 2, "csa_compress_rate", "hca_compress_rate", "qk_rope_head_dim")
+    positive(self, "routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps", "rope_theta",
+              "compress_rope_theta", "init_std")
     for field, kinds in (("layer_types", ATTENTION_KINDS), ("mlp_layer_types", ROUTER_KINDS)):
       values = getattr(self, field)
       if len(values) != self.num_hidden_layers:
-        _refuse(field, f"{len(values)} entries", f"num_hidden_layers = {self.num_hidden_layers} entries")
+        refuse(field, f"{len(values)} entries", f"num_hidden_layers = {self.num_hidden_layers} entries")
       for i, value in enumerate(values):
         if value not in kinds:
-          _refuse(f"{field}[{i}]", value, f"one of {', '.join(kinds)}")
+          refuse(f"{field}[{i}]", value, f"one of {', '.join(kinds)}")
     if self.num_attention_heads % self.o_groups:
-      _refuse("o_groups", self.o_groups, f"a divisor of num_attention_heads = {self.num_attention_heads}")
+      refuse("o_groups", self.o_groups, f"a divisor of num_attention_heads = {self.num_attention_heads}")
     if self.qk_rope_head_dim % 2:
-      _refuse("qk_rope_head_dim", self.qk_rope_head_dim, "an even number (rotary channels come in pairs)")
+      refuse("qk_rope_head_dim", self.qk_rope_head_dim, "an even number (rotary channels come in pairs)")
     for other in ("head_dim", "index_head_dim"):
       if self.qk_rope_head_dim > getattr(self, other):
-        _refuse("qk_rope_head_dim", self.qk_rope_head_dim, f"at most {other} = {getattr(self, other)}")
+        refuse("qk_rope_head_dim", self.qk_rope_head_dim, f"at most {other} = {getattr(self, other)}")
     if self.num_experts_per_tok > self.n_routed_experts:
-      _refuse("num_experts_per_tok", self.num_experts_per_tok, f"at most n_routed_experts = {self.n_routed_experts}")
-    _one_of(self, "scoring_func", ("sqrtsoftplus", "sigmoid"))
-    _one_of(self, "num_nextn_predict_layers", (0, 1))
-    _one_of(self, "quantization", (None, "fp8", "fp8+fp4"))
-    _one_of(self, "mhc_init", ("identity", "zero"))
-    _one_of(self, "compute_dtype", ("float32", "bfloat16", "float64"))
-    _one_of(self, "remat", ("none", "block"))
+      refuse("num_experts_per_tok", self.num_experts_per_tok, f"at most n_routed_experts = {self.n_routed_experts}")
+    one_of(self, "scoring_func", ("sqrtsoftplus", "sigmoid"))
+    one_of(self, "num_nextn_predict_layers", (0, 1))
+    one_of(self, "quantization", (None, "fp8", "fp8+fp4"))
+    one_of(self, "mhc_init", ("identity", "zero"))
+    one_of(self, "compute_dtype", ("float32", "bfloat16", "float64"))
+    one_of(self, "remat", ("none", "block"))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
       value = getattr(self, name)
       if value is not None and not 0 <= value < self.vocab_size:
-        _refuse(name, value, f"None or an id below vocab_size = {self.vocab_size}")
+        refuse(name, value, f"None or an id below vocab_size = {self.vocab_size}")
 
   @property
   def layer_specs(self) -> tuple[LayerSpec, ...]:
@@ -184,7 +164,7 @@ class ModelConfig:
   def cut_layers(self, num_hidden_layers: int) -> "ModelConfig":
     """The same model with only its first `num_hidden_layers` layers."""
     if not 1 <= num_hidden_layers <= self.num_hidden_layers:
-      _refuse("num_hidden_layers", num_hidden_layers, f"1 to {self.num_hidden_layers} (the lists name no further layers)")
+      refuse("num_hidden_layers", num_hidden_layers, f"1 to {self.num_hidden_layers} (the lists name no further layers)")
     n = num_hidden_layers
     return dataclasses.replace(self, num_hidden_layers=n, layer_types=self.layer_types[:n],
                                mlp_layer_types=self.mlp_layer_types[:n])
@@ -211,16 +191,17 @@ class OptimizerConfig:
   adam_v_floor: float = 0.0  # smallest second moment; above 0 it prevents 10x steps where v underflows
 
   def __post_init__(self):
-    _positive(self, "learning_rate", "clip_norm", "update_rms")
-    _at_least(self, 0, "warmup_steps", "decay_steps", "weight_decay", "adam_eps", "adam_v_floor", "final_fraction")
+    typed(self)
+    positive(self, "learning_rate", "clip_norm", "update_rms")
+    at_least(self, 0, "warmup_steps", "decay_steps", "weight_decay", "adam_eps", "adam_v_floor", "final_fraction")
     for name in ("momentum", "adam_b1", "adam_b2"):
       if not 0 <= getattr(self, name) < 1:
-        _refuse(name, getattr(self, name), "a number in [0, 1)")
+        refuse(name, getattr(self, name), "a number in [0, 1)")
     if self.final_fraction > 1:
-      _refuse("final_fraction", self.final_fraction, "a number in [0, 1]")
-    _one_of(self, "newton_schulz_dtype", ("float32", "bfloat16"))
-    _one_of(self, "muon_split", ("none", "head"))
-    _one_of(self, "position_bias_owner", ("adamw", "muon"))
+      refuse("final_fraction", self.final_fraction, "a number in [0, 1]")
+    one_of(self, "newton_schulz_dtype", ("float32", "bfloat16"))
+    one_of(self, "muon_split", ("none", "head"))
+    one_of(self, "position_bias_owner", ("adamw", "muon"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +215,8 @@ class LossConfig:
   bias_update_speed: float = 1e-3
 
   def __post_init__(self):
-    _at_least(self, 0, "mtp_weight", "mtp_weight_final", "balance_weight", "indexer_weight", "bias_update_speed")
+    typed(self)
+    at_least(self, 0, "mtp_weight", "mtp_weight_final", "balance_weight", "indexer_weight", "bias_update_speed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,18 +235,19 @@ class DataConfig:
   seed: int = 0
 
   def __post_init__(self):
-    _one_of(self, "source", ("stdlib", "text", "jsonl", "array_record"))
+    typed(self)
+    one_of(self, "source", ("stdlib", "text", "jsonl", "array_record"))
     if (self.path is None) != (self.source == "stdlib"):
       expected = "None" if self.source == "stdlib" else "a folder, file or glob"
-      _refuse("path", self.path, f"{expected} for source {self.source!r}")
-    _at_least(self, 2, "sequence_length")
-    _at_least(self, 1, "batch_size", "accumulation")
+      refuse("path", self.path, f"{expected} for source {self.source!r}")
+    at_least(self, 2, "sequence_length")
+    at_least(self, 1, "batch_size", "accumulation")
     if self.batch_size % self.accumulation:
-      _refuse("batch_size", self.batch_size, f"a multiple of accumulation = {self.accumulation}")
+      refuse("batch_size", self.batch_size, f"a multiple of accumulation = {self.accumulation}")
     if not 0 <= self.held_out_percent < 100:
-      _refuse("held_out_percent", self.held_out_percent, "0 to 99")
+      refuse("held_out_percent", self.held_out_percent, "0 to 99")
     if not 0 <= self.fim_rate <= 1:
-      _refuse("fim_rate", self.fim_rate, "a number in [0, 1]")
+      refuse("fim_rate", self.fim_rate, "a number in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,13 +262,14 @@ class MeshConfig:
   emulated_devices: int = 0  # CPU devices that the launcher asks JAX for; 0 = what the machine has
 
   def __post_init__(self):
+    typed(self)
     sizes = {name: getattr(self, name) for name in self.axis_names}
     for name, size in sizes.items():
       if size != -1 and size < 1:
-        _refuse(name, size, "at least 1, or -1 for all devices that are left")
+        refuse(name, size, "at least 1, or -1 for all devices that are left")
     if list(sizes.values()).count(-1) > 1:
-      _refuse("mesh", sizes, "at most one axis with -1")
-    _at_least(self, 0, "emulated_devices")
+      refuse("mesh", sizes, "at most one axis with -1")
+    at_least(self, 0, "emulated_devices")
 
   axis_names: typing.ClassVar[tuple[str, ...]] = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -294,7 +278,7 @@ class MeshConfig:
 class TrainingConfig:
   """Length, rhythm and seeds of a run."""
 
-  steps: int = 1000
+  steps: int = 10_000
   seed: int = 0
   kernels: str = "auto"  # implementation of the ops: auto, reference, blockwise, pallas, interpret
   attention_mode: str = "sparse"  # "dense": CSA layers attend to every visible entry
@@ -305,9 +289,10 @@ class TrainingConfig:
   keep_checkpoints: int = 2
 
   def __post_init__(self):
-    _at_least(self, 1, "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
-    _one_of(self, "kernels", ("auto", "reference", "blockwise", "pallas", "interpret"))
-    _one_of(self, "attention_mode", ("sparse", "dense"))
+    typed(self)
+    at_least(self, 1, "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
+    one_of(self, "kernels", ("auto", "reference", "blockwise", "pallas", "interpret"))
+    one_of(self, "attention_mode", ("sparse", "dense"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,11 +307,12 @@ class RunConfig:
   training: TrainingConfig = TrainingConfig()
 
   def __post_init__(self):
+    typed(self)
     if self.data.sequence_length > self.model.max_position_embeddings:
-      _refuse("data.sequence_length", self.data.sequence_length,
+      refuse("data.sequence_length", self.data.sequence_length,
               f"at most model.max_position_embeddings = {self.model.max_position_embeddings}")
     if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.training.steps:
-      _refuse("optimizer.warmup_steps + optimizer.decay_steps", self.optimizer.warmup_steps + self.optimizer.decay_steps,
+      refuse("optimizer.warmup_steps + optimizer.decay_steps", self.optimizer.warmup_steps + self.optimizer.decay_steps,
               f"at most training.steps = {self.training.steps}")
 
 
@@ -343,7 +329,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     raise FileNotFoundError(f"--config = {str(path)!r}: expected a Python file with get_config()")
   namespace = runpy.run_path(str(path))
   if "get_config" not in namespace:
-    _refuse("--config", str(path), "a Python file that defines get_config()")
+    refuse("--config", str(path), "a Python file that defines get_config()")
   return override(namespace["get_config"](), overrides)
 
 
@@ -353,18 +339,22 @@ def override(config: Any, overrides: Sequence[str]) -> Any:
   for item in overrides:
     key, sign, text = item.partition("=")
     if not sign:
-      _refuse("--set", item, "KEY=VALUE")
+      refuse("--set", item, "KEY=VALUE")
     *parents, leaf = key.strip().split(".")
-    node = tree
+    node: Any = tree
     for name in parents:
       node = node.setdefault(name, {})
+      if not isinstance(node, dict):
+        refuse("--set", item, f"a setting of {name!r} or of its fields, not both")
+    if isinstance(node.get(leaf), dict):
+      refuse("--set", item, f"a setting of {leaf!r} or of its fields, not both")
     node[leaf] = text.strip()
   return _replace(config, tree, "")
 
 
 def _replace(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
   hints = typing.get_type_hints(type(config))
-  names = [f.name for f in dataclasses.fields(config)]
+  names = fields_of(config)
   new = {}
   for name, value in changes.items():
     if name not in names:
@@ -372,7 +362,7 @@ def _replace(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
     old = getattr(config, name)
     if isinstance(value, Mapping):
       if not dataclasses.is_dataclass(old):
-        _refuse(prefix + name, value, "a field with fields of its own")
+        refuse(prefix + name, value, "a field with fields of its own")
       new[name] = _replace(old, value, f"{prefix}{name}.")
     else:
       new[name] = _parse(prefix + name, value, hints[name])
@@ -383,7 +373,7 @@ def _replace(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
 
 def _parse(name: str, text: str, kind: Any) -> Any:
   """`text` as a value of the annotated type, or an error that names the field."""
-  options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+  options = options_of(kind)
   if type(None) in options and text in ("None", "none", ""):
     return None
   for option in options:
@@ -395,11 +385,11 @@ def _parse(name: str, text: str, kind: Any) -> Any:
       value = {"true": True, "false": False}.get(text.lower())
     if typing.get_origin(option) is tuple and isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
       return tuple(value)
-    if option is float and type(value) in (int, float):
+    if option is float and type(value) in (int, float) and math.isfinite(value):
       return float(value)
     if option in (int, bool) and type(value) is option:
       return value
-  _refuse(name, text, getattr(kind, "__name__", str(kind)))
+  refuse(name, text, getattr(kind, "__name__", str(kind)))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -410,7 +400,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
   """The dataclass `kind` from a dictionary that `to_dict` (through JSON or not) made; unknown names are an error."""
   hints = typing.get_type_hints(kind)
-  names = [f.name for f in dataclasses.fields(kind)]
+  names = fields_of(kind)
   fields = {}
   for name, value in values.items():
     if name not in names:

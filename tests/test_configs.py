@@ -17,7 +17,7 @@ RUNS = sorted((ROOT / "configs").glob("*.py"))
 DEBUG = [path for path in RUNS if path.stem.startswith("debug")]
 RELEASED = json.loads((ROOT / "tests/golden/released_configs.json").read_text(encoding="utf-8"))
 # How weights are stored, started and computed with: not in a released dictionary, or not in the one that to_hf writes.
-NOT_ARCHITECTURE = ("quantization", "initializer_range", "mhc_init", "compute_dtype", "scan_layers", "remat",
+NOT_ARCHITECTURE = ("quantization", "init_std", "mhc_init", "compute_dtype", "scan_layers", "remat",
                     "loss_chunk_size")
 NAMES = [name for name in RELEASED if "/" not in name]
 
@@ -118,7 +118,23 @@ def test_sources_that_are_not_there(tmp_path):
 def test_draft_stages_of_later_releases_are_no_layers():
   raw = released()
   raw["compress_ratios"] = raw["compress_ratios"] + [0, 0]
-  assert ModelConfig.from_hf(raw | {"dspark_block_size": 4}) == ModelConfig.from_hf(released())
+  read = ModelConfig.from_hf(raw | {"dspark_block_size": 4})
+  assert read == dataclasses.replace(ModelConfig.from_hf(released()), num_nextn_predict_layers=0)
+
+
+def test_the_same_said_twice_is_fine_and_other_rates_may_have_names():
+  once = ModelConfig.from_hf(released())
+  nested = RELEASED["DeepSeek-V4-Flash/hf_normalised"]["rope_parameters"]
+  for twice in ({"layer_types": list(once.layer_types)}, {"mlp_layer_types": list(once.mlp_layer_types)},
+                {"compress_rate_csa": 4, "compress_rates": {CSA: 4}}, {"rope_parameters": nested}):
+    assert ModelConfig.from_hf(released(**twice)) == once
+  ratios = [8 if ratio == 4 else ratio for ratio in RATIOS]
+  other = ModelConfig.from_hf(released(compress_ratios=ratios, compress_rates={CSA: 8, HCA: 128}))
+  assert other == dataclasses.replace(once, csa_compress_rate=8)
+
+
+def test_defaults_are_a_run():
+  assert RunConfig().optimizer.warmup_steps < RunConfig().training.steps
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------
@@ -128,11 +144,26 @@ REFUSED = [  # (changes to the released Flash dictionary, field, value, what was
   ({"compress_ratios": RATIOS[:40]}, "compress_ratios", "40 entries", "num_hidden_layers = 43"),
   ({"compress_ratios": RATIOS[:43] + [4]}, "compress_ratios", "[4] after the layers", "one 0 (MTP block)"),
   ({"compress_ratios": None}, "compress_ratios", "None", "this list or layer_types"),
-  ({"layer_types": [SLIDING] * 42}, "layer_types", "42 entries", "num_hidden_layers = 43"),
-  ({"layer_types": [SLIDING] * 42 + ["full_attention"]}, "layer_types[42]", "full_attention", CSA),
-  ({"mlp_layer_types": [LEARNED] * 44}, "mlp_layer_types", "44 entries", "num_hidden_layers = 43"),
-  ({"mlp_layer_types": [LEARNED] * 42 + ["dense"]}, "mlp_layer_types[42]", "dense", HASH),
+  ({"layer_types": [SLIDING] * 42, "compress_ratios": None}, "layer_types", "42 entries", "num_hidden_layers = 43"),
+  ({"layer_types": [SLIDING] * 42 + ["full_attention"], "compress_ratios": None}, "layer_types[42]", "full_attention", CSA),
+  ({"mlp_layer_types": [LEARNED] * 44, "num_hash_layers": None}, "mlp_layer_types", "44 entries", "num_hidden_layers = 43"),
+  ({"mlp_layer_types": [LEARNED] * 42 + ["dense"], "num_hash_layers": None}, "mlp_layer_types[42]", "dense", HASH),
   ({"num_hash_layers": -1}, "num_hash_layers", "-1", "at least 0"),
+  ({"num_hash_layers": 99}, "num_hash_layers", "99", "at most num_hidden_layers = 43"),
+  ({"compress_ratios": 4}, "compress_ratios", "4", "a list of numbers"),
+  ({"compress_rates": {CSA: 8}}, "compress_ratios[2]", "4", "0 (sliding), 8 (CSA) or 128 (HCA)"),
+  ({"compress_rates": {CSA: 4}, "compress_rate_csa": 8}, "compress_rate_csa", "8", "4, as compress_rates says"),
+  ({"layer_types": [SLIDING] * 43}, "layer_types[2]", SLIDING, f"{CSA}, as compress_ratios say"),
+  ({"mlp_layer_types": [LEARNED] * 43}, "mlp_layer_types[0]", LEARNED, f"{HASH}, as num_hash_layers = 3 says"),
+  ({"rope_parameters": {"main": {}}}, "rope_parameters", "main", "exactly main and compress"),
+  ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta", "10000", "5.0, as rope_parameters says"),
+  ({"rope_parameters": {"partial_rotary_factor": 0.9}}, "partial_rotary_factor", "0.9", "the same share"),
+  ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_scaling", "16", "what rope_parameters say: Yarn(factor=4"),
+  ({"expert_dtype": "int4", "quantization_config": None}, "expert_dtype", "int4", "fp4 or fp8"),
+  ({"quantization_config": {"bits": 3}}, "quantization_config", "bits", "only quant_method"),
+  ({"sliding_window": "128"}, "sliding_window", "128", "int"),
+  ({"sliding_window": 1.5}, "sliding_window", "1.5", "int"),
+  ({"index_topk": None}, "index_topk", "None", "int"),
   ({"o_groups": 7}, "o_groups", "7", "a divisor of num_attention_heads = 64"),
   ({"qk_rope_head_dim": 63}, "qk_rope_head_dim", "63", "an even number"),
   ({"qk_rope_head_dim": 1024}, "qk_rope_head_dim", "1024", "at most head_dim = 512"),
@@ -244,6 +275,7 @@ def test_fewer_layers_by_number_alone():
   ("training.step=5", r"TrainingConfig has no field 'training.step'; it has steps, seed, kernels"),
   ("optimiser.momentum=0.9", r"RunConfig has no field 'optimiser'; it has model, optimizer"),
   ("training.steps", r"--set = 'training.steps': expected KEY=VALUE"),
+  ("loss.mtp_weight=1e999", r"loss.mtp_weight = '1e999': expected float"),
   ("training.steps=many", r"training.steps = 'many': expected int"),
   ("training.steps=1.5", r"training.steps = '1.5': expected int"),
   ("optimizer.momentum=True", r"optimizer.momentum = 'True': expected float"),
@@ -253,6 +285,12 @@ def test_fewer_layers_by_number_alone():
 def test_wrong_overrides_say_what_there_is(setting, expected):
   with pytest.raises(ValueError, match=expected):
     override(BASE, [setting])
+
+
+@pytest.mark.parametrize("settings", [("model=3", "model.hc_mult=2"), ("model.hc_mult=2", "model=3")])
+def test_a_setting_and_one_inside_it_are_refused(settings):
+  with pytest.raises(ValueError, match=f"--set = '{settings[1]}': expected a setting of 'model' or of its fields, not both"):
+    override(RunConfig(), settings)
 
 
 def test_run_files_that_are_none(tmp_path):

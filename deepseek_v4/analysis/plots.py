@@ -118,23 +118,39 @@ def selection_map(found: Mapping[str, Any], layer: int, row: int = 0) -> Figure:
   return figure
 
 
-def expert_loads(found: Mapping[str, Any], num_experts: int) -> Figure:
-  """Share of the tokens' picks that each expert gets, layer by layer; level = balanced."""
+def expert_loads(found: Mapping[str, Any], num_experts: int, segment_ids: Any = None) -> Figure:
+  """Share of the tokens' picks that each expert gets, layer by layer; level = balanced.
+
+  Args:
+    found: of `trace`.
+    segment_ids: [B, S], to leave out places that hold no token; None = all count.
+  """
   names = sorted(name for name in found if name.startswith("layers/") and name.endswith("router/experts"))
-  loads = np.stack([np.bincount(np.asarray(found[name]).reshape(-1), minlength=num_experts) for name in names])
+  tokens = _tokens(segment_ids, found[names[0]])
+  loads = np.stack([np.bincount(np.asarray(found[name])[tokens].reshape(-1), minlength=num_experts) for name in names])
   figure = Figure(figsize=(9, 0.5 * len(names) + 1.6), dpi=110, layout="constrained")
   relative = loads / loads.sum(1, keepdims=True) * num_experts
   _image(figure.subplots(), relative, "expert load (1 = balanced)", "expert", "layer", vmin=0, vmax=2)
   return figure
 
 
-def stream_mixing(found: Mapping[str, Any]) -> Figure:
-  """mHC over depth: the mean mixing matrix of every sublayer; rows = new streams, each summing to about 1."""
+def _tokens(segment_ids: Any, of: Any) -> np.ndarray:
+  """bool [B, S]: places that hold a token; `of` is any array [B, S, ...]."""
+  return np.ones(np.shape(of)[:2], bool) if segment_ids is None else np.asarray(segment_ids) > 0
+
+
+def stream_mixing(found: Mapping[str, Any], segment_ids: Any = None) -> Figure:
+  """mHC over depth: the mean mixing matrix of every sublayer; rows = new streams, each summing to about 1.
+
+  Args:
+    found: of `trace`.
+    segment_ids: [B, S], to leave out places that hold no token; None = all count.
+  """
   names = sorted(n for n in found if n.startswith("layers/") and n.endswith("/comb"))
   # Within a layer attention comes before the experts, as the alphabet has it.
   figure = Figure(figsize=(1.5 * len(names) + 1, 2.1), dpi=110, layout="constrained")
   for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names):
-    comb = np.asarray(found[name])
-    axes.imshow(comb.mean((0, 1)).T, cmap="Greys", vmin=0, vmax=1)
+    comb = np.asarray(found[name])[_tokens(segment_ids, found[name])]
+    axes.imshow(comb.mean(0).T, cmap="Greys", vmin=0, vmax=1)
     axes.set(title=f"{name.split('/')[1]} {name.split('/')[2].removeprefix('mhc_')}", xticks=[], yticks=[])
   return figure

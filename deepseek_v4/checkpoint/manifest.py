@@ -131,7 +131,7 @@ def verify(manifest: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
 
 # Fields of the model that may differ between the run that saved and the one that goes on: they change how the model is laid
 # out, computed or first filled, not what its weights mean.
-FREE_FIELDS = ("scan_layers", "remat", "compute_dtype", "initializer_range", "mhc_init", "quantization")
+FREE_FIELDS = ("scan_layers", "remat", "compute_dtype", "init_std", "mhc_init", "quantization")
 
 
 def refuse_other_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:

@@ -48,6 +48,23 @@ class EntryLayout:
   contiguous: bool
 
 
+def _closes_window(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: int) -> jax.Array:
+  """bool [B, S]: a whole window of the token's document ends with it and lies inside the row."""
+  place = jnp.arange(positions_BS.shape[1])
+  start = jnp.maximum(place - rate + 1, 0)
+  whole = (place >= rate - 1) & (segment_ids_BS[:, start] == segment_ids_BS)
+  whole &= positions_BS[:, start] == positions_BS - (rate - 1)
+  return ((positions_BS + 1) % rate == 0) & (segment_ids_BS > 0) & whole
+
+
+def sees_an_entry(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: int) -> jax.Array:
+  """bool [B, S]: at least one entry of `rate` tokens of the token's document is closed when it comes."""
+  place = jnp.arange(positions_BS.shape[1])
+  last_close = jax.lax.cummax(jnp.where(_closes_window(positions_BS, segment_ids_BS, rate), place, -1), axis=1)
+  own = jnp.take_along_axis(segment_ids_BS, jnp.maximum(last_close, 0), 1) == segment_ids_BS
+  return (last_close >= 0) & own & (segment_ids_BS > 0)
+
+
 def entry_layout(config: ModelConfig, attention: str, positions_BS: jax.Array, segment_ids_BS: jax.Array,
                  contiguous: bool) -> EntryLayout:
   """Finds the entries of each row: windows of `rate` tokens of one document, counted from the document's start."""
@@ -58,12 +75,7 @@ def entry_layout(config: ModelConfig, attention: str, positions_BS: jax.Array, s
     closing = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32) * rate + rate - 1, (batch, count))
     segment = jnp.ones_like(closing)
   else:
-    place = jnp.arange(length)
-    start = jnp.maximum(place - rate + 1, 0)
-    # The token closes a window if a whole window of its document ends with it and lies inside the row.
-    whole = (place >= rate - 1) & (segment_ids_BS[:, start] == segment_ids_BS)
-    whole &= positions_BS[:, start] == positions_BS - (rate - 1)
-    closes_BS = ((positions_BS + 1) % rate == 0) & (segment_ids_BS > 0) & whole
+    closes_BS = _closes_window(positions_BS, segment_ids_BS, rate)
     closing = jax.vmap(lambda c: jnp.nonzero(c, size=count, fill_value=0)[0])(closes_BS).astype(jnp.int32)
     used = jnp.arange(count) < closes_BS.sum(1, keepdims=True)
     segment = jnp.where(used, jnp.take_along_axis(segment_ids_BS, closing, 1), 0)

@@ -48,10 +48,14 @@ class Dispatch:
   tile: int
 
 
-def dispatch(experts_Tk: jax.Array, num_experts: int) -> Dispatch:
-  """Sorts picks by expert, each expert's rows from a tile's start on; experts outside [0, num_experts) get no row."""
+def dispatch(experts_Tk: jax.Array, num_experts: int, shards: int = 1) -> Dispatch:
+  """Sorts picks by expert, each expert's rows from a tile's start on; experts outside [0, num_experts) get no row.
+
+  Args:
+    shards: devices that share the picks; about picks / shards of them are local.
+  """
   picks = experts_Tk.size
-  tile = grouped_matmul.row_tile(picks, num_experts)
+  tile = grouped_matmul.row_tile(picks // shards, num_experts)
   rows = grouped_matmul.padded_rows(picks, num_experts, tile)
   expert_P = experts_Tk.reshape(-1)
   local_P = (expert_P >= 0) & (expert_P < num_experts)
@@ -64,10 +68,9 @@ def dispatch(experts_Tk: jax.Array, num_experts: int) -> Dispatch:
   row_P = jnp.arange(picks) + jnp.append(start_E, 0)[sorted_P]
   row_P = jnp.where(sorted_P < num_experts, row_P, rows).astype(jnp.int32)
   slot_P = jnp.zeros(picks, jnp.int32).at[order_P].set(jnp.minimum(row_P, rows - 1), unique_indices=True)
-  pick_M = jnp.full(rows, picks, jnp.int32).at[row_P].set(order_P.astype(jnp.int32), mode="drop", unique_indices=True)
-  token_M = jnp.minimum(pick_M // experts_Tk.shape[1], experts_Tk.shape[0] - 1)
-  # Pinned here, or the indices (a division each) are computed again for every channel of every row that is gathered.
-  slot_P, local_P, pick_M, token_M = jax.lax.optimization_barrier((slot_P, local_P, pick_M, token_M))
+  pick_M = jnp.full(rows, picks, jnp.int32).at[row_P].set(order_P.astype(jnp.int32), mode="drop")
+  # Stored and not derived from pick_M: fused into a gather of rows, the division would be done for every channel.
+  token_M = jnp.zeros(rows, jnp.int32).at[row_P].set((order_P // experts_Tk.shape[1]).astype(jnp.int32), mode="drop")
   shape = experts_Tk.shape
   return Dispatch(slot_P.reshape(shape), local_P.reshape(shape), pick_M, token_M, sizes_E, tile)
 
@@ -79,15 +82,13 @@ def _rows_at(x: jax.Array, index: jax.Array) -> jax.Array:
 def _sum_of_rows(rows_MD: jax.Array, weights_Tk: jax.Array, plan: Dispatch) -> jax.Array:
   """[T, D] = sum over a token's local picks of weight * row."""
   weights_Tk = jnp.where(plan.local, weights_Tk, 0)
-  total = sum(weights_Tk[:, j, None] * _rows_at(rows_MD, plan.slot[:, j]) for j in range(plan.slot.shape[1]))
-  # Pinned, or a consumer that wants columns gathers column by column.
-  return jax.lax.optimization_barrier(total)
+  return sum(weights_Tk[:, j, None] * _rows_at(rows_MD, plan.slot[:, j]) for j in range(plan.slot.shape[1]))
 
 
 @jax.custom_vjp
 def gather_rows(x_TD: jax.Array, plan: Dispatch) -> jax.Array:
   """Rows [M, D] of the picks; empty rows hold some token. The gradient gathers too: no scatter in either direction."""
-  return jax.lax.optimization_barrier(_rows_at(x_TD, plan.token))
+  return _rows_at(x_TD, plan.token)
 
 
 def _gather_rows_backward(plan, d_MD):
@@ -106,7 +107,6 @@ def combine_rows(y_MD: jax.Array, weights_Tk: jax.Array, plan: Dispatch) -> jax.
 def _combine_rows_backward(saved, d_TD):
   y_MD, weights_Tk, plan = saved
   weight_M = jnp.append(weights_Tk.reshape(-1), 0)[plan.pick]  # pick P, an empty row, has weight 0
-  weight_M = jax.lax.optimization_barrier(weight_M)
   d_rows = _rows_at(d_TD, plan.token) * weight_M[:, None]
   d_weights = jnp.stack([(_rows_at(y_MD, plan.slot[:, j]) * d_TD).sum(-1) for j in range(plan.slot.shape[1])], 1)
   return d_rows.astype(y_MD.dtype), jnp.where(plan.local, d_weights, 0).astype(weights_Tk.dtype), None
@@ -128,7 +128,8 @@ def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit
     x_BSD, experts_BSk, weights_BSk = map(gather, (x_BSD, experts_BSk, weights_BSk))
     experts_BSk = experts_BSk - jax.lax.axis_index(expert_axis) * gate_EDF.shape[0]
   top_k = experts_BSk.shape[-1]
-  plan = dispatch(experts_BSk.reshape(-1, top_k), gate_EDF.shape[0])
+  shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
+  plan = dispatch(experts_BSk.reshape(-1, top_k), gate_EDF.shape[0], shards)
   rows_MD = gather_rows(x_BSD.reshape(-1, x_BSD.shape[-1]), plan)
   y_MD = grouped_matmul.expert_mlp(rows_MD, gate_EDF, up_EDF, down_EFD, plan.group_sizes, tile=plan.tile, limit=limit,
                                    implementation=kernels)

@@ -16,7 +16,7 @@ import pallas_kernels.indexer
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, ModelConfig
 from deepseek_v4.model import rope, weights
-from deepseek_v4.model.compression import Compressor
+from deepseek_v4.model.compression import Compressor, sees_an_entry
 from deepseek_v4.model.context import Context
 from pallas_kernels.indexer import reference
 from pallas_kernels.selection import Selection
@@ -101,9 +101,5 @@ def indexer_loss(index, attention_queries, entries, lse, selection: Selection, c
   places = (context.positions, context.segment_ids, layout.last, layout.segment)
   kl_BS = sharding.per_shard(run, in_axes, ("batch", "sequence"))(
       *index, attention_queries, entries, lse, selection, *places)
-  return kl_BS.sum(), (visible_queries(context)).sum().astype(kl_BS.dtype)
-
-
-def visible_queries(context: Context) -> jax.Array:
-  """bool [B, S]: tokens for which at least one compressed entry of a CSA layer is visible."""
-  return (context.segment_ids > 0) & (context.positions >= context.entries[CSA].rate - 1)
+  counted = sees_an_entry(context.positions, context.segment_ids, layout.rate)
+  return kl_BS.sum(), counted.sum().astype(kl_BS.dtype)

@@ -88,7 +88,8 @@ def _sum_forward(hidden_TD, head_DV, targets_T, chunk_size, axis):
 def _sum_backward(chunk_size, axis, saved, g):
   # Inside shard_map each device of the vocabulary's axis holds its share of the cotangent of a sum that all of them hold.
   g = g if axis is None else jax.lax.psum(g, axis)
-  return *(d * g.astype(d.dtype) for d in saved), None
+  # In the cotangent's own precision: weight over count, rounded to bfloat16, would weigh this loss wrongly.
+  return *((d.astype(g.dtype) * g).astype(d.dtype) for d in saved), None
 
 
 _sum.defvjp(_sum_forward, _sum_backward)

@@ -110,6 +110,10 @@ class DeepseekV4(nn.Module):
   config: ModelConfig
   kernels: str = "auto"
 
+  def __post_init__(self):
+    self.kernels = pallas_kernels.resolve(self.kernels)
+    super().__post_init__()
+
   @nn.compact
   def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, *,
                logits: str = "all", attention_mode: str = "sparse", targets: jax.Array | None = None,
@@ -119,8 +123,9 @@ class DeepseekV4(nn.Module):
     Args:
       tokens: int32 [B, S].
       positions: int32 [B, S], restarting with each document; default: counted from each change of segment_ids.
-      segment_ids: int32 [B, S], the document of each token, 0 = not a token; default: a new document wherever the given
-        positions do not go on by one, without positions one document per row.
+      segment_ids: int32 [B, S], the document of each token, 0 = not a token; a document's tokens lie together, and its id
+        does not come back later in the row. Default: a new document wherever the given positions do not go on by one,
+        without positions one document per row.
       logits: "all" places, "last" place only, or "none".
       attention_mode: "sparse", or "dense": CSA layers attend to every visible entry.
       targets: int32 [B, S], next token of each place, -1 = not counted. Given: `losses` is filled and no logits are made.
@@ -132,7 +137,8 @@ class DeepseekV4(nn.Module):
     Raises:
       ValueError: arguments that do not fit, before anything is computed.
     """
-    config, kernels = self.config, pallas_kernels.resolve(self.kernels)
+    config, kernels = self.config, self.kernels
+    weights.check_dtype(config)
     if logits not in ("all", "last", "none"):
       raise ValueError(f"logits = {logits!r}: expected all, last or none")
     if targets is not None and (targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer)):
@@ -156,14 +162,9 @@ class DeepseekV4(nn.Module):
       routing["mtp_load"] = mtp_report.load
     found = None
     if targets is not None:
-      loss = lambda h, t: losses.cross_entropy(h, head_DV, t, chunk_size=config.loss_chunk_size)
-      found = {"next_token": loss(hidden_BSD, targets),
-               "balance": (reports.balance.sum(), reports.balance_count.max()),
-               "indexer": (reports.indexer.sum(), reports.indexer_count.max())}
+      found = self._losses(head_DV, hidden_BSD, reports, targets)
       if run_mtp:
-        found["mtp"] = loss(mtp_BSD, losses.mtp_targets(targets, context.segment_ids))
-        found["balance"] = (found["balance"][0] + mtp_report.balance,
-                            jnp.maximum(found["balance"][1], mtp_report.balance_count))
+        found |= self._mtp_losses(head_DV, mtp_BSD, mtp_report, found["balance"], targets, context)
       logits = "none"
     out = None
     if logits != "none":
@@ -171,6 +172,18 @@ class DeepseekV4(nn.Module):
       out = jnp.matmul(chosen, head_DV, preferred_element_type=weights.exact_dtype(config))
       out = sharding.constrain(out, ("batch", "sequence", "vocab"))
     return ModelOutput(out, hidden_BSD, mtp_BSD, found, routing)
+
+  def _losses(self, head_DV, hidden_BSD, reports: LayerOutput, targets) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """(sum, count) of the losses of the layers and the head."""
+    return {"next_token": losses.cross_entropy(hidden_BSD, head_DV, targets, chunk_size=self.config.loss_chunk_size),
+            "balance": (reports.balance.sum(), reports.balance_count.max()),
+            "indexer": (reports.indexer.sum(), reports.indexer_count.max())}
+
+  def _mtp_losses(self, head_DV, mtp_BSD, report: LayerOutput, balance, targets, context: Context):
+    """The prediction block's own loss, and the balance loss with its router's part."""
+    further = losses.mtp_targets(targets, context.segment_ids)
+    return {"mtp": losses.cross_entropy(mtp_BSD, head_DV, further, chunk_size=self.config.loss_chunk_size),
+            "balance": (balance[0] + report.balance, jnp.maximum(balance[1], report.balance_count))}
 
 
 class Embedding(nn.Module):

@@ -13,15 +13,15 @@ from deepseek_v4.config import ModelConfig
 
 
 def matrix(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...]) -> jax.Array:
-  """A float32 parameter, normal with `config.initializer_range`, cast to `config.compute_dtype` and gathered for use."""
-  weight = module.param(name, nn.initializers.normal(config.initializer_range), shape, jnp.float32)
+  """A float32 parameter, normal with `config.init_std`, cast to `config.compute_dtype` and gathered for use."""
+  weight = module.param(name, nn.initializers.normal(config.init_std), shape, jnp.float32)
   return sharding.gathered(weight.astype(config.compute_dtype), (*module.path, name))
 
 
 def exact(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...],
           init: Callable | None = None) -> jax.Array:
   """A parameter that is used in float32 (or wider): norms, sinks, biases, the router's gate, mHC coefficients."""
-  init = nn.initializers.normal(config.initializer_range) if init is None else init
+  init = nn.initializers.normal(config.init_std) if init is None else init
   weight = module.param(name, init, shape, jnp.float32)
   return sharding.gathered(weight.astype(exact_dtype(config)), (*module.path, name))
 
@@ -29,3 +29,13 @@ def exact(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, .
 def exact_dtype(config: ModelConfig) -> jnp.dtype:
   """At least float32: the precision of norms, scores, statistics and losses."""
   return jnp.promote_types(config.compute_dtype, jnp.float32)
+
+
+def check_dtype(config: ModelConfig) -> None:
+  """Refuses a compute dtype that JAX would silently narrow.
+
+  Raises:
+    ValueError: float64 without `jax_enable_x64`.
+  """
+  if jax.dtypes.canonicalize_dtype(config.compute_dtype) != jnp.dtype(config.compute_dtype):
+    raise ValueError(f"compute_dtype = {config.compute_dtype!r}: expected jax.config jax_enable_x64 = True beside it, or float32")

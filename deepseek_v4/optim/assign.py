@@ -132,7 +132,7 @@ def rule_of(name: str, ndim: int, *, muon_split: str = "none", position_bias_own
   if muon_split == "head" and rule is _QUERIES:
     rule = _matrix(3, (-3,), (-1,))
   if position_bias_owner == MUON and rule is _BIAS_TABLE:
-    rule = _matrix(3)
+    rule = dataclasses.replace(_matrix(3), decay=rule.decay)
   expected = rule.ndim + (parts[0] == "layers" and parts[1].startswith("unit_"))
   if ndim != expected:
     raise ValueError(f"{name} has {ndim} axes: expected {expected}")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4 import optim, sharding
 from deepseek_v4.config import CSA, LossConfig, ModelConfig, RunConfig
+from deepseek_v4.model.compression import sees_an_entry
 from deepseek_v4.model.groups import group_layers, split_layers
 from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from deepseek_v4.model.transformer import DeepseekV4
@@ -38,7 +39,7 @@ def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
   segment_ids, targets = rows["segment_ids"], next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
   tokens = segment_ids > 0
   counts = {"next_token": targets >= 0, "mtp": mtp_targets(targets, segment_ids) >= 0, "balance": tokens,
-            "indexer": tokens & (rows["positions"] >= config.compress_rate(CSA) - 1)}
+            "indexer": sees_an_entry(rows["positions"], segment_ids, config.compress_rate(CSA))}
   return {name: jnp.maximum(x.sum(), 1).astype(jnp.float32) for name, x in counts.items()}
 
 

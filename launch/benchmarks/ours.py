@@ -22,7 +22,7 @@ from launch.benchmarks.cases import ADAMW, WEIGHTS, Case, check_config, model_co
 def prepare(case: Case, folder: Path) -> tuple[Callable[[], Any], Callable[[int], Any], float] | None:
   """(pass that waits and returns its loss or None, matmul of `worker.matmul_rate`, seconds of compilation)."""
   if case.kind == "weights":
-    write_weights(model_config(initializer_range=0.02, mhc_init="zero"), folder)
+    write_weights(model_config(init_std=0.02, mhc_init="zero"), folder)
     return None
   config_of = check_config if case.kind == "logits" else model_config
   config = config_of(remat="block" if case.variant == "remat" else "none")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from deepseek_v4.config import CSA, HCA
-from deepseek_v4.model.compression import entry_layout
+from deepseek_v4.model.compression import entry_layout, sees_an_entry
 from deepseek_v4.model.context import document_positions, make_context
 from tests.model.small import T0
 
@@ -53,6 +53,18 @@ def test_entries_are_the_whole_windows_of_each_document(kind):
     assert (np.asarray(layout.segment[row])[len(want):] == 0).all()
     seen += sum(w[3] for w in want)
   assert seen > 20
+
+
+@pytest.mark.parametrize("rate", [2, 4, 7])
+def test_queries_that_see_an_entry(rate):
+  """Against the list of entries; documents that start in the middle see none before a whole window is inside the row."""
+  segments, positions = random_rows()
+  got = np.asarray(jax.jit(lambda p, s: sees_an_entry(p, s, rate))(positions, segments))
+  for row in range(ROWS):
+    entries = entries_by_the_rule(segments[row], positions[row], rate)
+    want = [segments[row, i] > 0 and any(place <= i and segment == segments[row, i] for place, segment, *_ in entries)
+            for i in range(LENGTH)]
+    assert got[row].tolist() == want
 
 
 def test_positions_restart_where_the_segment_changes():

@@ -1,8 +1,12 @@
 """Who sees whom: the future is invisible, an entry appears when its window closes, documents are alone in a row."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
+import deepseek_v4 as dsv4
 from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from tests.model.small import ROW, T0, logits, pack, packed_model, plain_model, random_tokens, traced_model, variables
 
@@ -25,14 +29,16 @@ def whole_row(kernels, tokens):
 
 
 # ---- the future -------------------------------------------------------------------------------------------------------
-@both_kernels
-def test_a_token_moves_nothing_before_itself(kernels):
+@pytest.mark.parametrize("row", [
+  functools.partial(whole_row, "reference"), functools.partial(whole_row, "blockwise"),
+  lambda tokens: plain_model("blockwise")(tokens).hidden[0]], ids=["reference", "blockwise", "blockwise, plain rows"])
+def test_a_token_moves_nothing_before_itself(row):
   tokens = random_tokens(1, ROW)
-  base = whole_row(kernels, tokens)
+  base = row(tokens)
   for j in (0, 3, 4, 7, 8, 20, 63):
     changed = tokens.copy()
     changed[0, j] = other(tokens[0, j])
-    moved = whole_row(kernels, changed)
+    moved = row(changed)
     np.testing.assert_array_equal(moved[:j], base[:j])
     assert np.abs(logits(moved[j]) - logits(base[j])).max() > 1e-3
     if j == 20:  # three raw windows of 8 reach to 20 + 3 * 7 = 41: further on only compressed entries carry the change
@@ -210,3 +216,19 @@ def test_the_prediction_block_reads_the_next_token_and_predicts_the_one_after():
   before, after = (cross_entropy(out.mtp_hidden[0], targets_by_hand(ids[0])[1])[t]
                    for out, ids in ((base, tokens), (moved, changed)))
   assert abs(before - after) > 1e-3
+
+
+# ---- without jit ------------------------------------------------------------------------------------------------------
+def test_the_same_without_jit():
+  """Op by op: causality, packing and the losses are not a gift of the compiler. A short row keeps it affordable."""
+  tokens, segments = pack(random_tokens(9, seed=1), random_tokens(5, seed=2), length=16)
+  want = packed_model("blockwise")(tokens, segments)
+  with jax.disable_jit():
+    model = dsv4.DeepseekV4(T0, "reference")  # blockwise is a loop over blocks: op by op it takes minutes
+    targets = next_token_targets(tokens, segments, np.ones_like(tokens))
+    out = model.apply(variables(), tokens, None, segments, targets=targets)
+    alone = model.apply(variables(), tokens[:, 9:14]).hidden
+  np.testing.assert_allclose(out.hidden[0, :14], want.hidden[0, :14], atol=1e-4)
+  np.testing.assert_allclose(out.hidden[0, 9:14], alone[0], atol=1e-4)
+  for name, (total, count) in want.losses.items():
+    np.testing.assert_allclose(out.losses[name], (total, count), rtol=1e-4, atol=1e-5, err_msg=name)

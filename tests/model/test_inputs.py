@@ -121,5 +121,17 @@ def test_a_named_implementation_insists_or_says_why_not(op):
     jax.eval_shape(call_ops("fast")[op])
 
 
+def test_a_model_with_an_unknown_implementation_is_not_built():
+  with pytest.raises(ValueError, match="kernels = 'triton': expected auto, reference"):
+    dsv4.DeepseekV4(T0, "triton")
+
+
+def test_double_precision_is_not_narrowed_silently():
+  model = dsv4.DeepseekV4(dataclasses.replace(T0, compute_dtype="float64"), "reference")
+  with pytest.raises(ValueError, match="compute_dtype = 'float64': expected jax.config jax_enable_x64"):
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+
+
 def test_auto_is_resolved_once():
+  assert dsv4.DeepseekV4(T0).kernels == pallas_kernels.default_implementation()
   assert pallas_kernels.resolve("auto") == pallas_kernels.default_implementation() in pallas_kernels.IMPLEMENTATIONS

@@ -41,12 +41,15 @@ def test_scores_and_gradients_at_extremes():
   np.testing.assert_allclose(score(x, "sigmoid"), 1 / (1 + np.exp(-np.float64(x))), rtol=1e-6, atol=1e-38)
 
 
-def test_bias_chooses_and_scores_weigh():
-  """Logits 0, 1, 2, 3 with bias 10 on the first expert: experts 0 and 3, weights from the scores without the bias."""
+@pytest.mark.parametrize("kind, router", [
+  (LEARNED, {"bias": jnp.array([10.0, 0, 0, 0])}), (HASH, {"hash_table": jnp.array([[1, 2]] * 5 + [[3, 0]] + [[2, 1]] * 91)})],
+  ids=["learned", "hash"])
+def test_bias_or_table_chooses_and_scores_weigh(kind, router):
+  """Logits 0, 1, 2, 3; experts 0 and 3 by a bias of 10 on the first one or by the table; weights from the scores alone."""
   gate = jnp.zeros((CONFIG.hidden_size, 4)).at[0].set(jnp.arange(4.0))
-  variables = {"params": {"gate": gate}, "router": {"bias": jnp.array([10.0, 0, 0, 0])}}
+  variables = {"params": {"gate": gate}, "router": router}
   x = jnp.zeros((1, 1, CONFIG.hidden_size)).at[..., 0].set(1.0)
-  experts, weights, _ = jax.jit(lambda v, x: Router(CONFIG, LEARNED).apply(v, x, rows([[5]]), 0))(variables, x)
+  experts, weights, _ = jax.jit(lambda v, x: Router(CONFIG, kind).apply(v, x, rows([[5]]), 0))(variables, x)
   s = np.sqrt(np.log1p(np.exp(np.arange(4.0))))
   want = {0: 1.5 * s[0] / (s[0] + s[3]), 3: 1.5 * s[3] / (s[0] + s[3])}
   got = dict(zip(np.asarray(experts[0, 0]).tolist(), np.asarray(weights[0, 0]).tolist()))

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, LEARNED
@@ -27,15 +28,16 @@ def scanned_variables():
 
 
 @functools.cache
-def compiled(**fields):
+def compiled(kernels="reference", attention_mode="sparse", **fields):
   """(variables, weights of the losses) -> (gradients, output), jitted, for a variant of SCANNED."""
-  model = dsv4.DeepseekV4(dataclasses.replace(SCANNED, **fields), "reference")
+  model = dsv4.DeepseekV4(dataclasses.replace(SCANNED, **fields), kernels)
 
   @jax.jit
   def run(variables, weights):
     def total(params):
       targets = next_token_targets(TOKENS, SEGMENTS, np.ones_like(TOKENS))
-      out = model.apply({"params": params, "router": variables["router"]}, TOKENS, None, SEGMENTS, targets=targets)
+      out = model.apply({"params": params, "router": variables["router"]}, TOKENS, None, SEGMENTS, targets=targets,
+                        attention_mode=attention_mode)
       return sum(weights[name] * pair[0] / pair[1] for name, pair in out.losses.items()), out
     return jax.grad(total, has_aux=True)(variables["params"])
 
@@ -72,10 +74,12 @@ def test_scanning_and_recomputation_change_nothing():
   same(other_gradients, gradients, 2e-4)
 
 
-def test_language_and_indexer_train_apart():
+@pytest.mark.parametrize("kernels, mode", [("reference", "sparse"), ("blockwise", "dense")])
+def test_language_and_indexer_train_apart(kernels, mode):
   """The indexer's leaves get exactly nothing from the other losses, and its loss gives exactly nothing to other leaves."""
-  language, out = compiled(remat="block")(scanned_variables(), next_token=1.0, balance=1.0)
-  indexer, _ = compiled(remat="block")(scanned_variables(), indexer=1.0)
+  run = compiled(remat="block") if mode == "sparse" else compiled(kernels, mode)
+  language, out = run(scanned_variables(), next_token=1.0, balance=1.0)
+  indexer, _ = run(scanned_variables(), indexer=1.0)
   assert all(np.isfinite(pair[0]) and pair[0] > 0 for pair in out.losses.values())
   of_indexer = [name for name in named(language) if "/indexer/" in name]
   assert len(of_indexer) == 6

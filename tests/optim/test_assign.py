@@ -156,7 +156,7 @@ def test_choices(params):
   owners = flat_of(assign(params, position_bias_owner="muon"))
   assert owners["layers/unit_1/attention/indexer/compressor/position_bias"] == "muon"
   decays = flat_of(decay_mask(params, position_bias_owner="muon"))
-  assert decays["layers/unit_0/attention/compressor/position_bias"]
+  assert not decays["layers/unit_0/attention/compressor/position_bias"]  # a bias, whoever owns it
   with pytest.raises(ValueError, match="muon_split = 'heads'"):
     assign(params, muon_split="heads")
   with pytest.raises(ValueError, match="position_bias_owner = 'frozen'"):

@@ -37,7 +37,7 @@ def get_config():
     vocab_size=320, hidden_size=16, num_hidden_layers=2, layer_types=(SLIDING,) * 2, mlp_layer_types=(HASH,) * 2,
     num_attention_heads=2, head_dim=8, qk_rope_head_dim=4, q_lora_rank=8, o_groups=1, o_lora_rank=8, sliding_window=8,
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, hc_mult=2, max_position_embeddings=64,
-    pad_token_id=2, initializer_range=0.1)
+    pad_token_id=2, init_std=0.1)
   return RunConfig(
     model=model, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, decay_steps=3),
     data=DataConfig(source="text", path=PATH, sequence_length=48, batch_size=8, held_out_percent=20, fim_rate=0.5),

@@ -88,7 +88,7 @@ def test_a_fresh_state(born):
   assert {x.dtype for x in params.values()} == {np.dtype("float32")}
   for name, x in params.items():
     if x.size > 500 and "position_bias" not in name:
-      assert x.std() == pytest.approx(MODEL.initializer_range, rel=0.1) and abs(x.mean()) < 2e-3, name
+      assert x.std() == pytest.approx(MODEL.init_std, rel=0.1) and abs(x.mean()) < 2e-3, name
   # layers and experts of one stack are drawn apart
   up = params["layers/unit_0/moe/experts/up"]
   assert len(np.unique(up[..., 0, 0])) == up[..., 0, 0].size == 48

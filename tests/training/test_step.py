@@ -9,12 +9,15 @@ import pytest
 
 from deepseek_v4 import config as c
 from deepseek_v4 import optim, sharding
+from deepseek_v4.model.groups import group_layers, join_layers, split_layers
 from deepseek_v4.training import step as step_lib
+from deepseek_v4.training.state import TrainState, abstract_state
 from tests.training.small import (
   LENGTHS,
   LOSSES,
   MODEL,
   RUN,
+  Step,
   at,
   differing,
   fast_options,
@@ -26,6 +29,7 @@ from tests.training.small import (
   reference,
   single_step,
   with_leaf,
+  with_model,
 )
 
 RATE = 5e-3  # of the first of two warm-up steps to 1e-2
@@ -261,3 +265,32 @@ def test_a_broken_moment_is_named_by_the_parameter_it_would_spoil(two_layers):
   name = next(name for name in leaves(state.opt_state) if name.endswith("/trace/layers/unit_0/moe/shared/up"))
   state = state.replace(opt_state=with_leaf(state.opt_state, name, at((1, 0, 0), np.nan)))
   assert find(state) == "updated parameter layers/01/moe/shared/up"
+
+
+# ---- layers one by one ------------------------------------------------------------------------------------------------
+def test_unrolled_and_recomputed_layers_give_the_same_step():
+  """All layer kinds and the prediction block: every loss, gradient and bias update as with the scanned unit."""
+  run = with_model(RUN, scan_layers=False, remat="block")
+  groups, unrolled = group_layers(MODEL), group_layers(run.model)
+
+  def regrouped(tree, old, new):
+    return {**tree, "layers": join_layers(split_layers(tree["layers"], old), new)}
+
+  start = random_state()
+  moments = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state(run).opt_state)
+  state, metrics = Step(run)(TrainState(start.step, regrouped(start.params, groups, unrolled),
+                                        regrouped(start.router, groups, unrolled), moments, start.key), random_batch())
+  expected_state, expected = reference()
+  for name in (*LOSSES, "loss", "grad_norm"):
+    assert metrics[name] == pytest.approx(float(expected[name]), rel=3e-6), name
+  got = {name: np.asarray(x) for name, x in gradients_of(state).items()}
+  want = gradients_of(expected_state)
+  for i in range(MODEL.num_hidden_layers):
+    (key, index), (flat, _) = groups.key_of(i), unrolled.key_of(i)
+    ours = {name.removeprefix(f"layers/{flat}/"): g for name, g in got.items() if name.startswith(f"layers/{flat}/")}
+    assert ours
+    for name, g in ours.items():  # tolerance as between meshes
+      other = want[f"layers/{key}/{name}"]
+      other = other if index is None else other[index]
+      assert np.linalg.norm(g - other) <= 2e-5 * np.linalg.norm(other) + 1e-7, (i, name)
+  assert differing(regrouped(state.router, unrolled, groups), expected_state.router) == []
