@@ -173,7 +173,7 @@ REFUSED = [  # (changes to the released Flash dictionary, field, value, what was
   ({"sliding_window": 0}, "sliding_window", "0", "at least 1"),
   ({"index_topk": 0}, "index_topk", "0", "at least 1"),
   ({"hc_mult": 0}, "hc_mult", "0", "at least 1"),
-  ({"compress_rates": {CSA: 1}}, "csa_compress_rate", "1", "at least 2"),
+  ({"compress_rates": {CSA: 1}, "compress_ratios": [ratio == 4 for ratio in RATIOS]}, "csa_compress_rate", "1", "at least 2"),
   ({"compress_rates": {CSA: 4, "full_attention": 2}}, "compress_rates", "full_attention", f"only the keys {CSA}"),
   ({"model_type": "deepseek_v41"}, "model_type", "deepseek_v41", "'deepseek_v4'"),
   ({"n_shared_experts": 2}, "n_shared_experts", "2", "1"),

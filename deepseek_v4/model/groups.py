@@ -2,7 +2,8 @@
 
 Repeated units are scanned: their leaves carry a leading axis of repeats under the keys `unit_0`, `unit_1`, ...; every other
 layer stands alone under `layer_NN`. Flash becomes 3 + 20 x (HCA, CSA), Pro 3 + 29 x (HCA, CSA). In messages, traces and
-checkpoints a layer is `layers/NN`, whatever the groups are.
+checkpoints a layer is `layers/NN`, whatever the groups are. A program holds one body per lone layer and one per place of the
+unit: 5 for either model, whatever its depth; two lone layers of one kind are two bodies with the same text.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import deepseek_v4 as dsv4
-from deepseek_v4.config import CSA, HCA, LEARNED
+from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING
 from tests.model.small import T0, abstract_variables, equations
 
 LENGTH = 2048
@@ -43,9 +43,14 @@ def grow_faster_than_the_sequence(once, twice):
   return [(name, a, b) for (name, a), (_, b) in zip(once, twice) if math.prod(b) > 2.5 * math.prod(a)]
 
 
-@pytest.mark.parametrize("attention_mode, layers", [("sparse", 2), ("dense", 1)])
-def test_memory_is_linear_in_the_sequence(attention_mode, layers):
-  config = CONFIG.cut_layers(layers)
+# every kind of layer and router, the prediction block, layers recomputed
+WHOLE = dataclasses.replace(CONFIG, num_hidden_layers=3, layer_types=(SLIDING, CSA, HCA), num_nextn_predict_layers=1,
+                            mlp_layer_types=(HASH, LEARNED, LEARNED), remat="block")
+
+
+@pytest.mark.parametrize("attention_mode, config", [("sparse", WHOLE), ("dense", CONFIG.cut_layers(1))],
+                         ids=["sparse", "dense"])
+def test_memory_is_linear_in_the_sequence(attention_mode, config):
   once, twice = (traced(length, config=config, attention_mode=attention_mode) for length in (LENGTH, 2 * LENGTH))
   assert not grow_faster_than_the_sequence(once, twice)
   # and in training logits exist for a chunk of tokens at a time

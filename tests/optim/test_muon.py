@@ -90,6 +90,19 @@ def test_leaves_of_equal_and_other_shapes_are_each_orthogonalised_alone(experts)
     np.testing.assert_allclose(got[name], orthogonal(x), atol=2e-3, err_msg=name)
 
 
+def test_direction_of_stacked_experts_is_the_polynomial_of_their_singular_values(experts):
+  """The transformation that the optimizer uses, step by step: each Newton-Schulz step's own polynomial on s / ||G_e||."""
+  u, s, vt = np.linalg.svd(np.asarray(experts, np.float64), full_matrices=False)
+  t = s / np.linalg.norm(s, axis=-1, keepdims=True)
+  for a, b, c in COEFFICIENTS:
+    t = a * t + b * t**3 + c * t**5
+  tree = {"experts": experts}
+  got = update_of(orthogonalize(), tree)["experts"]
+  np.testing.assert_allclose(got, u * t[:, None] @ vt, atol=1e-5)
+  order = jnp.array([2, 0, 1])
+  np.testing.assert_allclose(update_of(orthogonalize(), {"experts": experts[order]})["experts"], got[order], atol=1e-6)
+
+
 def test_queries_are_one_matrix_or_one_for_every_head():
   q_b = normal(0, 2, 12, 4, 6)  # [layers, ql, H, d]
   whole = update_of(orthogonalize(axes={"q": MatrixAxes((1,), (2, 3))}), {"q": q_b})["q"]
