@@ -4,10 +4,12 @@ from setuptools import find_packages, setup
 
 OLDER, NEWER = "python_version < '3.12'", "python_version >= '3.12'"
 
-# A libtpu belongs to a jax: only these pairs are tested. libtpu compiles for TPUs on a machine that has none.
+# A libtpu belongs to a jax: only these pairs are tested. libtpu compiles for TPUs on a machine that has none; there are
+# wheels for Linux on x86-64 only, and elsewhere the tests that compile for TPUs are left out.
+LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 AOT = [
-  f"jax==0.10.2; {OLDER}", f"libtpu==0.0.42.1; {OLDER}",
-  f"jax==0.12.0.1; {NEWER}", f"libtpu==0.0.50.1; {NEWER}",
+  f"jax==0.10.2; {OLDER}", f"libtpu==0.0.42.1; {OLDER} and {LINUX}",
+  f"jax==0.12.0.1; {NEWER}", f"libtpu==0.0.50.1; {NEWER} and {LINUX}",
 ]
 # nbclient executes the notebooks (the tests do), nbformat reads them, ipykernel is the Python that they run in.
 # transformers and torch are the independent truth about the model; the parity tests run on the older Python.

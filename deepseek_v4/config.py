@@ -330,7 +330,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
   namespace = runpy.run_path(str(path))
   if "get_config" not in namespace:
     refuse("--config", str(path), "a Python file that defines get_config()")
-  return override(namespace["get_config"](), overrides)
+  config = namespace["get_config"]()
+  if not isinstance(config, RunConfig):
+    refuse("--config", str(path), f"a get_config() that returns a RunConfig, not {type(config).__name__}")
+  return override(config, overrides)
 
 
 def override(config: Any, overrides: Sequence[str]) -> Any:

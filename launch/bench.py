@@ -37,7 +37,7 @@ def check(arguments: list[str], lengths: list[str], against: str | None, path: s
   if against and missing:
     raise ValueError(f"--against = {against!r}: {' and '.join(missing)} not installed, expected what "
                      f"pip install -e '.[test]' brings (with Python 3.11)")
-  if path is not None and not Path(path).absolute().parent.is_dir():
+  if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
     raise ValueError(f"--json = {path!r}: expected a file in a folder that exists")
   return arguments[0], cases.lengths_from(lengths)
 

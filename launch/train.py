@@ -31,7 +31,12 @@ def main(argv: list[str]) -> None:
   emulate_devices(run_config.mesh.emulated_devices)
   from deepseek_v4.sharding import make_mesh
   from deepseek_v4.training import loop
-  loop.train(run_config, flags.FLAGS["workdir"].value, make_mesh(run_config.mesh))
+  try:
+    loop.train(run_config, flags.FLAGS["workdir"].value, make_mesh(run_config.mesh))
+  except (ValueError, FileNotFoundError, NotImplementedError) as error:  # nearly always a mistake in a setting, too
+    if logging.get_verbosity() >= logging.DEBUG:
+      raise
+    sys.exit(f"error: {error}\n(--verbosity=1 shows where)")
 
 
 if __name__ == "__main__":

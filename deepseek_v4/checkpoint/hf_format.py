@@ -13,6 +13,7 @@ import struct
 from pathlib import Path
 from typing import Any, Mapping
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -76,14 +77,13 @@ def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], Problems]:
   """
   if not folder.is_dir():
     raise FileNotFoundError(f"source = {str(folder)!r}: expected a folder with safetensors files")
-  index = folder / INDEX_NAME
-  weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else None
+  weight_map = _weight_map(folder / INDEX_NAME)
   names = sorted(f.name for f in folder.glob("*.safetensors")) if weight_map is None else sorted(set(weight_map.values()))
   if not names:
     raise FileNotFoundError(f"source = {str(folder)!r}: expected model.safetensors or {INDEX_NAME} with its shards")
   tensors: dict[str, StoredTensor] = {}
   problems: Problems = {"shard listed but absent": [], "unreadable shard": [], "in the index but not in its shard": [],
-                        "in a shard but not in the index": []}
+                        "in a shard but not in the index": [], "in more than one file": []}
   for name in names:
     listed = {t for t, file in weight_map.items() if file == name} if weight_map is not None else None
     if not (folder / name).is_file():
@@ -97,8 +97,20 @@ def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], Problems]:
     if listed is not None:
       problems["in the index but not in its shard"] += [f"{t} ({name})" for t in sorted(listed - set(found))]
       problems["in a shard but not in the index"] += [f"{t} ({name})" for t in sorted(set(found) - listed)]
+    problems["in more than one file"] += [f"{t} ({name})" for t in sorted(set(found) & set(tensors))]
     tensors.update(found)
   return tensors, problems
+
+
+def _weight_map(index: Path) -> dict[str, str] | None:
+  """Tensor -> file from a folder's index; None without one."""
+  if not index.is_file():
+    return None
+  try:
+    return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{index}: expected a JSON object with a weight_map of tensor names to files "
+                     f"({type(error).__name__}: {error})") from error
 
 
 def load_hf(source: str | Path | Mapping[str, Any], config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
@@ -117,6 +129,8 @@ def load_hf(source: str | Path | Mapping[str, Any], config: ModelConfig, dtype: 
     ValueError: quantised tensors; or, in one message, everything that does not fit, by kind (see `from_hf_names`), shards
       that are absent or cut short and tensors where index and shards disagree.
   """
+  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"dtype = {dtype!r}: expected a floating type, such as float32 or bfloat16")
   if isinstance(source, Mapping):
     return read_variables(source, config, {}, dtype)
   tensors, problems = read_folder(Path(source))

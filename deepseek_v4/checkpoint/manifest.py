@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from deepseek_v4 import config as config_lib
+
 FORMAT = 1
 _CHUNK = 1 << 18  # elements whose weights exist at a time
 
@@ -91,16 +93,16 @@ def _digest(body: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def parse(text: str) -> dict[str, Any]:
-  """A manifest from its file's text.
+def parse(content: bytes) -> dict[str, Any]:
+  """A manifest from its file's content.
 
   Raises:
     DamagedError: it is cut short, altered, or of an unknown format.
   """
   try:
-    manifest = json.loads(text)
+    manifest = json.loads(content.decode("utf-8"))
     stated = manifest.pop("sha256")
-  except (ValueError, KeyError, AttributeError) as error:
+  except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
     raise DamagedError(f"manifest unreadable ({error})") from error
   if stated != _digest(manifest):
     raise DamagedError("manifest altered (its checksum does not fit)")
@@ -130,14 +132,16 @@ def verify(manifest: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
 
 
 # Fields of the model that may differ between the run that saved and the one that goes on: they change how the model is laid
-# out, computed or first filled, not what its weights mean.
-FREE_FIELDS = ("scan_layers", "remat", "compute_dtype", "init_std", "mhc_init", "quantization")
+# out, computed, bounded or first filled, or name tokens, but not what its weights mean.
+FREE_FIELDS = ("scan_layers", "remat", "compute_dtype", "init_std", "mhc_init", "quantization", "loss_chunk_size",
+               "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def refuse_other_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
   """Raises a ValueError that names the differing fields if two run configs are of different models."""
-  old, new = (json.loads(json.dumps(c)).get("model", {}) for c in (stored, wanted))
-  names = [n for n in {**old, **new} if n not in FREE_FIELDS and old.get(n) != new.get(n)]
+  # Through the dataclass, so that a field that was added since has its default in the older one.
+  old, new = (config_lib.to_dict(config_lib.from_dict(config_lib.ModelConfig, c["model"])) for c in (stored, wanted))
+  names = [n for n in new if n not in FREE_FIELDS and old[n] != new[n]]
   if names:
     fields = "; ".join(f"model.{n} = {new.get(n)!r}, there {old.get(n)!r}" for n in names)
     raise ValueError(f"the checkpoint in {where} is of another model: {fields}; expected the same, or another directory")

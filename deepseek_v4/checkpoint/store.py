@@ -62,7 +62,8 @@ class CheckpointStore:
       ValueError: `extra` is not JSON-able.
     """
     self.wait()
-    if step in self._usable:
+    path = self.directory / str(step)
+    if step in self._usable or (step not in self._damaged and path.exists() and ocp.utils.is_checkpoint_finalized(path)):
       return False
     try:
       json.dumps(extra)
@@ -71,7 +72,7 @@ class CheckpointStore:
     leaves, impls = _to_disk(tree)
     manifest = manifest_lib.build(self._config, extra, leaves, impls)
     self._guard(step, lambda: self._orbax.save(
-      self.directory / str(step), force=True,  # only a damaged step can lie there
+      path, force=True,  # only a damaged or an unfinished step can lie there
       args=ocp.args.Composite(state=ocp.args.PyTreeSave(unflatten(leaves)), manifest=ocp.args.JsonSave(manifest))))
     self._writing = step
     return True
@@ -89,6 +90,7 @@ class CheckpointStore:
     self._guard(step, self._orbax.wait_until_finished)
     self._writing = None
     self._usable.add(step)
+    self._damaged.discard(step)
     self._prune(step)
 
   def close(self) -> None:
@@ -107,10 +109,6 @@ class CheckpointStore:
   def steps(self) -> list[int]:
     """Steps with a folder of their own, oldest first; whether they are whole shows when they are read."""
     return sorted(_candidates(self.directory)[0])
-
-  def read_config(self) -> dict[str, Any]:
-    """The config dictionary of the newest step with a readable manifest."""
-    return read_config(self.directory)
 
   def restore_latest(self, abstract_tree: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """The newest usable checkpoint in the structure, layer grouping and shardings of `abstract_tree`.
@@ -256,7 +254,11 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
   file = path / "manifest" / _MANIFEST_FILE
   if not file.exists() or not ocp.utils.is_checkpoint_finalized(path):
     raise DamagedError("never finished, or not a checkpoint (no manifest)")
-  return manifest_lib.parse(file.read_text())
+  try:
+    content = file.read_bytes()
+  except OSError as error:
+    raise DamagedError(f"manifest unreadable ({error})") from error
+  return manifest_lib.parse(content)
 
 
 # ---- leaves ----------------------------------------------------------------------------------------------------------

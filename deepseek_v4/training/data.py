@@ -12,6 +12,7 @@ Axes: A accumulation passes, B rows of a pass (of this process), S tokens of a r
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 import zlib
@@ -28,28 +29,37 @@ Batch = dict[str, np.ndarray]
 
 
 # ---- documents as ids ---------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class _Ids:
+  """In place of a tokenizer where the files hold ids: all that is known of them is which one ends a document."""
+
+  document_end: int
+  fim: None = None
+
+
 class _Finish:
   """What turns the ids of a text into a document of the corpus: maybe a rearrangement, and the document end."""
 
   def __init__(self, config: DataConfig, split: str, tokenizer):
     # Held-out documents stay as they are: their loss is compared between runs.
     self._rate = config.fim_rate if split == "train" else 0.0
-    self._seed = config.seed
+    self._seed, self._longest = config.seed, config.sequence_length - 4
     self._fim = tokenizer.fim
     self._end = tokenizer.document_end
 
   def __call__(self, ids: np.ndarray, name: str) -> np.ndarray:
-    """[n] -> [n + extra(name)], same dtype."""
-    if self._rearranged(name):
+    """[n] -> [n + extra(n, name)], same dtype."""
+    if self._rearranged(len(ids), name):
       ids = packing.fill_in_the_middle(ids, self._fim, name, self._seed)
     return np.append(ids, np.asarray(self._end, ids.dtype))
 
-  def extra(self, name: str) -> int:
+  def extra(self, length: int, name: str) -> int:
     """How many ids are added."""
-    return 4 if self._rearranged(name) else 1
+    return 4 if self._rearranged(length, name) else 1
 
-  def _rearranged(self, name: str) -> bool:
-    return self._rate > 0 and packing.fim_chosen(name, self._rate, self._seed)
+  def _rearranged(self, length: int, name: str) -> bool:
+    # A longer document is cut into rows, and a middle that does not see its prefix and suffix teaches nothing.
+    return self._rate > 0 and length <= self._longest and packing.fim_chosen(name, self._rate, self._seed)
 
 
 class _TextDocuments:
@@ -62,7 +72,8 @@ class _TextDocuments:
     finish = _Finish(config, split, tokenizer)
     encoded = tokenizer.encode_documents(found.texts)
     self.text_bytes = sum(map(len, found.texts))
-    extra = np.array([finish.extra(name) for name in found.names], np.int64)
+    self.left_out = found.left_out
+    extra = np.array([finish.extra(len(ids), name) for ids, name in zip(encoded, found.names, strict=True)], np.int64)
     self.lengths = np.array([len(ids) for ids in encoded], np.int64) + extra
     self._first = np.cumsum(self.lengths) - self.lengths
     self._ids = np.empty(self.lengths.sum(), np.uint16 if vocab_size <= 1 << 16 else np.int32)
@@ -83,6 +94,7 @@ class _RecordDocuments:
 
   threads = 4  # reads wait for a disk or for the network
   text_bytes = None
+  left_out = ()
 
   def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer):
     self._files = sources.open_records(config, vocab_size)
@@ -93,7 +105,8 @@ class _RecordDocuments:
                 if sources.in_split(self._name(f, r), split, config.held_out_percent)]
       files.append(np.full(len(chosen), f, np.int64))
       records.append(np.array(chosen, np.int64))
-      lengths.append(file.lengths[records[-1]] + np.array([self._finish.extra(self._name(f, r)) for r in chosen], np.int64))
+      extra = [self._finish.extra(int(file.lengths[r]), self._name(f, r)) for r in chosen]
+      lengths.append(file.lengths[records[-1]] + np.array(extra, np.int64))
     self._file, self._record, self.lengths = (np.concatenate(parts) for parts in (files, records, lengths))
     self.checksum = zlib.crc32("\n".join(file.name for file in self._files).encode("utf-8", "surrogateescape"))
 
@@ -126,6 +139,7 @@ class Batches:
     tokenizer: how the text was encoded.
     documents, tokens, targets: number of them in one epoch (`tokens` counts document ends and FIM sentinels).
     text_bytes: bytes of text behind them; None for files of ids.
+    left_out: names of files of this split that are no UTF-8.
     rows, fill: rows of one epoch, and the share of their places that hold a token.
     batch_size: rows of a batch over all processes and accumulation passes; rows / batch_size batches are an epoch.
   """
@@ -136,7 +150,7 @@ class Batches:
     self.tokenizer = tokenizer
     self.batch_size = config.batch_size
     self.documents = len(documents.lengths)
-    self.text_bytes = documents.text_bytes
+    self.text_bytes, self.left_out = documents.text_bytes, documents.left_out
     self.rows, self.fill = self._packing.rows, self._packing.fill
     self.tokens, self.targets = self._packing.tokens, self._packing.targets
     share = config.batch_size // config.accumulation // process_count
@@ -154,6 +168,12 @@ class Batches:
   def tokens_per_byte(self) -> float | None:
     """Turns a mean loss per token into one per byte of text (1 + one document end per document, for bytes)."""
     return self.tokens / self.text_bytes if self.text_bytes else None
+
+  def describe(self) -> str:
+    """What an epoch holds, in a line."""
+    missing = f"; left out, no UTF-8: {', '.join(self.left_out[:3])}{', ...' if len(self.left_out) > 3 else ''}"
+    return (f"{self._split.replace('_', '-')} data: {self.documents:,} documents, {self.tokens:,} tokens, {self.rows:,} rows "
+            f"({self.fill:.1%} full){missing if self.left_out else ''}")
 
   @property
   def identity(self) -> dict[str, Any]:
@@ -230,7 +250,7 @@ class BatchIterator:
 
 
 def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", process_index: int = 0,
-                 process_count: int = 1) -> Batches:
+                 process_count: int = 1, document_end: int | None = tokenize.EOS) -> Batches:
   """The packed batches of one split.
 
   Training goes on without end, in another order each epoch; "held_out" is one pass in a fixed order, whose last batch is
@@ -242,6 +262,7 @@ def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", p
     split: "train" or "held_out".
     process_index, process_count: this process gets columns of the batch; put side by side along axis 1 in the order of the
       processes, they are the batch of a single process.
+    document_end: id behind each document of a source of ids without a tokenizer; others have an id of their own.
 
   Raises:
     ValueError: wrong settings, unreadable or empty data, ids outside the vocabulary, less data than a batch.
@@ -253,23 +274,32 @@ def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", p
   columns = config.batch_size // config.accumulation
   if columns % process_count:
     raise ValueError(f"data.batch_size / data.accumulation = {columns}: expected a multiple of {process_count} processes")
-  tokenizer = tokenize.load_tokenizer(config.tokenizer, vocab_size)
+  tokenizer = _tokenizer_of(config, vocab_size, document_end)
   if config.fim_rate and tokenizer.fim is None:
-    raise ValueError(f"data.fim_rate = {config.fim_rate}: expected 0, since the vocabulary has no fill-in-the-middle tokens "
-                     f"(bytes: model.vocab_size of {tokenize.BYTE_FIM[-1] + 1} or more)")
+    raise ValueError(f"data.fim_rate = {config.fim_rate}: expected 0, since no fill-in-the-middle tokens are known (bytes: "
+                     f"model.vocab_size of {tokenize.BYTE_FIM[-1] + 1} or more; ids: a data.tokenizer that has them)")
   kind = _RecordDocuments if config.source == "array_record" else _TextDocuments
   batches = Batches(config, split, kind(config, split, vocab_size, tokenizer), tokenizer, process_index, process_count)
   _check_enough(config, split, batches)
   return batches
 
 
-def held_out_documents(config: DataConfig) -> list[bytes]:
-  """The held-out texts as bytes, for baselines; a ValueError for files of ids, which hold no text."""
-  return sources.read_texts(config, "held_out").texts
+def _tokenizer_of(config: DataConfig, vocab_size: int, document_end: int | None):
+  if config.source != "array_record" or config.tokenizer is not None:
+    return tokenize.load_tokenizer(config.tokenizer, vocab_size)
+  if document_end is None or not 0 <= document_end < vocab_size:
+    raise ValueError(f"model.eos_token_id = {document_end}: expected an id below model.vocab_size = {vocab_size}, since it "
+                     f"ends each document of data.source = 'array_record' (or a data.tokenizer)")
+  return _Ids(document_end)
 
 
 def _check_enough(config: DataConfig, split: str, batches: Batches) -> None:
   where = sources.describe(config)
+  if split == "held_out" and config.held_out_percent == 0:
+    raise ValueError("data.held_out_percent = 0: expected at least 1, since a run is scored on held-out text")
+  if not batches.targets and config.source == "text" and len(sources.find_files(config)[1]) == 1:
+    raise ValueError(f"{where}: expected two files or more, since a file is training or held-out text as a whole; of one file "
+                     f"make several, or JSON lines, where every line is a document")
   if not batches.targets and split == "held_out":
     raise ValueError(f"data.held_out_percent = {config.held_out_percent}: expected a percentage that holds out at least one "
                      f"document of {where}; a hash of each file's or record's name decides: take a higher one or more files")

@@ -1,7 +1,7 @@
 """The training loop on one page: start, compile, then next batch, step, log, evaluate, save.
 
-The host runs one step ahead of the device: the metrics of step n - 1 are fetched while step n computes, so the device never
-waits for them. Before a state is evaluated or saved, the metrics of its own step are looked at.
+While the device computes step n, the host prepares batch n + 1; then it waits for step n's metrics and looks at them before
+anything follows. So a step that is not finite ends the run with the very state and batch that it had.
 
 A workdir holds
   config.json         the settings of the last start
@@ -40,7 +40,10 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
   """Trains to `training.steps`, going on from the newest sound checkpoint if `workdir` holds a run; returns the summary.
 
   Raises:
-    ValueError: `workdir` holds something that is not a run, or the data cannot be used; before anything is compiled.
+    ValueError, FileNotFoundError: `workdir` holds something that is not a run, one of another model or one that has more
+      steps, none of its checkpoints is usable, or the data cannot be used; before anything is compiled.
+    NotImplementedError: `training.kernels` names an implementation that does not exist for these devices.
+    RuntimeError: a checkpoint could not be written.
     FloatingPointError: a loss, gradient or update was not finite; the message names the first such tensor.
   """
   training, workdir, first_process = run_config.training, Path(workdir), jax.process_index() == 0
@@ -49,8 +52,8 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
   with contextlib.ExitStack() as stack:
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))
-    held_out = dataset(run_config, "held_out")
-    batches = stack.enter_context(contextlib.closing(iter(dataset(run_config, "train"))))
+    held_out, train_data = dataset(run_config, "held_out"), dataset(run_config, "train")
+    batches = stack.enter_context(contextlib.closing(iter(train_data)))
     store = stack.enter_context(CheckpointStore(workdir / CHECKPOINTS, keep=training.keep_checkpoints,
                                                 config_dict=to_dict(run_config)))
 
@@ -60,6 +63,9 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
       start, state, extra = restored
       batches.set_state(extra["data"])
       say(f"resumed at step {start}")
+      if start > training.steps:
+        raise ValueError(f"training.steps = {training.steps}: expected at least {start}, the steps that the run in "
+                         f"{workdir} has done")
     else:
       start, state = 0, init_state(run_config, jax.random.key(training.seed), mesh)
     for change in changed:
@@ -68,6 +74,10 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
       workdir.mkdir(parents=True, exist_ok=True)
       metrics.write_json(workdir / CONFIG, to_dict(run_config))
     say(describe(state, mesh))
+    for part in (train_data, held_out):
+      say(part.describe())
+    known = baselines.measure(run_config.data) if first_process and held_out.text_bytes is not None else {}
+    writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(workdir, start, first_process)))
 
     # Compile for the shapes of a batch; no batch is taken yet.
     clock = time.perf_counter()
@@ -75,34 +85,28 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     compile_seconds = time.perf_counter() - clock
     say(f"compiled the step in {compile_seconds:.1f} s")
     score = functools.partial(evaluate, make_eval_step(run_config, mesh), held_out, mesh)
-    writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(workdir, start, first_process)))
     progress = stack.enter_context(contextlib.closing(metrics.Progress(start, training.steps, first_process)))
     settle = functools.partial(check_and_log, run_config, mesh, writer, progress)
-    running = None  # (n, batch, metrics) of the step that nobody has looked at yet
+    upcoming, position = None, batches.get_state()
     for n in range(start + 1, training.steps + 1):
       store.check_errors()
-      batch = to_device(next(batches), mesh)
+      batch = to_device(next(batches), mesh) if upcoming is None else upcoming
       state, values = step(state, batch)
-      if running:
-        settle(state, *running)
-      running = (n, batch, values)
-      last = n == training.steps
-      evaluate_now, save_now = n % training.eval_every == 0 and not last, n % training.checkpoint_every == 0 or last
-      if evaluate_now or save_now:
-        settle(state, *running)
-        running = None
-      if evaluate_now:
+      position, last = batches.get_state(), n == training.steps
+      upcoming = None if last else to_device(next(batches), mesh)  # while the device works
+      settle(state, n, batch, values)
+      if n % training.eval_every == 0 and not last:
         writer.write("held_out", n, found := score(state, training.eval_batches))
         progress.say(f"step {n}/{training.steps}  held-out loss {found['next_token']:.4f}")
-      if save_now:
-        store.save(n, state, {"data": batches.get_state()})
-      if evaluate_now or save_now:
+        progress.restart_clock()
+      if n % training.checkpoint_every == 0 or last:
+        store.save(n, state, {"data": position})
         progress.restart_clock()
 
     progress.say("scoring all held-out text")
     writer.write("held_out", training.steps, found := score(state))
     summary = {"steps": training.steps, "compile_seconds": compile_seconds, "tokens_per_second": progress.tokens_per_second,
-               "held_out": found, "baselines": {} if held_out.text_bytes is None else baselines.measure(run_config.data)}
+               "held_out": found, "baselines": known}
   if first_process:
     say(publish(summary, workdir))
   return summary
@@ -142,7 +146,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
 def dataset(run_config: RunConfig, split: str) -> Batches:
   """This process's part of the batches of a split."""
   return make_dataset(run_config.data, run_config.model.vocab_size, split=split, process_index=jax.process_index(),
-                      process_count=jax.process_count())
+                      process_count=jax.process_count(), document_end=run_config.model.eos_token_id)
 
 
 def abstract_batch(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -173,14 +177,10 @@ def describe(state: Any, mesh: jax.sharding.Mesh | None) -> str:
 def check_and_log(run_config: RunConfig, mesh: jax.sharding.Mesh | None, writer: metrics.MetricsWriter,
                   progress: metrics.Progress, state: Any, n: int, batch: Mapping[str, jax.Array],
                   values: Mapping[str, jax.Array]) -> None:
-  """Waits for step n and logs it; `state` is the newest one, for the search if something was not finite.
-
-  A step that is not finite returns the state it was given, and step n + 1 may have updated that one by now: the search
-  repeats step n's batch on the parameters as they are.
-  """
+  """Waits for step n and logs it; if something was not finite, `state` is the one that step n was given."""
   numbers = {name: np.asarray(value).item() for name, value in jax.device_get(values).items()}
   if not numbers.pop("finite"):
-    name = find_non_finite(run_config, mesh)(state, batch) or "no tensor when repeated one update later"
+    name = find_non_finite(run_config, mesh)(state, batch) or "no tensor when the step is repeated"
     raise FloatingPointError(f"step {n}: not finite: {name}. Nothing of this step was kept or saved; the next start goes on "
                              f"from the newest checkpoint")
   progress.step(numbers["tokens"])
@@ -201,7 +201,8 @@ def evaluate(eval_step: Any, held_out: Batches, mesh: jax.sharding.Mesh | None, 
   total, count = (math.fsum(np.asarray(x[name]).item() for x in found) for name in ("next_token_sum", "next_token_count"))
   numbers = {"next_token": total / count, "tokens": int(count), "bits_per_token": total / count / math.log(2)}
   if held_out.tokens_per_byte is not None:
-    # Document ends are predicted too and cost bits; they stand for no byte of text.
+    # Document ends are predicted too and cost bits; they stand for no byte of text. The first token of each piece of a
+    # document, one in sequence_length or more, is not predicted and counts as an average one.
     numbers["bits_per_byte"] = numbers["bits_per_token"] * held_out.tokens_per_byte
   return numbers
 

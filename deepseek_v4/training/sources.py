@@ -102,10 +102,11 @@ def _read(file: Path) -> bytes:
 # ---- text ---------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Texts:
-  """Documents as UTF-8 bytes, with their names."""
+  """Documents as UTF-8 bytes, with their names; and the names of files that are no UTF-8."""
 
   names: list[str]
   texts: list[bytes]
+  left_out: list[str]
 
 
 def read_texts(config: DataConfig, split: str) -> Texts:
@@ -117,7 +118,7 @@ def read_texts(config: DataConfig, split: str) -> Texts:
   if config.source not in ("stdlib", "text", "jsonl"):
     raise ValueError(f"data.source = {config.source!r}: expected a source of text: 'stdlib', 'text' or 'jsonl'")
   root, files = find_files(config)
-  names, texts = [], []
+  names, texts, left_out = [], [], []
   for file in files:
     if config.source == "jsonl":
       found = [(name, text) for name, text in _json_lines(root / file, file, config.text_field)
@@ -125,11 +126,12 @@ def read_texts(config: DataConfig, split: str) -> Texts:
     elif in_split(file, split, config.held_out_percent):
       text = _read(root / file)
       found = [(file, text)] if _is_utf8(text) else []
+      left_out += [] if found else [file]
     else:
       found = []
     names += [name for name, text in found if text]
     texts += [text for _, text in found if text]
-  return Texts(names, texts)
+  return Texts(names, texts, left_out)
 
 
 def _is_utf8(text: bytes) -> bool:
@@ -179,6 +181,9 @@ class RecordFile:
     if len(ids) != self.lengths[record]:
       raise ValueError(f"data.path: {self.file}, record {record}: expected {self.lengths[record]} ids, found {len(ids)}; "
                        "the file has changed since the run started or its index was written")
+    if len(ids) and not 0 <= ids.min() <= ids.max() <= self.largest:
+      raise ValueError(f"data.path: {self.file}, record {record}: expected ids from 0 to {self.largest}, found {ids.min()} to "
+                       f"{ids.max()}; the file has changed since the run started or its index was written")
     return ids
 
   def _fetch(self, records: Sequence[int]) -> list[bytes]:

@@ -219,7 +219,7 @@ def test_another_model_is_refused(simple, open_store):
 def test_weights_without_the_optimizer(tiny, states, open_store, tmp_path, equal):
   with open_store() as store:
     store.save(6, states(2), {})
-  assert read_config(tmp_path / "checkpoints") == store.read_config()
+  assert read_config(tmp_path / "checkpoints") == restore_variables(tmp_path / "checkpoints")[1]
   for scan in (None, True, False):
     variables, config_dict, step = restore_variables(tmp_path / "checkpoints", scan_layers=scan)
     model = config_lib.from_dict(config_lib.RunConfig, config_dict).model
@@ -227,6 +227,12 @@ def test_weights_without_the_optimizer(tiny, states, open_store, tmp_path, equal
     assert equal(variables, restack(tiny.variables(tiny.config, 2), tiny.config, model.scan_layers))
   with pytest.raises(FileNotFoundError, match="no checkpoint"):
     restore_variables(tmp_path / "nothing")
+
+
+def flip_high_bit(file):
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 0x80
+  file.write_bytes(bytes(content))
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -255,6 +261,8 @@ def forget_leaf(path):
   (lambda p: (p / "state/manifest.ocdbt").unlink(), "does not exist|NOT_FOUND"),
   (lambda p: (p / "manifest/manifest.json").unlink(), "no manifest"),
   (lambda p: cut(p / "manifest/manifest.json"), "manifest unreadable"),
+  (lambda p: flip_high_bit(p / "manifest/manifest.json"), "manifest unreadable"),
+  (lambda p: (p / "manifest/manifest.json").write_text("[1, 2]"), "manifest unreadable"),
   (forget_leaf, "params/b is missing"),
 ])
 def test_a_damaged_step_is_named_and_passed_over(simple, open_store, tmp_path, damage, reason):
@@ -267,7 +275,11 @@ def test_a_damaged_step_is_named_and_passed_over(simple, open_store, tmp_path, d
     step, restored, extra = store.restore_latest(abstract(simple))
   assert step == 3 and extra == {"at": 3} and not same(restored, simple)
   assert store.save(10, simple, {"at": 10})  # the damaged one is replaced
+  store.wait()
+  assert store.steps() == [10]  # and counts again: no more are kept than asked for
   store.close()
+  with open_store() as other:
+    assert not other.save(10, simple, {"at": 11})  # a whole one is never overwritten, whoever wrote it
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     assert open_store().restore_latest(abstract(simple))[0] == 10

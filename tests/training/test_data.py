@@ -195,7 +195,6 @@ def test_splits_are_disjoint_and_cover_all(folder):
   assert not set(train.names) & set(held_out.names) and len(held_out.names) > 3
   assert dict(zip(train.names + held_out.names, train.texts + held_out.texts)) == all_texts(folder)
   assert train.names == sorted(train.names)
-  assert data.held_out_documents(config) == held_out.texts
   # A higher share only adds to the held-out names.
   assert set(held_out.names) < set(sources.read_texts(text_config(folder, held_out_percent=60), "held_out").names)
 
@@ -277,10 +276,45 @@ def test_array_record(records):
 
 
 def test_array_record_rearranged(tmp_path):
+  """With a tokenizer that knows the tokens; documents that do not fit a row with them stay as they are."""
+  import tokenizers
+  words = {f"w{i}": i for i in range(VOCAB)} | {"</s>": 1}
+  names = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+  words = {word: i for word, i in words.items() if i not in (1, *BYTES.fim)} | {"</s>": 1} | dict(zip(names, BYTES.fim))
+  tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
   documents = [list(range(i, 2 * i)) for i in range(1, 40)]
   sources.write_array_record(tmp_path / "x.array_record", documents)
-  _, rows = epoch(record_config(tmp_path, fim_rate=1.0, sequence_length=64, held_out_percent=0))
-  assert sorted(_restored(s) for s in segments(rows)) == sorted(map(tuple, documents))
+  config = record_config(tmp_path, fim_rate=1.0, sequence_length=32, held_out_percent=0,
+                         tokenizer=str(tmp_path / "tokenizer.json"))
+  found = segments(epoch(config)[1])
+  rearranged = [s for s in found if s[0] == BYTES.fim[0]]
+  assert sorted(_restored(s) for s in rearranged) == sorted(tuple(d) for d in documents if len(d) <= 28)
+  assert sum(len(s) for s in found) == sum(len(d) + (4 if len(d) <= 28 else 1) for d in documents)
+  with pytest.raises(ValueError, match=r"data.fim_rate = 1.0: expected 0, .* ids: a data.tokenizer that has them"):
+    data.make_dataset(dataclasses.replace(config, tokenizer=None), VOCAB)
+
+
+def test_ids_end_with_the_models_own_end(tmp_path):
+  sources.write_array_record(tmp_path / "x.array_record", [[5, 6], [7, 8, 9]])
+  config = record_config(tmp_path, sequence_length=8, batch_size=1, accumulation=1, held_out_percent=0)
+  rows = next(iter(data.make_dataset(config, 100, document_end=42)))["tokens"][0, 0]  # no byte would fit 100 ids
+  assert sorted(rows.tolist()) == [0, 5, 6, 7, 8, 9, 42, 42]
+  for wrong in (None, 100):
+    with pytest.raises(ValueError, match=f"model.eos_token_id = {wrong}: expected an id below model.vocab_size = 100"):
+      data.make_dataset(config, 100, document_end=wrong)
+
+
+def test_array_record_changed_under_its_index(records):
+  """Same size, other ids: named when the record is read, before an id outside the vocabulary reaches the model."""
+  path, documents = records
+  file = path / "a.array_record"
+  index = sources._index(file)
+  np.savez(open(index, "wb"), lengths=np.array([len(d) for d in documents[:30]], np.int64), largest=3,
+           size=file.stat().st_size)
+  (found,) = [f for f in sources.open_records(record_config(path), VOCAB) if f.name == file.name]
+  record = next(i for i, d in enumerate(documents[:30]) if d and max(d) > 3)
+  with pytest.raises(ValueError, match=rf"a.array_record, record {record}: expected ids from 0 to 3, found .* has changed"):
+    found.read(record)
 
 
 def test_array_record_index_of_another_file_is_not_used(records):
@@ -308,7 +342,7 @@ def test_tokenizer_file(folder, tmp_path):
   batches = data.make_dataset(config, 1 << 17)
   assert batches.tokenizer.name.endswith("tokenizer.json")
   assert sorted(segments(epoch(config)[1])) == [(2, 3, 4, 1, 2, 0), (4, 4, 0)]
-  with pytest.raises(ValueError, match="data.fim_rate = 0.5: expected 0, since the vocabulary has no fill-in-the-middle"):
+  with pytest.raises(ValueError, match="data.fim_rate = 0.5: expected 0, since no fill-in-the-middle tokens are known"):
     data.make_dataset(dataclasses.replace(config, fim_rate=0.5), 1 << 17)
 
 
@@ -434,7 +468,7 @@ def test_bad_records(records):
     with pytest.raises(ValueError, match=f"{name}.array_record, {message}"):
       data.make_dataset(record_config(path / f"{name}.array_record"), VOCAB)
   with pytest.raises(ValueError, match="data.source = 'array_record': expected a source of text"):
-    data.held_out_documents(record_config(path))
+    sources.read_texts(record_config(path), "held_out")
 
 
 # ---- the default corpus -------------------------------------------------------------------------------------------------
