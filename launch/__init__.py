@@ -7,6 +7,9 @@ import platform
 import sys
 
 HUGE_PAGES = "glibc.malloc.hugetlb"
+# Threads that XLA gets for each emulated device. A device waits in a thread for the others in every collective, several of
+# which run at a time; with one thread per device (XLA's choice where there are few cores) all may end up waiting for ever.
+THREADS_PER_DEVICE = 8
 
 
 def use_huge_pages() -> None:
@@ -28,6 +31,7 @@ def use_huge_pages() -> None:
 def emulate_devices(count: int) -> None:
   """Runs on the CPU as `count` devices; 0 leaves the machine's devices as they are. Call it before JAX is used."""
   if count:
+    os.environ.setdefault("NPROC", str(THREADS_PER_DEVICE * count))  # XLA reads it when its CPU client starts
     import jax  # huge pages come first: the process that replaces itself need not load JAX
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)

@@ -140,7 +140,7 @@ FREE_FIELDS = ("scan_layers", "remat", "compute_dtype", "init_std", "mhc_init", 
 def refuse_other_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
   """Raises a ValueError that names the differing fields if two run configs are of different models."""
   # Through the dataclass, so that a field that was added since has its default in the older one.
-  old, new = (config_lib.to_dict(config_lib.from_dict(config_lib.ModelConfig, c["model"])) for c in (stored, wanted))
+  old, new = (config_lib.to_dict(config_lib.from_dict(config_lib.ModelConfig, c.get("model", {}))) for c in (stored, wanted))
   names = [n for n in new if n not in FREE_FIELDS and old[n] != new[n]]
   if names:
     fields = "; ".join(f"model.{n} = {new.get(n)!r}, there {old.get(n)!r}" for n in names)

@@ -15,7 +15,7 @@ from deepseek_v4.config import ModelConfig
 def matrix(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...]) -> jax.Array:
   """A float32 parameter, normal with `config.init_std`, cast to `config.compute_dtype` and gathered for use."""
   weight = module.param(name, nn.initializers.normal(config.init_std), shape, jnp.float32)
-  return sharding.gathered(weight.astype(config.compute_dtype), (*module.path, name))
+  return sharding.gathered(jnp.asarray(weight, config.compute_dtype), (*module.path, name))
 
 
 def exact(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...],
@@ -23,7 +23,7 @@ def exact(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, .
   """A parameter that is used in float32 (or wider): norms, sinks, biases, the router's gate, mHC coefficients."""
   init = nn.initializers.normal(config.init_std) if init is None else init
   weight = module.param(name, init, shape, jnp.float32)
-  return sharding.gathered(weight.astype(exact_dtype(config)), (*module.path, name))
+  return sharding.gathered(jnp.asarray(weight, exact_dtype(config)), (*module.path, name))
 
 
 def exact_dtype(config: ModelConfig) -> jnp.dtype:

@@ -65,18 +65,21 @@ def test_changes_are_noticed(monkeypatch):
 def test_a_manifest_notices_its_own_damage():
   built = manifest.build({"model": {"rates": (4, 128)}}, {"data": {"file": 3}}, {"a": np.ones(3, np.float32)}, {})
   text = json.dumps(built)
-  assert manifest.parse(text)["config"] == {"model": {"rates": [4, 128]}}
+  assert manifest.parse(text.encode())["config"] == {"model": {"rates": [4, 128]}}
   with pytest.raises(manifest.DamagedError, match="altered"):
-    manifest.parse(text.replace('"file": 3', '"file": 7'))
+    manifest.parse(text.replace('"file": 3', '"file": 7').encode())
   with pytest.raises(manifest.DamagedError, match="unreadable"):
-    manifest.parse(text[:len(text) // 2])
+    manifest.parse(text[:len(text) // 2].encode())
   with pytest.raises(manifest.DamagedError, match="b is missing, a is .*saved as"):
     manifest.verify({"leaves": {"a": built["leaves"]["a"], "b": built["leaves"]["a"]}},
                     {"b": 0, "a": jnp.ones((3, 1), jnp.float32)})
 
 
 def test_only_fields_that_change_the_model_matter():
-  one = {"model": {"hidden_size": 8, "scan_layers": True, "rates": (4, 128)}, "training": {"steps": 3}}
-  manifest.refuse_other_model(one, {"model": {**one["model"], "scan_layers": False, "rates": [4, 128]}, "training": {}}, "x")
-  with pytest.raises(ValueError, match=r"model.hidden_size = 16, there 8; model.hc_eps = 1.0, there None"):
+  rope = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
+  one = {"model": {"hidden_size": 8, "scan_layers": True, "rope_scaling": rope}, "training": {"steps": 3}}
+  # Laid out, computed, bounded in another way; and what is left out has its default, as a field that did not exist yet.
+  free = {"scan_layers": False, "loss_chunk_size": 5, "max_position_embeddings": 128, "eos_token_id": 7, "hc_eps": 1e-6}
+  manifest.refuse_other_model(one, {"model": {**one["model"], **free}, "training": {}}, "x")
+  with pytest.raises(ValueError, match=r"model.hidden_size = 16, there 8; model.hc_eps = 1.0, there 1e-06"):
     manifest.refuse_other_model(one, {"model": {**one["model"], "hidden_size": 16, "hc_eps": 1.0}}, "x")

@@ -219,7 +219,8 @@ def test_file_glob_and_folder_name_documents_alike(folder):
   by_folder = text_config(folder)
   by_glob = text_config(folder / "**" / "*.txt")
   for split in sources.SPLITS:
-    assert sources.read_texts(by_folder, split) == sources.read_texts(by_glob, split)
+    one, other = (sources.read_texts(config, split) for config in (by_folder, by_glob))
+    assert (one.names, one.texts) == (other.names, other.texts)
   single = text_config(folder / "01.txt", held_out_percent=0)
   assert sources.read_texts(single, "train").names == ["01.txt"]
 
@@ -406,8 +407,16 @@ def test_no_data(folder, tmp_path):
   (tmp_path / "binary").write_bytes(b"\x80\x81" * 1000)
   with pytest.raises(ValueError, match="data.path = .*: expected training text, found no document that is not empty"):
     data.make_dataset(text_config(tmp_path), VOCAB)
-  with pytest.raises(ValueError, match="data.held_out_percent = 0: expected a percentage that holds out at least"):
+  with pytest.raises(ValueError, match="data.held_out_percent = 0: expected at least 1, since a run is scored on"):
     data.make_dataset(text_config(folder, held_out_percent=0), VOCAB, split="held_out")
+  (tmp_path / "two").mkdir()
+  for name in ("a", "b"):
+    (tmp_path / "two" / name).write_text("text " * 99)
+  with pytest.raises(ValueError, match="data.held_out_percent = 1: expected a percentage that holds out at least"):
+    data.make_dataset(text_config(tmp_path / "two", held_out_percent=1), VOCAB, split="held_out")
+  for split, percent in (("held_out", 1), ("train", 99)):
+    with pytest.raises(ValueError, match="expected two files or more, since a file is training or held-out text as a whole"):
+      data.make_dataset(text_config(tmp_path / "two" / "a", held_out_percent=percent), VOCAB, split=split)
   with pytest.raises(ValueError, match="expected at least one byte"):
     baselines.measure(text_config(folder, held_out_percent=0))
 

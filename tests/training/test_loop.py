@@ -264,7 +264,7 @@ def test_not_finite_stops_with_the_name_and_saves_nothing(world, tmp_path, bad, 
 def test_a_search_that_finds_nothing_says_so(world, tmp_path, monkeypatch):
   world.not_finite_at = 2
   monkeypatch.setattr(loop, "find_non_finite", lambda run_config, mesh: lambda state, batch: None)
-  with pytest.raises(FloatingPointError, match="step 2: not finite: no tensor when repeated"):
+  with pytest.raises(FloatingPointError, match="step 2: not finite: no tensor when the step is repeated"):
     loop.train(RUN, tmp_path / "run")
 
 
