@@ -27,6 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES, "sequence": "context", "shards": (*BATCH_AXES, "context"),
     "heads": "tensor", "index_heads": "tensor", "groups": "tensor", "vocab": "tensor", "mlp": "tensor",
     "expert": "expert", "embed": "fsdp", "lora": "fsdp",
+    "queries": ("context", "tensor"),
 }
 
 # Logical axes of each parameter by its name inside a layer (or at the top); a scanned layer's leading axis is never split.
@@ -179,6 +180,14 @@ def gathered(weight: jax.Array, path: Sequence[str]) -> jax.Array:
     return weight
   axes = parameter_axes(path, weight.ndim)
   return constrain(weight, [None if RULES.get(a) == "fsdp" else a for a in axes])
+
+
+def query_axis(length: int) -> str:
+  """Logical axis of the queries of an op that needs all heads at once: "queries", split over context and tensor, where
+  `length` splits evenly; else "sequence", and the tensor axis repeats the work."""
+  mesh = _ambient()
+  shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["queries"])
+  return "sequence" if length % shards else "queries"
 
 
 def axis_name(logical: str) -> str | None:

@@ -1,9 +1,12 @@
 """Measures this project's speed and memory, alone or beside another implementation on the same machine.
 
 python -m launch.bench forward|train [--against transformers] [--lengths 512,1024] [--repeats 3] [--json FILE]
+python -m launch.bench kernels --topology v5p:2x2x1 [--ops attention,select] [--models flash,pro] [--lengths 4096] [...]
 
 forward: logits of all places. train: next-token loss, gradient, AdamW; also the full step with Muon. float32, one row,
 2 threads, the model of launch/benchmarks/bench_config.json with random weights, the same on both sides.
+kernels: the ops of pallas_kernels at the released models' sizes, compiled for a TPU that need not be there; the compiler's
+final schedule beside the bounds of the chip, and beside what else a user could run.
 """
 
 from __future__ import annotations
@@ -15,40 +18,82 @@ from pathlib import Path
 from absl import app, flags
 
 from launch.benchmarks import cases, report, run
+from launch.benchmarks.kernels import cases as kernel_cases
+from launch.benchmarks.kernels import chips
+from launch.benchmarks.kernels import report as kernel_report
+from launch.benchmarks.kernels import run as kernel_run
+
+KERNELS = "kernels"
+KINDS = (*cases.KINDS, KERNELS)
 
 
 def define_flags() -> None:
   flags.DEFINE_enum("against", None, [cases.TRANSFORMERS], "Another implementation that takes turns with ours.")
-  flags.DEFINE_list("lengths", [str(n) for n in cases.LENGTHS],
-                    f"Tokens of the row; the other side is measured up to {cases.LONGEST_AGAINST}.")
+  flags.DEFINE_list("lengths", None, f"Tokens of the row: {', '.join(map(str, cases.LENGTHS))} if not given (the other side "
+                    f"is measured up to {cases.LONGEST_AGAINST}); {', '.join(map(str, kernel_cases.LENGTHS))} for kernels.")
   flags.DEFINE_integer("repeats", 3, "Timed passes of each side.", lower_bound=1)
+  flags.DEFINE_string("topology", None, "Of kernels: a chip and the shape of a slice, such as "
+                      f"{', '.join(chip.topology for chip in chips.CHIPS)}.")
+  flags.DEFINE_list("ops", list(kernel_cases.BY_NAME), "Of kernels: which operations.")
+  flags.DEFINE_list("models", list(kernel_cases.MODELS), "Of kernels: whose sizes.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
 
-def check(arguments: list[str], lengths: list[str], against: str | None, path: str | None) -> tuple[str, tuple[int, ...]]:
+def check(arguments: list[str], lengths: list[str] | None, against: str | None,
+          path: str | None) -> tuple[str, tuple[int, ...]]:
   """(kind, lengths) of the command line.
 
   Raises:
     ValueError: something that does not exist, is not installed or cannot be written.
   """
-  if len(arguments) != 1 or arguments[0] not in cases.KINDS:
-    raise ValueError(f"measurement = {' '.join(arguments)!r}: expected one of {', '.join(cases.KINDS)}")
+  if len(arguments) != 1 or arguments[0] not in KINDS:
+    raise ValueError(f"measurement = {' '.join(arguments)!r}: expected one of {', '.join(KINDS)}")
+  kind = arguments[0]
+  if against and kind == KERNELS:
+    raise ValueError(f"--against = {against!r}: expected nothing for kernels, whose other sides are always measured")
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
   if against and missing:
     raise ValueError(f"--against = {against!r}: {' and '.join(missing)} not installed, expected what "
                      f"pip install -e '.[test]' brings (with Python 3.11)")
   if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
     raise ValueError(f"--json = {path!r}: expected a file in a folder that exists")
-  return arguments[0], cases.lengths_from(lengths)
+  if kind == KERNELS:
+    return kind, kernel_cases.lengths_from(lengths or ())
+  return kind, cases.lengths_from(lengths or [str(length) for length in cases.LENGTHS])
 
 
-def main(argv: list[str]) -> None:
-  against, path, repeats, lengths = (flags.FLAGS[name].value for name in ("against", "json", "repeats", "lengths"))
-  try:
-    kind, lengths = check(argv[1:], lengths, against, path)
-    rows = run.measure(kind, lengths, against, repeats, lambda text: print(text, flush=True))
-  except (ValueError, run.WorkerFailed) as error:
-    sys.exit(f"error: {error}")
+def check_kernels(topology: str | None, ops: list[str], models: list[str]) -> tuple[chips.Chip, tuple[str, ...], list[str]]:
+  """(chip, ops, models) of the command line.
+
+  Raises:
+    ValueError: one of them does not exist, or libtpu is not installed.
+  """
+  chip = chips.chip_of(topology or "")
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(f"--topology = {topology!r}: libtpu is not installed, expected what pip install -e '.[aot]' brings")
+  return chip, kernel_cases.ops_from(ops), kernel_cases.models_from(models)
+
+
+def say(text: str) -> None:
+  print(text, flush=True)
+
+
+def bench_kernels(topology: str | None, ops: list[str], models: list[str], lengths: tuple[int, ...],
+                  path: str | None) -> None:
+  """Compiles, prints and writes the figures of the kernels; ends the program if one of ours did not compile."""
+  chip, ops, models = check_kernels(topology, ops, models)
+  rows = kernel_run.measure(topology, kernel_cases.all_cases(ops, lengths, models), say)
+  found = kernel_report.targets(rows, chip)
+  print("", kernel_report.text(rows, found), sep="\n")
+  if path is not None:
+    report.write_json(path, rows, found)
+  if any(row["ours"] and "failed" in row for row in rows):
+    sys.exit("error: a program of ours did not compile")
+
+
+def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeats: int, path: str | None) -> None:
+  """Measures, prints and writes the figures of the model; ends the program if a measurement of ours failed."""
+  rows = run.measure(kind, lengths, against, repeats, say)
   found = report.targets(kind, rows)
   remarks = (report.losses(rows), report.disturbances(rows))
   parts = (report.table(rows), report.EXPLANATION, report.target_lines(found), *filter(None, remarks))
@@ -57,6 +102,18 @@ def main(argv: list[str]) -> None:
     report.write_json(path, rows, found)
   if any(row["ours"] and "failed" in row for row in rows):
     sys.exit("error: a measurement of ours failed")
+
+
+def main(argv: list[str]) -> None:
+  value = {name: flags.FLAGS[name].value for name in ("against", "json", "lengths", "topology", "ops", "models", "repeats")}
+  try:
+    kind, lengths = check(argv[1:], value["lengths"], value["against"], value["json"])
+    if kind == KERNELS:
+      bench_kernels(value["topology"], value["ops"], value["models"], lengths, value["json"])
+    else:
+      bench_model(kind, lengths, value["against"], value["repeats"], value["json"])
+  except (ValueError, run.WorkerFailed) as error:
+    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -11,19 +11,27 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import bits
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["picks"], meta_fields=["kind"])
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["picks", "words"], meta_fields=["kind", "num_entries", "top_k"])
 @dataclasses.dataclass(frozen=True)
 class Selection:
   """An opaque pytree of arrays with the batch and query axes first.
 
   Attributes:
-    picks: int32 [B, S, K], distinct entry numbers in any order, -1 = empty anywhere; [B, S, 0] for kind "all".
-    kind: "indices", or "all" = every entry that causality and the documents let the query see.
+    picks: int32 [B, S, K], distinct entry numbers in any order, -1 = empty anywhere; [B, S, 0] for the other kinds.
+    kind: "indices"; "bits", what the TPU kernels make; or "all" = every entry that causality and the documents let the
+      query see.
+    words: of kind "bits": int32 [B, S, W] in the layout of `bits`, visible entries only; else None.
+    num_entries, top_k: of kind "bits": T, and the most bits of a query.
   """
 
   picks: jax.Array
   kind: str = "indices"
+  words: jax.Array | None = None
+  num_entries: int = 0
+  top_k: int = 0
 
   @staticmethod
   def from_indices(picks: jax.Array) -> "Selection":
@@ -37,6 +45,11 @@ class Selection:
     """Every visible entry."""
     return Selection(jnp.zeros((batch_size, num_queries, 0), jnp.int32), "all")
 
+  @staticmethod
+  def from_words(words: jax.Array, num_entries: int, top_k: int) -> "Selection":
+    """A selection from rows of bits int32 [B, S, W] (see `bits`) with at most `top_k` visible entries each."""
+    return Selection(jnp.zeros((*words.shape[:2], 0), jnp.int32), "bits", words, num_entries, top_k)
+
   def indices(self) -> jax.Array:
     """Entry numbers int32 [B, S, K], -1 = empty.
 
@@ -45,10 +58,16 @@ class Selection:
     """
     if self.kind == "all":
       raise ValueError("a selection of kind 'all' names no entries: it stands for every visible one")
-    return self.picks
+    return bits.to_picks(self.words, self.num_entries, self.top_k) if self.kind == "bits" else self.picks
+
+  def listed(self) -> "Selection":
+    """The same selection as entry numbers where it is rows of bits; itself otherwise."""
+    return Selection(self.indices()) if self.kind == "bits" else self
 
   def mask(self, num_entries: int) -> jax.Array:
     """Dense bool [B, S, T]; for tests and references, never on a long sequence."""
     if self.kind == "all":
       return jnp.ones((*self.picks.shape[:2], num_entries), bool)
+    if self.kind == "bits":
+      return bits.unpack(self.words, num_entries)
     return (self.picks[..., None] == jnp.arange(num_entries)).any(-2)

@@ -52,12 +52,12 @@ class Block(nn.Module):
     """Returns the new streams and the layer's report; `layer` is the layer's number (it seeds a fresh hash table)."""
     config, kernels = self.config, self.kernels
     streams_BSND = sharding.constrain(streams_BSND, ("batch", "sequence", None, None))
-    z_BSD, post, comb = HyperConnection(config, kernels, name="attn_hc")(streams_BSND)
+    streams_BSND, z_BSD, post, comb = HyperConnection(config, kernels, name="attn_hc")(streams_BSND)
     attention = Attention(config, self.spec.attention, kernels, name="attention")
     y_BSD, indexer_loss = attention(RMSNorm(config, name="attn_norm")(z_BSD), context)
-    streams_BSND = expand(streams_BSND, y_BSD, post, comb, kernels=kernels)
 
-    z_BSD, post, comb = HyperConnection(config, kernels, name="ffn_hc")(streams_BSND)
+    ffn_hc = HyperConnection(config, kernels, name="ffn_hc")
+    streams_BSND, z_BSD, post, comb = ffn_hc(streams_BSND, (y_BSD, post, comb))
     moe = MoE(config, self.spec.router, kernels, name="moe")
     y_BSD, experts, load, balance_loss = moe(RMSNorm(config, name="ffn_norm")(z_BSD), context, layer)
     streams_BSND = expand(streams_BSND, y_BSD, post, comb, kernels=kernels)

@@ -5,6 +5,7 @@ Axis letters: B batch   S sequence   N streams   D hidden size
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.linen as nn
@@ -46,8 +47,13 @@ class HyperConnection(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array):
-    """Returns (collapsed [B, S, D], post [B, S, N], comb [B, S, N, N])."""
+  def __call__(self, streams_BSND: jax.Array, before: tuple[jax.Array, jax.Array, jax.Array] | None = None):
+    """Returns (streams, collapsed [B, S, D], post [B, S, N], comb [B, S, N, N]).
+
+    Args:
+      before: (update [B, S, D], post, comb) of the sublayer before, whose output has not returned to the streams yet: it
+        does so in the same pass over them. The streams that come back are those that this sublayer reads.
+    """
     config, n = self.config, self.config.hc_mult
     width = n * config.hidden_size
     fn = jnp.concatenate([weights.exact(self, config, name, (width, columns)) for name, columns in (
@@ -55,15 +61,20 @@ class HyperConnection(nn.Module):
     base = weights.exact(self, config, "base", ((2 + n) * n,), lambda *_: jnp.asarray(initial_base(config)))
     scale = weights.exact(self, config, "scale", (3,), nn.initializers.constant(_GATING_SCALE))
 
-    def run(streams, fn, base, scale):
-      return pallas_kernels.hyper_connections.collapse(
-          streams, fn, base, scale, norm_eps=config.rms_norm_eps, eps=config.hc_eps, iterations=config.hc_sinkhorn_iters,
-          implementation=self.kernels)
-
-    collapsed, post, comb = sharding.per_shard(run, (_STREAMS, (), (), ()), (_STREAMS,) * 3)(streams_BSND, fn, base, scale)
+    options = dict(norm_eps=config.rms_norm_eps, eps=config.hc_eps, iterations=config.hc_sinkhorn_iters,
+                   implementation=self.kernels)
+    if before is None:
+      run = functools.partial(pallas_kernels.hyper_connections.collapse, **options)
+      found = sharding.per_shard(run, (_STREAMS, (), (), ()), (_STREAMS,) * 3)(streams_BSND, fn, base, scale)
+      found = streams_BSND, *found
+    else:
+      run = functools.partial(pallas_kernels.hyper_connections.expand_collapse, **options)
+      axes = (_STREAMS,) * 4
+      found = sharding.per_shard(run, (*axes, (), (), ()), axes)(streams_BSND, *before, fn, base, scale)
+    _, _, post, comb = found
     self.sow("intermediates", "post", post)
     self.sow("intermediates", "comb", comb)
-    return collapsed, post, comb
+    return found
 
 
 def expand(streams_BSND: jax.Array, update_BSD: jax.Array, post: jax.Array, comb: jax.Array, *, kernels: str) -> jax.Array:

@@ -21,8 +21,15 @@ from deepseek_v4.model.context import Context
 from pallas_kernels.indexer import reference
 from pallas_kernels.selection import Selection
 
-_PLACES = (("batch", "sequence"),) * 2 + (("batch",),) * 2  # positions, segments of tokens; last, segment of entries
-_INDEX = (("batch", "sequence", "index_heads"), ("batch", "sequence", "index_heads"), ("batch",))
+
+def _axes(length: int):
+  """Logical axes of (queries, weights, keys), of (positions, segment ids, entries' last and segment), and of a query.
+
+  A score is a sum over all heads, so under tensor parallelism the queries are split and not the heads: what moves is
+  small beside a sum of [S, T] scores over the mesh.
+  """
+  query = ("batch", sharding.query_axis(length))
+  return (query, query, ("batch",)), (query, query, ("batch",), ("batch",)), query
 
 
 class Indexer(nn.Module):
@@ -61,15 +68,15 @@ class Indexer(nn.Module):
     config, layout = self.config, context.entries[CSA]
     if context.attention_mode == "dense":
       return Selection.all(*context.positions.shape)
-    axis = sharding.axis_name("index_heads")
 
     def run(queries, head_weights, keys, positions, segment_ids, last, segment):
       return pallas_kernels.indexer.select(queries, head_weights, keys, top_k=config.index_topk, positions=positions,
                                            segment_ids=segment_ids, entry_last=last, entry_segment=segment,
-                                           implementation=self.kernels, axis_name=axis)
+                                           implementation=self.kernels)
 
+    index_axes, place_axes, query = _axes(context.positions.shape[1])
     places = (context.positions, context.segment_ids, layout.last, layout.segment)
-    return sharding.per_shard(run, (*_INDEX, *_PLACES), ("batch", "sequence"))(*index, *places)
+    return sharding.per_shard(run, (*index_axes, *place_axes), query)(*index, *places)
 
   def _trace(self, index, selection: Selection, context: Context) -> None:
     """Dense pictures of what happened, for `dsv4.trace` only: scores [B, S, T] and the chosen entries [B, S, K]."""
@@ -89,17 +96,15 @@ def indexer_loss(index, attention_queries, entries, lse, selection: Selection, c
     attention_queries: [B, S, H, d]; entries: [B, T, d]; lse: [B, S, H]; scale: all of the attention that is the teacher.
   """
   layout = context.entries[CSA]
-  axis = sharding.axis_name("heads")
 
   def run(queries, head_weights, keys, teacher, entries, lse, selection, positions, segment_ids, last, segment):
     return pallas_kernels.indexer.kl_loss(queries, head_weights, keys, teacher, entries, lse, selection,
                                           positions=positions, segment_ids=segment_ids, entry_last=last,
-                                          entry_segment=segment, scale=scale, implementation=kernels, axis_name=axis)
+                                          entry_segment=segment, scale=scale, implementation=kernels)
 
-  heads = ("batch", "sequence", "heads")
-  in_axes = (*_INDEX, heads, ("batch",), heads, ("batch", "sequence"), *_PLACES)
+  index_axes, place_axes, query = _axes(context.positions.shape[1])
+  in_axes = (*index_axes, query, ("batch",), query, query, *place_axes)
   places = (context.positions, context.segment_ids, layout.last, layout.segment)
-  kl_BS = sharding.per_shard(run, in_axes, ("batch", "sequence"))(
-      *index, attention_queries, entries, lse, selection, *places)
+  kl_BS = sharding.per_shard(run, in_axes, query)(*index, attention_queries, entries, lse, selection, *places)
   counted = sees_an_entry(context.positions, context.segment_ids, layout.rate)
   return kl_BS.sum(), counted.sum().astype(kl_BS.dtype)

@@ -27,9 +27,10 @@ Batch = Mapping[str, jax.Array]
 COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 
 
-def compiler_options() -> dict[str, str]:
-  """What the backend in use wants for programs with recomputation."""
-  return COMPILER_OPTIONS.get(jax.default_backend(), {})
+def compiler_options(mesh: Mesh | None) -> dict[str, str]:
+  """What the mesh's devices (None: the default ones) want for programs with recomputation."""
+  platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+  return COMPILER_OPTIONS.get(platform, {})
 
 
 # ---- losses -----------------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def _places_of(run_config: RunConfig, mesh: Mesh | None) -> Any:
 
 def _jit_on(mesh: Mesh | None, places: Any, fn: Callable, *, is_step: bool = False) -> sharding.OnMesh:
   """Jits fn(state, batch) with the state's and the batch's shardings in; a step consumes the state and returns one alike."""
-  options: dict[str, Any] = {"compiler_options": compiler_options(), "donate_argnums": (0,) if is_step else ()}
+  options: dict[str, Any] = {"compiler_options": compiler_options(mesh), "donate_argnums": (0,) if is_step else ()}
   if mesh is not None:
     everywhere = NamedSharding(mesh, PartitionSpec())
     options["in_shardings"] = (places, sharding.batch_sharding(mesh))

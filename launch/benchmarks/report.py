@@ -16,7 +16,7 @@ from launch.benchmarks.cases import OURS, THREADS, Case, Target, model_config, t
 
 Row = dict[str, Any]
 _UNDISTURBED = 0.75  # matmul rates of a quiet machine stay above this share of the best
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "torch", "transformers")
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from pallas_kernels import pick
-from pallas_kernels.grouped_matmul import blockwise, reference
+from pallas_kernels.grouped_matmul import blockwise, kernel, reference
 
 
 def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array, *, tile: int,
@@ -25,7 +27,10 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
   Returns:
     [M, D] in x's dtype, differentiable in x and the three weights.
   """
-  run = pick("grouped_matmul", implementation, {"reference": reference.expert_mlp, "blockwise": blockwise.expert_mlp})
+  available = {"reference": reference.expert_mlp, "blockwise": blockwise.expert_mlp,
+               "pallas": functools.partial(kernel.expert_mlp, interpret=False),
+               "interpret": functools.partial(kernel.expert_mlp, interpret=True)}
+  run = pick("grouped_matmul", implementation, available)
   return run(x, gate, up, down, group_sizes, tile=tile, limit=limit)
 
 

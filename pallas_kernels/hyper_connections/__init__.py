@@ -1,11 +1,20 @@
-"""Manifold-constrained hyper-connections (report 2.2): coefficients with Sinkhorn and collapse, and the mix of the streams."""
+"""Manifold-constrained hyper-connections (report 2.2): coefficients with Sinkhorn, collapse, and the mix of the streams."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 
 from pallas_kernels import pick
-from pallas_kernels.hyper_connections import blockwise, reference
+from pallas_kernels.hyper_connections import blockwise, kernel, reference
+
+
+def _pick(name: str, implementation: str):
+  run = getattr(kernel, name)
+  available = {"reference": getattr(reference, name), "blockwise": getattr(blockwise, name),
+               "pallas": functools.partial(run, interpret=False), "interpret": functools.partial(run, interpret=True)}
+  return pick(f"hyper_connections.{name}", implementation, available)
 
 
 def collapse(streams: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Array, *, norm_eps: float, eps: float,
@@ -23,11 +32,12 @@ def collapse(streams: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Arra
     collapsed [B, S, D] = sum_j pre_j X_j in the streams' dtype; post [B, S, N]; comb [B, S, N, N], used transposed. Both
     coefficients are at least float32.
   """
-  run = pick("hyper_connections.collapse", implementation, {"reference": reference.collapse, "blockwise": blockwise.collapse})
+  run = _pick("collapse", implementation)
   return run(streams, fn, base, scale, norm_eps=norm_eps, eps=eps, iterations=iterations)
 
 
-def expand(streams: jax.Array, update: jax.Array, post: jax.Array, comb: jax.Array, *, implementation: str = "auto") -> jax.Array:
+def expand(streams: jax.Array, update: jax.Array, post: jax.Array, comb: jax.Array, *,
+           implementation: str = "auto") -> jax.Array:
   """New streams X'_k = post_k * update + sum_j comb[j, k] X_j.
 
   Args:
@@ -36,5 +46,20 @@ def expand(streams: jax.Array, update: jax.Array, post: jax.Array, comb: jax.Arr
   Returns:
     [B, S, N, D] in the streams' dtype.
   """
-  run = pick("hyper_connections.expand", implementation, {"reference": reference.expand, "blockwise": blockwise.expand})
-  return run(streams, update, post, comb)
+  return _pick("expand", implementation)(streams, update, post, comb)
+
+
+def expand_collapse(streams: jax.Array, update: jax.Array, post: jax.Array, comb: jax.Array, fn: jax.Array, base: jax.Array,
+                    scale: jax.Array, *, norm_eps: float, eps: float, iterations: int,
+                    implementation: str = "auto") -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """`expand`, then the next sublayer's `collapse` of what it returns; as a kernel both read the streams once.
+
+  Args:
+    streams, update, post, comb: see `expand`.
+    fn, base, scale, norm_eps, eps, iterations: the next sublayer's, see `collapse`.
+
+  Returns:
+    new streams [B, S, N, D]; of them collapsed [B, S, D], post [B, S, N], comb [B, S, N, N].
+  """
+  run = _pick("expand_collapse", implementation)
+  return run(streams, update, post, comb, fn, base, scale, norm_eps=norm_eps, eps=eps, iterations=iterations)

@@ -1,4 +1,4 @@
-"""mHC over blocks of tokens, with written or recomputed gradients: the streams are read block by block, nothing else is kept.
+"""mHC over blocks of tokens, with written or recomputed gradients: streams are read block by block, nothing else is kept.
 
 Blocks are loops on purpose: inside one, XLA's CPU compiler fuses; across its border it cannot, and so does not repeat the
 long sums over streams inside every consumer. Sums over the few streams are written out, the tokens stand on the last axis
@@ -48,7 +48,7 @@ def _weighted_sum(x_CND, weight_CN):
 
 def _weighted_sum_backward(saved, g_CD):
   x_CND, weight_CN = saved
-  return weight_CN[..., None] * g_CD[:, None], jnp.einsum("CND,CD->CN", x_CND, g_CD)
+  return weight_CN[..., None] * g_CD[:, None], jnp.einsum("CND,CD->CN", x_CND, g_CD, precision="highest")
 
 
 _weighted_sum.defvjp(lambda *args: (_weighted_sum(*args), args), _weighted_sum_backward)
@@ -61,7 +61,8 @@ def _collapse_block(streams_CND, fn, base, scale, norm_eps, eps, iterations):
   size, n, _ = x_CND.shape
   flat = x_CND.reshape(size, -1)
   # The norm's factor is one number per token, so it may follow the matmul.
-  u = (flat @ fn.astype(exact)) * jax.lax.rsqrt((flat * flat).mean(-1, keepdims=True) + norm_eps)
+  u = jnp.matmul(flat, fn.astype(exact), precision="highest")
+  u = u * jax.lax.rsqrt((flat * flat).mean(-1, keepdims=True) + norm_eps)
   pre_CN = jax.nn.sigmoid(u[:, :n] * scale[0] + base[:n]) + eps
   post_CN = 2 * jax.nn.sigmoid(u[:, n:2 * n] * scale[1] + base[n:2 * n])
   logits = u[:, 2 * n:] * scale[2] + base[2 * n:]
@@ -121,7 +122,7 @@ def _expand_backward(saved, g_BSND):
     d_update = sum(post_CN[:, k, None] * g[:, k] for k in range(n))
     # All dot products over D at once: rows are the streams and the update, columns the new streams.
     rows = jnp.concatenate([streams_CND, update_CD[:, None]], 1).astype(exact)
-    d_Cjk = jnp.einsum("CjD,CkD->Cjk", rows, g)
+    d_Cjk = jnp.einsum("CjD,CkD->Cjk", rows, g, precision="highest")
     return d_streams.astype(streams_CND.dtype), d_update.astype(update_CD.dtype), d_Cjk[:, n], d_Cjk[:, :n]
 
   results = jax.lax.map(one, tuple(map(_cut, (*saved, g_BSND))))
@@ -129,3 +130,9 @@ def _expand_backward(saved, g_BSND):
 
 
 expand.defvjp(lambda *args: (expand(*args), args), _expand_backward)
+
+
+def expand_collapse(streams_BSND, update_BSD, post_BSN, comb_BSNN, fn, base, scale, *, norm_eps, eps, iterations):
+  """See `pallas_kernels.hyper_connections.expand_collapse`."""
+  new_BSND = expand(streams_BSND, update_BSD, post_BSN, comb_BSNN)
+  return new_BSND, *collapse(new_BSND, fn, base, scale, norm_eps=norm_eps, eps=eps, iterations=iterations)

@@ -1,4 +1,4 @@
-"""Cases of `collapse` and `expand`.
+"""Cases of `collapse`, `expand` and `expand_collapse`.
 
 Axis letters: B batch   S sequence   N streams   D hidden size
 """
@@ -10,7 +10,7 @@ import functools
 import jax
 
 from pallas_kernels.cases import Case, normals
-from pallas_kernels.hyper_connections import collapse, expand
+from pallas_kernels.hyper_connections import collapse, expand, expand_collapse
 
 
 def _collapse(key: jax.Array, *, streams, hidden, batch=2, length=5, strength=1.0):
@@ -28,9 +28,18 @@ def _expand(key: jax.Array, *, streams, hidden, batch=2, length=5):
                  post=(batch, length, streams), comb=(batch, length, streams, streams))
 
 
+def _expand_collapse(key: jax.Array, *, streams, hidden, batch=2, length=5):
+  one, two = jax.random.split(key)
+  weights = _collapse(one, streams=streams, hidden=hidden, batch=1, length=1)
+  return {**_expand(two, streams=streams, hidden=hidden, batch=batch, length=length),
+          **{name: weights[name] for name in ("fn", "base", "scale")}}
+
+
 _COLLAPSE = dict(options=dict(norm_eps=1e-6, eps=1e-6, iterations=20), differentiable=("streams", "fn", "base", "scale"),
                  wide=("fn", "base", "scale"))
 _EXPAND = dict(differentiable=("streams", "update", "post", "comb"), wide=("post", "comb"))
+_BOTH = dict(options=_COLLAPSE["options"], differentiable=_EXPAND["differentiable"] + ("fn", "base", "scale"),
+             wide=_EXPAND["wide"] + _COLLAPSE["wide"])
 _TOLERANCES = {"float64": 1e-9, "bfloat16": 3e-2}
 
 CASES = (
@@ -40,8 +49,14 @@ CASES = (
          **_COLLAPSE, tolerances={"float64": 1e-9}),
     Case(expand, "four streams, several blocks", functools.partial(_expand, streams=4, hidden=6, length=150), **_EXPAND,
          tolerances=_TOLERANCES),
+    Case(expand_collapse, "four streams", functools.partial(_expand_collapse, streams=4, hidden=6, length=70), **_BOTH,
+         tolerances=_TOLERANCES),
+    Case(expand_collapse, "two streams", functools.partial(_expand_collapse, streams=2, hidden=5), **_BOTH,
+         tolerances={"float64": 1e-9}),
     Case(collapse, "a long row", functools.partial(_collapse, streams=4, hidden=512, batch=1, length=4096), **_COLLAPSE,
          bench=True),
     Case(expand, "a long row", functools.partial(_expand, streams=4, hidden=512, batch=1, length=4096), **_EXPAND,
          bench=True),
+    Case(expand_collapse, "a long row", functools.partial(_expand_collapse, streams=4, hidden=512, batch=1, length=4096),
+         **_BOTH, bench=True),
 )

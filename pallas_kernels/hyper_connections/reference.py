@@ -28,16 +28,22 @@ def collapse(streams_BSND, fn, base, scale, *, norm_eps, eps, iterations):
   n = x_BSND.shape[2]
   flat = x_BSND.reshape(*x_BSND.shape[:2], -1)
   flat = flat * jax.lax.rsqrt((flat * flat).mean(-1, keepdims=True) + norm_eps)
-  u = flat @ fn.astype(exact)
+  u = jnp.matmul(flat, fn.astype(exact), precision="highest")
   pre_BSN = jax.nn.sigmoid(u[..., :n] * scale[0] + base[:n]) + eps
   post_BSN = 2 * jax.nn.sigmoid(u[..., n:2 * n] * scale[1] + base[n:2 * n])
   logits = (u[..., 2 * n:] * scale[2] + base[2 * n:]).reshape(*u.shape[:-1], n, n)
   comb_BSNN = sinkhorn(logits, iterations=iterations, eps=eps)
-  return jnp.einsum("BSN,BSND->BSD", pre_BSN, x_BSND).astype(streams_BSND.dtype), post_BSN, comb_BSNN
+  return jnp.einsum("BSN,BSND->BSD", pre_BSN, x_BSND, precision="highest").astype(streams_BSND.dtype), post_BSN, comb_BSNN
 
 
 def expand(streams_BSND, update_BSD, post_BSN, comb_BSNN):
   """See `pallas_kernels.hyper_connections.expand`."""
   exact = comb_BSNN.dtype
-  mixed = jnp.einsum("BSjk,BSjD->BSkD", comb_BSNN, streams_BSND.astype(exact))
+  mixed = jnp.einsum("BSjk,BSjD->BSkD", comb_BSNN, streams_BSND.astype(exact), precision="highest")
   return (post_BSN[..., None] * update_BSD[:, :, None].astype(exact) + mixed).astype(streams_BSND.dtype)
+
+
+def expand_collapse(streams_BSND, update_BSD, post_BSN, comb_BSNN, fn, base, scale, *, norm_eps, eps, iterations):
+  """See `pallas_kernels.hyper_connections.expand_collapse`."""
+  new_BSND = expand(streams_BSND, update_BSD, post_BSN, comb_BSNN)
+  return new_BSND, *collapse(new_BSND, fn, base, scale, norm_eps=norm_eps, eps=eps, iterations=iterations)

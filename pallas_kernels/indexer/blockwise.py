@@ -13,7 +13,7 @@ from pallas_kernels import blocks
 from pallas_kernels.blocks import MASKED, positive_zero
 
 
-def _block_scores(q_Chc, w_Ch, keys, axis_name):
+def _block_scores(q_Chc, w_Ch, keys):
   """Scores [C, T] (keys [T, c]) or [C, K] (keys gathered per query [C, K, c]), at least float32.
 
   The sum over heads is written out head by head: on a CPU an einsum over so short an axis is half as fast.
@@ -28,10 +28,10 @@ def _block_scores(q_Chc, w_Ch, keys, axis_name):
     rows = q_Chc.transpose(1, 0, 2).reshape(heads * size, width)
     dots_hCT = jnp.einsum("Rc,Tc->RT", rows, keys, preferred_element_type=exact).reshape(heads, size, -1)
     total = sum(jax.nn.relu(dots_hCT[h]) * w_Ch[:, h, None].astype(exact) for h in range(heads))
-  return total if axis_name is None else jax.lax.psum(total, axis_name)
+  return total
 
 
-def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids, entry_last, entry_segment, axis_name):
+def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids, entry_last, entry_segment):
   """See `pallas_kernels.indexer.select`; returns picks [B, S, K]."""
   keys_BTc = jnp.where((entry_segment > 0)[..., None], keys_BTc, 0)
   batch, length = positions.shape
@@ -40,7 +40,7 @@ def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids
 
   def one(item):
     row, q_Chc, w_Ch, position_C, segment_C = item
-    scores_CT = _block_scores(q_Chc, w_Ch, keys_BTc[row], axis_name)
+    scores_CT = _block_scores(q_Chc, w_Ch, keys_BTc[row])
     visible = blocks.sees_entry(position_C, segment_C, entry_last[row], entry_segment[row])
     best, picks = jax.lax.top_k(jnp.where(visible, positive_zero(scores_CT), -jnp.inf), top_k)
     return jnp.where(best > -jnp.inf, picks, -1)
@@ -50,11 +50,12 @@ def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids
 
 
 def kl_loss(queries_BShc, weights_BSh, keys_BTc, attention_BSHd, entries_BTd, lse_BSH, selection, *, positions, segment_ids,
-            entry_last, entry_segment, scale, axis_name):
+            entry_last, entry_segment, scale):
   """See `pallas_kernels.indexer.kl_loss`. Each block is recomputed in the backward pass."""
   used = (entry_segment > 0)[..., None]
   keys_BTc, entries_BTd = jnp.where(used, keys_BTc, 0), jnp.where(used, entries_BTd, 0)
   batch, length = positions.shape
+  selection = selection.listed()
   gathered = selection.kind == "indices"
   reach = selection.picks.shape[2] if gathered else keys_BTc.shape[1]
   if not reach:
@@ -76,10 +77,9 @@ def kl_loss(queries_BShc, weights_BSh, keys_BTc, attention_BSHd, entries_BTd, ls
       visible = blocks.sees_entry(position_C, segment_C, last_T, own_T)
     logits = jnp.einsum("CHd,CKd->CHK" if gathered else "CHd,Kd->CHK", a_CHd, entries, preferred_element_type=lse_CH.dtype)
     mass_CK = jnp.where(visible, jnp.exp(logits * scale - lse_CH[..., None]).sum(1), 0)
-    mass_CK = mass_CK if axis_name is None else jax.lax.psum(mass_CK, axis_name)
     total_C1 = mass_CK.sum(-1, keepdims=True)
     p_CK = jax.lax.stop_gradient(mass_CK / jnp.where(total_C1 > 0, total_C1, 1))
-    index_CK = jnp.where(visible, _block_scores(q_Chc, w_Ch, keys, axis_name), MASKED)
+    index_CK = jnp.where(visible, _block_scores(q_Chc, w_Ch, keys), MASKED)
     log_q_CK = index_CK - jax.nn.logsumexp(index_CK, -1, keepdims=True)
     terms_CK = p_CK * (jnp.log(jnp.where(p_CK > 0, p_CK, 1)) - log_q_CK)
     return jnp.where(p_CK > 0, terms_CK, 0).sum(-1)

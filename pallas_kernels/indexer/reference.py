@@ -11,26 +11,25 @@ import jax.numpy as jnp
 from pallas_kernels.blocks import positive_zero, sees_entry
 
 
-def scores(queries_BShc, weights_BSh, keys_BTc, axis_name=None):
+def scores(queries_BShc, weights_BSh, keys_BTc):
   """[B, S, T], at least float32: sum_h w_h relu(q_h . k)."""
   exact = jnp.promote_types(queries_BShc.dtype, jnp.float32)
   q, w, k = (x.astype(exact) for x in (queries_BShc, weights_BSh, keys_BTc))
   dots_BSTh = jax.nn.relu(jnp.einsum("BShc,BTc->BSTh", q, k))
-  total = (dots_BSTh * w[:, :, None]).sum(-1)
-  return total if axis_name is None else jax.lax.psum(total, axis_name)
+  return (dots_BSTh * w[:, :, None]).sum(-1)
 
 
-def select(queries, weights, keys, *, top_k, positions, segment_ids, entry_last, entry_segment, axis_name):
+def select(queries, weights, keys, *, top_k, positions, segment_ids, entry_last, entry_segment):
   """See `pallas_kernels.indexer.select`; returns picks [B, S, K]."""
   keys = jnp.where((entry_segment > 0)[..., None], keys, 0)
   visible = sees_entry(positions, segment_ids, entry_last, entry_segment)
-  masked = jnp.where(visible, positive_zero(scores(queries, weights, keys, axis_name)), -jnp.inf)
+  masked = jnp.where(visible, positive_zero(scores(queries, weights, keys)), -jnp.inf)
   best, picks = jax.lax.top_k(masked, top_k)
   return jnp.where(best > -jnp.inf, picks, -1)
 
 
 def kl_loss(queries, weights, keys, attention_queries, entries, lse, selection, *, positions, segment_ids, entry_last,
-            entry_segment, scale, axis_name):
+            entry_segment, scale):
   """See `pallas_kernels.indexer.kl_loss`."""
   used = (entry_segment > 0)[..., None]
   keys, entries = jnp.where(used, keys, 0), jnp.where(used, entries, 0)
@@ -38,10 +37,9 @@ def kl_loss(queries, weights, keys, attention_queries, entries, lse, selection, 
   exact = jnp.promote_types(lse.dtype, jnp.float32)
   logits_BSHT = jnp.einsum("BSHd,BTd->BSHT", attention_queries.astype(exact), entries.astype(exact)) * scale
   mass_BST = jnp.where(chosen_BST, jnp.exp(logits_BSHT - lse[..., None]).sum(2), 0)
-  mass_BST = mass_BST if axis_name is None else jax.lax.psum(mass_BST, axis_name)
   total = mass_BST.sum(-1, keepdims=True)
   p_BST = mass_BST / jnp.where(total > 0, total, 1)
-  index = jnp.where(chosen_BST, scores(queries, weights, keys, axis_name), -1e30)
+  index = jnp.where(chosen_BST, scores(queries, weights, keys), -1e30)
   log_q = index - jax.nn.logsumexp(index, -1, keepdims=True)
   terms = p_BST * (jnp.log(jnp.where(p_BST > 0, p_BST, 1)) - log_q)
   return jnp.where(p_BST > 0, terms, 0).sum(-1)

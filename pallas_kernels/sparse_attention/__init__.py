@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import pick
 from pallas_kernels.selection import Selection
-from pallas_kernels.sparse_attention import blockwise, reference
+from pallas_kernels.sparse_attention import blockwise, kernel, reference
 
 
 def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Selection, sink: jax.Array, *,
@@ -31,16 +33,21 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Se
     entry_segment: int32 [B, T], document of the entry; 0 = unused memory, which may hold anything.
     window: keys of the sliding window, the query's own included; 0 = none.
     scale: multiplies q . k, not the sink.
-    implementation: auto, reference, blockwise.
+    implementation: auto, reference, blockwise, pallas, interpret.
 
   Returns:
     out [B, S, H, d] in q's dtype; lse [B, S, H], at least float32, log of the whole denominator, the sink's part included.
     Both are differentiable in q, window_kv, entries and sink.
 
   Raises:
-    NotImplementedError: a named implementation that does not exist.
+    NotImplementedError: a named implementation that does not exist, or a kernel on a chip or with more entries than it is
+      made for.
+    ValueError: a window beyond a kernel's.
   """
-  run = pick("sparse_attention", implementation, {"reference": reference.attend, "blockwise": blockwise.attend})
+  run = pick("sparse_attention", implementation, {
+      "reference": reference.attend, "blockwise": blockwise.attend,
+      "pallas": functools.partial(kernel.attend, interpret=False),
+      "interpret": functools.partial(kernel.attend, interpret=True)})
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   # A key of weight zero is still multiplied by it, and NaN times zero is NaN: what is unread must be finite.
   window_kv = window_kv if window else jnp.zeros_like(window_kv)

@@ -21,7 +21,7 @@ from pallas_kernels.blocks import MASKED
 def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, segment_ids, entry_last, entry_segment,
            window, scale):
   """See `pallas_kernels.sparse_attention.attend`."""
-  entries_BTd = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0)
+  entries_BTd, selection = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0), selection.listed()
   places = (positions, segment_ids, entry_last, entry_segment)
   return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, selection.picks, places, (selection.kind, window, scale))
 

@@ -22,7 +22,7 @@ def _visible(b, i, t, places):
 def _chosen(b, i, selection, num_entries, places):
   """Entries that query i reads, in the order of its picks."""
   everything = selection.kind == "all"
-  candidates = range(num_entries) if everything else [int(t) for t in np.asarray(selection.picks)[b, i] if t >= 0]
+  candidates = range(num_entries) if everything else [int(t) for t in np.asarray(selection.indices())[b, i] if t >= 0]
   return [t for t in candidates if _visible(b, i, t, places)]
 
 
@@ -120,6 +120,11 @@ def expand(streams, update, post, comb):
   for k in range(n):
     new[:, :, k] = post[:, :, k, None] * update + sum(comb[:, :, j, k, None] * streams[:, :, j] for j in range(n))
   return (new,)
+
+
+def expand_collapse(streams, update, post, comb, fn, base, scale, *, norm_eps, eps, iterations):
+  (new,) = expand(streams, update, post, comb)
+  return new, *collapse(new, fn, base, scale, norm_eps=norm_eps, eps=eps, iterations=iterations)
 
 
 def expert_mlp(x, gate, up, down, group_sizes, *, tile, limit):

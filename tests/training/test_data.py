@@ -310,8 +310,8 @@ def test_array_record_changed_under_its_index(records):
   path, documents = records
   file = path / "a.array_record"
   index = sources._index(file)
-  np.savez(open(index, "wb"), lengths=np.array([len(d) for d in documents[:30]], np.int64), largest=3,
-           size=file.stat().st_size)
+  with open(index, "wb") as out:
+    np.savez(out, lengths=np.array([len(d) for d in documents[:30]], np.int64), largest=3, size=file.stat().st_size)
   (found,) = [f for f in sources.open_records(record_config(path), VOCAB) if f.name == file.name]
   record = next(i for i, d in enumerate(documents[:30]) if d and max(d) > 3)
   with pytest.raises(ValueError, match=rf"a.array_record, record {record}: expected ids from 0 to 3, found .* has changed"):

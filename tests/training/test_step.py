@@ -221,7 +221,7 @@ def two_layers():
   run = dataclasses.replace(RUN, model=model)
   mesh = sharding.make_mesh(c.MeshConfig(data=1, fsdp=2), jax.devices()[:2])
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(step_lib, "compiler_options", fast_options)
+    patch.setattr(step_lib, "compiler_options", lambda mesh: fast_options())
     find = step_lib.find_non_finite(run, mesh)
   batch = jax.device_put(random_batch(), sharding.batch_sharding(mesh))
   places = jax.tree.map(lambda x: x.sharding, step_lib.abstract_state(run, mesh))

@@ -1,0 +1,207 @@
+"""Compiles programs for one device of a TPU that is not there, in a process of its own: the compiler may abort it.
+
+    python -m launch.benchmarks.kernels.compile v5p:2x2x1 [FOLDER]
+
+is the process; it reads one JSON request a line on stdin, {"builder": "module:function", "arguments": {...}}, calls the
+function with the arguments, which returns (fn, operands of jax.ShapeDtypeStruct), and answers with one JSON line on stdout.
+With a folder the compiler's schedules are read, too. `Compiler` starts it, gives it time, and turns its end into an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Mapping, Sequence
+
+from launch.benchmarks.kernels import chips
+
+ROOT = Path(__file__).resolve().parents[3]
+TIMEOUT = 600  # seconds for one program
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+               "JAX_ENABLE_COMPILATION_CACHE": "false"}
+_NOISE = re.compile(r"TPU_ACCELERATOR_TYPE|TPU_WORKER_HOSTNAMES|InitGoogle|Source Location Trace|tfrc/runtime|^\s*@|"
+                    r"^\*\*\*|^\s*$|PC: @|stack trace|symbolize|^\s+\[|Fatal Python error|Extension modules|^\s*File ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A program to compile: `builder` = "module:function", called with `arguments`, returns (fn, operands)."""
+
+  name: str
+  builder: str
+  arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Compiler:
+  """A process that compiles for one topology, started again after it died.
+
+  Raises:
+    ValueError: an unknown topology.
+  """
+
+  def __init__(self, topology: str, schedules: bool = True, timeout: float = TIMEOUT):
+    chips.chip_of(topology)
+    self._topology, self._schedules, self.timeout = topology, schedules, timeout
+    self._folder = tempfile.TemporaryDirectory()
+    self._process: subprocess.Popen | None = None
+
+  def __enter__(self) -> "Compiler":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._stop()
+    self._folder.cleanup()
+
+  def _start(self) -> None:
+    folder = Path(self._folder.name)
+    self._errors = (folder / f"errors_{time.monotonic_ns()}.txt").open("w+", encoding="utf-8", errors="replace")
+    command = [sys.executable, "-m", __spec__.name, self._topology]
+    if self._schedules:
+      dumps = folder / f"schedules_{time.monotonic_ns()}"
+      dumps.mkdir()
+      command.append(str(dumps))
+    self._process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE, stderr=self._errors)
+    self._lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()
+
+  def _stop(self) -> None:
+    if self._process is None:
+      return
+    self._process.kill()
+    self._process.wait()
+    self._process.stdin.close()
+    self._errors.close()
+    self._process = None
+
+  def compile(self, request: Request) -> dict[str, Any]:
+    """The process's answer (see `answer`); if it died or took too long, {"ok": False, "error"} with the compiler's words."""
+    if self._process is None:
+      self._start()
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.write(json.dumps({"builder": request.builder, "arguments": dict(request.arguments)}) + "\n")
+      self._process.stdin.flush()
+    try:
+      line = self._lines.get(timeout=self.timeout)
+    except queue.Empty:
+      line, reason = "", f"took more than {self.timeout:g} s"
+    else:
+      reason = "" if line else "the compiler ended the process {ended}"
+    if line:
+      return json.loads(line)
+    if reason.startswith("took"):
+      self._process.kill()
+    code = self._process.wait()
+    ended = f"with code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+    self._errors.seek(0)
+    said = _last_words(self._errors.read())
+    self._stop()
+    return {"ok": False, "error": reason.format(ended=ended) + (f": {said}" if said else "")}
+
+  def compile_all(self, requests: Sequence[Request], say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """The answers in order; one line of progress each, with the time left."""
+    found, start = [], time.monotonic()
+    for number, request in enumerate(requests, 1):
+      found.append(self.compile(request))
+      if say is not None:
+        left = (time.monotonic() - start) / number * (len(requests) - number)
+        text = f"{found[-1]['seconds']:.1f} s" if found[-1]["ok"] else found[-1]["error"].splitlines()[0][:160]
+        minutes = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        say(f"[{number:>{len(str(len(requests)))}}/{len(requests)}] {request.name}: {text}, about {minutes} left")
+    return found
+
+
+def _forward(stream: Any, lines: queue.Queue) -> None:
+  with stream:
+    for line in stream:
+      lines.put(line)
+  lines.put("")
+
+
+def _last_words(text: str) -> str:
+  """The compiler's error in what a process that it ended left on stderr."""
+  lines = [line.strip() for line in text.splitlines() if not _NOISE.search(line)]
+  failed = [line for line in lines if re.search(r"Check failed|^F\d{4}|RET_CHECK|Error:", line)]
+  return " ".join((failed or lines)[:3])[:1000]
+
+
+# ---- the process ------------------------------------------------------------------------------------------------------
+def answer(topology: str, request: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+  """Compiles one request for the first device of a topology; the compiler lays operands and results out as inside a model.
+
+  Returns:
+    {"ok": True, "seconds", "memory" (bytes by kind), "cost" (flops and bytes accessed, loops once), "parts", "calls",
+    "matmul_flops" (outside kernels, loops multiplied out), "schedules"}; or {"ok": False, "error"} with what Python or the
+    compiler raised.
+  """
+  import jax
+  from jax.experimental import topologies
+  from jax.experimental.layout import Format, Layout
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  from launch.benchmarks.kernels import program, schedule
+
+  start = time.monotonic()
+  try:
+    module, function = request["builder"].split(":")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:1]
+    mesh = Mesh(devices, ("core",))
+    anywhere = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec()))
+    known = set(folder.glob("*")) if folder else set()
+    with jax.set_mesh(mesh):  # Pallas asks the mesh which TPU it compiles for
+      fn, operands = getattr(importlib.import_module(module), function)(**request["arguments"])
+      traced = jax.jit(fn, in_shardings=anywhere, out_shardings=anywhere).trace(*operands)
+      compiled = traced.lower().compile()
+    found = {"ok": True, "seconds": time.monotonic() - start, "memory": _memory(compiled), "cost": _cost(compiled),
+             "parts": [dataclasses.asdict(part) for part in program.parts(compiled.as_text())],
+             "calls": [dataclasses.asdict(call) for call in program.calls(traced.jaxpr.jaxpr)],
+             "matmul_flops": program.matmul_flops(traced.jaxpr.jaxpr),
+             "schedules": [s.as_json() for s in schedule.read_folder(folder, tuple(known))] if folder else []}
+    for path in set(folder.glob("*")) - known if folder else ():
+      path.unlink()
+    return found
+  except Exception as error:  # whatever the compiler says is the answer
+    text = re.sub(r'"body":"[^"]*"', '"body":"..."', str(error))
+    return {"ok": False, "error": f"{type(error).__name__}: {text[:2000]}"}
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+  """Bytes by kind; `total` is what the program takes of the device's HBM."""
+  memory = compiled.memory_analysis()
+  sizes = {kind: int(getattr(memory, f"{kind}_size_in_bytes")) for kind in
+           ("argument", "output", "alias", "temp", "generated_code")}
+  return sizes | {"total": sum(sizes.values()) - 2 * sizes["alias"]}
+
+
+def _cost(compiled: Any) -> dict[str, float]:
+  cost = compiled.cost_analysis() or {}
+  cost = cost[0] if isinstance(cost, list) else cost
+  return {"flops": float(cost.get("flops", 0)), "bytes": float(cost.get("bytes accessed", 0))}
+
+
+def main(topology: str, folder: str | None = None) -> None:
+  channel = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)  # whatever libraries print goes to stderr
+  if folder is not None:
+    from launch.benchmarks.kernels import schedule
+    flags = schedule.FLAGS.format(folder=folder)
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+  for line in sys.stdin:
+    channel.write(json.dumps(answer(topology, json.loads(line), Path(folder) if folder else None)) + "\n")
+    channel.flush()
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

@@ -1,0 +1,235 @@
+"""How often each region of a kernel's schedule runs: what the schedule's text does not say.
+
+`schedule.counted` finds the branches and loops of unknown count that do vector work. A plan names them in program order,
+which is the order of the `pl.when`s and loops in the kernel's source, with their executions in all; a "?" behind a name says
+that the region may be too small to be counted. Where a plan does not fit (a kernel has changed), `fallback` counts the
+hottest region once per grid step and the others once per block.
+
+Letters: R rows of a block (queries x heads)   U entries of a tile
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Callable, Sequence
+
+import numpy as np
+
+from launch.benchmarks.kernels import bounds
+from launch.benchmarks.kernels.cases import SPLASH_BLOCK, Case
+from launch.benchmarks.kernels.chips import Chip
+from launch.benchmarks.kernels.program import Call
+
+UNIT_ROWS, UNIT_ENTRIES = 8 * 128, 512  # 8 tokens of 128 heads against 512 entries: the unit of the targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Executions of one call of a kernel, over all cores.
+
+  Attributes:
+    counts: name and executions of each counted region, in program order.
+    hot: name of the region that the targets are about; "" = a whole step of the grid.
+    steps: of the whole grid.
+    visits: how often a window whose number is prefetched changes; one number, or one for each such window.
+    flops: that the kernel multiplies, masked pairs included.
+    units: of the targets in one pass of the hot region; 0 = the op has no such unit.
+    fixed: name of the region that runs once per block of queries, and the FLOPs of one pass.
+    copied: HBM bytes that the kernel copies by itself, outside the pipeline.
+    fits: False for a guess.
+  """
+
+  counts: tuple[tuple[str, float], ...]
+  hot: str
+  steps: float
+  visits: float | tuple[float, ...]
+  flops: float = 0.0
+  units: float = 0.0
+  fixed: tuple[str, float] | None = None
+  copied: float = 0.0
+  fits: bool = True
+
+
+def plan_of(kernel: str, case: Case, call: Call, chip: Chip) -> Plan | None:
+  """The plan of a kernel, by the name that its author gave it; None = there is none."""
+  make = PLANS.get(kernel)
+  return make(case, call, chip) if make else None
+
+
+def grid_steps(call: Call) -> int:
+  """Steps of a grid whose sizes are known; an axis that is not counts as one step."""
+  return math.prod(size or 1 for size in call.grid)
+
+
+def fit(plan: Plan | None, heat: Sequence[float]) -> Plan | None:
+  """The plan for the counted regions, small ones left out; None = it does not fit.
+
+  Args:
+    heat: of each region, see `schedule.heat`; a plan whose hot region does less than half of what another does is wrong.
+  """
+  if plan is None:
+    return None
+  counts = list(plan.counts)
+  while len(counts) > len(heat) and any(name.endswith("?") for name, _ in counts):
+    del counts[next(number for number, (name, _) in enumerate(counts) if name.endswith("?"))]
+  names = [name.rstrip("?") for name, _ in counts]
+  if len(names) != len(heat) or (plan.hot and heat[names.index(plan.hot)] < max(heat) / 2):
+    return None
+  return dataclasses.replace(plan, counts=tuple(zip(names, (count for _, count in counts))))
+
+
+def fallback(call: Call, plan: Plan | None, heat: Sequence[float], flops: float) -> Plan:
+  """A guess for a kernel without a plan that fits; of one that does not, all but the regions holds."""
+  steps, blocks = plan.steps if plan else grid_steps(call), math.prod(size or 1 for size in call.grid[:-1])
+  visits = plan.visits if plan and not isinstance(plan.visits, tuple) else steps
+  names = [f"region {number}" for number in range(len(heat))]
+  hot = max(zip(heat, names), default=(0, ""))[1]
+  counts = tuple((name, visits if name == hot else blocks) for name in names)
+  if plan is not None:
+    return dataclasses.replace(plan, counts=counts, hot=hot, fixed=None, fits=False)
+  return Plan(counts, hot, steps, steps, flops, fits=False)
+
+
+def _tiles(case: Case, queries: int, blocks: int, entries: int) -> np.ndarray:
+  """Tiles that each of all blocks visits: every one that the block's last query sees; with many picks none is empty."""
+  last = bounds.visible(case)[np.minimum((np.arange(blocks // case.batch) + 1) * queries, case.queries) - 1]
+  return np.tile(np.ceil(last / entries), case.batch)
+
+
+# ---- attention --------------------------------------------------------------------------------------------------------
+
+
+def _attention(case: Case, call: Call, matmuls: int, names: Sequence[str]) -> Plan:
+  """Grid (parts, blocks, tiles of the longest list); `matmuls` per pair of a row and a key.
+
+  Where all entries are one tile, a block's start does it together with the window.
+  """
+  (rows, width), queries, entries = call.blocks[0][1:], call.blocks[1][1], call.blocks[2][1]
+  near = next(block[-2] for block in call.blocks[3:] if block[-1] == width and block[-2] != rows)  # the window's keys
+  blocks = math.prod(size for size in call.grid[:2])
+  tiles, merged = _tiles(case, queries, blocks, entries), case.entries <= entries
+  visits = float(blocks) if merged else float(tiles.sum())
+  pair = 2 * matmuls * width
+  times = {"clear": call.grid[0], "new window": blocks * queries * 2 / near, "start": blocks, "tile": visits,
+           "finish": blocks, "flush": call.grid[0]}
+  counts = tuple((name, times[name.rstrip("?")]) for name in names if name != "tile" or not merged)
+  flops = pair * rows * (visits * entries * (case.entries > 0) + blocks * near)
+  units = 0.0 if merged else rows * entries / (UNIT_ROWS * UNIT_ENTRIES)
+  return Plan(counts, "start" if merged else "tile", blocks * max(float(tiles.max()), 1.0), visits, flops, units,
+              None if merged else ("start", pair * rows * near))
+
+
+def _masked_attention(case: Case, call: Call, chip: Chip) -> Plan:
+  return _attention(case, call, 2, ("start", "tile", "finish"))
+
+
+def _masked_attention_backward(case: Case, call: Call, chip: Chip) -> Plan:
+  plan = _attention(case, call, 5, ("clear", "new window", "start", "tile", "finish", "flush?"))
+  return dataclasses.replace(plan, copied=call.grid[0] * case.entries * case.shapes.width * 4.0)
+
+
+# ---- indexer ----------------------------------------------------------------------------------------------------------
+ROUNDS = 7.2  # of two counting passes: what normal scores need until every one of 32 queries has its threshold
+
+
+def _index_select(case: Case, call: Call, chip: Chip) -> Plan:
+  """Counting passes go over groups of 4,096 entries; blocks that see no more than `top_k` entries need only the first."""
+  queries, heads, width = call.blocks[0][1:]
+  entries, blocks = call.blocks[3][1], math.prod(call.grid[:3])
+  tiles = _tiles(case, queries, blocks, entries)
+  slots = min(4096 // entries, call.grid[3])
+  groups = np.ceil(tiles / slots)
+  searching = tiles * entries > case.shapes.top_k
+  passes, visits = float((groups * searching).sum()) * ROUNDS, float(tiles.sum())
+  counts = (("start", blocks), ("score", visits), ("finish", blocks), ("hide before?", 0.0),
+            ("hide behind?", float((groups * slots - tiles).sum())), ("extent", float(groups.sum())),
+            ("search", float(searching.sum()) * ROUNDS), ("first trial", passes), ("second trial", passes),
+            ("ties?", 0.0), ("tie trial", 0.0), ("write", float(groups.sum())))
+  return Plan(counts, "score", math.prod(call.grid), visits, 2.0 * queries * heads * width * entries * visits)
+
+
+def _index_loss(case: Case, call: Call, chip: Chip) -> Plan:
+  return _index_loss_tiles(case, call, 1, ("start", "tile", "finish?"))
+
+
+def _index_loss_backward(case: Case, call: Call, chip: Chip) -> Plan:
+  plan = _index_loss_tiles(case, call, 3, ("clear", "start", "tile", "finish", "flush?"))
+  return dataclasses.replace(plan, copied=chip.cores * case.batch * case.entries * case.shapes.index_width * 4.0)
+
+
+def _index_loss_tiles(case: Case, call: Call, matmuls: int, names: Sequence[str]) -> Plan:
+  """`matmuls`: of the indexer's size per tile, beside the one of the attention's."""
+  (queries, heads, width), (_, attention_heads, attention_width) = call.blocks[0][1:], call.blocks[3][1:]
+  entries, blocks = call.blocks[2][1], math.prod(call.grid[:3])
+  visits = float(_tiles(case, queries, blocks, entries).sum())
+  rows = math.prod(call.grid[:2])
+  times = {"clear": rows, "start": blocks, "tile": visits, "finish": blocks, "flush": rows}
+  flops = 2.0 * queries * entries * visits * (matmuls * heads * width + attention_heads * attention_width)
+  return Plan(tuple((name, times[name.rstrip("?")]) for name in names), "tile", math.prod(call.grid), visits, flops)
+
+
+# ---- hyper-connections ------------------------------------------------------------------------------------------------
+def _every_step(*names: str) -> Callable[[Case, Call, Chip], Plan]:
+  """A kernel whose steps are alike; regions `names` run once per core."""
+  def make(case: Case, call: Call, chip: Chip) -> Plan:
+    steps = grid_steps(call)
+    return Plan(tuple((name, chip.cores) for name in names), "", steps, steps)
+  return make
+
+
+# ---- experts ----------------------------------------------------------------------------------------------------------
+def _expert_tiles(case: Case, tile: int) -> int:
+  """Tiles in use if all experts have the same number of rows."""
+  return case.experts * math.ceil(case.rows / case.experts / tile)
+
+
+def _expert_rows(matmuls: int, weights: int) -> Callable[[Case, Call, Chip], Plan]:
+  """`rows_call`: grid (blocks of columns, tiles); a block of weights stays for all tiles of its expert."""
+  def make(case: Case, call: Call, chip: Chip) -> Plan:
+    tile = call.blocks[0][0]
+    blocks, tiles = call.grid[0], _expert_tiles(case, tile)
+    flops = 2.0 * matmuls * tiles * tile * case.shapes.hidden * case.shapes.expert_width
+    return Plan((), "", blocks * tiles, (blocks * case.experts,) * weights, flops)
+  return make
+
+
+def _expert_weights(matmuls: int) -> Callable[[Case, Call, Chip], Plan]:
+  """`weights_call`: grid (blocks of rows, blocks of columns, tiles); a sum per expert is written when its tiles are done."""
+  def make(case: Case, call: Call, chip: Chip) -> Plan:
+    tile = call.blocks[0][0]
+    blocks, tiles = call.grid[0] * call.grid[1], _expert_tiles(case, tile)
+    sums, steps = blocks * case.experts, blocks * tiles
+    flops = 2.0 * matmuls * tiles * tile * case.shapes.hidden * case.shapes.expert_width
+    visits = (steps,) * (1 + matmuls) + (sums,) * matmuls
+    return Plan((("tile", steps), ("clear", 0), ("write", sums)), "tile", steps, visits, flops)
+  return make
+
+
+# ---- JAX's splash attention -------------------------------------------------------------------------------------------
+def _splash(matmuls: int, by_keys: bool = False) -> Callable[[Case, Call, Chip], Plan]:
+  """Grid (heads, blocks of queries or keys, the other's blocks), blocks without any unmasked pair skipped."""
+  def make(case: Case, call: Call, chip: Chip) -> Plan:
+    size, heads, width = SPLASH_BLOCK, case.shapes.heads, case.shapes.width
+    blocks = case.queries // size
+    window = np.minimum(np.arange(blocks) + 1, 1 + -(-(case.shapes.window - 1) // size))
+    visits = heads * float((window + _tiles(case, size, blocks, size)).sum())
+    ends = heads * (call.grid[2] if by_keys else call.grid[1])
+    return Plan((("start", ends), ("tile", visits), ("finish", ends)), "tile", grid_steps(call), visits,
+                2.0 * matmuls * size * size * width * visits)
+  return make
+
+
+PLANS: dict[str, Callable[[Case, Call, Chip], Plan]] = {
+    "masked_attention": _masked_attention,
+    "masked_attention_backward": _masked_attention_backward,
+    "index_select": _index_select, "index_loss": _index_loss, "index_loss_backward": _index_loss_backward,
+    "splash_mqa_fwd_no_residuals": _splash(2), "splash_mqa_fwd_residuals": _splash(2),
+    "splash_mqa_dq_no_residuals": _splash(3), "splash_mqa_dkv_no_residuals": _splash(4, by_keys=True),
+    "hyper_collapse": _every_step(), "hyper_expand": _every_step(), "hyper_expand_collapse": _every_step(),
+    "hyper_collapse_backward": _every_step("clear"), "hyper_expand_backward": _every_step(),
+    "hyper_expand_collapse_backward": _every_step("clear"), "sinkhorn": _every_step(),
+    "experts_hidden": _expert_rows(2, 2), "experts_down": _expert_rows(1, 1),
+    "experts_d_hidden": _expert_rows(1, 1), "experts_d_rows": _expert_rows(2, 2),
+    "experts_d_gate_up": _expert_weights(2), "experts_d_down": _expert_weights(1),
+}

@@ -1,0 +1,164 @@
+"""The table of a bench of kernels, which targets are reached, and where others win."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable, Sequence
+
+from launch.benchmarks.kernels.chips import Chip
+
+Row = dict[str, Any]
+
+
+# ---- targets ----------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """At most `bounds[chip]` for the largest `value` of our rows.
+
+  Attributes:
+    text: what is asked.
+    bounds: by the chip's name.
+    value: of a row; None where the target does not speak about it.
+  """
+
+  text: str
+  bounds: dict[str, float]
+  value: Callable[[Row], float | None]
+
+
+def _kernel(name: str, figure: str) -> Callable[[Row], float | None]:
+  """A kernel's figure where entries are many: few of them make a narrow tile."""
+  return lambda row: row["kernels"].get(name, {}).get(figure) if row["op"] == "attention" and row["length"] else None
+
+
+def _of_op(ops: Sequence[str], figure: Callable[[Row], float | None], length: int | None = None):
+  return lambda row: figure(row) if row["op"] in ops and row["length"] and length in (None, row["length"]) else None
+
+
+def _select_ratio(row: Row) -> float:
+  """Time of the selection over its bound: the matrix unit's on v5p, else the vector slots that the scores need."""
+  return row["time_cycles"] / row["matrix_cycles" if row["chip"] == "v5p" else "vector_cycles"]
+
+
+def _on(v5p: float, v6e: float, tpu7x: float) -> dict[str, float]:
+  return {"v5p": v5p, "v6e": v6e, "tpu7x": tpu7x}
+
+
+_MIXING = ("collapse", "expand", "expand_collapse")
+TARGETS = (
+    Target("attention forward, bundles per 8 tokens x 128 heads x 512 entries", _on(7500, 2350, 2100),
+           _kernel("masked_attention", "unit_bundles")),
+    Target("attention backward, bundles per 8 tokens x 128 heads x 512 entries", _on(18000, 5400, 4600),
+           _kernel("masked_attention_backward", "unit_bundles")),
+    Target("attention forward, fixed part per block of queries over its matrix bound", _on(1.1, 1.6, 2.0),
+           _kernel("masked_attention", "fixed_ratio")),
+    Target("selection at 64K over the matrix bound (v5p) or the scores' vector slots", _on(1.6, 2.0, 2.0),
+           _of_op(("select",), _select_ratio, 65536)),
+    Target("hyper-connections, HBM bytes over the least", _on(1.3, 1.3, 1.3), _of_op(_MIXING, lambda row: row["hbm_ratio"])),
+)
+
+
+def targets(rows: Sequence[Row], chip: Chip) -> list[Row]:
+  """Each target with its `value` and whether it is `reached`; None where the rows do not say."""
+  found = []
+  ours = [row for row in rows if row["ours"] and "failed" not in row]
+  for target in TARGETS:
+    values = [value for row in ours if (value := target.value(row)) is not None]
+    value, bound = max(values, default=None), target.bounds[chip.name]
+    found.append({"target": f"{chip.name}: {target.text}, at most {bound:,g}", "bound": bound, "value": value,
+                  "reached": None if value is None else value <= bound})
+  return found
+
+
+# ---- who wins ---------------------------------------------------------------------------------------------------------
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+  """Adds `others`, the fastest other side's time over ours, to our rows; below 1 the other one wins."""
+  found = []
+  for row in rows:
+    others = [other["time_cycles"] for other in rows
+              if other["case"] == row["case"] and not other["ours"] and "failed" not in other]
+    compared = row["ours"] and "failed" not in row and others
+    found.append(row | {"others": min(others) / row["time_cycles"]} if compared else row)
+  return found
+
+
+def losses(rows: Sequence[Row]) -> str:
+  """A sentence that names the rows in which another side is faster; empty if there is none."""
+  lost = [f"{row['case']} ({row['others']:.2f})" for row in rows if row.get("others", 1) < 1]
+  return f"Slower than the fastest other side: {', '.join(lost)}." if lost else ""
+
+
+def guesses(rows: Sequence[Row]) -> str:
+  """A sentence that names the kernels whose executions are guessed; empty if there is none."""
+  names = sorted({name for row in rows for name, kernel in row.get("kernels", {}).items() if kernel["guessed"]})
+  return (f"No plan fits {', '.join(names)} (launch/benchmarks/kernels/plans.py): how often its regions run is a guess."
+          if names else "")
+
+
+# ---- the table --------------------------------------------------------------------------------------------------------
+_COLUMNS = (  # title, figure of a row, factor, format
+    ("VMEM MiB", "vmem_bytes", 2**-20, ",.1f"), ("temp MiB", "temp_bytes", 2**-20, ",.0f"),
+    ("HBM MB", "hbm_bytes", 1e-6, ",.0f"), ("least", "hbm_bytes_least", 1e-6, ",.0f"),
+    ("matrix", "matrix_cycles", 1, ",.0f"), ("HBM", "hbm_cycles", 1, ",.0f"), ("vector", "vector_cycles", 1, ",.0f"),
+    ("slots", "vector_slot_cycles", 1, ",.0f"),
+    ("schedule", "schedule_cycles", 1, ",.0f"), ("time", "time_cycles", 1, ",.0f"), ("ratio", "ratio", 1, ".2f"),
+    ("tokens/s/chip", "tokens_per_second_per_chip", 1, ",.0f"), ("others", "others", 1, ".2f"))
+_PER_TOKEN = {"matrix_cycles", "hbm_cycles", "vector_cycles", "vector_slot_cycles", "schedule_cycles", "time_cycles"}
+_KERNEL_COLUMNS = (
+    ("hot bundles", "hot_bundles", ",.0f"), ("per unit", "unit_bundles", ",.0f"), ("spills", "spills", ",.0f"),
+    ("fills", "fills", ",.0f"), ("fixed", "fixed_bundles", ",.0f"), ("x bound", "fixed_ratio", ".2f"),
+    ("step", "step_bundles", ",.0f"), ("bundles/token", "bundles_per_token", ",.0f"))
+
+
+def table(rows: Sequence[Row]) -> str:
+  """The rows as text, cycles per token of one device; a figure that does not exist is a dash."""
+  lines = [["case", "side", *(title for title, *_ in _COLUMNS)]]
+  for row in rows:
+    if "failed" in row:
+      lines.append([row["case"], row["side"], row["failed"].splitlines()[0][:200]])
+      continue
+    lines.append([row["case"], row["side"], *(_cell(row, *column[1:]) for column in _COLUMNS)])
+  return _aligned(lines)
+
+
+def _cell(row: Row, figure: str, factor: float, form: str) -> str:
+  if row.get(figure) is None:
+    return "-"
+  tokens = row["time_cycles"] / row["cycles_per_token"] if figure in _PER_TOKEN else 1
+  return format(row[figure] * factor / tokens, form)
+
+
+def kernel_table(rows: Sequence[Row]) -> str:
+  """Our kernels' hot loops as text."""
+  lines = [["case", "kernel", *(title for title, *_ in _KERNEL_COLUMNS)]]
+  for row in rows:
+    for name, kernel in row.get("kernels", {}).items() if row["ours"] else ():
+      figures = kernel | {"bundles_per_token": kernel["bundles"] * row["cycles_per_token"] / row["time_cycles"]}
+      cells = ["-" if figures.get(figure) is None else format(figures[figure], form) for _, figure, form in _KERNEL_COLUMNS]
+      lines.append([row["case"], name + " (guess)" * kernel["guessed"], *cells])
+  return _aligned(lines)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+  whole = [line for line in lines if len(line) > 3]
+  widths = [max(len(line[i]) for line in (lines if i < 2 else whole)) for i in range(len(lines[0]))]
+  return "\n".join("  ".join(cell.ljust(width) if i < 2 or len(line) == 3 else cell.rjust(width)
+                             for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines)
+
+
+EXPLANATION = """\
+Nothing ran on a TPU: programs are compiled by libtpu and their final schedules read. Cycles are per token of one device.
+matrix, HBM, vector: the least by the formula (launch/benchmarks/kernels/bounds.py) at the chip's rates; slots: the vector
+unit's in use. schedule: all bundles of the program, XLA's parts included; time: per part the largest of its schedule, its
+HBM bytes and its matmuls, summed. ratio: time over the largest of the bounds. HBM MB: what the program moves; least: each
+operand and result once. others: time of the fastest other side over ours. per unit: bundles per 8 tokens x 128 heads x 512
+entries; fixed: what a block of queries costs before its tiles, x bound: over its matmuls; step: an empty grid step."""
+
+
+def text(rows: Sequence[Row], found: Sequence[Row]) -> str:
+  """Everything to print."""
+  words = {True: "yes", False: "NO ", None: "not measured"}
+  value = lambda target: "" if target["value"] is None else f": {target['value']:,.2f}"
+  lines = [f"{words[target['reached']]}  {target['target']}{value(target)}" for target in found]
+  parts = (table(rows), kernel_table(rows), EXPLANATION, "\n".join(lines), losses(rows), guesses(rows))
+  return "\n\n".join(filter(None, parts))

@@ -1,0 +1,98 @@
+"""Selections as rows of bits, the form in which the TPU kernels hand them to each other.
+
+Bit b of word c * 128 + j stands for entry c * 4096 + b * 128 + j, so 128 neighbouring entries are one shift of 128 lanes.
+A row of 4,096 entries takes 512 bytes.
+
+Axis letters: B batch   S queries   T entries   K picks per query   W words   C queries of one block
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import blocks
+
+LANES = 128
+GROUP = 32 * LANES  # entries of 128 words
+
+
+def num_words(num_entries: int) -> int:
+  """Words of a row: whole groups of 128."""
+  return LANES * math.ceil(num_entries / GROUP)
+
+
+def pack(mask: jax.Array) -> jax.Array:
+  """bool [..., T] -> int32 [..., W]."""
+  num_entries = mask.shape[-1]
+  groups = num_words(num_entries) // LANES
+  mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, groups * GROUP - num_entries)])
+  fields = mask.reshape(*mask.shape[:-1], groups, 32, LANES).astype(jnp.int32)
+  shifts = jnp.arange(32, dtype=jnp.int32)[:, None]
+  return (fields << shifts).sum(-2, dtype=jnp.int32).reshape(*mask.shape[:-1], groups * LANES)
+
+
+def unpack(words: jax.Array, num_entries: int) -> jax.Array:
+  """int32 [..., W] -> bool [..., T]; dense, for tests and for one block of queries at a time."""
+  fields = words.reshape(*words.shape[:-1], -1, 1, LANES) >> jnp.arange(32, dtype=jnp.int32)[:, None]
+  return (fields & 1 != 0).reshape(*words.shape[:-1], -1)[..., :num_entries]
+
+
+def visible_words(positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array) -> jax.Array:
+  """int32 [B, S, W]: what causality and the documents let each query see. XLA fuses it into one pass over the words.
+
+  Args:
+    positions, segment_ids: int32 [B, S]; entry_last, entry_segment: int32 [B, T]; as in `sparse_attention.attend`.
+  """
+  batch, num_entries = entry_last.shape
+  groups = num_words(num_entries) // LANES
+  pad = ((0, 0), (0, groups * GROUP - num_entries))
+  # One pass per bit keeps the largest array that XLA may build at the size of the result.
+  by_bit = [jnp.pad(x, pad).reshape(batch, groups, 32, LANES).transpose(2, 0, 1, 3).reshape(32, batch, groups * LANES)
+            for x in (entry_last, entry_segment)]
+  words = jnp.zeros((batch, positions.shape[1], groups * LANES), jnp.int32)
+  for bit in range(32):
+    last_BW, segment_BW = by_bit[0][bit], by_bit[1][bit]
+    words |= blocks.sees_entry(positions, segment_ids, last_BW, segment_BW).astype(jnp.int32) << bit
+  return words
+
+
+def from_picks(picks: jax.Array, num_entries: int) -> jax.Array:
+  """Distinct entries int32 [B, S, K], -1 = empty -> int32 [B, S, W]; entries >= T are nobody's."""
+  batch, length, _ = picks.shape
+  words = num_words(num_entries)
+  word = picks // GROUP * LANES + picks % LANES
+  value = jnp.int32(1) << (picks % GROUP // LANES)
+  word = jnp.where((picks >= 0) & (picks < num_entries), word, words)  # beyond the end: dropped
+  rows = jnp.arange(batch * length).reshape(batch, length, 1)
+  flat = jnp.zeros((batch * length, words), jnp.int32).at[rows, word].add(value, mode="drop")
+  return flat.reshape(batch, length, words)
+
+
+def to_picks(words: jax.Array, num_entries: int, top_k: int) -> jax.Array:
+  """int32 [B, S, W] with at most `top_k` bits a row -> entries int32 [B, S, top_k] in rising order, -1 behind them."""
+  batch, length, _ = words.shape
+  size = blocks.block_size(length, 8 * num_entries)
+
+  def one(words_CW):
+    order = jnp.where(unpack(words_CW, num_entries), jnp.arange(num_entries), num_entries)
+    first = lax.top_k(-order, min(top_k, num_entries))[0]
+    return jnp.where(-first < num_entries, -first, -1)
+
+  picks = blocks.join(lax.map(one, blocks.cut(words, size)), batch, length)
+  return jnp.pad(picks, ((0, 0), (0, 0), (0, top_k - picks.shape[2])), constant_values=-1)
+
+
+def words_of(selection, num_entries: int, places: dict[str, jax.Array]) -> jax.Array:
+  """int32 [B, S, W]: the entries that each query really attends to, whatever the selection's kind.
+
+  Args:
+    places: positions, segment_ids, entry_last, entry_segment.
+  """
+  if selection.kind == "bits":
+    return selection.words  # the indexer sets no bit of an entry that is hidden
+  visible = visible_words(**places)
+  return visible if selection.kind == "all" else visible & from_picks(selection.picks, num_entries)
