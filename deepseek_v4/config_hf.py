@@ -152,7 +152,8 @@ def _rope(raw: Mapping[str, Any], rotary_share: float) -> dict[str, Any]:
       refuse("rope_parameters", sorted(parameters), "exactly main and compress, or one flat dictionary")
     main, parameters = dict(parameters["main"]), dict(parameters["compress"])
     if main.pop("rope_type", main.pop("type", "default")) != "default":
-      refuse("rope_parameters.main", raw["rope_parameters"]["main"], "rope_type default (sliding layers are never stretched)")
+      refuse("rope_parameters.main", raw["rope_parameters"]["main"],
+             "rope_type default (sliding layers are never stretched)")
     found["rope_theta"] = main.pop("rope_theta", raw.get("rope_theta", 10000.0))
     found["compress_rope_theta"] = parameters.pop("rope_theta", raw.get("compress_rope_theta", 160000.0))
     _check_share(main, rotary_share)

@@ -41,7 +41,8 @@ def unpack(words: jax.Array, num_entries: int) -> jax.Array:
   return (fields & 1 != 0).reshape(*words.shape[:-1], -1)[..., :num_entries]
 
 
-def visible_words(positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array) -> jax.Array:
+def visible_words(positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array,
+                  entry_segment: jax.Array) -> jax.Array:
   """int32 [B, S, W]: what causality and the documents let each query see. XLA fuses it into one pass over the words.
 
   Args:

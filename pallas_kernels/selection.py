@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from pallas_kernels import bits
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["picks", "words"], meta_fields=["kind", "num_entries", "top_k"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["picks", "words"],
+                   meta_fields=["kind", "num_entries", "top_k"])
 @dataclasses.dataclass(frozen=True)
 class Selection:
   """An opaque pytree of arrays with the batch and query axes first.

@@ -100,6 +100,7 @@ class HyperHead(nn.Module):
     x = streams_BSND.astype(fn.dtype)
     flat = x.reshape(*x.shape[:2], -1)
     # The norm's factor is one number per token, so it may follow the matmul.
-    u_BSN = jnp.matmul(flat, fn, precision="highest") * jax.lax.rsqrt((flat * flat).mean(-1, keepdims=True) + config.rms_norm_eps)
+    u_BSN = jnp.matmul(flat, fn, precision="highest")
+    u_BSN = u_BSN * jax.lax.rsqrt((flat * flat).mean(-1, keepdims=True) + config.rms_norm_eps)
     weight_BSN = jax.nn.sigmoid(u_BSN * scale + base) + config.hc_eps
     return jnp.einsum("BSN,BSND->BSD", weight_BSN, x).astype(streams_BSND.dtype)

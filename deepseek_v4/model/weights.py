@@ -38,4 +38,4 @@ def check_dtype(config: ModelConfig) -> None:
     ValueError: float64 without `jax_enable_x64`.
   """
   if jax.dtypes.canonicalize_dtype(config.compute_dtype) != jnp.dtype(config.compute_dtype):
-    raise ValueError(f"compute_dtype = {config.compute_dtype!r}: expected jax.config jax_enable_x64 = True beside it, or float32")
+    raise ValueError(f"compute_dtype = {config.compute_dtype!r}: expected jax_enable_x64 = True beside it, or float32")

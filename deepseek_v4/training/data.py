@@ -172,8 +172,8 @@ class Batches:
   def describe(self) -> str:
     """What an epoch holds, in a line."""
     missing = f"; left out, no UTF-8: {', '.join(self.left_out[:3])}{', ...' if len(self.left_out) > 3 else ''}"
-    return (f"{self._split.replace('_', '-')} data: {self.documents:,} documents, {self.tokens:,} tokens, {self.rows:,} rows "
-            f"({self.fill:.1%} full){missing if self.left_out else ''}")
+    return (f"{self._split.replace('_', '-')} data: {self.documents:,} documents, {self.tokens:,} tokens, "
+            f"{self.rows:,} rows ({self.fill:.1%} full){missing if self.left_out else ''}")
 
   @property
   def identity(self) -> dict[str, Any]:
@@ -298,8 +298,8 @@ def _check_enough(config: DataConfig, split: str, batches: Batches) -> None:
   if split == "held_out" and config.held_out_percent == 0:
     raise ValueError("data.held_out_percent = 0: expected at least 1, since a run is scored on held-out text")
   if not batches.targets and config.source == "text" and len(sources.find_files(config)[1]) == 1:
-    raise ValueError(f"{where}: expected two files or more, since a file is training or held-out text as a whole; of one file "
-                     f"make several, or JSON lines, where every line is a document")
+    raise ValueError(f"{where}: expected two files or more, since a file is training or held-out text as a whole; of one "
+                     f"file make several, or JSON lines, where every line is a document")
   if not batches.targets and split == "held_out":
     raise ValueError(f"data.held_out_percent = {config.held_out_percent}: expected a percentage that holds out at least one "
                      f"document of {where}; a hash of each file's or record's name decides: take a higher one or more files")

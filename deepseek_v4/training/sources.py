@@ -182,8 +182,8 @@ class RecordFile:
       raise ValueError(f"data.path: {self.file}, record {record}: expected {self.lengths[record]} ids, found {len(ids)}; "
                        "the file has changed since the run started or its index was written")
     if len(ids) and not 0 <= ids.min() <= ids.max() <= self.largest:
-      raise ValueError(f"data.path: {self.file}, record {record}: expected ids from 0 to {self.largest}, found {ids.min()} to "
-                       f"{ids.max()}; the file has changed since the run started or its index was written")
+      raise ValueError(f"data.path: {self.file}, record {record}: expected ids from 0 to {self.largest}, found {ids.min()} "
+                       f"to {ids.max()}; the file has changed since the run started or its index was written")
     return ids
 
   def _fetch(self, records: Sequence[int]) -> list[bytes]:

@@ -86,7 +86,7 @@ def test_cpu_experts_cost_what_is_routed():
 
 @pytest.mark.parametrize("shards", [1, 2, 8])
 def test_padding_costs_little_where_experts_are_spread(shards):
-  """Tiles are sized for the picks that stay here, not for those of all devices: at most 1.3 times the rows at equal loads."""
+  """Tiles are sized for the picks that stay here, not for those of all devices: at most 1.3 times the rows, equal loads."""
   experts, k, tokens = 16 // shards, 4, 64 * shards
   rng = np.random.default_rng(0)
   picks = np.stack([rng.permutation(16)[:k] for _ in range(tokens * 8)]).astype(np.int32)

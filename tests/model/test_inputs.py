@@ -127,7 +127,7 @@ def test_a_model_with_an_unknown_implementation_is_not_built():
 
 def test_double_precision_is_not_narrowed_silently():
   model = dsv4.DeepseekV4(dataclasses.replace(T0, compute_dtype="float64"), "reference")
-  with pytest.raises(ValueError, match="compute_dtype = 'float64': expected jax.config jax_enable_x64"):
+  with pytest.raises(ValueError, match="compute_dtype = 'float64': expected jax_enable_x64"):
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
 
 

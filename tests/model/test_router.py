@@ -42,7 +42,8 @@ def test_scores_and_gradients_at_extremes():
 
 
 @pytest.mark.parametrize("kind, router", [
-  (LEARNED, {"bias": jnp.array([10.0, 0, 0, 0])}), (HASH, {"hash_table": jnp.array([[1, 2]] * 5 + [[3, 0]] + [[2, 1]] * 91)})],
+  (LEARNED, {"bias": jnp.array([10.0, 0, 0, 0])}),
+  (HASH, {"hash_table": jnp.array([[1, 2]] * 5 + [[3, 0]] + [[2, 1]] * 91)})],
   ids=["learned", "hash"])
 def test_bias_or_table_chooses_and_scores_weigh(kind, router):
   """Logits 0, 1, 2, 3; experts 0 and 3 by a bias of 10 on the first one or by the table; weights from the scores alone."""
