@@ -1,7 +1,7 @@
 """Measures this project's speed and memory, alone or beside another implementation on the same machine.
 
 python -m launch.bench forward|train [--against transformers] [--lengths 512,1024] [--repeats 3] [--json FILE]
-python -m launch.bench kernels --topology v5p:2x2x1 [--ops attention,select] [--models flash,pro] [--lengths 4096] [...]
+python -m launch.bench kernels --topology v5p:2x2x1 [--ops attention,select] [--models flash,pro] [--noothers] [...]
 
 forward: logits of all places. train: next-token loss, gradient, AdamW; also the full step with Muon. float32, one row,
 2 threads, the model of launch/benchmarks/bench_config.json with random weights, the same on both sides.
@@ -36,6 +36,7 @@ def define_flags() -> None:
                       f"{', '.join(chip.topology for chip in chips.CHIPS)}.")
   flags.DEFINE_list("ops", list(kernel_cases.BY_NAME), "Of kernels: which operations.")
   flags.DEFINE_list("models", list(kernel_cases.MODELS), "Of kernels: whose sizes.")
+  flags.DEFINE_bool("others", True, "Of kernels: also what else a user could run; --noothers is faster.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
 
@@ -78,11 +79,12 @@ def say(text: str) -> None:
   print(text, flush=True)
 
 
-def bench_kernels(topology: str | None, ops: list[str], models: list[str], lengths: tuple[int, ...],
+def bench_kernels(topology: str | None, ops: list[str], models: list[str], lengths: tuple[int, ...], others: bool,
                   path: str | None) -> None:
   """Compiles, prints and writes the figures of the kernels; ends the program if one of ours did not compile."""
   chip, ops, models = check_kernels(topology, ops, models)
-  rows = kernel_run.measure(topology, kernel_cases.all_cases(ops, lengths, models), say)
+  wanted = [case for case in kernel_cases.all_cases(ops, lengths, models) if others or case.side == kernel_cases.OURS]
+  rows = kernel_run.measure(topology, wanted, say)
   found = kernel_report.targets(rows, chip)
   print("", kernel_report.text(rows, found), sep="\n")
   if path is not None:
@@ -105,11 +107,12 @@ def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeat
 
 
 def main(argv: list[str]) -> None:
-  value = {name: flags.FLAGS[name].value for name in ("against", "json", "lengths", "topology", "ops", "models", "repeats")}
+  names = ("against", "json", "lengths", "topology", "ops", "models", "others", "repeats")
+  value = {name: flags.FLAGS[name].value for name in names}
   try:
     kind, lengths = check(argv[1:], value["lengths"], value["against"], value["json"])
     if kind == KERNELS:
-      bench_kernels(value["topology"], value["ops"], value["models"], lengths, value["json"])
+      bench_kernels(value["topology"], value["ops"], value["models"], lengths, value["others"], value["json"])
     else:
       bench_model(kind, lengths, value["against"], value["repeats"], value["json"])
   except (ValueError, run.WorkerFailed) as error:

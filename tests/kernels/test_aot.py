@@ -8,7 +8,7 @@ import importlib.util
 
 import pytest
 
-from launch.benchmarks.kernels import cases, run
+from launch.benchmarks.kernels import bounds, cases, run
 from launch.benchmarks.kernels.cases import FORWARD, GRADIENT, OURS, Case
 from launch.benchmarks.kernels.chips import CHIPS
 from launch.benchmarks.kernels.compile import Compiler
@@ -59,17 +59,9 @@ def test_the_suite_compiles_every_op_in_every_direction():
   assert directions == {op.name: op.directions[-1] for op in cases.OPS if op.name not in SAME_KERNEL}
 
 
-def fits(case, chip):
-  """Whether the operands and results of a case leave room in the chip's HBM; at 64K not all do on v6e."""
-  shapes = case.shapes
-  rows = case.tokens * shapes.heads * shapes.width * 2
-  arrays = {"attention": 2, "attention_heavy": 2, "kl_loss": 1}.get(case.op, 0) * (2.5 if case.direction == GRADIENT else 1)
-  return rows * arrays < 0.7 * chip.hbm_bytes
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("op", cases.BY_NAME)
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
 def test_the_whole_grid_compiles(chip, op):
-  wanted = [case for case in cases.all_cases((op,), cases.LENGTHS) if case.side == OURS and fits(case, chip)]
+  wanted = [case for case in cases.all_cases((op,), cases.LENGTHS) if case.side == OURS and bounds.fits(case, chip)]
   assert not compile_for(chip, wanted)

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from launch.benchmarks.kernels import bounds, cases, compile, plans, program, report, rows, schedule
+from launch.benchmarks.kernels import bounds, cases, compile, plans, program, report, rows, run, schedule
 from launch.benchmarks.kernels.cases import BLOCKWISE, DECODE, FORWARD, GRADIENT, OURS, SPLASH, Case
 from launch.benchmarks.kernels.chips import CHIPS, chip_of
 from pallas_kernels.shapes import PRO
@@ -373,6 +373,17 @@ def test_a_compiler_that_aborts_raises_or_hangs_is_told_and_replaced(answers):
   assert raised == {"ok": False, "error": "ValueError: size = 3: expected an even number"}
   assert slept["error"].startswith("took more than 1 s")
   assert lines[0].startswith("[1/2] aborts: the compiler ended the process") and lines[1].endswith("about 0 s left")
+
+
+def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
+  wanted = [Case("attention", "pro", 65536, GRADIENT), Case("expand", "pro", 4096, FORWARD)]
+  lines = []
+  monkeypatch.setattr(compile.Compiler, "compile", lambda self, request: {"ok": False, "error": "fake"})
+  found = run.measure("v6e:2x2", wanted, lines.append)
+  assert [row["case"] for row in found] == ["expand forward pro 4,096"]
+  assert lines[0] == "left out, more than the HBM of one v6e device: attention gradient pro 65,536"
+  assert lines[1] == "[1/1] expand forward pro 4,096, ours: fake, about 0 s left"
+  assert len(run.measure("v5p:2x2x1", wanted, lines.append)) == 2
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from launch.benchmarks.kernels.cases import GRADIENT, Case
+from launch.benchmarks.kernels.chips import Chip
 
 # Cycles of the vector unit for relu, weight and sum over heads of one index score and one head: 270 for 8 queries x 512
 # entries x 64 heads, four slots a cycle.
@@ -66,6 +67,14 @@ def least(case: Case) -> Least:
   """See `Least`."""
   return {"select": _select, "kl_loss": _kl_loss, "collapse": _mixing, "expand": _mixing, "expand_collapse": _mixing,
           "experts": _experts}.get(case.op, _attention)(case)
+
+
+def fits(case: Case, chip: Chip) -> bool:
+  """Whether queries, outputs and their gradients, the largest arrays by far, leave room in the chip's HBM."""
+  arrays = {"attention": 2, "attention_heavy": 2, "kl_loss": 1}.get(case.op, 0)
+  if case.direction == GRADIENT and case.op != "kl_loss":
+    arrays *= 2
+  return arrays * case.tokens * case.shapes.heads * case.shapes.width * 2 < 0.8 * chip.hbm_bytes
 
 
 def _attention(case: Case) -> Least:

@@ -146,7 +146,13 @@ def _index_select(case: Case, call: Call, chip: Chip) -> Plan:
             ("hide behind?", float((groups * slots - tiles).sum())), ("extent", float(groups.sum())),
             ("search", float(searching.sum()) * ROUNDS), ("first trial", passes), ("second trial", passes),
             ("ties?", 0.0), ("tie trial", 0.0), ("write", float(groups.sum())))
-  return Plan(counts, "score", math.prod(call.grid), visits, 2.0 * queries * heads * width * entries * visits)
+  return Plan(_without_ends(counts, call), "score", math.prod(call.grid), visits,
+              2.0 * queries * heads * width * entries * visits)
+
+
+def _without_ends(counts: tuple[tuple[str, float], ...], call: Call) -> tuple[tuple[str, float], ...]:
+  """With a single tile every step is a block's first and last one, and nothing is left of these conditions."""
+  return tuple(pair for pair in counts if call.grid[-1] != 1 or pair[0].rstrip("?") not in ("start", "finish"))
 
 
 def _index_loss(case: Case, call: Call, chip: Chip) -> Plan:
@@ -166,7 +172,8 @@ def _index_loss_tiles(case: Case, call: Call, matmuls: int, names: Sequence[str]
   rows = math.prod(call.grid[:2])
   times = {"clear": rows, "start": blocks, "tile": visits, "finish": blocks, "flush": rows}
   flops = 2.0 * queries * entries * visits * (matmuls * heads * width + attention_heads * attention_width)
-  return Plan(tuple((name, times[name.rstrip("?")]) for name in names), "tile", math.prod(call.grid), visits, flops)
+  counts = tuple((name, times[name.rstrip("?")]) for name in names)
+  return Plan(_without_ends(counts, call), "tile", math.prod(call.grid), visits, flops)
 
 
 # ---- hyper-connections ------------------------------------------------------------------------------------------------

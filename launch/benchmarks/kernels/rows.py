@@ -2,7 +2,8 @@
 
 A part is an instruction of the program: a kernel or a fused operation of XLA. Its time in cycles is the largest of its
 schedule, its HBM bytes and, of a kernel, its matmuls at the chip's rates; parts run one after another, so the program's time
-is their sum. XLA's parts together take no less than their matmuls.
+is their sum. XLA's parts together take no less than their matmuls; a loop inside one of them whose length its schedule does
+not give counts once, so others may look better than they are.
 """
 
 from __future__ import annotations
