@@ -19,10 +19,14 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Comparisons with transformers need torch, which not every Python has; what is left out is said in the report's header.
 _WITHOUT_TORCH = importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None
-collect_ignore_glob = ["*_parity.py"] if _WITHOUT_TORCH else []
+# The TPU compiler comes as wheels for Linux on x86-64 only.
+_WITHOUT_LIBTPU = importlib.util.find_spec("libtpu") is None
+collect_ignore_glob = ["*_parity.py"] * _WITHOUT_TORCH + ["*/test_aot.py"] * _WITHOUT_LIBTPU
 
 
 def pytest_report_header(config):
-  """Says which versions run and whether the parity files are left out."""
+  """Says which versions run and which files are left out."""
   parity = "left out: torch or transformers is not installed" if _WITHOUT_TORCH else "included"
-  return f"jax {jax.__version__}, {jax.device_count()} emulated devices; parity with transformers {parity}"
+  compiler = "left out: libtpu is not installed" if _WITHOUT_LIBTPU else "included"
+  return (f"jax {jax.__version__}, {jax.device_count()} emulated devices; parity with transformers {parity}; "
+          f"compilations for TPUs {compiler}")

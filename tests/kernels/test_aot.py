@@ -4,16 +4,12 @@ The suite compiles one shape per kernel, direction and chip; the long tier the w
 holds the kernels of both directions.
 """
 
-import importlib.util
-
 import pytest
 
 from launch.benchmarks.kernels import bounds, cases, run
 from launch.benchmarks.kernels.cases import FORWARD, GRADIENT, OURS, Case
 from launch.benchmarks.kernels.chips import CHIPS
 from launch.benchmarks.kernels.compile import Compiler
-
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[aot]'")
 
 # Lengths at which the indexer leaves entries out, with little memory to plan for.
 SMALL = (
