@@ -60,9 +60,10 @@ def collectives(text):
   return Counter(re.findall(kinds, text))
 
 
+# Lists, not sets: a test's name must not hang on the hash seed, or two workers collect different tests.
 @pytest.mark.parametrize("sizes, allowed", [
-    (dict(data=8), {"all-gather"}),
-    (dict(data=2, expert=2, tensor=2), {"all-to-all", "all-gather"}),
+    (dict(data=8), ["all-gather"]),
+    (dict(data=2, expert=2, tensor=2), ["all-gather", "all-to-all"]),
 ], ids=str)
 def test_sharded_equals_one_device_and_exchanges_directly(gradients, expected, sizes, allowed):
   compiled, arguments = compiled_update(mesh_of(**sizes), gradients)
@@ -71,7 +72,7 @@ def test_sharded_equals_one_device_and_exchanges_directly(gradients, expected, s
     np.testing.assert_allclose(x, expected[name], atol=1e-6, err_msg=name)
     assert x.sharding.is_equivalent_to(arguments[name].sharding, x.ndim)
   # Only moves of whole matrices: no sums over devices, nothing sent around in rings.
-  assert set(collectives(compiled.as_text())) <= allowed
+  assert set(collectives(compiled.as_text())) <= set(allowed)
 
 
 def test_collectives_do_not_grow_with_the_steps(gradients, expected):
