@@ -1,8 +1,8 @@
 """From meaning to mesh: the one table logical axis -> mesh axis, the mesh itself, and the one shard_map wrapper for ops.
 
-Mesh axes: data (copies), fsdp (weights split, gathered where they are used), expert (experts split), context (sequence,
-refused until context parallelism exists), tensor (heads, expert width, vocabulary). A batch is split over data, fsdp and
-expert together: `tokens[B_(data,fsdp,expert), S_context]`. The ambient mesh is the one of `jax.set_mesh`; without one
+Mesh axes: data (copies), fsdp (weights split, gathered where they are used), expert (experts split; all other weights as by
+fsdp), context (sequence, refused until context parallelism exists), tensor (heads, expert width, vocabulary). A batch is
+split over data, fsdp and expert together: `tokens[B_(data,fsdp,expert), S_context]`. The ambient mesh is the one of `jax.set_mesh`; without one
 everything here is the identity, so that modules need not ask.
 """
 
@@ -26,9 +26,11 @@ BATCH_AXES = ("data", "fsdp", "expert")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES, "sequence": "context", "shards": (*BATCH_AXES, "context"),
     "heads": "tensor", "index_heads": "tensor", "groups": "tensor", "vocab": "tensor", "mlp": "tensor",
-    "expert": "expert", "embed": "fsdp", "lora": "fsdp",
+    "expert": "expert", **{name: ("fsdp", "expert") for name in ("embed", "lora")}, "expert_embed": "fsdp",
     "queries": ("context", "tensor"),
 }
+# Axes along which weights are split for memory only: made whole where they are used.
+GATHERED = ("embed", "lora", "expert_embed")
 
 # Logical axes of each parameter by its name inside a layer (or at the top); a scanned layer's leading axis is never split.
 PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
@@ -48,8 +50,8 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
         ("norm/scale", (None,)))},
     "attention/indexer/q_b": ("lora", "index_heads", None), "attention/indexer/head_weights": ("embed", "index_heads"),
     "moe/router/gate": ("embed", None), "moe/router/bias": (None,), "moe/router/hash_table": (None, None),
-    "moe/experts/gate": ("expert", "embed", "mlp"), "moe/experts/up": ("expert", "embed", "mlp"),
-    "moe/experts/down": ("expert", "mlp", "embed"),
+    "moe/experts/gate": ("expert", "expert_embed", "mlp"), "moe/experts/up": ("expert", "expert_embed", "mlp"),
+    "moe/experts/down": ("expert", "mlp", "expert_embed"),
     "moe/shared/gate": ("embed", "mlp"), "moe/shared/up": ("embed", "mlp"), "moe/shared/down": ("mlp", "embed"),
 }
 
@@ -132,12 +134,14 @@ def check_divides(config: RunConfig, mesh: Mesh) -> None:
 
 def check_model_divides(model: ModelConfig, mesh: Mesh) -> None:
   """The part of `check_divides` that concerns the model alone."""
-  wanted = {"tensor": ("num_attention_heads", "o_groups", "index_n_heads", "vocab_size", "moe_intermediate_size"),
-            "fsdp": ("hidden_size", "q_lora_rank", "o_lora_rank"), "expert": ("n_routed_experts",)}
-  for axis, fields in wanted.items():
+  wanted = {("tensor",): ("num_attention_heads", "o_groups", "index_n_heads", "vocab_size", "moe_intermediate_size"),
+            ("expert",): ("n_routed_experts",), ("fsdp", "expert"): ("hidden_size", "q_lora_rank", "o_lora_rank")}
+  for axes, fields in wanted.items():
+    size = math.prod(mesh.shape[axis] for axis in axes)
     for field in fields:
-      if getattr(model, field) % mesh.shape[axis]:
-        raise ValueError(f"model.{field} = {getattr(model, field)}: expected a multiple of mesh.{axis} = {mesh.shape[axis]}")
+      if getattr(model, field) % size:
+        names = " x ".join(f"mesh.{axis}" for axis in axes)
+        raise ValueError(f"model.{field} = {getattr(model, field)}: expected a multiple of {names} = {size}")
 
 
 def path_names(path: Sequence[Any]) -> tuple[str, ...]:
@@ -175,11 +179,11 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 
 
 def gathered(weight: jax.Array, path: Sequence[str]) -> jax.Array:
-  """A parameter as its matmul wants it: whole along fsdp, still split over tensor and expert."""
+  """A parameter as its matmul wants it: whole along `GATHERED`, still split over tensor and, if an expert's, over expert."""
   if _ambient() is None:
     return weight
   axes = parameter_axes(path, weight.ndim)
-  return constrain(weight, [None if RULES.get(a) == "fsdp" else a for a in axes])
+  return constrain(weight, [None if a in GATHERED else a for a in axes])
 
 
 def query_axis(length: int) -> str:

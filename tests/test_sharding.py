@@ -15,8 +15,8 @@ from deepseek_v4.training.state import abstract_state
 from tests.training.small import RUN, leaves, with_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SIZES = {"embed": "fsdp", "lora": "fsdp", "expert": "expert", "heads": "tensor", "index_heads": "tensor", "groups": "tensor",
-         "vocab": "tensor", "mlp": "tensor"}
+SIZES = {"embed": "fsdp", "lora": "fsdp", "expert_embed": "fsdp", "expert": "expert",
+         **dict.fromkeys(("heads", "index_heads", "groups", "vocab", "mlp"), "tensor")}
 
 
 def mesh_of(**sizes):
@@ -34,7 +34,7 @@ def shapes(request):
 
 
 def test_every_parameter_is_in_the_table_and_divides(shapes):
-  """On any mesh that `check_model_divides` lets pass, every split axis is a multiple of its mesh axis."""
+  """On any mesh that `check_model_divides` lets pass, every split axis is a multiple of its mesh axes (fsdp x expert)."""
   run, named = shapes
   m = run.model
   largest = {"fsdp": np.gcd.reduce([m.hidden_size, m.q_lora_rank, m.o_lora_rank]), "expert": m.n_routed_experts,
@@ -54,13 +54,13 @@ def test_every_parameter_is_in_the_table_and_divides(shapes):
 
 
 def test_big_matrices_are_split(shapes):
-  """What a pod cannot hold whole: all above a megabyte of the real models is split over fsdp, experts over expert too."""
+  """What a pod cannot hold whole: all above a megabyte of the real models is split over fsdp and expert."""
   _, named = shapes
   for name, shape in named.items():  # of a small model no matrix is that large, and the experts' rule holds all the same
     targets = [sharding.RULES[axis] for axis in sharding.parameter_axes(name.split("/"), len(shape)) if axis]
     layers = 1 if "unit_" not in name else shape[0]
     if np.prod(shape) / layers * 4 > 1 << 20 and not name.startswith("router/"):
-      assert "fsdp" in targets, name
+      assert ("fsdp", "expert") in targets or {"fsdp", "expert"} <= set(targets), name
     assert ("expert" in targets) == ("moe/experts/" in name), name
 
 
@@ -74,8 +74,8 @@ def test_names():
 
 def test_axes_of_scanned_and_single_layers():
   path = ("layers", "unit_0", "moe", "experts", "down")
-  assert sharding.parameter_axes(path, 4) == (None, "expert", "mlp", "embed")
-  assert sharding.parameter_axes(path, 3) == ("expert", "mlp", "embed")
+  assert sharding.parameter_axes(path, 4) == (None, "expert", "mlp", "expert_embed")
+  assert sharding.parameter_axes(path, 3) == ("expert", "mlp", "expert_embed")
   with pytest.raises(ValueError, match="parameter layers/unit_0/moe/experts/down: 5 axes, expected 3, or one more"):
     sharding.parameter_axes(path, 5)
   with pytest.raises(ValueError, match="parameter layers/layer_00/attention/q_c: not in the table"):
@@ -83,12 +83,13 @@ def test_axes_of_scanned_and_single_layers():
 
 
 def test_specs():
-  assert sharding.spec(("expert", "embed", "mlp")) == P("expert", "fsdp", "tensor")
+  assert sharding.spec(("expert", "expert_embed", "mlp")) == P("expert", "fsdp", "tensor")
+  assert sharding.spec(("embed", "vocab")) == P(("fsdp", "expert"), "tensor")
   assert sharding.spec((None, "batch", "sequence")) == P(None, ("data", "fsdp", "expert"), "context")
   assert sharding.spec(()) == P()
 
 
-@pytest.mark.parametrize("axes", [("embed", "lora"), ("heads", "vocab"), ("batch", "embed"), ("expert", "batch"),
+@pytest.mark.parametrize("axes", [("embed", "lora"), ("heads", "vocab"), ("batch", "embed"), ("expert", "batch"), ("expert", "embed"),
                                   ("shards", "sequence"), ("heads", None, "heads")])
 def test_two_axes_on_one_mesh_axis_are_refused(axes):
   with pytest.raises(ValueError, match=re.escape(f"logical axes {axes}: two of them lie on one mesh axis")):
@@ -144,7 +145,8 @@ def test_sizes_that_a_mesh_does_not_divide_are_refused_by_name(field, value, axi
   others = dict(o_groups=4) if axis == "tensor" and size == 4 and field != "num_attention_heads" else {}
   run = with_model(RUN, **others | {field: value})
   mesh = mesh_of(**{axis: size})
-  message = f"model.{field} = {value}: expected a multiple of mesh.{axis} = {size}"
+  names = "mesh.fsdp x mesh.expert" if axis == "fsdp" else f"mesh.{axis}"
+  message = f"model.{field} = {value}: expected a multiple of {names} = {size}"
   for check in (sharding.check_divides, abstract_state):
     with pytest.raises(ValueError, match=re.escape(message)):
       check(run, mesh)
@@ -202,10 +204,15 @@ def test_per_shard_gives_each_device_its_part_and_sums_gradients_of_what_is_whol
   np.testing.assert_allclose(grad, (2 * x * x * w).sum(0))
 
 
-def test_a_gathered_weight_is_whole_along_fsdp_only():
+@pytest.mark.parametrize("leaf, shape, placed, whole", [
+  ("experts", (4, 6, 8), P("expert", "fsdp", "tensor"), (2, 6, 4)),
+  ("shared", (8, 6), P(("fsdp", "expert"), "tensor"), (8, 3)),
+], ids=["of an expert", "of all others"])
+def test_a_gathered_weight_is_whole_but_for_tensor_and_its_experts(leaf, shape, placed, whole):
   mesh = mesh_of(fsdp=2, expert=2, tensor=2)
-  path = ("layers", "layer_00", "moe", "experts", "up")
-  place = jax.NamedSharding(mesh, P("expert", "fsdp", "tensor"))
+  path = ("layers", "layer_00", "moe", leaf, "up")
   with jax.set_mesh(mesh):
-    y = jax.jit(lambda w: sharding.gathered(w, path), in_shardings=place)(np.ones((4, 6, 8), np.float32))
-  assert y.sharding.shard_shape(y.shape) == (2, 6, 4)
+    place = jax.NamedSharding(mesh, sharding.spec(sharding.parameter_axes(path, len(shape))))
+    assert place.spec == placed
+    y = jax.jit(lambda w: sharding.gathered(w, path), in_shardings=place)(np.ones(shape, np.float32))
+  assert y.sharding.shard_shape(y.shape) == whole

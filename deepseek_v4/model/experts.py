@@ -26,6 +26,9 @@ from deepseek_v4.model import weights
 from deepseek_v4.model.context import Context
 from deepseek_v4.model.router import Router, balance_loss, expert_load
 
+# With 384 experts and 6 picks a token, an expert gets 256 rows of a wave, a full tile of the kernels.
+WAVE = 16384
+
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=["tile"],
                    data_fields=["slot", "local", "pick", "token", "group_sizes"])
@@ -118,27 +121,53 @@ combine_rows.defvjp(lambda *args: (combine_rows(*args), args), _combine_rows_bac
 
 
 def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit: float, kernels: str,
-           expert_axis: str | None = None, width_axis: str | None = None) -> jax.Array:
+           expert_axis: str | None = None, width_axis: str | None = None, wave: int = WAVE) -> jax.Array:
   """Sum over each token's experts of weight * expert(x), [B, S, D], on one device's part of the arrays.
+
+  Nothing is dropped, so a device must have room for all picks of the tokens that it is shown, although about one in
+  `expert_axis` of them is its own. Beyond `wave` tokens they are therefore shown in waves, one after the other, and the
+  backward pass repeats a wave instead of keeping its rows.
 
   Args:
     expert_axis: mesh axis over which experts and the batch are split: tokens are gathered over it and sums scattered back.
     width_axis: mesh axis over which F is split: partial sums are added over it.
+    wave: the most tokens of all shards of `expert_axis` together that are worked on at a time, if it has several.
   """
+  run = functools.partial(_one_wave, limit=limit, kernels=kernels, expert_axis=expert_axis, width_axis=width_axis)
+  shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
+  waves = num_waves(x_BSD.shape[0] * x_BSD.shape[1], shards, wave)
+  if waves == 1:
+    return run(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD)
+  cut = lambda x: x.reshape(waves, -1, x.shape[-1])
+  one = jax.checkpoint(lambda *tokens: run(*tokens, gate_EDF, up_EDF, down_EFD))
+  _, out = jax.lax.scan(lambda _, tokens: (None, one(*tokens)), None, tuple(map(cut, (x_BSD, experts_BSk, weights_BSk))))
+  return out.reshape(x_BSD.shape)
+
+
+def num_waves(tokens: int, shards: int, wave: int) -> int:
+  """The least number of equal waves with at most `wave` tokens of all shards together (1 if there is one shard)."""
+  if shards == 1:
+    return 1
+  return next(waves for waves in range(1, tokens + 1)
+              if tokens % waves == 0 and (tokens // waves * shards <= wave or waves == tokens))
+
+
+def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, kernels, expert_axis, width_axis):
+  """`routed` for tokens that fit in memory; the token axes may be one or several."""
   if expert_axis is not None:
     gather = functools.partial(jax.lax.all_gather, axis_name=expert_axis, tiled=True)
-    x_BSD, experts_BSk, weights_BSk = map(gather, (x_BSD, experts_BSk, weights_BSk))
-    experts_BSk = experts_BSk - jax.lax.axis_index(expert_axis) * gate_EDF.shape[0]
-  top_k = experts_BSk.shape[-1]
+    x_TD, experts_Tk, weights_Tk = map(gather, (x_TD, experts_Tk, weights_Tk))
+    experts_Tk = experts_Tk - jax.lax.axis_index(expert_axis) * gate_EDF.shape[0]
+  top_k = experts_Tk.shape[-1]
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
-  plan = dispatch(experts_BSk.reshape(-1, top_k).T, gate_EDF.shape[0], shards)
-  rows_MD = gather_rows(x_BSD.reshape(-1, x_BSD.shape[-1]), plan)
+  plan = dispatch(experts_Tk.reshape(-1, top_k).T, gate_EDF.shape[0], shards)
+  rows_MD = gather_rows(x_TD.reshape(-1, x_TD.shape[-1]), plan)
   y_MD = grouped_matmul.expert_mlp(rows_MD, gate_EDF, up_EDF, down_EFD, plan.group_sizes, tile=plan.tile, limit=limit,
                                    implementation=kernels)
-  out_BSD = combine_rows(y_MD, weights_BSk.reshape(-1, top_k).T, plan).reshape(x_BSD.shape)
-  out_BSD = out_BSD if width_axis is None else jax.lax.psum(out_BSD, width_axis)
-  out_BSD = out_BSD if expert_axis is None else jax.lax.psum_scatter(out_BSD, expert_axis, tiled=True)
-  return out_BSD.astype(x_BSD.dtype)
+  out_TD = combine_rows(y_MD, weights_Tk.reshape(-1, top_k).T, plan).reshape(x_TD.shape)
+  out_TD = out_TD if width_axis is None else jax.lax.psum(out_TD, width_axis)
+  out_TD = out_TD if expert_axis is None else jax.lax.psum_scatter(out_TD, expert_axis, tiled=True)
+  return out_TD.astype(x_TD.dtype)
 
 
 class Experts(nn.Module):

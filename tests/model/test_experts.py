@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import pallas_kernels.grouped_matmul as grouped_matmul
-from deepseek_v4.model.experts import dispatch, routed
+from deepseek_v4 import sharding
+from deepseek_v4.config import MeshConfig
+from deepseek_v4.model.experts import dispatch, num_waves, routed
 
 
 def by_hand(x, experts, weights, gate, up, down, limit):
@@ -48,6 +50,41 @@ def test_experts_equal_a_loop_over_tokens():
     moved = [(loop({**arrays, name: x + s * v}) * direction).sum() for s in (-step, step)]
     np.testing.assert_allclose((gradients[name] * v).sum(), (moved[1] - moved[0]) / (2 * step), rtol=1e-6, err_msg=name)
   assert (gradients["gate"][2] == 0).all()  # the expert without tokens
+
+
+def test_waves_equal_all_tokens_at_once():
+  """Four devices with two experts each; values and gradients do not depend on how many tokens are shown at a time."""
+  rng = np.random.default_rng(1)
+  batch, length, d, f, count, k, shards = 4, 24, 6, 4, 8, 3, 4
+  experts = rng.integers(0, count, (batch, length, k)).astype(np.int32)
+  arrays = [rng.normal(size=shape).astype(np.float32) for shape in (
+    (batch, length, d), (batch, length, k), (count, d, f), (count, d, f), (count, f, d))]
+  axes = (("batch", "sequence"),) * 3 + (("expert",),) * 3
+  mesh = sharding.make_mesh(MeshConfig(data=1, expert=shards), jax.devices()[:shards])
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(wave, x, weights, *matrices):
+    def total(x, weights, *matrices):
+      one = functools.partial(routed, limit=1.0, kernels="blockwise", expert_axis="expert", wave=wave)
+      y = sharding.per_shard(one, axes, ("batch", "sequence"))(x, experts, weights, *matrices)
+      return (y ** 2).sum(), y
+    return jax.grad(total, argnums=range(5), has_aux=True)(x, weights, *matrices)
+
+  with jax.set_mesh(mesh):
+    gradients, y = jax.device_get(run(1000, *arrays))
+    in_waves, y_in_waves = jax.device_get(run(shards * 8, *arrays))  # 8 of a device's 24 tokens
+  x, weights, *matrices = arrays
+  np.testing.assert_allclose(y, by_hand(x, experts, weights, *matrices, 1.0), atol=1e-5)
+  np.testing.assert_allclose(y_in_waves, y, atol=1e-5)
+  for wanted, got in zip(gradients, in_waves):  # sums of up to 100 products of order 10 in float32
+    np.testing.assert_allclose(got, wanted, atol=2e-4)
+
+
+@pytest.mark.parametrize("tokens, shards, wave, waves", [
+  (2048, 64, 16384, 8), (2048, 1, 16, 1), (2048, 8, 16384, 1), (24, 4, 50, 2), (6, 4, 1, 6), (7, 4, 8, 7), (1, 64, 8, 1),
+])
+def test_waves_are_equal_and_as_few_as_memory_allows(tokens, shards, wave, waves):
+  assert num_waves(tokens, shards, wave) == waves
 
 
 def flops(run, *shapes):

@@ -151,14 +151,15 @@ def test_not_finite_gives_the_old_state_back(name):
 def test_every_device_holds_its_part(name):
   """Before and after the step, moments included: the sizes of the shards are those that the table of axes promises."""
   sizes = {axis: getattr((TOGETHER | ALONE)[name][0], axis) for axis in ("fsdp", "expert", "tensor")}
-  divided = {"embed": "fsdp", "lora": "fsdp", "expert": "expert", "heads": "tensor", "index_heads": "tensor",
-             "groups": "tensor", "vocab": "tensor", "mlp": "tensor"}
+  both = sizes["fsdp"] * sizes["expert"]
+  parts = {"embed": both, "lora": both, "expert_embed": sizes["fsdp"], "expert": sizes["expert"],
+           **dict.fromkeys(("heads", "index_heads", "groups", "vocab", "mlp"), sizes["tensor"])}
   new = stepped(name)[0]
   (places, _), _ = mesh_step(name).compiled.input_shardings
   params, moments, before = leaves(new.params), leaves(new.opt_state), leaves(places.params)
   for key, x in params.items():
     axes = sharding.parameter_axes(key.split("/"), x.ndim)
-    shard = tuple(n // sizes[divided[axis]] if axis else n for n, axis in zip(x.shape, axes))
+    shard = tuple(n // parts[axis] if axis else n for n, axis in zip(x.shape, axes))
     copies = [m for m_key, m in moments.items() if m_key.endswith(f"/{key}") and (
       "mtp/" in key or "mtp/" not in m_key)]  # mtp has leaves of the same names as the model
     assert len(copies) in (1, 2), key

@@ -1,0 +1,92 @@
+"""Compiles the real train step of a run for a slice of TPUs that need not be there, and says what it takes.
+
+python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--set training.kernels=blockwise]... [--json FILE]
+
+The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where the run says "auto". A step of
+four layers takes minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from launch import use_huge_pages
+
+GIB = 2**30
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("config", None, "Python file with get_config().", required=True)
+  flags.DEFINE_string("topology", None, "The slice: v5p:2x2x1, v5p:4x4x4, v6e:4x4, TPU7x:2x2x1, ...", required=True)
+  flags.DEFINE_multi_string("set", [], "KEY=VALUE replaces a setting, for example mesh.expert=64; repeatable.")
+  flags.DEFINE_string("json", None, "File for the figures.")
+
+
+def measured(run_config, mesh, say) -> dict:
+  """The figures of the compiled step; says once a minute that the compiler still works."""
+  from deepseek_v4.planning import lower, read
+  clock = time.perf_counter()
+  lowered = lower.lower_step(run_config, mesh)
+  say(f"lowered in {time.perf_counter() - clock:.0f} s; compiling for {mesh.size} x {mesh.devices.flat[0].device_kind}")
+  done = threading.Event()
+
+  def tick():
+    while not done.wait(60):
+      say(f"  compiling for {time.perf_counter() - clock:.0f} s")
+  threading.Thread(target=tick, daemon=True).start()
+  try:
+    compiled = lowered.compile()
+  finally:
+    done.set()
+  return {"seconds": time.perf_counter() - clock, "devices": mesh.size, "memory": read.memory(compiled),
+          "kernels": read.kernels(compiled)}
+
+
+def text(figures: dict) -> str:
+  """The figures as lines to read."""
+  memory = figures["memory"]
+  lines = [f"compiled in {figures['seconds']:.0f} s for {figures['devices']} devices; bytes of one device, in GiB"]
+  lines += [f"  {name:12}{size / GIB:8.2f}" for name, size in memory.items()]
+  lines += ["calls of kernels in the program (one inside a loop counts once)"]
+  lines += [f"  {name:28}{count:5}" for name, count in figures["kernels"].items()] or ["  none"]
+  return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+  if argv[1:]:
+    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  path = flags.FLAGS["json"].value
+  if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    sys.exit(f"error: --json = {path!r}: expected a file in a folder that exists")
+  os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is described, not used
+  from deepseek_v4 import config
+  from deepseek_v4.planning import lower
+  os.environ.update(lower.ENVIRONMENT)
+  import jax
+  say = lambda line: print(line, flush=True)
+  try:
+    run_config = config.load(flags.FLAGS["config"].value, flags.FLAGS["set"].value)
+    if run_config.training.kernels == "auto":
+      training = dataclasses.replace(run_config.training, kernels="pallas")
+      run_config = dataclasses.replace(run_config, training=training)
+    mesh = lower.mesh_on(run_config, flags.FLAGS["topology"].value)
+    figures = measured(run_config, mesh, say)
+  except (ValueError, FileNotFoundError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+    sys.exit(f"error: {error}")
+  say(text(figures))
+  if path is not None:
+    Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+  use_huge_pages()
+  define_flags()
+  app.run(main)

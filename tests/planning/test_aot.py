@@ -1,0 +1,48 @@
+"""Whole train steps through the real TPU compiler, by the command that a user calls; mistakes are named before that."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HBM = {"v5p": 95.74 * 2**30}  # what the compiler lets a program use, from its own message when one does not fit
+
+
+def plan(config, *arguments, timeout=120):
+  """Ends `python -m launch.plan`, without the flags that the tests give to XLA's CPU compiler."""
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  command = [sys.executable, "-m", "launch.plan", "--config", f"configs/{config}.py", *arguments]
+  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
+
+
+@pytest.mark.parametrize("config, arguments, message", [
+  ("none", ["--topology", "v5p:2x2x1"], "configs/none.py"),
+  ("debug", ["--topology", "v9:2x2"], "topology = 'v9:2x2': expected a slice that libtpu knows, such as v5p:4x4x4"),
+  ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.tensor=64"], "64 devices, expected at most the 4 of v5p:2x2x1"),
+  ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.data=2"],
+   "data.batch_size / data.accumulation = 1: expected a multiple of data x fsdp x expert = 2"),
+  ("debug", ["--topology", "v5p:2x2x1", "--json", "nowhere/x.json"], "--json = 'nowhere/x.json'"),
+], ids=["config", "topology", "too many devices", "batch", "json"])
+def test_mistakes_are_named_before_anything_is_compiled(config, arguments, message):
+  result = plan(config, *arguments)
+  assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("topology, settings", [
+  ("v5p:2x2x1", []),
+  ("v5p:4x4x4", ["model.n_routed_experts=384", "mesh.expert=64", "data.batch_size=64"]),
+], ids=["8 experts on one chip", "384 experts on 64 chips"])
+def test_the_step_of_four_layers_of_pro_compiles_with_all_kernels(topology, settings, tmp_path):
+  path = tmp_path / "plan.json"
+  result = plan("v4_pro_slice", "--topology", topology, "--json", str(path),
+                *(part for setting in settings for part in ("--set", setting)), timeout=3000)
+  assert result.returncode == 0, result.stderr[-3000:]
+  figures = json.loads(path.read_text())
+  memory, kernels = figures["memory"], set(figures["kernels"])
+  assert memory["arguments"] + memory["outputs"] - memory["aliased"] < HBM["v5p"]
+  assert {"masked_attention", "masked_attention_backward", "index_select", "index_loss", "index_loss_backward"} <= kernels
