@@ -12,7 +12,9 @@ _NAMES = {
     "load_hf": "deepseek_v4.checkpoint.hf_format", "to_hf_names": "deepseek_v4.checkpoint.hf_names",
     "from_hf_names": "deepseek_v4.checkpoint.hf_names", "restack": "deepseek_v4.checkpoint.hf_names",
 }
-_MODULES = ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training")
+_MODULES = {name: f"deepseek_v4.{name}" for name in
+            ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training")}
+_MODULES["chat"] = "deepseek_v4.text.chat"
 
 __all__ = [*_NAMES, *_MODULES]
 
@@ -21,7 +23,7 @@ def __getattr__(name):
   if name in _NAMES:
     return getattr(importlib.import_module(_NAMES[name]), name)
   if name in _MODULES:
-    return importlib.import_module(f"deepseek_v4.{name}")
+    return importlib.import_module(_MODULES[name])
   raise AttributeError(f"module 'deepseek_v4' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -1,0 +1,394 @@
+"""Messages to the text that the model reads, and what it writes back to a message; no JAX here.
+
+A message is a dictionary with `role` and `content`, as OpenAI's interface has them. A release's wording (the prefix of an
+effort, how tools and a response format are introduced) is data of that release: `ChatTemplate.from_checkpoint` reads it
+from the encoder file beside the weights; `DEFAULT` holds short wording of our own. Everything else, byte for byte, is the
+encoding of the V4 releases (SPEC_MODEL 12).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from deepseek_v4.config_checks import refuse
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+USER, ASSISTANT, REMINDER = "<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>"
+THINK, THINK_END = "<think>", "</think>"
+DSML = "｜DSML｜"
+TASKS = {name: f"<｜{name}｜>" for name in ("action", "query", "authority", "domain", "title", "read_url")}
+ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
+NONE = "none"  # the effort without a thought
+# Tokens of thought before the decoder closes it: the context windows in which the report evaluates the efforts.
+THINKING_BUDGET = {"low": 131_072, "high": 131_072, "max": 393_216}
+
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w*)\}")
+_CALLS_START, _CALLS_END = f"\n\n<{DSML}tool_calls>\n", f"\n</{DSML}tool_calls>"
+_INVOKE_END = f"\n</{DSML}invoke>"
+_INVOKE = re.compile(rf'<{DSML}invoke name="([^"\n]+)">\n')
+_PARAMETER = re.compile(rf'<{DSML}parameter name="(.+?)" string="(true|false)">(.*?)</{DSML}parameter>', re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+  """The wording of a release.
+
+  Attributes:
+    effort_prefix: level of reasoning effort -> text before the first message. "high" needs no entry: no prefix.
+    tools_template: introduces tools; {tool_schemas} is replaced, as are {dsml_token}, {thinking_start_token} and
+      {thinking_end_token}. A doubled brace is a brace.
+    format_template: introduces a response format; {schema} is replaced.
+    thinking_budget: level -> most tokens of a thought; a level without an entry has no limit.
+  """
+
+  effort_prefix: Mapping[str, str]
+  tools_template: str
+  format_template: str
+  thinking_budget: Mapping[str, int] = dataclasses.field(default_factory=lambda: THINKING_BUDGET)
+
+  def __post_init__(self):
+    for level, text in self.effort_prefix.items():
+      if not isinstance(text, str) or (level == NONE and text):
+        refuse(f"effort_prefix[{level!r}]", text, "a string, empty for 'none'")
+    for level, tokens in self.thinking_budget.items():
+      if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+        refuse(f"thinking_budget[{level!r}]", tokens, "a number of tokens, at least 0")
+    for field, wanted in (("tools_template", "tool_schemas"), ("format_template", "schema")):
+      _fill(field, getattr(self, field), dict.fromkeys((*_CONSTANTS, wanted), ""))
+      if f"{{{wanted}}}" not in getattr(self, field):
+        refuse(field, getattr(self, field), f"a text with {{{wanted}}}")
+
+  @property
+  def efforts(self) -> tuple[str, ...]:
+    """Every level of reasoning effort that this template knows, "none" first."""
+    return tuple(dict.fromkeys((NONE, *self.effort_prefix, "high")))
+
+  def check_effort(self, reasoning_effort: str) -> str:
+    """The level itself, or a ValueError that lists those there are."""
+    if reasoning_effort not in self.efforts:
+      refuse("reasoning_effort", reasoning_effort, f"one of {', '.join(self.efforts)}")
+    return reasoning_effort
+
+  def budget(self, reasoning_effort: str) -> int | None:
+    """Most tokens of a thought at this level: 0 without thinking, None for no limit."""
+    return 0 if self.check_effort(reasoning_effort) == NONE else self.thinking_budget.get(reasoning_effort)
+
+  @staticmethod
+  def from_checkpoint(folder: str | Path) -> "ChatTemplate":
+    """The wording in a released folder's encoder file (`encoding/*.py`), read as literals: nothing in it is executed.
+
+    Releases of two kinds are known: REASONING_EFFORT_MAX (levels high, without a prefix, and max), or a dictionary
+    REASONING_EFFORT_PROMPTS of all levels.
+
+    Raises:
+      FileNotFoundError: no encoder file there.
+      ValueError: none of the files has all the constants as plain literals; says which are missing.
+    """
+    files = sorted((Path(folder) / "encoding").glob("*.py"))
+    if not files:
+      raise FileNotFoundError(f"{Path(folder) / 'encoding'}: expected the release's encoder file (encoding_dsv4.py)")
+    missing = {}
+    for file in files:
+      found = _literals(file)
+      prompts = found.get("REASONING_EFFORT_PROMPTS")
+      if prompts is None and "REASONING_EFFORT_MAX" in found:
+        prompts = {"high": "", "max": found["REASONING_EFFORT_MAX"]}
+      parts = {"REASONING_EFFORT_MAX or REASONING_EFFORT_PROMPTS": prompts, "TOOLS_TEMPLATE": found.get("TOOLS_TEMPLATE"),
+               "response_format_template": found.get("response_format_template")}
+      missing[file.name] = [name for name, value in parts.items() if value is None]
+      if not missing[file.name]:
+        if not isinstance(prompts, dict):
+          refuse(f"{file}: REASONING_EFFORT_PROMPTS", prompts, "a dictionary of level -> text")
+        return ChatTemplate(prompts, parts["TOOLS_TEMPLATE"], parts["response_format_template"])
+    lines = "; ".join(f"{name} lacks {', '.join(lacks)}" for name, lacks in missing.items())
+    raise ValueError(f"{Path(folder) / 'encoding'}: expected the wording as literals in one file, but {lines}")
+
+
+def _literals(file: Path) -> dict[str, Any]:
+  """Values of a Python file's top-level assignments that are literals."""
+  found = {}
+  for node in ast.parse(file.read_text(encoding="utf-8"), str(file)).body:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    if len(targets) == 1 and isinstance(targets[0], ast.Name) and getattr(node, "value", None) is not None:
+      try:
+        found[targets[0].id] = ast.literal_eval(node.value)
+      except (ValueError, TypeError, SyntaxError):  # an expression: none of the constants that are looked for
+        continue
+  return found
+
+
+_CONSTANTS = {"dsml_token": DSML, "thinking_start_token": THINK, "thinking_end_token": THINK_END}
+
+
+def _fill(field: str, template: str, values: Mapping[str, str]) -> str:
+  """`template` with its {names} replaced, in one pass, so that replaced text is never read again."""
+  def replace(match: re.Match[str]) -> str:
+    if match.group() in ("{{", "}}"):
+      return match.group()[0]
+    if match[1] not in values:
+      refuse(field, match.group(), f"only the placeholders {', '.join(values)}")
+    return values[match[1]]
+
+  if not isinstance(template, str):
+    refuse(field, template, "a string")
+  return _PLACEHOLDER.sub(replace, template)
+
+
+DEFAULT = ChatTemplate(
+  effort_prefix={"high": "", "max": "Think as long as the task needs, and check every step before you answer.\n\n"},
+  tools_template=(
+    "You can call these functions, one JSON schema a line:\n{tool_schemas}\n\nA call is written\n"
+    '<{dsml_token}tool_calls>\n<{dsml_token}invoke name="FUNCTION">\n'
+    '<{dsml_token}parameter name="NAME" string="true|false">VALUE</{dsml_token}parameter>\n'
+    "</{dsml_token}invoke>\n</{dsml_token}tool_calls>\n"
+    'with string="true" for text as it is and string="false" for JSON.'),
+  format_template="Answer with JSON of this schema:\n{schema}")
+
+
+# ---- messages -> text --------------------------------------------------------------------------------------------------
+def encode(messages: Sequence[Mapping[str, Any]], *, reasoning_effort: str = "high", drop_thinking: bool = True,
+           template: ChatTemplate | None = None) -> str:
+  """The text of a conversation, up to where the model goes on.
+
+  Args:
+    messages: dictionaries with `role` and `content`. Beside these: system and developer may hold `tools` and
+      `response_format`; assistant `reasoning_content`, `tool_calls` and `wo_eos` (true: the turn goes on); user and
+      assistant `task`; tool `tool_call_id`.
+    reasoning_effort: "none", or one of the template's levels.
+    drop_thinking: leave out the thoughts (and developer messages) before the last user message; has no effect if any
+      message has tools.
+    template: wording; None = `DEFAULT`.
+
+  Raises:
+    ValueError: an unknown role, level or task, content of a wrong type or malformed tool calls; names the message.
+  """
+  template = DEFAULT if template is None else template
+  thinking = template.check_effort(reasoning_effort) != NONE
+  if not messages:
+    refuse("messages", messages, "at least one message")
+  for i, message in enumerate(messages):
+    _check(f"messages[{i}]", message)
+  turns = _ordered(_merged(messages))
+  drop = drop_thinking and not any(turn.get("tools") for turn in turns)
+  if thinking and drop:
+    last = _last_user(turns)
+    turns = [turn for i, turn in enumerate(turns) if i >= last or turn["role"] != "developer"]
+  last = _last_user(turns)
+  pieces = [BOS, template.effort_prefix.get(reasoning_effort, "") if thinking else ""]
+  for i, turn in enumerate(turns):
+    thought = thinking and (not drop or i > last) and not (i and turns[i - 1].get("task"))
+    pieces.append(_body(turn, template, thought))
+    if i + 1 == len(turns) or turns[i + 1]["role"] in ("assistant", "latest_reminder"):
+      opens = thinking and (not drop or i >= last)
+      pieces.append(_transition(turn, THINK if opens else THINK_END, THINK if thinking else THINK_END))
+  return "".join(pieces)
+
+
+def _check(where: str, message: Mapping[str, Any]) -> None:
+  """Refuses what the encoding has no place for."""
+  if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+    refuse(f"{where}.role", message.get("role") if isinstance(message, Mapping) else message, f"one of {', '.join(ROLES)}")
+  if message.get("task") is not None and message["task"] not in TASKS:
+    refuse(f"{where}.task", message["task"], f"one of {', '.join(TASKS)}")
+  role, content = message["role"], message.get("content")
+  if role == "developer" and not content:
+    refuse(f"{where}.content", content, "a text (a developer message must not be empty)")
+  blocks = (list, tuple) if role in ("user", "tool") else ()
+  if not isinstance(content, (str, type(None), *blocks)):
+    refuse(f"{where}.content", content, "a string" + (" or a list of blocks" if blocks else ""))
+  for block in content if isinstance(content, blocks) else ():
+    if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
+      refuse(f"{where}.content", block, "blocks such as {'type': 'text', 'text': ...}")
+  if not isinstance(message.get("reasoning_content"), (str, type(None))):
+    refuse(f"{where}.reasoning_content", message["reasoning_content"], "a string")
+  for i, call in enumerate(message.get("tool_calls") or ()):
+    function = call.get("function") if isinstance(call, Mapping) else None
+    named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+    if not named or not isinstance(function.get("arguments"), (str, Mapping)):
+      refuse(f"{where}.tool_calls[{i}]", call, "{'id': ..., 'function': {'name': a string, 'arguments': a JSON string}}")
+  for i, tool in enumerate(message.get("tools") or ()):
+    if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
+      refuse(f"{where}.tools[{i}]", tool, "{'type': 'function', 'function': {'name': ..., 'parameters': ...}}")
+
+
+def _text(content: str | Sequence[Mapping[str, Any]] | None) -> str:
+  """Content as one text; blocks that are no text are named."""
+  if not isinstance(content, (list, tuple)):
+    return content or ""
+  return "\n\n".join(b.get("text") or "" if b["type"] == "text" else f"[Unsupported {b['type']}]" for b in content)
+
+
+def _merged(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """User and tool messages that follow one another become one user turn of `blocks`: (id of the call or None, text).
+
+  After a turn with a task only tool results may still join it; a user message begins a turn of its own.
+  """
+  turns: list[dict[str, Any]] = []
+  for message in messages:
+    role = message["role"]
+    if role not in ("user", "tool"):
+      turns.append(dict(message))
+      continue
+    text = _text(message.get("content"))
+    block = (None, text) if role == "user" else (message.get("tool_call_id") or "", f"<tool_result>{text}</tool_result>")
+    if turns and turns[-1]["role"] == "user" and (role == "tool" or not turns[-1].get("task")):
+      turns[-1]["blocks"].append(block)
+    else:
+      kept = dict(message) if role == "user" else {}
+      turns.append(kept | {"role": "user", "blocks": [block]})
+  return turns
+
+
+def _ordered(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The tool results of each user turn, in their places, in the order of the last assistant's calls."""
+  order: dict[str, int] = {}
+  for turn in turns:
+    if turn["role"] == "assistant" and turn.get("tool_calls"):
+      order = {call["id"]: i for i, call in enumerate(turn["tool_calls"]) if call.get("id")}
+    elif turn["role"] == "user":
+      results = iter(sorted((b for b in turn["blocks"] if b[0] is not None), key=lambda b: order.get(b[0], 0)))
+      turn["blocks"] = [b if b[0] is None else next(results) for b in turn["blocks"]]
+  return turns
+
+
+def _last_user(turns: Sequence[Mapping[str, Any]]) -> int:
+  """Place of the last user or developer turn; -1 without one."""
+  return max((i for i, turn in enumerate(turns) if turn["role"] in ("user", "developer")), default=-1)
+
+
+def _body(turn: Mapping[str, Any], template: ChatTemplate, thought: bool) -> str:
+  """One turn, without what leads over to the next."""
+  role, content = turn["role"], turn.get("content") or ""
+  if role == "user":
+    return USER + "\n\n".join(text for _, text in turn["blocks"])
+  if role == "latest_reminder":
+    return REMINDER + content
+  if role == "assistant":
+    reasoning = (turn.get("reasoning_content") or "") + THINK_END if thought else ""
+    calls = _calls_text(turn["tool_calls"]) if turn.get("tool_calls") else ""
+    return reasoning + content + calls + ("" if turn.get("wo_eos") else EOS)
+  text = content if role == "system" else USER + content
+  if turn.get("tools"):
+    schemas = "\n".join(_json(tool["function"]) for tool in turn["tools"])
+    text += "\n\n" + _fill("tools_template", template.tools_template, _CONSTANTS | {"tool_schemas": schemas})
+  if turn.get("response_format"):
+    schema = _json(turn["response_format"])
+    text += "\n\n" + _fill("format_template", template.format_template, _CONSTANTS | {"schema": schema})
+  return text
+
+
+def _transition(turn: Mapping[str, Any], opening: str, task_opening: str) -> str:
+  """What stands between a turn and the assistant's; a task is asked for by its token."""
+  task = turn.get("task")
+  if task:
+    return (ASSISTANT + task_opening if task == "action" else "") + TASKS[task]
+  return ASSISTANT + opening if turn["role"] in ("user", "developer") else ""
+
+
+def _json(value: Any) -> str:
+  return json.dumps(value, ensure_ascii=False)
+
+
+def _calls_text(calls: Sequence[Mapping[str, Any]]) -> str:
+  invokes = []
+  for call in calls:
+    given = call["function"]["arguments"]
+    try:
+      arguments = given if isinstance(given, Mapping) else json.loads(given)
+    except ValueError:
+      arguments = None
+    # What is no JSON object goes through as one parameter, so that a model sees what it once wrote.
+    arguments = arguments if isinstance(arguments, Mapping) else {"arguments": given}
+    lines = "\n".join(f'<{DSML}parameter name="{name}" string="{"true" if isinstance(value, str) else "false"}">'
+                      f"{value if isinstance(value, str) else _json(value)}</{DSML}parameter>"
+                      for name, value in arguments.items())
+    invokes.append(f'<{DSML}invoke name="{call["function"]["name"]}">\n{lines}{_INVOKE_END}')
+  return _CALLS_START + "\n".join(invokes) + _CALLS_END
+
+
+# ---- text -> message ---------------------------------------------------------------------------------------------------
+def parse(text: str, *, reasoning_effort: str, template: ChatTemplate | None = None) -> dict[str, Any]:
+  """The assistant's message from what the model wrote after `encode`'s text.
+
+  Args:
+    text: with or without the closing end of sentence.
+    reasoning_effort, template: those of the request; with a thought, `text` begins inside it.
+
+  Returns:
+    {"role": "assistant", "content", "reasoning_content", and "tool_calls" if there are any}; a call is {"id", "type",
+    "function": {"name", "arguments": JSON string}}, with ids call_0, call_1, ... by their order.
+
+  Raises:
+    ValueError: a thought that is not closed, text after the end of sentence, or a malformed tool call.
+  """
+  template = DEFAULT if template is None else template
+  reasoning = ""
+  if template.check_effort(reasoning_effort) != NONE:
+    reasoning, closed, text = text.partition(THINK_END)
+    if not closed:
+      refuse("text", _excerpt(reasoning[-40:]), f"a thought closed by {THINK_END}")
+  text, _, behind = text.partition(EOS)
+  if behind:
+    refuse("text", _excerpt(behind), f"nothing after {EOS}")
+  content, calls, rest = text.partition(_CALLS_START)
+  if f"{DSML}tool_calls" in content:
+    refuse("text", _excerpt(content[content.index(DSML):]), f"tool calls that begin with {_CALLS_START!r}")
+  message: dict[str, Any] = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+  if calls:
+    message["tool_calls"] = _parse_calls(rest)
+  return message
+
+
+def _parse_calls(text: str) -> list[dict[str, Any]]:
+  calls: list[dict[str, Any]] = []
+  at = 0
+  while not calls or not text.startswith(_CALLS_END, at):
+    if calls:
+      at = _skip(text, at, "\n")
+    opening = _INVOKE.match(text, at) or _malformed(
+      text, at, f'<{DSML}invoke name="FUNCTION"> and a new line, or the end of the block, {_CALLS_END!r}')
+    at = opening.end()
+    arguments: dict[str, str] = {}
+    while not text.startswith(_INVOKE_END, at):
+      if arguments:
+        at = _skip(text, at, "\n")
+      parameter = _PARAMETER.match(text, at) or _malformed(
+        text, at, f'<{DSML}parameter name="NAME" string="true|false">VALUE</{DSML}parameter> or {_INVOKE_END!r}')
+      name, is_text, value = parameter.groups()
+      if name in arguments:
+        _malformed(text, at, f"each parameter once, {name!r} among them")
+      arguments[name] = _json(value) if is_text == "true" else _checked_json(value, text, at)
+      at = parameter.end()
+    at += len(_INVOKE_END)
+    function = {"name": opening[1], "arguments": "{" + ", ".join(f"{_json(n)}: {v}" for n, v in arguments.items()) + "}"}
+    calls.append({"id": f"call_{len(calls)}", "type": "function", "function": function})
+  if text[at + len(_CALLS_END):]:
+    _malformed(text, at + len(_CALLS_END), "nothing after the tool calls")
+  return calls
+
+
+def _checked_json(value: str, text: str, at: int) -> str:
+  try:
+    json.loads(value)
+  except ValueError:
+    _malformed(text, at, 'JSON where string="false"')
+  return value
+
+
+def _skip(text: str, at: int, expected: str) -> int:
+  if not text.startswith(expected, at):
+    _malformed(text, at, f"{expected!r} or the end of the block")
+  return at + len(expected)
+
+
+def _excerpt(text: str) -> str:
+  return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _malformed(text: str, at: int, expected: str) -> Any:
+  refuse(f"tool calls, character {at}", _excerpt(text[at:]), expected)
