@@ -8,7 +8,7 @@ import importlib
 _NAMES = {
     "ModelConfig": "deepseek_v4.config", "RunConfig": "deepseek_v4.config",
     "DeepseekV4": "deepseek_v4.model.transformer", "ModelOutput": "deepseek_v4.model.transformer",
-    "trace": "deepseek_v4.analysis.trace",
+    "trace": "deepseek_v4.analysis.trace", "count": "deepseek_v4.analysis.count",
     "load_hf": "deepseek_v4.checkpoint.hf_format", "to_hf_names": "deepseek_v4.checkpoint.hf_names",
     "from_hf_names": "deepseek_v4.checkpoint.hf_names", "restack": "deepseek_v4.checkpoint.hf_names",
 }
