@@ -9,7 +9,8 @@ _NAMES = {
     "ModelConfig": "deepseek_v4.config", "RunConfig": "deepseek_v4.config",
     "DeepseekV4": "deepseek_v4.model.transformer", "ModelOutput": "deepseek_v4.model.transformer",
     "trace": "deepseek_v4.analysis.trace", "count": "deepseek_v4.analysis.count",
-    "load_hf": "deepseek_v4.checkpoint.hf_read", "to_hf_names": "deepseek_v4.checkpoint.hf_trees",
+    "load_hf": "deepseek_v4.checkpoint.hf_read", "save_hf": "deepseek_v4.checkpoint.hf_write",
+    "to_hf_names": "deepseek_v4.checkpoint.hf_trees",
     "from_hf_names": "deepseek_v4.checkpoint.hf_trees", "restack": "deepseek_v4.checkpoint.trees",
 }
 _MODULES = {name: f"deepseek_v4.{name}" for name in

@@ -96,7 +96,7 @@ def find_sources(mapping: Mapping[str, Any], config: ModelConfig, problems: Prob
   elif not any(n.startswith(DRAFT) for n in names):
     problems["no multi-token-prediction block"] = [
       "num_nextn_predict_layers = 1, but no tensor is named mtp.* (transformers' state_dicts never hold the block); "
-      "use dataclasses.replace(config, num_nextn_predict_layers=0)"]
+      "use dataclasses.replace(config, num_nextn_predict_layers=0), or drop_draft when converting"]
     expected = {n: t for n, t in expected.items() if not n.startswith(DRAFT)}
   if mixed_names(names):
     problems["mixed names"] = [
