@@ -14,7 +14,8 @@ _NAMES = {
     "from_hf_names": "deepseek_v4.checkpoint.hf_trees", "restack": "deepseek_v4.checkpoint.trees",
 }
 _MODULES = {name: f"deepseek_v4.{name}" for name in
-            ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training")}
+            ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training",
+             "generation")}
 _MODULES["chat"] = "deepseek_v4.text.chat"
 
 __all__ = [*_NAMES, *_MODULES]
