@@ -202,12 +202,17 @@ def read_variables(mapping: Mapping[str, Any], config: ModelConfig, problems: Pr
                    keep_scales: bool = False) -> dict[str, Any]:
   """`from_hf_names` that also reports `problems` found before; see `load_hf` for the other arguments."""
   sources = find_sources(mapping, config, problems)
+  quantised = {path: found[0].format is not None for path, found in sources.items()
+               if found[0].tensor.stored in (FP8, EXPERTS)}
+  keep_scales = keep_scales and any(quantised.values())
+  if keep_scales and not all(quantised.values()):
+    refuse("keep_scales = True: expected every matrix that releases quantise to be quantised, or none of them",
+           {"not quantised": [path for path, is_so in quantised.items() if not is_so]})
   flat: dict[str, np.ndarray] = {}
   for leaf in leaves(config):
     flat[leaf.path] = read_leaf(leaf, sources[leaf.path], leaf_dtype(leaf, dtype))
-    scales = read_scales(sources[leaf.path]) if keep_scales else None
-    if scales is not None:
-      flat[leaf.scales_path] = scales
+    if keep_scales and leaf.path in quantised:
+      flat[leaf.scales_path] = read_scales(sources[leaf.path])
   return jax.tree.map(jnp.asarray, restack(unflatten(flat), config, config.scan_layers))
 
 

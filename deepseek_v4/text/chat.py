@@ -1,157 +1,32 @@
 """Messages to the text that the model reads, and what it writes back to a message; no JAX here.
 
 A message is a dictionary with `role` and `content`, as OpenAI's interface has them. A release's wording (the prefix of an
-effort, how tools and a response format are introduced) is data of that release: `ChatTemplate.from_checkpoint` reads it
-from the encoder file beside the weights; `DEFAULT` holds short wording of our own. Everything else, byte for byte, is the
-encoding of the V4 releases (SPEC_MODEL 12).
+effort, how tools and a response format are introduced) is data of that release: see `chat_template.py`. Everything else,
+byte for byte, is the encoding of the V4 releases (SPEC_MODEL 12).
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import json
 import re
-from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from deepseek_v4.config_checks import refuse
+from deepseek_v4.text.chat_template import DEFAULT, DSML, NONE, THINK, THINK_END, ChatTemplate
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT, REMINDER = "<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>"
-THINK, THINK_END = "<think>", "</think>"
-DSML = "｜DSML｜"
 TASKS = {name: f"<｜{name}｜>" for name in ("action", "query", "authority", "domain", "title", "read_url")}
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
-NONE = "none"  # the effort without a thought
-# Tokens of thought before the decoder closes it: the context windows in which the report evaluates the efforts.
-THINKING_BUDGET = {"low": 131_072, "high": 131_072, "max": 393_216}
 
-_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w*)\}")
 _CALLS_START, _CALLS_END = f"\n\n<{DSML}tool_calls>\n", f"\n</{DSML}tool_calls>"
 _INVOKE_END = f"\n</{DSML}invoke>"
 _INVOKE = re.compile(rf'<{DSML}invoke name="([^"\n]+)">\n')
-_PARAMETER = re.compile(rf'<{DSML}parameter name="(.+?)" string="(true|false)">(.*?)</{DSML}parameter>', re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatTemplate:
-  """The wording of a release.
-
-  Attributes:
-    effort_prefix: level of reasoning effort -> text before the first message. "high" needs no entry: no prefix.
-    tools_template: introduces tools; {tool_schemas} is replaced, as are {dsml_token}, {thinking_start_token} and
-      {thinking_end_token}. A doubled brace is a brace.
-    format_template: introduces a response format; {schema} is replaced.
-    thinking_budget: level -> most tokens of a thought; a level without an entry has no limit.
-  """
-
-  effort_prefix: Mapping[str, str]
-  tools_template: str
-  format_template: str
-  thinking_budget: Mapping[str, int] = dataclasses.field(default_factory=lambda: THINKING_BUDGET)
-
-  def __post_init__(self):
-    for level, text in self.effort_prefix.items():
-      if not isinstance(text, str) or (level == NONE and text):
-        refuse(f"effort_prefix[{level!r}]", text, "a string, empty for 'none'")
-    for level, tokens in self.thinking_budget.items():
-      if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
-        refuse(f"thinking_budget[{level!r}]", tokens, "a number of tokens, at least 0")
-    for field, wanted in (("tools_template", "tool_schemas"), ("format_template", "schema")):
-      _fill(field, getattr(self, field), dict.fromkeys((*_CONSTANTS, wanted), ""))
-      if f"{{{wanted}}}" not in getattr(self, field):
-        refuse(field, getattr(self, field), f"a text with {{{wanted}}}")
-
-  @property
-  def efforts(self) -> tuple[str, ...]:
-    """Every level of reasoning effort that this template knows, "none" first."""
-    return tuple(dict.fromkeys((NONE, *self.effort_prefix, "high")))
-
-  def check_effort(self, reasoning_effort: str) -> str:
-    """The level itself, or a ValueError that lists those there are."""
-    if reasoning_effort not in self.efforts:
-      refuse("reasoning_effort", reasoning_effort, f"one of {', '.join(self.efforts)}")
-    return reasoning_effort
-
-  def budget(self, reasoning_effort: str) -> int | None:
-    """Most tokens of a thought at this level: 0 without thinking, None for no limit."""
-    return 0 if self.check_effort(reasoning_effort) == NONE else self.thinking_budget.get(reasoning_effort)
-
-  @staticmethod
-  def from_checkpoint(folder: str | Path) -> "ChatTemplate":
-    """The wording in a released folder's encoder file (`encoding/*.py`), read as literals: nothing in it is executed.
-
-    Releases of two kinds are known: REASONING_EFFORT_MAX (levels high, without a prefix, and max), or a dictionary
-    REASONING_EFFORT_PROMPTS of all levels.
-
-    Raises:
-      FileNotFoundError: no encoder file there.
-      ValueError: none of the files has all the constants as plain literals; says which are missing.
-    """
-    files = sorted((Path(folder) / "encoding").glob("*.py"))
-    if not files:
-      raise FileNotFoundError(f"{Path(folder) / 'encoding'}: expected the release's encoder file (encoding_dsv4.py)")
-    missing = {}
-    for file in files:
-      found = _literals(file)
-      prompts = found.get("REASONING_EFFORT_PROMPTS")
-      if prompts is None and "REASONING_EFFORT_MAX" in found:
-        prompts = {"high": "", "max": found["REASONING_EFFORT_MAX"]}
-      parts = {"REASONING_EFFORT_MAX or REASONING_EFFORT_PROMPTS": prompts, "TOOLS_TEMPLATE": found.get("TOOLS_TEMPLATE"),
-               "response_format_template": found.get("response_format_template")}
-      missing[file.name] = [name for name, value in parts.items() if value is None]
-      if not missing[file.name]:
-        if not isinstance(prompts, dict):
-          refuse(f"{file}: REASONING_EFFORT_PROMPTS", prompts, "a dictionary of level -> text")
-        return ChatTemplate(prompts, parts["TOOLS_TEMPLATE"], parts["response_format_template"])
-    lines = "; ".join(f"{name} lacks {', '.join(lacks)}" for name, lacks in missing.items())
-    raise ValueError(f"{Path(folder) / 'encoding'}: expected the wording as literals in one file, but {lines}")
-
-
-def _literals(file: Path) -> dict[str, Any]:
-  """Values of a Python file's top-level assignments that are literals."""
-  found = {}
-  for node in ast.parse(file.read_text(encoding="utf-8"), str(file)).body:
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    if len(targets) == 1 and isinstance(targets[0], ast.Name) and getattr(node, "value", None) is not None:
-      try:
-        found[targets[0].id] = ast.literal_eval(node.value)
-      except (ValueError, TypeError, SyntaxError):  # an expression: none of the constants that are looked for
-        continue
-  return found
-
-
-_CONSTANTS = {"dsml_token": DSML, "thinking_start_token": THINK, "thinking_end_token": THINK_END}
-
-
-def _fill(field: str, template: str, values: Mapping[str, str]) -> str:
-  """`template` with its {names} replaced, in one pass, so that replaced text is never read again."""
-  def replace(match: re.Match[str]) -> str:
-    if match.group() in ("{{", "}}"):
-      return match.group()[0]
-    if match[1] not in values:
-      refuse(field, match.group(), f"only the placeholders {', '.join(values)}")
-    return values[match[1]]
-
-  if not isinstance(template, str):
-    refuse(field, template, "a string")
-  return _PLACEHOLDER.sub(replace, template)
-
-
-DEFAULT = ChatTemplate(
-  effort_prefix={"high": "", "max": "Think as long as the task needs, and check every step before you answer.\n\n"},
-  tools_template=(
-    "You can call these functions, one JSON schema a line:\n{tool_schemas}\n\nA call is written\n"
-    '<{dsml_token}tool_calls>\n<{dsml_token}invoke name="FUNCTION">\n'
-    '<{dsml_token}parameter name="NAME" string="true|false">VALUE</{dsml_token}parameter>\n'
-    "</{dsml_token}invoke>\n</{dsml_token}tool_calls>\n"
-    'with string="true" for text as it is and string="false" for JSON.'),
-  format_template="Answer with JSON of this schema:\n{schema}")
+_PARAMETER = re.compile(rf'<{DSML}parameter name="([^\n]+?)" string="(true|false)">(.*?)</{DSML}parameter>', re.DOTALL)
 
 
 # ---- messages -> text --------------------------------------------------------------------------------------------------
-def encode(messages: Sequence[Mapping[str, Any]], *, reasoning_effort: str = "high", drop_thinking: bool = True,
+def encode(messages: Sequence[Mapping[str, Any]], *, reasoning_effort: str | None = "high", drop_thinking: bool = True,
            template: ChatTemplate | None = None) -> str:
   """The text of a conversation, up to where the model goes on.
 
@@ -159,7 +34,7 @@ def encode(messages: Sequence[Mapping[str, Any]], *, reasoning_effort: str = "hi
     messages: dictionaries with `role` and `content`. Beside these: system and developer may hold `tools` and
       `response_format`; assistant `reasoning_content`, `tool_calls` and `wo_eos` (true: the turn goes on); user and
       assistant `task`; tool `tool_call_id`.
-    reasoning_effort: "none", or one of the template's levels.
+    reasoning_effort: "none", one of the template's levels, or None for the template's default.
     drop_thinking: leave out the thoughts (and developer messages) before the last user message; has no effect if any
       message has tools.
     template: wording; None = `DEFAULT`.
@@ -168,7 +43,8 @@ def encode(messages: Sequence[Mapping[str, Any]], *, reasoning_effort: str = "hi
     ValueError: an unknown role, level or task, content of a wrong type or malformed tool calls; names the message.
   """
   template = DEFAULT if template is None else template
-  thinking = template.check_effort(reasoning_effort) != NONE
+  effort = template.check_effort(reasoning_effort)
+  thinking = effort != NONE
   if not messages:
     refuse("messages", messages, "at least one message")
   for i, message in enumerate(messages):
@@ -179,7 +55,7 @@ def encode(messages: Sequence[Mapping[str, Any]], *, reasoning_effort: str = "hi
     last = _last_user(turns)
     turns = [turn for i, turn in enumerate(turns) if i >= last or turn["role"] != "developer"]
   last = _last_user(turns)
-  pieces = [BOS, template.effort_prefix.get(reasoning_effort, "") if thinking else ""]
+  pieces = [BOS, template.effort_prefix.get(effort, "") if thinking else ""]
   for i, turn in enumerate(turns):
     thought = thinking and (not drop or i > last) and not (i and turns[i - 1].get("task"))
     pieces.append(_body(turn, template, thought))
@@ -275,10 +151,9 @@ def _body(turn: Mapping[str, Any], template: ChatTemplate, thought: bool) -> str
   text = content if role == "system" else USER + content
   if turn.get("tools"):
     schemas = "\n".join(_json(tool["function"]) for tool in turn["tools"])
-    text += "\n\n" + _fill("tools_template", template.tools_template, _CONSTANTS | {"tool_schemas": schemas})
+    text += "\n\n" + template.tools(schemas)
   if turn.get("response_format"):
-    schema = _json(turn["response_format"])
-    text += "\n\n" + _fill("format_template", template.format_template, _CONSTANTS | {"schema": schema})
+    text += "\n\n" + template.response_format(_json(turn["response_format"]))
   return text
 
 
@@ -312,7 +187,7 @@ def _calls_text(calls: Sequence[Mapping[str, Any]]) -> str:
 
 
 # ---- text -> message ---------------------------------------------------------------------------------------------------
-def parse(text: str, *, reasoning_effort: str, template: ChatTemplate | None = None) -> dict[str, Any]:
+def parse(text: str, *, reasoning_effort: str | None, template: ChatTemplate | None = None) -> dict[str, Any]:
   """The assistant's message from what the model wrote after `encode`'s text.
 
   Args:

@@ -75,6 +75,30 @@ def test_in_memory_with_scales(tmp_path, quantization):
   assert stored_bytes(tmp_path / "rescaled") != before
 
 
+def test_scales_of_some_matrices_only(tmp_path):
+  config = make_release(tmp_path / "release")
+  mapping, _ = read_folder(tmp_path / "release")
+  plain = np.ones(mapping["layers.0.attn.wkv.weight"].shape, np.float32)
+  mixed = {n: x for n, x in mapping.items() if n != "layers.0.attn.wkv.scale"} | {"layers.0.attn.wkv.weight": plain}
+  assert (dsv4.load_hf(mixed, config)["params"]["layers"]["layer_00"]["attention"]["kv"] == 1).all()
+  with pytest.raises(ValueError, match=r"not quantised \(1\): params/layers/layer_00/attention/kv"):
+    dsv4.load_hf(mixed, config, keep_scales=True)
+
+
+def test_nothing_is_left_at_its_initial_value(tmp_path):
+  """CHECKS A10.7, against the model's own initialisation; and 6: gate and up are not exchanged."""
+  config = make_release(tmp_path / "release")
+  model = dsv4.DeepseekV4(config)
+  initial = flatten(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
+  loaded = flatten(dsv4.load_hf(tmp_path / "release", config))
+  assert set(loaded) == set(initial)
+  assert not [n for n in loaded if loaded[n].shape != initial[n].shape or np.array_equal(loaded[n], initial[n])]
+  gate, up = (loaded[f"params/mtp/block/moe/shared/{name}"] for name in ("gate", "up"))
+  tensors, _ = read_folder(tmp_path / "release")
+  for leaf, number in ((gate, 1), (up, 3)):
+    assert np.array_equal(leaf, decoded(tensors, f"mtp.0.ffn.shared_experts.w{number}.weight").T)
+
+
 def test_only_the_changed_block_is_scaled_anew(tmp_path):
   config = make_release(tmp_path / "release")
   flat = dsv4.restack(dsv4.load_hf(tmp_path / "release", config, keep_scales=True), config, scan_layers=False)

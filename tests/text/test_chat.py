@@ -58,7 +58,7 @@ TOOLS_TEMPLATE = """T {{x}} <{dsml_token}> {thinking_start_token}{thinking_end_t
 response_format_template: str = "F {schema}"
 '''
 PROMPTS = 'REASONING_EFFORT_PROMPTS = {"low": "", "high": "Much.", "max": "Much More."}'
-OFFICIAL = PREVIEW.replace("REASONING_EFFORT_MAX = (", PROMPTS + "\nDEFAULT_REASONING_EFFORT, something = (")
+OFFICIAL = PREVIEW.replace("REASONING_EFFORT_MAX = (", PROMPTS + '\nDEFAULT_REASONING_EFFORT = "low"\nnothing = (')
 
 
 def encoder(folder, text, name="encoding_dsv4.py"):
@@ -86,6 +86,7 @@ def test_later_encoder_defines_its_own_levels(tmp_path):
   assert template.efforts == ("none", "low", "high", "max")
   hello = [{"role": "user", "content": "u"}]
   texts = [chat.encode(hello, reasoning_effort=level, template=template) for level in template.efforts]
+  assert chat.encode(hello, reasoning_effort=None, template=template) == texts[1]
   assert len(set(texts)) == 4 and "Much." in texts[2] and "More." not in texts[2] and "More." in texts[3]
 
 
@@ -103,8 +104,12 @@ def test_encoder_files_that_do_not_serve(tmp_path):
 def test_budgets_are_data():
   assert [chat.DEFAULT.budget(level) for level in ("none", "high", "max")] == [0, 131072, 393216]
   own = chat.ChatTemplate({"deep": "D"}, "{tool_schemas}", "{schema}", {"high": 5})
-  assert own.efforts == ("none", "deep", "high")
+  assert own.efforts == ("none", "high", "deep") and own.budget(None) == 5
   assert (own.budget("high"), own.budget("deep"), own.budget("none")) == (5, None, 0)
+  named = chat.ChatTemplate({"low": "", "deep": "D"}, "{tool_schemas}", "{schema}", default_effort="deep")
+  assert named.efforts == ("none", "low", "deep") and named.budget(None) is None
+  with pytest.raises(ValueError, match="default_effort = 'high': expected one of none, low, deep"):
+    chat.ChatTemplate({"low": "", "deep": "D"}, "{tool_schemas}", "{schema}")
   with pytest.raises(ValueError, match="thinking_budget"):
     chat.ChatTemplate({}, "{tool_schemas}", "{schema}", {"high": -1})
 
