@@ -38,6 +38,7 @@ from deepseek_v4.config import ModelConfig
 from deepseek_v4.config_checks import refuse as refuse_value
 
 CHECKPOINTS, RELEASE = "checkpoints", "release"
+SAME = "same"
 PART_BYTES = 4 << 30
 READ_BYTES = 1 << 30  # leaves that are read together on the way back
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -184,7 +185,7 @@ def _copy_release(source: Path, folder: Path) -> None:
 
 
 # ---- ours -> release ---------------------------------------------------------------------------------------------------
-def to_release(source: str | Path, target: str | Path, *, quantization: str | None = None, dtype: str = "bfloat16",
+def to_release(source: str | Path, target: str | Path, *, quantization: str | None = SAME, dtype: str = "bfloat16",
                max_file_bytes: int = MAX_FILE_BYTES, progress: Progress = lambda done, total: None) -> ModelConfig:
   """Writes the newest checkpoint of a training run or a converted release as a released folder; returns its config.
 
@@ -193,7 +194,9 @@ def to_release(source: str | Path, target: str | Path, *, quantization: str | No
   Args:
     source: folder of the run or of the conversion.
     target: folder that is empty or does not exist yet.
-    quantization, dtype, max_file_bytes: see `save_hf`.
+    quantization: None, "fp8", "fp8+fp4", or "same" as the release that the weights came from (None where they were trained
+      from scratch).
+    dtype, max_file_bytes: see `save_hf`.
     progress: called after each reading.
 
   Raises:
@@ -208,6 +211,7 @@ def to_release(source: str | Path, target: str | Path, *, quantization: str | No
                             f"folder {CHECKPOINTS!r} in it")
   path, manifest = newest_manifest(source / CHECKPOINTS)
   config = config_lib.from_dict(ModelConfig, manifest["config"]["model"])
+  quantization = config.quantization if quantization == SAME else quantization
   stored = manifest["leaves"]
   problems: Problems = {"missing": [], "wrong shape": []}
   for leaf in leaves(config):

@@ -368,10 +368,12 @@ def test_memory_is_bounded_by_a_part(tmp_path, monkeypatch):
 def test_command_line(tmp_path, capsys):
   make_release(tmp_path / "release")
   launch_convert(str(tmp_path / "release"), str(tmp_path / "ours"), "orbax", None, None, False)
-  launch_convert(str(tmp_path / "ours"), str(tmp_path / "back"), "hf", "fp8+fp4", None, False)
+  launch_convert(str(tmp_path / "ours"), str(tmp_path / "back"), "hf", None, None, False)
   assert "5 layers, 3 experts" in capsys.readouterr().out
   assert stored_bytes(tmp_path / "back") == stored_bytes(tmp_path / "release")
-  with pytest.raises(ValueError, match="--quantization = 'fp8': expected none with --to orbax"):
+  launch_convert(str(tmp_path / "ours"), str(tmp_path / "plain"), "hf", "none", "float32", False)
+  assert {dtype for dtype, _, _ in stored_bytes(tmp_path / "plain").values()} == {"float32", "int64"}
+  with pytest.raises(ValueError, match="--quantization = 'fp8': expected --to hf beside it"):
     launch_convert("a", "b", "orbax", "fp8", None, False)
   with pytest.raises(ValueError, match="--drop_draft: expected --to orbax"):
     launch_convert("a", "b", "hf", None, None, True)
