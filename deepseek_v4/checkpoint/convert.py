@@ -89,7 +89,7 @@ def to_checkpoint(source: str | Path, target: str | Path, *, dtype: str = "float
     ValueError: in one message before anything is written, all that does not fit, by kind (see `load_hf`), draft tensors
       that need `drop_draft` among it; while reading, codes that are no number.
   """
-  source, target = Path(source), Path(target)
+  source, target = Path(source).absolute(), Path(target).absolute()  # Orbax wants absolute paths
   if dtype not in PLAIN:
     refuse_value("dtype", dtype, f"one of {', '.join(PLAIN)}")
   refuse_occupied(target)
@@ -99,7 +99,7 @@ def to_checkpoint(source: str | Path, target: str | Path, *, dtype: str = "float
   stored, problems = read_folder(source)
   items = list(_items(config, find_sources(stored, config, problems, drop_draft=drop_draft), dtype))
   files = sorted({tensor.file for tensor in stored.values()})
-  started = {"source": str(source.resolve()), "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+  started = {"source": str(source), "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
              "config": config_lib.to_dict(config), "dtype": dtype, "part_bytes": part_bytes}
   work = _resume_or_start(unfinished(target), started)
   table = _write_parts(work / CHECKPOINTS / "0", items, part_bytes, progress)
@@ -205,7 +205,7 @@ def to_release(source: str | Path, target: str | Path, *, quantization: str | No
       in another shape.
     DamagedError: a leaf whose bytes are not those that were saved.
   """
-  source, target = Path(source), Path(target)
+  source, target = Path(source).absolute(), Path(target).absolute()
   if not (source / CHECKPOINTS).is_dir():
     raise FileNotFoundError(f"source = {str(source)!r}: expected the folder of a run or of a converted release, with a "
                             f"folder {CHECKPOINTS!r} in it")

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from deepseek_v4 import config as config_lib
+from deepseek_v4 import sharding
 from deepseek_v4.checkpoint import manifest as manifest_lib
 from deepseek_v4.checkpoint.manifest import DamagedError
 from deepseek_v4.checkpoint.parts import read_leaves
@@ -168,31 +169,38 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
   return newest_manifest(directory)[1]["config"]
 
 
-def restore_variables(directory: str | os.PathLike[str], *, scan_layers: bool | None = None,
-                      keep_scales: bool = False) -> tuple[dict[str, Any], dict[str, Any], int]:
+def restore_variables(directory: str | os.PathLike[str], *, scan_layers: bool | None = None, keep_scales: bool = False,
+                      mesh: jax.sharding.Mesh | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
   """Weights and router state of the newest usable checkpoint, whatever optimizer the run had.
 
   Args:
-    directory: of the checkpoints.
+    directory: of the checkpoints, of a run or of a converted release.
     scan_layers: layout of the layers; None = that of the stored config.
     keep_scales: also return the block scales of a quantised release, where the checkpoint holds them.
+    mesh: every device reads its own part of each leaf; None = all on the default device.
 
   Returns:
     ({"params", "router"} and perhaps {"scales"}, config dictionary whose model has this `scan_layers`, step).
 
   Raises:
     FileNotFoundError: no usable checkpoint.
+    ValueError: sizes that the mesh does not divide, or scales on a mesh, where they have no place.
   """
   root = _path(directory)
+  if mesh is not None and keep_scales:
+    raise ValueError("keep_scales = True: expected no mesh beside it; scales are for exports")
+  collections = ("params", "router", "scales") if keep_scales else ("params", "router")
 
   def read(step: int, manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
     config = manifest["config"]
     if scan_layers is not None:
       config = {**config, "model": {**config["model"], "scan_layers": scan_layers}}
     model = config_lib.from_dict(config_lib.ModelConfig, config["model"])
-    collections = ("params", "router", "scales") if keep_scales else ("params", "router")
-    wanted = [n for n in manifest["leaves"] if n.split("/")[0] in collections]
-    arrays = read_leaves(root / str(step), manifest, dict.fromkeys(wanted))
+    leaves = {n: entry for n, entry in manifest["leaves"].items() if n.split("/")[0] in collections}
+    if mesh is not None:
+      wanted = _on_mesh(leaves, model, mesh)
+      return _restore(root / str(step), {**manifest, "leaves": leaves}, wanted), config, step
+    arrays = read_leaves(root / str(step), manifest, dict.fromkeys(leaves))
     tree = unflatten({unscanned_name(n): jnp.asarray(x) for n, x in arrays.items()})
     return restack(tree, model, model.scan_layers), config, step
 
@@ -200,6 +208,16 @@ def restore_variables(directory: str | os.PathLike[str], *, scan_layers: bool | 
   if found is None:
     raise FileNotFoundError(f"{directory}: no checkpoint there")
   return found
+
+
+def _on_mesh(leaves: Mapping[str, Any], config: config_lib.ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Shapes and shardings of the variables that a manifest's leaves make up, in the config's layout."""
+  sharding.check_model_divides(config, mesh)
+  stored = unflatten({unscanned_name(name): jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
+                      for name, entry in leaves.items()})
+  shapes = jax.eval_shape(lambda tree: restack(tree, config, config.scan_layers), stored)
+  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  return {name: jax.tree.map(place, tree, sharding.parameter_shardings(tree, mesh)) for name, tree in shapes.items()}
 
 
 def newest_manifest(directory: str | os.PathLike[str]) -> tuple[epath.Path, dict[str, Any]]:

@@ -12,11 +12,11 @@ import pytest
 
 import deepseek_v4 as dsv4
 from deepseek_v4.checkpoint import convert
-from deepseek_v4.checkpoint.parts import read_leaves
 from deepseek_v4.checkpoint.safetensors_files import INDEX_NAME, Planned, read_folder, write_folder
-from deepseek_v4.checkpoint.store import newest_manifest, restore_variables
+from deepseek_v4.checkpoint.store import restore_variables
 from deepseek_v4.checkpoint.trees import flatten
-from deepseek_v4.config import ModelConfig
+from deepseek_v4.config import MeshConfig, ModelConfig
+from deepseek_v4.sharding import make_mesh, parameter_shardings
 from launch.convert import convert as launch_convert
 from tests.checkpoint.releases import CONFIG, decoded, make_release, stored_bytes
 
@@ -210,20 +210,23 @@ def test_values_that_bfloat16_cannot_hold(tmp_path):
     convert.to_checkpoint(tmp_path / "release", tmp_path / "ours", dtype="bfloat16")
 
 
-def test_leaves_are_read_sharded(tmp_path):
-  """A converted checkpoint is read like a run's: each device gets its slice, checksums included."""
-  config = make_release(tmp_path / "release")
+@pytest.mark.parametrize("scan", [True, False])
+def test_variables_are_read_onto_a_mesh(tmp_path, scan):
+  """Every device gets its part, as in training; the scales stay on disk."""
+  make_release(tmp_path / "release")
   convert.to_checkpoint(tmp_path / "release", tmp_path / "ours", part_bytes=400_000)
-  path, manifest = newest_manifest(tmp_path / "ours" / "checkpoints")
-  mesh = jax.make_mesh((2, 4), ("a", "b"))
-  shardings = {"params/layers/03/attention/q_b": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b")),
-               "scales/mtp/embed_proj": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())}
-  read = read_leaves(path, manifest, shardings)
-  expected = dsv4.restack(dsv4.load_hf(tmp_path / "release", config, keep_scales=True), config, scan_layers=False)
-  q_b = read["params/layers/03/attention/q_b"]
-  assert q_b.sharding == shardings["params/layers/03/attention/q_b"] and q_b.addressable_shards[0].data.shape == (12, 1, 40)
-  assert np.array_equal(q_b, expected["params"]["layers"]["layer_03"]["attention"]["q_b"])
-  assert np.array_equal(read["scales/mtp/embed_proj"], expected["scales"]["mtp"]["embed_proj"])
+  mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+  whole, _, _ = restore_variables(tmp_path / "ours" / "checkpoints", scan_layers=scan)
+  parts, config, _ = restore_variables(tmp_path / "ours" / "checkpoints", scan_layers=scan, mesh=mesh)
+  assert config["model"]["scan_layers"] == scan and same(parts, whole)
+  assert ("unit_0" in parts["params"]["layers"]) == scan
+  places = parameter_shardings(whole["params"], mesh)
+  assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, parts["params"], places))
+  assert parts["params"]["lm_head"]["kernel"].addressable_shards[0].data.shape == (68, 29)
+  with pytest.raises(ValueError, match="expected no mesh beside it"):
+    restore_variables(tmp_path / "ours" / "checkpoints", keep_scales=True, mesh=mesh)
+  with pytest.raises(ValueError, match="model.n_routed_experts = 3: expected a multiple of mesh.expert = 8"):
+    restore_variables(tmp_path / "ours" / "checkpoints", mesh=make_mesh(MeshConfig(data=1, expert=8)))
 
 
 # ---- drafts ----------------------------------------------------------------------------------------------------------
@@ -365,10 +368,13 @@ def test_memory_is_bounded_by_a_part(tmp_path, monkeypatch):
     assert peak < whole / 2, f"{peak:,} bytes of {whole:,}"
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path, capsys, monkeypatch):
+  """Relative paths, a target that is an empty folder, the storage of the release by default."""
   make_release(tmp_path / "release")
-  launch_convert(str(tmp_path / "release"), str(tmp_path / "ours"), "orbax", None, None, False)
-  launch_convert(str(tmp_path / "ours"), str(tmp_path / "back"), "hf", None, None, False)
+  (tmp_path / "back").mkdir()
+  monkeypatch.chdir(tmp_path)
+  launch_convert("release", "ours", "orbax", None, None, False)
+  launch_convert("ours", "back", "hf", None, None, False)
   assert "5 layers, 3 experts" in capsys.readouterr().out
   assert stored_bytes(tmp_path / "back") == stored_bytes(tmp_path / "release")
   launch_convert(str(tmp_path / "ours"), str(tmp_path / "plain"), "hf", "none", "float32", False)
