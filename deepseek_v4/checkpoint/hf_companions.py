@@ -37,13 +37,12 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 def write_config(folder: Path, config: ModelConfig, quantization: str | None, dtype: str, source: Path | None) -> None:
   """Writes config.json: the source's own where it describes this model, changed only where the storage differs."""
-  raw = None
-  if source is not None and (source / CONFIG_NAME).is_file():
-    raw = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+  file = None if source is None else source / CONFIG_NAME
+  raw = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
   if raw is not None and _same_model(raw, config):
     adapted = _stored_as(_without_draft(raw, config), ModelConfig.from_hf(raw).quantization, quantization, dtype)
-    if adapted == raw:
-      shutil.copyfile(source / CONFIG_NAME, folder / CONFIG_NAME)
+    if adapted == raw and file is not None:
+      shutil.copyfile(file, folder / CONFIG_NAME)
       return
   else:
     adapted = _stored_as({"architectures": ["DeepseekV4ForCausalLM"], **config.to_hf()}, None, quantization, dtype)

@@ -30,13 +30,13 @@ class Format:
   fraction: float
   exponent: int
 
-  def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+  def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape of the scales of a matrix; blocks at the edges may be smaller."""
     return math.ceil(shape[0] / self.block[0]), math.ceil(shape[1] / self.block[1])
 
-  def stored_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+  def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape of the bytes of a matrix."""
-    return shape if self is FP8 else (shape[0], math.ceil(shape[1] / 2))
+    return shape[0], shape[1] if self is FP8 else math.ceil(shape[1] / 2)
 
 
 FP8 = Format("fp8", (128, 128), 0.875, 9)  # 448
@@ -92,15 +92,15 @@ def encode(values: np.ndarray, format: Format, kept: np.ndarray | None = None) -
     raise ValueError(f"{values.shape[1]} columns: expected an even number, as two share a byte")
   if not np.isfinite(values).all():
     raise ValueError("values that are not finite")
-  codes, exact = None, np.zeros(format.grid(values.shape), bool)
-  if kept is not None and kept.shape == exact.shape:
-    codes, exact = _with_scales(values, kept, format)
-  if not exact.all():
-    scales = _derived_scales(values, format)
-    fresh, _ = _with_scales(values, scales, format)
-    codes = fresh if codes is None else np.where(_spread(exact, values.shape, format), codes, fresh)
-    kept = scales if not exact.any() else np.where(exact, kept, scales)
-  return (codes[:, ::2] | codes[:, 1::2] << 4) if format is FP4 else codes, kept
+  usable = kept is not None and kept.shape == format.grid(values.shape)
+  scales = kept if kept is not None and usable else _derived_scales(values, format)
+  codes, exact = _with_scales(values, scales, format)
+  if usable and not exact.all():
+    derived = _derived_scales(values, format)
+    fresh, _ = _with_scales(values, derived, format)
+    codes = np.where(_spread(exact, values.shape, format), codes, fresh)
+    scales = np.where(exact, scales, derived)
+  return (codes[:, ::2] | codes[:, 1::2] << 4) if format is FP4 else codes, scales
 
 
 def _spread(grid: np.ndarray, shape: tuple[int, int], format: Format) -> np.ndarray:

@@ -236,7 +236,7 @@ def tensors(config: ModelConfig, form: str) -> dict[str, Tensor]:
   named: dict[str, list[Leaf]] = {}
   for leaf in leaves(config):
     named.setdefault(getattr(leaf, form), []).append(leaf)
-  found = {}
+  found: dict[str, Tensor] = {}
   for name, members in named.items():
     if "{e}" in name:
       found.update((name.format(e=e), Tensor(name.format(e=e), tuple(members), e)) for e in range(config.n_routed_experts))

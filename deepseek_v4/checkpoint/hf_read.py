@@ -183,10 +183,8 @@ def read_leaf(leaf: Leaf, sources: Sequence[Source], dtype: Any) -> np.ndarray:
   return whole
 
 
-def read_scales(sources: Sequence[Source]) -> np.ndarray | None:
-  """The block scales of one leaf, uint8 in their grid (experts stacked); None where it is not quantised."""
-  if sources[0].format is None:
-    return None
+def read_scales(sources: Sequence[Source]) -> np.ndarray:
+  """The block scales of one quantised leaf, uint8 in their grid (experts stacked)."""
   grids = [np.array(as_numpy(source.scales).view(np.uint8)) for source in sources]
   return grids[0] if sources[0].tensor.expert is None else np.stack(grids)
 

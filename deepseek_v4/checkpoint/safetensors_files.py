@@ -167,7 +167,7 @@ def write_folder(folder: Path, plan: Mapping[str, Planned], tensors: Iterable[tu
     with (folder / file).open("wb") as f:
       f.write(_header({name: plan[name] for name in names}))
       for name in names:
-        arrived, array = next(arriving, (None, None))
+        arrived, array = next(arriving, (None, np.zeros(0)))
         if arrived != name:
           raise ValueError(f"tensor {arrived!r}: expected {name!r}, the next one of the plan")
         expected = plan[name].shape, np.dtype(DTYPES[plan[name].dtype]).itemsize

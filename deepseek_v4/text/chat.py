@@ -84,8 +84,8 @@ def _check(where: str, message: Mapping[str, Any]) -> None:
     refuse(f"{where}.reasoning_content", message["reasoning_content"], "a string")
   for i, call in enumerate(message.get("tool_calls") or ()):
     function = call.get("function") if isinstance(call, Mapping) else None
-    named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
-    if not named or not isinstance(function.get("arguments"), (str, Mapping)):
+    function = function if isinstance(function, Mapping) else {}
+    if not isinstance(function.get("name"), str) or not isinstance(function.get("arguments"), (str, Mapping)):
       refuse(f"{where}.tool_calls[{i}]", call, "{'id': ..., 'function': {'name': a string, 'arguments': a JSON string}}")
   for i, tool in enumerate(message.get("tools") or ()):
     if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
@@ -94,7 +94,7 @@ def _check(where: str, message: Mapping[str, Any]) -> None:
 
 def _text(content: str | Sequence[Mapping[str, Any]] | None) -> str:
   """Content as one text; blocks that are no text are named."""
-  if not isinstance(content, (list, tuple)):
+  if content is None or isinstance(content, str):
     return content or ""
   return "\n\n".join(b.get("text") or "" if b["type"] == "text" else f"[Unsupported {b['type']}]" for b in content)
 

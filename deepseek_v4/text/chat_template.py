@@ -111,17 +111,19 @@ class ChatTemplate:
         if not isinstance(prompts, dict):
           refuse(f"{file}: REASONING_EFFORT_PROMPTS", prompts, "a dictionary of level -> text")
         default = found.get("DEFAULT_REASONING_EFFORT", "high")
-        return ChatTemplate(prompts, parts["TOOLS_TEMPLATE"], parts["response_format_template"], default_effort=default)
+        return ChatTemplate(prompts, found["TOOLS_TEMPLATE"], found["response_format_template"], default_effort=default)
     lines = "; ".join(f"{name} lacks {', '.join(lacks)}" for name, lacks in missing.items())
     raise ValueError(f"{Path(folder) / 'encoding'}: expected the wording as literals in one file, but {lines}")
 
 
 def _literals(file: Path) -> dict[str, Any]:
   """Values of a Python file's top-level assignments that are literals."""
-  found = {}
+  found: dict[str, Any] = {}
   for node in ast.parse(file.read_text(encoding="utf-8"), str(file)).body:
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    if len(targets) == 1 and isinstance(targets[0], ast.Name) and getattr(node, "value", None) is not None:
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+      continue
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    if len(targets) == 1 and isinstance(targets[0], ast.Name):
       try:
         found[targets[0].id] = ast.literal_eval(node.value)
       except (ValueError, TypeError, SyntaxError):  # an expression: none of the constants that are looked for
