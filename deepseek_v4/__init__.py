@@ -8,11 +8,15 @@ import importlib
 _NAMES = {
     "ModelConfig": "deepseek_v4.config", "RunConfig": "deepseek_v4.config",
     "DeepseekV4": "deepseek_v4.model.transformer", "ModelOutput": "deepseek_v4.model.transformer",
-    "trace": "deepseek_v4.analysis.trace",
-    "load_hf": "deepseek_v4.checkpoint.hf_format", "to_hf_names": "deepseek_v4.checkpoint.hf_names",
-    "from_hf_names": "deepseek_v4.checkpoint.hf_names", "restack": "deepseek_v4.checkpoint.hf_names",
+    "trace": "deepseek_v4.analysis.trace", "count": "deepseek_v4.analysis.count",
+    "load_hf": "deepseek_v4.checkpoint.hf_read", "save_hf": "deepseek_v4.checkpoint.hf_write",
+    "to_hf_names": "deepseek_v4.checkpoint.hf_trees",
+    "from_hf_names": "deepseek_v4.checkpoint.hf_trees", "restack": "deepseek_v4.checkpoint.trees",
 }
-_MODULES = ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training")
+_MODULES = {name: f"deepseek_v4.{name}" for name in
+            ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training",
+             "generation")}
+_MODULES["chat"] = "deepseek_v4.text.chat"
 
 __all__ = [*_NAMES, *_MODULES]
 
@@ -21,7 +25,7 @@ def __getattr__(name):
   if name in _NAMES:
     return getattr(importlib.import_module(_NAMES[name]), name)
   if name in _MODULES:
-    return importlib.import_module(f"deepseek_v4.{name}")
+    return importlib.import_module(_MODULES[name])
   raise AttributeError(f"module 'deepseek_v4' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -11,12 +11,15 @@ import pallas_kernels.sparse_attention
 
 
 def test_names_exist():
-  for name in ("ModelConfig", "DeepseekV4", "load_hf", "to_hf_names", "from_hf_names", "restack", "trace"):
+  for name in ("ModelConfig", "DeepseekV4", "load_hf", "save_hf", "to_hf_names", "from_hf_names", "restack", "trace",
+               "count"):
     assert callable(getattr(dsv4, name)), name
   for name in ("init_state", "make_train_step"):
     assert callable(getattr(dsv4.training, name)), name
   for name in ("newton_schulz", "muon", "build_optimizer", "assign", "matrix_axes", "decay_mask"):
     assert callable(getattr(dsv4.optim, name)), name
+  for name in ("encode", "parse", "ChatTemplate"):
+    assert callable(getattr(dsv4.chat, name)), name
   assert callable(pallas_kernels.sparse_attention.attend) and callable(pallas_kernels.indexer.select)
 
 
@@ -27,5 +30,6 @@ def test_unknown_name_lists_what_there_is():
 
 def test_import_wakes_nothing():
   """Neither the package nor its config loads JAX: a launcher must be able to choose devices first."""
-  code = "import sys, deepseek_v4, deepseek_v4.config, deepseek_v4.config_hf; sys.exit('jax' in sys.modules)"
+  modules = "deepseek_v4, deepseek_v4.config, deepseek_v4.config_hf, deepseek_v4.text.chat"
+  code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,137 +1,136 @@
-"""Reading folders of safetensors: headers first, tensors one at a time when they are asked for.
+"""The bytes of quantised weights: FP8 in 128 x 128 blocks, FP4 in rows of 32, both with power-of-two scales (SPEC_MODEL 9).
 
-A safetensors file is 8 bytes (length of the header, little endian), a JSON header {name: {dtype, shape, data_offsets}} and
-the data. The header is read here rather than by the library because its numpy reader knows no bfloat16 (version 0.8).
-Quantised folders are refused by `hf_names` for now.
+A scale is one byte b for 2^(b - 127) (E8M0; 255 is no number). An FP4 byte holds two E2M1 codes along the input axis, the
+even column in its low half. Everything is NumPy on one matrix [out, in] at a time. Both directions are exact where float32
+can hold the value: a decoded matrix encoded with the scales it came with has the same bytes again, -0 included.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import struct
-from pathlib import Path
-from typing import Any, Mapping
+import math
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from deepseek_v4.checkpoint.hf_names import Problems, read_variables
-from deepseek_v4.config import ModelConfig
-
-INDEX_NAME = "model.safetensors.index.json"
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-           "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-           "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
+SCALE_BIAS = 127
+NO_SCALE = 255  # the E8M0 code that is no number
+# Values of the E2M1 codes 0 to 15 and, for every byte, those of its low and its high half.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=-1)
+_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTensor:
-  """A tensor in a file; `numpy()` reads it."""
+class Format:
+  """A quantised format: rows and columns of a block, the largest code's value as fraction * 2^exponent."""
 
-  file: Path
-  offset: int
-  shape: tuple[int, ...]
-  dtype: np.dtype
+  name: str
+  block: tuple[int, int]
+  fraction: float
+  exponent: int
 
-  def numpy(self) -> np.ndarray:
-    """The values, mapped from the file: pages are read when they are touched."""
-    if 0 in self.shape:
-      return np.zeros(self.shape, self.dtype)
-    data = np.memmap(self.file, np.uint8, "r", self.offset, (int(np.prod(self.shape)) * self.dtype.itemsize,))
-    return data.view(self.dtype).reshape(self.shape)
+  def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Shape of the scales of a matrix; blocks at the edges may be smaller."""
+    return math.ceil(shape[0] / self.block[0]), math.ceil(shape[1] / self.block[1])
 
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-  """The tensors of one safetensors file.
-
-  Raises:
-    ValueError: the file is cut short or its header makes no sense.
-  """
-  size = file.stat().st_size
-  with file.open("rb") as f:
-    start = f.read(8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-    if 8 + length > size:
-      raise ValueError(f"cut short: {size} bytes, the header alone says {8 + length}")
-    header = json.loads(f.read(length))
-  header.pop("__metadata__", None)
-  tensors = {}
-  for name, entry in header.items():
-    if entry["dtype"] not in _DTYPES:
-      raise ValueError(f"{name} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
-    dtype, (begin, end) = np.dtype(_DTYPES[entry["dtype"]]), entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if end - begin != int(np.prod(shape)) * dtype.itemsize or 8 + length + end > size:
-      raise ValueError(f"cut short: {name} {shape} {dtype} has bytes {begin} to {end} of {size - 8 - length}")
-    tensors[name] = StoredTensor(file, 8 + length + begin, shape, dtype)
-  return tensors
+  def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Shape of the bytes of a matrix."""
+    return shape[0], shape[1] if self is FP8 else math.ceil(shape[1] / 2)
 
 
-def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], Problems]:
-  """All tensors of a folder (one file, or shards with an index) and what is wrong with its files, by kind.
-
-  Raises:
-    FileNotFoundError: no such folder, or no safetensors file in it.
-  """
-  if not folder.is_dir():
-    raise FileNotFoundError(f"source = {str(folder)!r}: expected a folder with safetensors files")
-  weight_map = _weight_map(folder / INDEX_NAME)
-  names = sorted(f.name for f in folder.glob("*.safetensors")) if weight_map is None else sorted(set(weight_map.values()))
-  if not names:
-    raise FileNotFoundError(f"source = {str(folder)!r}: expected model.safetensors or {INDEX_NAME} with its shards")
-  tensors: dict[str, StoredTensor] = {}
-  problems: Problems = {"shard listed but absent": [], "unreadable shard": [], "in the index but not in its shard": [],
-                        "in a shard but not in the index": [], "in more than one file": []}
-  for name in names:
-    listed = {t for t, file in weight_map.items() if file == name} if weight_map is not None else None
-    if not (folder / name).is_file():
-      problems["shard listed but absent"].append(name)
-      continue
-    try:
-      found = read_header(folder / name)
-    except (ValueError, KeyError, TypeError) as error:
-      problems["unreadable shard"].append(f"{name} ({error})")
-      continue
-    if listed is not None:
-      problems["in the index but not in its shard"] += [f"{t} ({name})" for t in sorted(listed - set(found))]
-      problems["in a shard but not in the index"] += [f"{t} ({name})" for t in sorted(set(found) - listed)]
-    problems["in more than one file"] += [f"{t} ({name})" for t in sorted(set(found) & set(tensors))]
-    tensors.update(found)
-  return tensors, problems
+FP8 = Format("fp8", (128, 128), 0.875, 9)  # 448
+FP4 = Format("fp4", (1, 32), 0.75, 3)  # 6
 
 
-def _weight_map(index: Path) -> dict[str, str] | None:
-  """Tensor -> file from a folder's index; None without one."""
-  if not index.is_file():
-    return None
-  try:
-    return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{index}: expected a JSON object with a weight_map of tensor names to files "
-                     f"({type(error).__name__}: {error})") from error
-
-
-def load_hf(source: str | Path | Mapping[str, Any], config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
-  """The variables of a model in transformers' or the released names and layouts.
+def decode(stored: np.ndarray, scales: np.ndarray, format: Format) -> np.ndarray:
+  """The values of a quantised matrix.
 
   Args:
-    source: a folder with safetensors (one file, or shards with an index), or a mapping name -> array.
-    config: the model, for example `ModelConfig.from_hf(folder)`; its `scan_layers` says how layers are laid out.
-    dtype: of the floating parameters; None = float32. Router biases stay float32, hash tables int32.
+    stored: bytes of any 8-bit dtype; [out, in] for FP8, [out, in / 2] for FP4.
+    scales: bytes of any 8-bit dtype, `format.grid` of the matrix.
+    format: FP8 or FP4.
 
   Returns:
-    {"params", "router"}, ready for `model.apply`.
+    float32 [out, in].
 
   Raises:
-    FileNotFoundError: no such folder or nothing in it.
-    ValueError: quantised tensors; or, in one message, everything that does not fit, by kind (see `from_hf_names`), shards
-      that are absent or cut short and tensors where index and shards disagree.
+    ValueError: codes or scales that are no number, or values beyond float32.
   """
-  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f"dtype = {dtype!r}: expected a floating type, such as float32 or bfloat16")
-  if isinstance(source, Mapping):
-    return read_variables(source, config, {}, dtype)
-  tensors, problems = read_folder(Path(source))
-  return read_variables(tensors, config, problems, dtype)
+  codes, scales = stored.view(np.uint8), scales.view(np.uint8)
+  if (scales == NO_SCALE).any():
+    raise ValueError(f"{int((scales == NO_SCALE).sum())} scales with code {NO_SCALE}, which is no number")
+  if format is FP4:
+    values = _PAIRS[codes].reshape(codes.shape[0], -1)
+  else:
+    if (bad := int(((codes & 0x7F) == 0x7F).sum())):
+      raise ValueError(f"{bad} codes 0x7F or 0xFF, which are no number")
+    values = _E4M3[codes]
+  with np.errstate(over="ignore"):
+    values *= _spread(np.ldexp(np.float32(1), scales.astype(np.int32) - SCALE_BIAS), values.shape, format)
+  if not np.isfinite(values).all():
+    raise ValueError("values beyond float32's largest")
+  return values
+
+
+def encode(values: np.ndarray, format: Format, kept: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+  """A matrix as bytes and scales.
+
+  Args:
+    values: float32 [out, in]; an even number of columns for FP4.
+    format: FP8 or FP4.
+    kept: uint8 scales to use in every block whose values they represent exactly; of another shape: none is used.
+
+  Returns:
+    (uint8 bytes, uint8 scales). Other blocks get the smallest power of two that keeps their largest value in range, and the
+    nearest codes, ties to even.
+
+  Raises:
+    ValueError: values that are not finite, or an odd number of columns for FP4.
+  """
+  if format is FP4 and values.shape[1] % 2:
+    raise ValueError(f"{values.shape[1]} columns: expected an even number, as two share a byte")
+  if not np.isfinite(values).all():
+    raise ValueError("values that are not finite")
+  usable = kept is not None and kept.shape == format.grid(values.shape)
+  scales = kept if kept is not None and usable else _derived_scales(values, format)
+  codes, exact = _with_scales(values, scales, format)
+  if usable and not exact.all():
+    derived = _derived_scales(values, format)
+    fresh, _ = _with_scales(values, derived, format)
+    codes = np.where(_spread(exact, values.shape, format), codes, fresh)
+    scales = np.where(exact, scales, derived)
+  return (codes[:, ::2] | codes[:, 1::2] << 4) if format is FP4 else codes, scales
+
+
+def _spread(grid: np.ndarray, shape: tuple[int, int], format: Format) -> np.ndarray:
+  """A value per block as a value per element."""
+  rows, columns = format.block
+  wide = np.repeat(grid, columns, axis=1)[:, :shape[1]]
+  return wide if rows == 1 else np.repeat(wide, rows, axis=0)[:shape[0]]
+
+
+def _over_blocks(function: np.ufunc, x: np.ndarray, format: Format) -> np.ndarray:
+  """`function` reduced over each block of [out, in]."""
+  rows, columns = format.block
+  narrow = function.reduceat(x, range(0, x.shape[1], columns), axis=1)
+  return narrow if rows == 1 else function.reduceat(narrow, range(0, x.shape[0], rows), axis=0)
+
+
+def _with_scales(values: np.ndarray, scales: np.ndarray, format: Format) -> tuple[np.ndarray, np.ndarray]:
+  """(one nearest code per value, which blocks they represent exactly to the last bit)."""
+  exponent = _spread(scales.astype(np.int32) - SCALE_BIAS, values.shape, format)
+  with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+    codes = np.ldexp(values, -exponent).astype(ml_dtypes.float4_e2m1fn if format is FP4 else ml_dtypes.float8_e4m3fn)
+    back = np.ldexp(codes.astype(np.float32), exponent)
+  same = back.view(np.uint32) == values.view(np.uint32)  # bits, not values: -0 is not 0
+  return codes.view(np.uint8), _over_blocks(np.logical_and, same, format)
+
+
+def _derived_scales(values: np.ndarray, format: Format) -> np.ndarray:
+  """2^ceil(log2(largest / largest code)) of each block, in whole numbers; 1 for a block of zeros."""
+  largest = _over_blocks(np.maximum, np.abs(values), format)
+  fraction, exponent = np.frexp(largest)
+  exponent = exponent - format.exponent + (fraction > format.fraction)
+  exponent = np.where(largest == 0, 0, exponent)
+  return (np.clip(exponent, -SCALE_BIAS, SCALE_BIAS) + SCALE_BIAS).astype(np.uint8)

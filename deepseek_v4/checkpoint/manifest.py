@@ -78,10 +78,20 @@ def checksums(leaves: Mapping[str, Any]) -> dict[str, str]:
 def build(config: Mapping[str, Any], extra: Mapping[str, Any], leaves: Mapping[str, Any],
           key_impls: Mapping[str, str]) -> dict[str, Any]:
   """The manifest of a checkpoint with these leaves; `key_impls` names the generator of each typed PRNG key among them."""
-  sums = checksums(leaves)
-  table = {name: {"shape": list(x.shape), "dtype": str(x.dtype), "sum": sums[name]} for name, x in leaves.items()}
+  table = entries(leaves)
   for name, impl in key_impls.items():
     table[name]["key_impl"] = impl
+  return of_entries(config, extra, table)
+
+
+def entries(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Shape, dtype and checksum of every leaf, as a manifest holds them."""
+  sums = checksums(leaves)
+  return {name: {"shape": list(x.shape), "dtype": str(x.dtype), "sum": sums[name]} for name, x in leaves.items()}
+
+
+def of_entries(config: Mapping[str, Any], extra: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+  """The manifest of a checkpoint whose leaves have these entries."""
   versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
   versions["python"] = platform.python_version()
   body = {"format": FORMAT, "config": config, "extra": extra, "versions": versions, "leaves": table}

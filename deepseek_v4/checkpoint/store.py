@@ -21,9 +21,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from deepseek_v4 import config as config_lib
+from deepseek_v4 import sharding
 from deepseek_v4.checkpoint import manifest as manifest_lib
 from deepseek_v4.checkpoint.manifest import DamagedError
-from deepseek_v4.checkpoint.trees import disk_parts, groups_of, named_leaves, restack, unflatten
+from deepseek_v4.checkpoint.parts import read_leaves
+from deepseek_v4.checkpoint.trees import disk_parts, groups_of, named_leaves, restack, unflatten, unscanned_name
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _MANIFEST_FILE = "manifest.json"
@@ -164,36 +166,42 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
   Raises:
     FileNotFoundError: there is none.
   """
-  found = _newest(_path(directory), lambda step, manifest: manifest["config"])
-  if found is None:
-    raise FileNotFoundError(f"{directory}: no checkpoint there")
-  return found
+  return newest_manifest(directory)[1]["config"]
 
 
-def restore_variables(directory: str | os.PathLike[str], *,
-                      scan_layers: bool | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
+def restore_variables(directory: str | os.PathLike[str], *, scan_layers: bool | None = None, keep_scales: bool = False,
+                      mesh: jax.sharding.Mesh | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
   """Weights and router state of the newest usable checkpoint, whatever optimizer the run had.
 
   Args:
-    directory: of the checkpoints.
+    directory: of the checkpoints, of a run or of a converted release.
     scan_layers: layout of the layers; None = that of the stored config.
+    keep_scales: also return the block scales of a quantised release, where the checkpoint holds them.
+    mesh: every device reads its own part of each leaf; None = all on the default device.
 
   Returns:
-    ({"params", "router"}, config dictionary whose model has this `scan_layers`, step).
+    ({"params", "router"} and perhaps {"scales"}, config dictionary whose model has this `scan_layers`, step).
 
   Raises:
     FileNotFoundError: no usable checkpoint.
+    ValueError: sizes that the mesh does not divide, or scales on a mesh, where they have no place.
   """
   root = _path(directory)
+  if mesh is not None and keep_scales:
+    raise ValueError("keep_scales = True: expected no mesh beside it; scales are for exports")
+  collections = ("params", "router", "scales") if keep_scales else ("params", "router")
 
   def read(step: int, manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
     config = manifest["config"]
     if scan_layers is not None:
       config = {**config, "model": {**config["model"], "scan_layers": scan_layers}}
     model = config_lib.from_dict(config_lib.ModelConfig, config["model"])
-    wanted = [n for n in manifest["leaves"] if n.split("/")[0] in ("params", "router")]
-    arrays = _read_leaves(root / str(step), manifest, dict.fromkeys(wanted))
-    tree = unflatten({_unscanned_name(n): jnp.asarray(x) for n, x in arrays.items()})
+    leaves = {n: entry for n, entry in manifest["leaves"].items() if n.split("/")[0] in collections}
+    if mesh is not None:
+      wanted = _on_mesh(leaves, model, mesh)
+      return _restore(root / str(step), {**manifest, "leaves": leaves}, wanted), config, step
+    arrays = read_leaves(root / str(step), manifest, dict.fromkeys(leaves))
+    tree = unflatten({unscanned_name(n): jnp.asarray(x) for n, x in arrays.items()})
     return restack(tree, model, model.scan_layers), config, step
 
   found = _newest(root, read)
@@ -202,10 +210,26 @@ def restore_variables(directory: str | os.PathLike[str], *,
   return found
 
 
-def _unscanned_name(name: str) -> str:
-  """`params/layers/03/...` on disk is `params/layers/layer_03/...` in an unscanned tree."""
-  parts = name.split("/")
-  return "/".join(f"layer_{p}" if i and parts[i - 1] == "layers" else p for i, p in enumerate(parts))
+def _on_mesh(leaves: Mapping[str, Any], config: config_lib.ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Shapes and shardings of the variables that a manifest's leaves make up, in the config's layout."""
+  sharding.check_model_divides(config, mesh)
+  stored = unflatten({unscanned_name(name): jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
+                      for name, entry in leaves.items()})
+  shapes = jax.eval_shape(lambda tree: restack(tree, config, config.scan_layers), stored)
+  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  return {name: jax.tree.map(place, tree, sharding.parameter_shardings(tree, mesh)) for name, tree in shapes.items()}
+
+
+def newest_manifest(directory: str | os.PathLike[str]) -> tuple[epath.Path, dict[str, Any]]:
+  """(path, manifest) of the newest step in `directory` that has a readable manifest; leaves are verified when they are read.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  found = _newest(_path(directory), lambda step, manifest: (_path(directory) / str(step), manifest))
+  if found is None:
+    raise FileNotFoundError(f"{directory}: no checkpoint there")
+  return found
 
 
 # ---- the directory ---------------------------------------------------------------------------------------------------
@@ -306,7 +330,7 @@ def _restore(path: epath.Path, manifest: dict[str, Any], abstract_tree: Any) -> 
   _refuse_other_leaves({part: (targets[name], index is not None) for name in parts for part, index in parts[name]},
                        manifest["leaves"], path)
   shardings = {part: targets[name].part_sharding(index is not None) for name in parts for part, index in parts[name]}
-  arrays = _read_leaves(path, manifest, shardings)
+  arrays = read_leaves(path, manifest, shardings)
   leaves = []
   for name, target in targets.items():
     first, index = parts[name][0]
@@ -358,27 +382,3 @@ def _refuse_other_leaves(wanted: Mapping[str, tuple[_Target, bool]], stored: Map
         lines.append(f"{name} is {' '.join(map(str, there))} in the checkpoint, wanted {' '.join(map(str, here))}")
   if lines:
     raise ValueError("\n  ".join([f"the checkpoint {path} does not fit the state that is to be restored:", *lines]))
-
-
-def _read_leaves(path: epath.Path, manifest: dict[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
-  """The named leaves, verified: with a sharding as JAX arrays on it, with None as numpy arrays.
-
-  Raises:
-    DamagedError: a file is missing or unreadable, or a leaf's checksum does not fit.
-  """
-  def arguments(name: str) -> ocp.RestoreArgs:
-    if shardings[name] is None:
-      return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=shardings[name],
-                                global_shape=tuple(manifest["leaves"][name]["shape"]))
-
-  tree = unflatten({name: 0 for name in shardings})  # the 0 comes back where Orbax has no such leaf
-  try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      restored = reader.restore(path / "state", args=ocp.args.PyTreeRestore(
-        item=tree, restore_args=unflatten({n: arguments(n) for n in shardings}), partial_restore=True))
-  except (OSError, ValueError, KeyError) as error:  # what Orbax and TensorStore raise for absent and broken files
-    raise DamagedError(f"{type(error).__name__}: {str(error).split(' [tensorstore_spec')[0]}") from error
-  leaves = {name: x for name, x in named_leaves(restored)[0]}
-  manifest_lib.verify(manifest, leaves)
-  return leaves

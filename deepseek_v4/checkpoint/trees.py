@@ -123,3 +123,13 @@ def disk_parts(name: str, groups: LayerGroups) -> list[tuple[str, int | None]]:
   scanned = groups.scanned(match["key"])
   return [(f"{match['before']}/{layer:02d}{match['after'] or ''}", index if scanned else None)
           for index, layer in enumerate(groups.layers_of(match["key"]))]
+
+
+def unscanned_name(name: str) -> str:
+  """`params/layers/03/...` on disk is `params/layers/layer_03/...` in an unscanned tree."""
+  return re.sub(r"(^|/)layers/(\d+)(?=/|$)", r"\1layers/layer_\2", name)
+
+
+def disk_name(name: str) -> str:
+  """The inverse of `unscanned_name`."""
+  return re.sub(r"(^|/)layers/layer_(\d+)(?=/|$)", r"\1layers/\2", name)

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from deepseek_v4.checkpoint import hf_names
-from deepseek_v4.checkpoint.hf_names import from_hf_names, restack, to_hf_names
-from deepseek_v4.checkpoint.trees import flatten
+from deepseek_v4.checkpoint.hf_trees import from_hf_names, to_hf_names
+from deepseek_v4.checkpoint.trees import flatten, restack
 from deepseek_v4.config import ModelConfig
 
 
@@ -146,10 +146,10 @@ def test_without_the_mtp_block(tiny, equal):
   assert equal(main, restack(variables, c, True))
 
 
-def test_what_cannot_be_read_yet_is_named(tiny):
+def test_names_that_only_look_right(tiny):
   named = to_hf_names(tiny.variables(tiny.config), tiny.config, "release")
-  scaled = {**named, "layers.1.attn.wq_a.scale": np.ones((1, 1), np.uint8)}
-  with pytest.raises(ValueError, match="quantised checkpoints are not read yet.*layers.1.attn.wq_a.scale"):
+  scaled = {**named, "layers.1.attn.wq_a.scale": np.ones((1, 1), np.uint8), "norm.scale": np.ones((1, 1), np.uint8)}
+  with pytest.raises(ValueError, match=r"extra scale \(2\): layers.1.attn.wq_a.scale, norm.scale"):
     from_hf_names(scaled, tiny.config)
   mixed = {n.replace("layers.", "model.layers."): x for n, x in named.items()}
   with pytest.raises(ValueError, match="save_original_format=False"):

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from deepseek_v4.checkpoint.hf_format import load_hf
-from deepseek_v4.checkpoint.hf_names import from_hf_names, to_hf_names
+from deepseek_v4.checkpoint.hf_read import load_hf
+from deepseek_v4.checkpoint.hf_trees import from_hf_names, to_hf_names
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig
 
 CONFIG = ModelConfig(

@@ -1,0 +1,90 @@
+"""Counts the parameters, operations and cache bytes of a model; nothing is allocated and JAX is not loaded.
+
+python -m launch.count --config configs/v4_flash.py [--set model.num_hidden_layers=4]... [--context 1048576] [--json FILE]
+
+`--config` is a run's Python file, or a released config.json or the folder that holds one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, Mapping
+
+from absl import app, flags
+
+from deepseek_v4 import config as config_lib
+from deepseek_v4.analysis.count import Count, count
+from deepseek_v4.config import ModelConfig
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("config", None, "Run file, released config.json, or its folder.", required=True)
+  flags.DEFINE_multi_string("set", [], "KEY=VALUE replaces a setting of a run file; repeatable.")
+  flags.DEFINE_integer("context", 1_048_576, "Tokens seen by the token whose cost is counted.")
+  flags.DEFINE_integer("rewind", 0, "Tokens that the cache can be taken back by.")
+  flags.DEFINE_string("json", None, "Also write the numbers here.")
+
+
+def load_model(path: str, overrides: list[str]) -> ModelConfig:
+  """The model of a run file or of a released config.
+
+  Raises:
+    FileNotFoundError, ValueError: no such file, or one that says something else.
+  """
+  if path.endswith(".py"):
+    return config_lib.load(path, overrides).model
+  if overrides:
+    raise ValueError(f"--set = {overrides!r}: expected a run file (.py) as --config beside it, not {path!r}")
+  return ModelConfig.from_hf(path)
+
+
+def to_json(result: Count) -> dict[str, Any]:
+  """Everything that `count` found, sums included, as JSON can hold it."""
+  found = dataclasses.asdict(result)
+  p = result.parameters
+  found["parameters"] |= {"total": p.total, "total_active": p.total_active, "total_mtp": p.total_mtp}
+  return found
+
+
+def _table(title: str, columns: Mapping[str, Mapping[str, int]], unit: float) -> list[str]:
+  """Rows of numbers, one per part that is anywhere above zero, and their sum."""
+  parts = [part for part in dict.fromkeys(name for column in columns.values() for name in column)
+           if any(column.get(part) for column in columns.values())]
+  lines = [title.ljust(22) + "".join(name.rjust(16) for name in columns)]
+  for part in parts:
+    lines.append(part.ljust(22) + "".join(f"{column.get(part, 0) / unit:16,.2f}" for column in columns.values()))
+  return [*lines, "sum".ljust(22) + "".join(f"{sum(column.values()) / unit:16,.2f}" for column in columns.values()), ""]
+
+
+def report(result: Count) -> str:
+  """The numbers as text."""
+  p, n = result.parameters, f"{result.context:,}"
+  lines = _table("parameters, millions", {"main": p.main, "active": p.active, "mtp": p.mtp}, 1e6)
+  lines += _table(f"decoding at {n}", {"GFLOP a token": result.flops_per_token}, 1e9)
+  lines += _table(f"cache at {n}, MiB", result.cache_bytes, 2**20)
+  lines += [f"parameters {p.total:,}, prediction block {p.total_mtp:,}, active for a token {p.total_active:,}",
+            f"against V3.2 at {n}: {100 * result.ratio_to_v32['flops']:.1f}% of its FP8-equivalent operations, "
+            f"{100 * result.ratio_to_v32['cache']:.1f}% of its cache (mixed storage)"]
+  return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+  if argv[1:]:
+    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  values = flags.FLAGS
+  try:
+    result = count(load_model(values["config"].value, values["set"].value), values["context"].value,
+                   rewind=values["rewind"].value)
+  except (ValueError, FileNotFoundError) as error:
+    sys.exit(f"error: {error}")
+  print(report(result))
+  if values["json"].value:
+    Path(values["json"].value).write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)

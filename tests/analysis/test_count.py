@@ -1,0 +1,144 @@
+"""Counts against the model's real shapes, part by part, and against the published numbers of the releases."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deepseek_v4 as dsv4
+from deepseek_v4.analysis.count import cache_bytes
+from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig
+from launch import count as launch_count
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "released_configs.json"
+RELEASED = json.loads(GOLDEN.read_text(encoding="utf-8"))
+PRO, FLASH = (ModelConfig.from_hf(RELEASED[f"DeepSeek-V4-{name}"]) for name in ("Pro", "Flash"))
+MILLION = 1_048_576
+# No two widths alike, so that no part can be right by exchanging them.
+ODD = ModelConfig(
+  vocab_size=61, hidden_size=22, num_hidden_layers=5, layer_types=(SLIDING, CSA, HCA, CSA, HCA),
+  mlp_layer_types=(HASH, HASH, LEARNED, LEARNED, LEARNED), csa_compress_rate=3, hca_compress_rate=7, num_attention_heads=6,
+  head_dim=14, qk_rope_head_dim=4, q_lora_rank=17, o_groups=3, o_lora_rank=5, sliding_window=11, index_n_heads=9,
+  index_head_dim=10, index_topk=4, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=19, hc_mult=3,
+  rope_scaling=None, max_position_embeddings=512)
+# Part of a parameter by the words in its path; the first that fits.
+PARTS = (("hash_table", "hash tables"), ("embedding", "embedding"), ("lm_head", "head"), ("_proj", "projections"),
+         ("indexer", "indexers"), ("compressor", "compressors"), ("attention/", "attention"), ("router", "routers"),
+         ("experts", "routed_experts"), ("shared", "shared_experts"), ("hc", "hyper_connections"), ("norm", "norms"))
+
+
+def real_parts(config):
+  """Numbers of parameters by part from the shapes of the model's variables: (main, prediction block)."""
+  shapes = jax.eval_shape(dsv4.DeepseekV4(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+  found = ({}, {})
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    name = "/".join(str(p.key) for p in path)
+    part = next(part for word, part in PARTS if word in name)
+    sums = found["/mtp/" in name]
+    sums[part] = sums.get(part, 0) + int(np.prod(leaf.shape, dtype=np.int64))
+  return found
+
+
+@pytest.mark.parametrize("config", [ODD, dataclasses.replace(ODD, num_nextn_predict_layers=0), PRO, FLASH],
+                         ids=["odd", "no_mtp", "pro", "flash"])
+def test_parameters_are_those_of_the_model(config):
+  main, mtp = real_parts(config)
+  ours = dsv4.count(config, 10).parameters
+  assert main.pop("hash tables") == ours.hash_table_entries
+  assert dict(ours.main) == main and dict(ours.mtp) == mtp
+
+
+def test_published_parameters():
+  pro, flash = (dsv4.count(config).parameters for config in (PRO, FLASH))
+  assert (pro.total, pro.total_mtp) == (1_572_997_201_763, 25_840_145_979)
+  assert (flash.total, flash.total_mtp) == (284_332_240_471, 6_610_048_891)
+  assert pro.hash_table_entries == flash.hash_table_entries == 2_327_040
+  billions = {"routed_experts": (1547.396, 277.025), "attention": (18.294, 4.599), "compressors": (0.670, 0.262),
+              "indexers": (0.501, 0.226), "shared_experts": (4.030, 1.082), "routers": (0.168, 0.045),
+              "hyper_connections": (0.084, 0.034)}
+  for part, published in billions.items():
+    assert (pro.main[part] / 1e9, flash.main[part] / 1e9) == pytest.approx(published, abs=6e-4), part
+  assert (pro.total_active / 1e9, flash.total_active / 1e9) == pytest.approx((48.852, 13.270), abs=5e-4)  # "49B", "13B"
+  assert pro.total_active - pro.active["head"] == pytest.approx(47.926e9, abs=5e5)
+
+
+def test_published_operations():
+  published = {"linear": (45.4, 11.7), "routed_experts": (48.4, 13.0), "exact_linear": (1.9, 0.7),
+               "hyper_connections": (0.2, 0.1), "attention": (76.7, 23.6), "indexer": (130.4, 91.3), "head": (1.9, 1.1)}
+  pro, flash = (dsv4.count(config).flops_per_token for config in (PRO, FLASH))
+  assert set(published) == set(pro)
+  for part, figures in published.items():
+    assert (pro[part] / 1e9, flash[part] / 1e9) == pytest.approx(figures, abs=0.051), part
+  assert (sum(pro.values()) / 1e9, sum(flash.values()) / 1e9) == pytest.approx((304.8, 141.4), abs=0.1)
+
+
+@pytest.mark.parametrize("context, pro, flash", [(4096, 81, 22), (32768, 71, 20), (131072, 52, 16), (524288, 33, 11),
+                                                 (10**6, 26.9, 10.1), (MILLION, 26.5, 10.0)])
+def test_operations_against_v32(context, pro, flash):
+  found = [100 * dsv4.count(config, context).ratio_to_v32["flops"] for config in (PRO, FLASH)]
+  # stated in whole percent, Pro's 52.52 at 128K as 52
+  assert found == pytest.approx((pro, flash), abs=0.52 if isinstance(pro, int) else 0.051)
+
+
+def test_operations_follow_the_context():
+  """By hand for ODD at 30 tokens: 11 keys, 4 of 10 entries (CSA), all 4 entries (HCA)."""
+  short, long = (dsv4.count(ODD, n).flops_per_token for n in (1, 30))
+  assert short["attention"] == 5 * 4 * 6 * 14 and short["indexer"] == 0
+  assert long["attention"] == 4 * 6 * 14 * (11 + 2 * (11 + 4) + 2 * (11 + 4))
+  assert long["indexer"] == 2 * 9 * 10 * (2 * 10 + 3)
+  assert all(short[part] == long[part] for part in short if part not in ("attention", "indexer"))
+
+
+def test_published_cache():
+  """SPEC_MODEL 11: 46.94 GiB of V3.2 against entries of 576 and index keys of 64 bytes, with scales, and all in BF16."""
+  gib, v32 = 2**30, 788 * 61 * MILLION
+  assert v32 / gib == pytest.approx(46.94, abs=0.005)
+  for config, plain, growth, bf16, growth_bf16, percent, window, pending in (
+      (PRO, 4.83, 4939.5, 9.62, 9848, (10.3, 10.5), 4.5, 18.7), (FLASH, 3.37, 3450, 6.72, 6880, (7.2, 7.3), 3.2, 12.2)):
+    mixed = cache_bytes(config, MILLION, "mixed")
+    compute = cache_bytes(dataclasses.replace(config, compute_dtype="bfloat16"), MILLION, "compute")
+    kept = mixed["window"] + mixed["entries"] + mixed["index_keys"]
+    assert kept / gib == pytest.approx(plain, abs=0.005)
+    assert (mixed["entries"] + mixed["index_keys"]) / MILLION == growth
+    assert (100 * kept / v32, 100 * (kept + mixed["scales"]) / v32) == pytest.approx(percent, abs=0.05)
+    assert dsv4.count(config).ratio_to_v32["cache"] == (kept + mixed["scales"]) / v32
+    assert (mixed["window"] / 1e6, mixed["pending"] / 1e6) == pytest.approx((window, pending), abs=0.05)
+    assert (compute["entries"] + compute["index_keys"]) / MILLION == growth_bf16 and compute["scales"] == 0
+    assert (compute["window"] + compute["entries"] + compute["index_keys"]) / gib == pytest.approx(bf16, abs=0.01)
+
+
+def test_cache_by_hand():
+  """ODD in float32 at 30 tokens with 2 to take back: 2 CSA layers of 10 entries, 2 HCA layers of 4, 5 windows of 13."""
+  assert cache_bytes(ODD, 30, "compute", rewind=2) == {
+    "window": 5 * 13 * 14 * 4, "entries": (2 * 10 + 2 * 4) * 14 * 4, "index_keys": 2 * 10 * 10 * 4, "scales": 0,
+    "pending": 2 * 4 * (2 * (6 + 2) * 2 * (14 + 10) + 2 * (7 + 2) * 14)}
+  mixed = cache_bytes(ODD, 30, "mixed", rewind=2)
+  assert mixed["entries"] == (2 * 10 + 2 * 4) * (10 + 2 * 4) and mixed["index_keys"] == 2 * 10 * 5
+  assert mixed["scales"] == 5 * 13 + 28 + 2 * 10 and mixed["pending"] == cache_bytes(ODD, 30, "compute", rewind=2)["pending"]
+
+
+def test_refusals():
+  with pytest.raises(ValueError, match="context = 0: expected a whole number, at least 1"):
+    dsv4.count(ODD, 0)
+  with pytest.raises(ValueError, match="storage = 'fp8': expected one of compute, mixed"):
+    cache_bytes(ODD, 1, "fp8")
+
+
+def test_command_line(tmp_path):
+  """Run files with settings and released files; the JSON holds the same numbers."""
+  small = launch_count.load_model(str(Path(__file__).parents[2] / "configs/v4_flash.py"), ["model.num_hidden_layers=4"])
+  assert small.num_hidden_layers == 4
+  (tmp_path / "config.json").write_text(json.dumps(RELEASED["DeepSeek-V4-Pro"]))
+  assert launch_count.load_model(str(tmp_path), []) == launch_count.load_model(str(tmp_path / "config.json"), []) == PRO
+  with pytest.raises(ValueError, match="--set .*expected a run file"):
+    launch_count.load_model(str(tmp_path), ["model.hidden_size=4"])
+  result = dsv4.count(PRO)
+  written = json.loads(json.dumps(launch_count.to_json(result)))
+  assert written["parameters"]["total"] == 1_572_997_201_763
+  assert written["cache_bytes"] == result.cache_bytes and written["flops_per_token"] == result.flops_per_token
+  text = launch_count.report(result)
+  assert "parameters 1,572,997,201,763" in text and "26.5% of its FP8-equivalent operations, 10.5% of its cache" in text
