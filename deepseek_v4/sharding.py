@@ -2,8 +2,8 @@
 
 Mesh axes: data (copies), fsdp (weights split, gathered where they are used), expert (experts split; all other weights as by
 fsdp), context (sequence, refused until context parallelism exists), tensor (heads, expert width, vocabulary). A batch is
-split over data, fsdp and expert together: `tokens[B_(data,fsdp,expert), S_context]`. The ambient mesh is the one of `jax.set_mesh`; without one
-everything here is the identity, so that modules need not ask.
+split over data, fsdp and expert together: `tokens[B_(data,fsdp,expert), S_context]`. The ambient mesh is the one of
+`jax.set_mesh`; without one everything here is the identity, so that modules need not ask.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compiles the real train step of a run for a slice of TPUs that need not be there, and says what it takes.
 
-python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--set training.kernels=blockwise]... [--json FILE]
+python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--set KEY=VALUE]... [--json FILE]
 
 The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where the run says "auto". A step of
 four layers takes minutes.

@@ -89,8 +89,8 @@ def test_specs():
   assert sharding.spec(()) == P()
 
 
-@pytest.mark.parametrize("axes", [("embed", "lora"), ("heads", "vocab"), ("batch", "embed"), ("expert", "batch"), ("expert", "embed"),
-                                  ("shards", "sequence"), ("heads", None, "heads")])
+@pytest.mark.parametrize("axes", [("embed", "lora"), ("heads", "vocab"), ("batch", "embed"), ("expert", "batch"),
+                                  ("expert", "embed"), ("shards", "sequence"), ("heads", None, "heads")])
 def test_two_axes_on_one_mesh_axis_are_refused(axes):
   with pytest.raises(ValueError, match=re.escape(f"logical axes {axes}: two of them lie on one mesh axis")):
     sharding.spec(axes)

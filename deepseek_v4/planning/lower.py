@@ -1,4 +1,4 @@
-"""The real train step of a run, optimizer and kernels included, compiled for a named slice of TPUs that need not be there."""
+"""The real train step of a run, optimizer and kernels included, for a named slice of TPUs that need not be there."""
 
 from __future__ import annotations
 

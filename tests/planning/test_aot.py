@@ -22,7 +22,8 @@ def plan(config, *arguments, timeout=120):
 @pytest.mark.parametrize("config, arguments, message", [
   ("none", ["--topology", "v5p:2x2x1"], "configs/none.py"),
   ("debug", ["--topology", "v9:2x2"], "topology = 'v9:2x2': expected a slice that libtpu knows, such as v5p:4x4x4"),
-  ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.tensor=64"], "64 devices, expected at most the 4 of v5p:2x2x1"),
+  ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.tensor=64"],
+   "64 devices, expected at most the 4 of v5p:2x2x1"),
   ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.data=2"],
    "data.batch_size / data.accumulation = 1: expected a multiple of data x fsdp x expert = 2"),
   ("debug", ["--topology", "v5p:2x2x1", "--json", "nowhere/x.json"], "--json = 'nowhere/x.json'"),

@@ -7,7 +7,7 @@ from deepseek_v4.planning import read
 TEXT = """
   %a.1 = bf16[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/layer/attend" id=3}
   %a.2 = bf16[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/other/attend"}
-  %b = (bf16[8]{0}, s32[]) custom-call(%y), custom_call_target="tpu_custom_call", frontend_attributes={}, metadata={op_name="b"}
+  %b = (bf16[8]{0}, s32[]) custom-call(%y), custom_call_target="tpu_custom_call", metadata={op_name="b"}
   %c = bf16[8]{0} custom-call(%y), custom_call_target="Sharding", metadata={op_name="jit(f)/attend"}
 """
 
