@@ -43,7 +43,7 @@ def unpack(words: jax.Array, num_entries: int) -> jax.Array:
 
 def visible_words(positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array,
                   entry_segment: jax.Array) -> jax.Array:
-  """int32 [B, S, W]: what causality and the documents let each query see. XLA fuses it into one pass over the words.
+  """int32 [B, S, W]: what causality and the documents let each query see.
 
   Args:
     positions, segment_ids: int32 [B, S]; entry_last, entry_segment: int32 [B, T]; as in `sparse_attention.attend`.
@@ -51,14 +51,14 @@ def visible_words(positions: jax.Array, segment_ids: jax.Array, entry_last: jax.
   batch, num_entries = entry_last.shape
   groups = num_words(num_entries) // LANES
   pad = ((0, 0), (0, groups * GROUP - num_entries))
-  # One pass per bit keeps the largest array that XLA may build at the size of the result.
+  # One pass per bit keeps the largest array that XLA may build at the size of the result; bits that no entry has need none.
   by_bit = [jnp.pad(x, pad).reshape(batch, groups, 32, LANES).transpose(2, 0, 1, 3).reshape(32, batch, groups * LANES)
             for x in (entry_last, entry_segment)]
   words = jnp.zeros((batch, positions.shape[1], groups * LANES), jnp.int32)
-  for bit in range(32):
+  for bit in range(min(math.ceil(num_entries / LANES), 32)):
     last_BW, segment_BW = by_bit[0][bit], by_bit[1][bit]
     words |= blocks.sees_entry(positions, segment_ids, last_BW, segment_BW).astype(jnp.int32) << bit
-  return words
+  return lax.optimization_barrier(words)  # else XLA makes them again in every reader, which takes minutes to compile
 
 
 def from_picks(picks: jax.Array, num_entries: int) -> jax.Array:
