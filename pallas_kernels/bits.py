@@ -74,17 +74,31 @@ def from_picks(picks: jax.Array, num_entries: int) -> jax.Array:
 
 
 def to_picks(words: jax.Array, num_entries: int, top_k: int) -> jax.Array:
-  """int32 [B, S, W] with at most `top_k` bits a row -> entries int32 [B, S, top_k] in rising order, -1 behind them."""
-  batch, length, _ = words.shape
-  size = blocks.block_size(length, 8 * num_entries)
+  """int32 [B, S, W] with at most `top_k` bits a row -> entries int32 [B, S, top_k] in the order of words, -1 behind them.
+
+  Without a sort and without a scatter: the k-th entry lies in the word in front of which at most k bits are set.
+  """
+  batch, length, width = words.shape
+  size = blocks.block_size(length, 4 * top_k * LANES)
 
   def one(words_CW):
-    order = jnp.where(unpack(words_CW, num_entries), jnp.arange(num_entries), num_entries)
-    first = lax.top_k(-order, min(top_k, num_entries))[0]
-    return jnp.where(-first < num_entries, -first, -1)
+    count_CW = lax.population_count(words_CW)
+    end_CW = jnp.cumsum(count_CW, -1)
+    rank_K = jnp.arange(top_k)
+    word_CK = (end_CW[:, None, :] <= rank_K[:, None]).sum(-1, dtype=jnp.int32)
+    found_CK = word_CK < width
+    word_CK = jnp.where(found_CK, word_CK, 0)
+    of_word = lambda x_CW: jnp.take_along_axis(x_CW, word_CK, -1)
+    left_CK = rank_K - of_word(end_CW - count_CW)  # set bits of the word in front of the entry's
+    value_CK, bit_CK = of_word(words_CW), jnp.zeros_like(word_CK)
+    for half in (16, 8, 4, 2, 1):
+      low_CK = lax.population_count(lax.shift_right_logical(value_CK, bit_CK) & (2**half - 1))
+      above_CK = left_CK >= low_CK
+      bit_CK, left_CK = bit_CK + jnp.where(above_CK, half, 0), left_CK - jnp.where(above_CK, low_CK, 0)
+    entry_CK = word_CK // LANES * GROUP + bit_CK * LANES + word_CK % LANES
+    return jnp.where(found_CK, entry_CK, -1)
 
-  picks = blocks.join(lax.map(one, blocks.cut(words, size)), batch, length)
-  return jnp.pad(picks, ((0, 0), (0, 0), (0, top_k - picks.shape[2])), constant_values=-1)
+  return blocks.join(lax.map(one, blocks.cut(words, size)), batch, length)
 
 
 def words_of(selection, num_entries: int, places: dict[str, jax.Array]) -> jax.Array:
