@@ -82,21 +82,20 @@ def to_picks(words: jax.Array, num_entries: int, top_k: int) -> jax.Array:
   size = blocks.block_size(length, 4 * top_k * LANES)
 
   def one(words_CW):
-    count_CW = lax.population_count(words_CW)
-    end_CW = jnp.cumsum(count_CW, -1)
+    end_CW = jnp.cumsum(lax.population_count(words_CW), -1)
     rank_K = jnp.arange(top_k)
-    word_CK = (end_CW[:, None, :] <= rank_K[:, None]).sum(-1, dtype=jnp.int32)
-    found_CK = word_CK < width
-    word_CK = jnp.where(found_CK, word_CK, 0)
-    of_word = lambda x_CW: jnp.take_along_axis(x_CW, word_CK, -1)
-    left_CK = rank_K - of_word(end_CW - count_CW)  # set bits of the word in front of the entry's
-    value_CK, bit_CK = of_word(words_CW), jnp.zeros_like(word_CK)
+    passed_CKW = end_CW[:, None, :] <= rank_K[:, None]  # XLA reduces this as it makes it
+    word_CK = passed_CKW.sum(-1, dtype=jnp.int32)
+    left_CK = rank_K - jnp.where(passed_CKW, end_CW[:, None, :], 0).max(-1)  # bits of the word in front of the entry's
+    # Reduced, too: a gather of single numbers takes longer.
+    value_CK = jnp.where(word_CK[..., None] == jnp.arange(width), words_CW[:, None, :], 0).sum(-1)
+    bit_CK = jnp.zeros_like(word_CK)
     for half in (16, 8, 4, 2, 1):
       low_CK = lax.population_count(lax.shift_right_logical(value_CK, bit_CK) & (2**half - 1))
       above_CK = left_CK >= low_CK
       bit_CK, left_CK = bit_CK + jnp.where(above_CK, half, 0), left_CK - jnp.where(above_CK, low_CK, 0)
     entry_CK = word_CK // LANES * GROUP + bit_CK * LANES + word_CK % LANES
-    return jnp.where(found_CK, entry_CK, -1)
+    return jnp.where(word_CK < width, entry_CK, -1)
 
   return blocks.join(lax.map(one, blocks.cut(words, size)), batch, length)
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 # decoding, the rest is multiplied for nothing, and every entry is read where a query selects one of sixteen. Plain XLA costs
 # per query. Million cycles for 32 rows:
 #
-#                                            v5p            v6e             TPU7x
-#     16,384 entries, 1,024 selected, masked 5.0            11.4            2.9
-#                1 / 8 queries, blockwise    0.8 / 4.3      1.0 / 7.0       1.0 / 11.2
-#     512 entries, all of them,       masked 0.27           0.76            0.22
-#                1 / 8 queries, blockwise    0.08 / 0.34    0.07 / 0.26     0.07 / 0.26
+#                                            v5p            v6e            TPU7x
+#     16,384 entries, 1,024 selected, masked 5.0            11.4           2.9
+#         1 / 4 queries, blockwise           0.53 / 2.1     0.77 / 2.8     0.72 / unknown
+#     512 entries, all of them,       masked 0.27           0.76           0.22
+#         1 / 8 queries, blockwise           0.08 / 0.34    0.07 / 0.26    0.07 / 0.26
+#
+# On TPU7x XLA hands the gather of several queries to the SparseCore, whose time the schedule does not show.
 FEW_QUERIES = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # from here on the masked kernel
 
 # Up to 64K tokens the masked kernel, whose schedule is known to the last cycle. By that schedule the sparse form is cheaper
