@@ -8,7 +8,7 @@ import re
 from typing import Any, Callable, Mapping, Sequence
 
 from launch.benchmarks.kernels.compile import Compiler, Request
-from launch.benchmarks.memory.cases import LIMIT, OURS, Case, all_cases
+from launch.benchmarks.memory.cases import KINDS, LIMIT, OURS, Case, all_cases
 
 BUILDER = "launch.benchmarks.memory.build:program"
 AXES = ("data", "fsdp", "expert", "context", "tensor")  # of the model's mesh
@@ -38,10 +38,11 @@ def row_of(case: Case, answer: Mapping[str, Any]) -> Row:
   return row | {"failed": answer["error"]} | ({"needed": float(needed[1]) * _UNITS[needed[2]]} if needed else {})
 
 
-def measure(topology: str, lengths: Sequence[int], sides: Sequence[str], say: Callable[[str], None]) -> list[Row]:
-  """Rows of all kinds of layers and these sides, heads over all devices of the topology."""
+def measure(topology: str, lengths: Sequence[int], sides: Sequence[str], say: Callable[[str], None],
+            kinds: Sequence[str] = KINDS) -> list[Row]:
+  """Rows of these kinds of layers and sides, heads over all devices of the topology."""
   devices = devices_of(topology)
-  wanted = [case for case in all_cases(lengths, devices) if case.side in sides]
+  wanted = [case for case in all_cases(lengths, devices) if case.side in sides and case.kind in kinds]
   mesh = dict.fromkeys(AXES, 1) | {"tensor": devices}
   requests = [Request(f"{case.name}, {case.side}", BUILDER, dataclasses.asdict(case), mesh) for case in wanted]
   with Compiler(topology, schedules=False) as compiler:
