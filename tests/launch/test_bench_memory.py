@@ -32,5 +32,5 @@ def test_rows_and_the_target():
   assert lines[1].endswith("4.00                  0.50") and lines[2].endswith("does not fit: 970")
   assert lines[3].endswith("ValueError: no")
   [target] = run.targets([row, large, failed])
-  assert target["reached"] and target["value"] == gib // 2
+  assert target["reached"] and target["value"] == 0.5
   assert run.targets([])[0]["reached"] is None and not run.targets([row | {"beside": 2 * gib}])[0]["reached"]

@@ -65,8 +65,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def targets(rows: Sequence[Row]) -> list[Row]:
-  """The one target, as those of the kernels."""
-  values = [row["beside"] for row in rows if row["ours"] and "beside" in row]
-  value = max(values, default=None)
-  return [{"target": f"ours, at most {LIMIT / 2**30:g} GiB beside q, out and their gradients", "bound": LIMIT,
-           "value": value, "reached": None if value is None else value <= LIMIT}]
+  """The one target, as those of the kernels; GiB."""
+  values = [row["beside"] / 2**30 for row in rows if row["ours"] and "beside" in row]
+  value, bound = max(values, default=None), LIMIT / 2**30
+  return [{"target": f"ours, at most {bound:g} GiB beside q, out and their gradients", "bound": bound, "value": value,
+           "reached": None if value is None else value <= bound}]
