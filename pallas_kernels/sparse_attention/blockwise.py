@@ -22,10 +22,12 @@ def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, 
            window, scale):
   """See `pallas_kernels.sparse_attention.attend`."""
   kind, selection = selection.kind, selection.listed()
-  if kind == "all":
+  # Unused memory is cleared where less is read: in all entries, or, when decoding, in the few that are gathered.
+  cleared = kind == "all" or selection.picks[0].size >= entries_BTd.shape[1]
+  if cleared:
     entries_BTd = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0)
   places = (positions, segment_ids, entry_last, entry_segment)
-  return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, selection.picks, places, (kind, window, scale))
+  return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, selection.picks, places, (kind, cleared, window, scale))
 
 
 def _plan(q_BSHd, entries_BTd, picks_BSK, kind, window):
@@ -54,7 +56,7 @@ def _front_padded(x_BS, front, size):
 
 def _block_keys(item, kv_BXd, segment_BX, entries_BTd, places, static, size, front):
   """Window keys [W, d], entries [T, d] or [C, K, d], and the two masks of one block."""
-  kind, window, _ = static
+  kind, cleared, window, _ = static
   row, start, _, picks_CK, position_C, segment_C = item
   _, _, entry_last, entry_segment = places
   kv_Wd = jax.lax.dynamic_slice(kv_BXd, (row, start, 0), (1, size + front, kv_BXd.shape[2]))[0]
@@ -66,9 +68,10 @@ def _block_keys(item, kv_BXd, segment_BX, entries_BTd, places, static, size, fro
   # Rows of bits name visible entries only.
   visible = picks_CK >= 0 if kind == "bits" else blocks.picked_sees(picks_CK, position_C, segment_C, entry_last[row],
                                                                    entry_segment[row])
-  # Only what is gathered is looked at: a pass over all entries would cost a decoding step more than all the rest.
-  entries = jnp.where(visible[..., None], entries_BTd[row, jnp.maximum(picks_CK, 0)], 0)
-  return kv_Wd, entries, near_CW, visible
+  if cleared:
+    return kv_Wd, entries_BTd[row][jnp.maximum(picks_CK, 0)], near_CW, visible
+  entries = entries_BTd[row, jnp.maximum(picks_CK, 0)]  # and no copy of a whole row of the batch
+  return kv_Wd, jnp.where(visible[..., None], entries, 0), near_CW, visible
 
 
 def _dot(a, b, spec):
@@ -126,7 +129,7 @@ def _attend(q, kv, entries, sink, picks, places, static):
 
 
 def _attend_forward(q, kv, entries, sink, picks, places, static):
-  kind, window, scale = static
+  kind, _, window, scale = static
   size, front = _plan(q, entries, picks, kind, window)
   padded, segments = _front_padded(kv, front, size), _front_padded(places[1], front, size)
 
@@ -140,7 +143,7 @@ def _attend_forward(q, kv, entries, sink, picks, places, static):
 
 
 def _attend_backward(static, saved, gradients):
-  kind, window, scale = static
+  kind, _, window, scale = static
   q, kv, entries, sink, picks, places, out, lse = saved
   d_out, d_lse = gradients
   size, front = _plan(q, entries, picks, kind, window)
