@@ -3,6 +3,8 @@
 Expert weights lie on the mesh axis `expert`, their width on `tensor`. Inside the shard_map wrapper the tokens of all
 expert shards are gathered, every device works on the picks of its own experts, and the sums return by reduce-scatter.
 A pick is one (token, expert) pair; picks are sorted by expert into tiles of rows, so the work is proportional to them.
+Picks are numbered and stored with the token last (pick j T + t is token t's j-th): libtpu cannot compile the sums over a
+token's picks from columns of a [T, k] array beyond 1,024 tokens on chips with two cores (0.0.42.1 and 0.0.50.1).
 
 Axis letters: B batch   S sequence   D hidden size   E experts   F expert width   k experts per token
               T tokens of a device   P picks (T k)   M rows of all tiles
@@ -32,8 +34,8 @@ class Dispatch:
   """Where each pick's row lies.
 
   Attributes:
-    slot: int32 [T, k], row of each pick; some row for a pick that is not local.
-    local: bool [T, k], the pick's expert lives on this device.
+    slot: int32 [k, T], row of each pick; some row for a pick that is not local.
+    local: bool [k, T], the pick's expert lives on this device.
     pick: int32 [M], pick of each row; P = the row is empty.
     token: int32 [M], token of each row; some token for an empty row.
     group_sizes: int32 [E], rows of each of this device's experts.
@@ -48,17 +50,17 @@ class Dispatch:
   tile: int
 
 
-def dispatch(experts_Tk: jax.Array, num_experts: int, shards: int = 1, kernels: str = "blockwise") -> Dispatch:
+def dispatch(experts_kT: jax.Array, num_experts: int, shards: int = 1, kernels: str = "blockwise") -> Dispatch:
   """Sorts picks by expert, each expert's rows from a tile's start on; experts outside [0, num_experts) get no row.
 
   Args:
     shards: devices that share the picks; about picks / shards of them are local.
     kernels: implementation that will read the rows.
   """
-  picks = experts_Tk.size
+  picks = experts_kT.size
   tile = grouped_matmul.row_tile(picks // shards, num_experts, kernels)
   rows = grouped_matmul.padded_rows(picks, num_experts, tile)
-  expert_P = experts_Tk.reshape(-1)
+  expert_P = experts_kT.reshape(-1)
   local_P = (expert_P >= 0) & (expert_P < num_experts)
   expert_P = jnp.where(local_P, expert_P, num_experts)
   order_P = jnp.argsort(expert_P, stable=True)
@@ -70,9 +72,9 @@ def dispatch(experts_Tk: jax.Array, num_experts: int, shards: int = 1, kernels: 
   row_P = jnp.where(sorted_P < num_experts, row_P, rows).astype(jnp.int32)
   slot_P = jnp.zeros(picks, jnp.int32).at[order_P].set(jnp.minimum(row_P, rows - 1), unique_indices=True)
   pick_M = jnp.full(rows, picks, jnp.int32).at[row_P].set(order_P.astype(jnp.int32), mode="drop")
-  # Stored and not derived from pick_M: fused into a gather of rows, the division would be done for every channel.
-  token_M = jnp.zeros(rows, jnp.int32).at[row_P].set((order_P // experts_Tk.shape[1]).astype(jnp.int32), mode="drop")
-  shape = experts_Tk.shape
+  # Stored and not derived from pick_M: fused into a gather of rows, the remainder would be taken for every channel.
+  token_M = jnp.zeros(rows, jnp.int32).at[row_P].set((order_P % experts_kT.shape[1]).astype(jnp.int32), mode="drop")
+  shape = experts_kT.shape
   return Dispatch(slot_P.reshape(shape), local_P.reshape(shape), pick_M, token_M, sizes_E, tile)
 
 
@@ -80,10 +82,10 @@ def _rows_at(x: jax.Array, index: jax.Array) -> jax.Array:
   return x.at[index].get(mode="promise_in_bounds")
 
 
-def _sum_of_rows(rows_MD: jax.Array, weights_Tk: jax.Array, plan: Dispatch) -> jax.Array:
+def _sum_of_rows(rows_MD: jax.Array, weights_kT: jax.Array, plan: Dispatch) -> jax.Array:
   """[T, D] = sum over a token's local picks of weight * row."""
-  weights_Tk = jnp.where(plan.local, weights_Tk, 0)
-  return sum(weights_Tk[:, j, None] * _rows_at(rows_MD, plan.slot[:, j]) for j in range(plan.slot.shape[1]))
+  weights_kT = jnp.where(plan.local, weights_kT, 0)
+  return sum(weights_T[:, None] * _rows_at(rows_MD, slot_T) for weights_T, slot_T in zip(weights_kT, plan.slot))
 
 
 @jax.custom_vjp
@@ -100,17 +102,17 @@ gather_rows.defvjp(lambda x, plan: (gather_rows(x, plan), plan), _gather_rows_ba
 
 
 @jax.custom_vjp
-def combine_rows(y_MD: jax.Array, weights_Tk: jax.Array, plan: Dispatch) -> jax.Array:
+def combine_rows(y_MD: jax.Array, weights_kT: jax.Array, plan: Dispatch) -> jax.Array:
   """[T, D] = sum over a token's picks of weight * row, summed at least in float32; empty rows get a zero gradient."""
-  return _sum_of_rows(y_MD, weights_Tk, plan)
+  return _sum_of_rows(y_MD, weights_kT, plan)
 
 
 def _combine_rows_backward(saved, d_TD):
-  y_MD, weights_Tk, plan = saved
-  weight_M = jnp.append(weights_Tk.reshape(-1), 0)[plan.pick]  # pick P, an empty row, has weight 0
+  y_MD, weights_kT, plan = saved
+  weight_M = jnp.append(weights_kT.reshape(-1), 0)[plan.pick]  # pick P, an empty row, has weight 0
   d_rows = _rows_at(d_TD, plan.token) * weight_M[:, None]
-  d_weights = jnp.stack([(_rows_at(y_MD, plan.slot[:, j]) * d_TD).sum(-1) for j in range(plan.slot.shape[1])], 1)
-  return d_rows.astype(y_MD.dtype), jnp.where(plan.local, d_weights, 0).astype(weights_Tk.dtype), None
+  d_weights_kT = jnp.stack([(_rows_at(y_MD, slot_T) * d_TD).sum(-1) for slot_T in plan.slot])
+  return d_rows.astype(y_MD.dtype), jnp.where(plan.local, d_weights_kT, 0).astype(weights_kT.dtype), None
 
 
 combine_rows.defvjp(lambda *args: (combine_rows(*args), args), _combine_rows_backward)
@@ -130,11 +132,11 @@ def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit
     experts_BSk = experts_BSk - jax.lax.axis_index(expert_axis) * gate_EDF.shape[0]
   top_k = experts_BSk.shape[-1]
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
-  plan = dispatch(experts_BSk.reshape(-1, top_k), gate_EDF.shape[0], shards, kernels)
+  plan = dispatch(experts_BSk.reshape(-1, top_k).T, gate_EDF.shape[0], shards, kernels)
   rows_MD = gather_rows(x_BSD.reshape(-1, x_BSD.shape[-1]), plan)
   y_MD = grouped_matmul.expert_mlp(rows_MD, gate_EDF, up_EDF, down_EFD, plan.group_sizes, tile=plan.tile, limit=limit,
                                    implementation=kernels)
-  out_BSD = combine_rows(y_MD, weights_BSk.reshape(-1, top_k), plan).reshape(x_BSD.shape)
+  out_BSD = combine_rows(y_MD, weights_BSk.reshape(-1, top_k).T, plan).reshape(x_BSD.shape)
   out_BSD = out_BSD if width_axis is None else jax.lax.psum(out_BSD, width_axis)
   out_BSD = out_BSD if expert_axis is None else jax.lax.psum_scatter(out_BSD, expert_axis, tiled=True)
   return out_BSD.astype(x_BSD.dtype)

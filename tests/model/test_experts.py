@@ -68,7 +68,7 @@ def test_cpu_experts_cost_what_is_routed():
   rng = np.random.default_rng(0)
   popularity = rng.normal(size=count)
   experts = np.argsort(-(popularity + 2 * rng.gumbel(size=(tokens, count))), -1)[:, :k].astype(np.int32)
-  plan = dispatch(jnp.asarray(experts), count)
+  plan = dispatch(jnp.asarray(experts.T), count)
   load = np.bincount(experts.reshape(-1), minlength=count)
   np.testing.assert_array_equal(plan.group_sizes, load)
   assert load.max() > 2 * load.min()  # a routing with uneven loads
@@ -90,7 +90,7 @@ def test_padding_costs_little_where_experts_are_spread(shards):
   experts, k, tokens = 16 // shards, 4, 64 * shards
   rng = np.random.default_rng(0)
   picks = np.stack([rng.permutation(16)[:k] for _ in range(tokens * 8)]).astype(np.int32)
-  plan = dispatch(jnp.asarray(picks), experts, shards)
+  plan = dispatch(jnp.asarray(picks.T), experts, shards)
   sizes = np.asarray(plan.group_sizes)
   assert sizes.sum() == (picks < experts).sum()
   assert (-(-sizes // plan.tile)).sum() * plan.tile <= 1.3 * sizes.sum()

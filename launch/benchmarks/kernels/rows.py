@@ -68,7 +68,8 @@ def taken(case: Case, chip: Chip) -> str:
   from pallas_kernels.hyper_connections import forms as mixing_forms
   from pallas_kernels.sparse_attention import forms as attention_forms
   if case.op.startswith("attention"):
-    top_k = min(case.shapes.top_k, case.entries) if case.op == "attention" else case.entries
+    everything = case.op in ("attention_heavy", "attention_window")
+    top_k = case.entries if everything else min(case.shapes.top_k, case.entries)
     return attention_forms.choose(case.queries, case.entries, top_k, chip.name)
   return mixing_forms.choose(case.op, case.tokens, chip.name)  # names no other op: those are kernels at all shapes
 
