@@ -2,11 +2,15 @@
 
 python -m launch.bench forward|train [--against transformers] [--lengths 512,1024] [--repeats 3] [--json FILE]
 python -m launch.bench kernels --topology v5p:2x2x1 [--ops attention,select] [--models flash,pro] [--noothers] [...]
+python -m launch.bench memory --topology v5p:2x2x2 [--lengths 65536] [--noothers] [--json FILE]
+python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
 
 forward: logits of all places. train: next-token loss, gradient, AdamW; also the full step with Muon. float32, one row,
 2 threads, the model of launch/benchmarks/bench_config.json with random weights, the same on both sides.
 kernels: the ops of pallas_kernels at the released models' sizes, compiled for a TPU that need not be there; the compiler's
 final schedule beside the bounds of the chip, and beside what else a user could run.
+memory: what attention takes of a chip's HBM, forward and backward, heads split over the slice, from the same compiler.
+overlap: of a trained run, how much of its selection a query shares with its neighbours.
 """
 
 from __future__ import annotations
@@ -17,26 +21,30 @@ from pathlib import Path
 
 from absl import app, flags
 
-from launch.benchmarks import cases, report, run
+from launch.benchmarks import cases, overlap, report, run
 from launch.benchmarks.kernels import cases as kernel_cases
 from launch.benchmarks.kernels import chips
 from launch.benchmarks.kernels import report as kernel_report
 from launch.benchmarks.kernels import run as kernel_run
+from launch.benchmarks.memory import cases as memory_cases
+from launch.benchmarks.memory import run as memory_run
 
-KERNELS = "kernels"
-KINDS = (*cases.KINDS, KERNELS)
+KERNELS, MEMORY, OVERLAP = "kernels", "memory", "overlap"
+KINDS = (*cases.KINDS, KERNELS, MEMORY, OVERLAP)
 
 
 def define_flags() -> None:
   flags.DEFINE_enum("against", None, [cases.TRANSFORMERS], "Another implementation that takes turns with ours.")
   flags.DEFINE_list("lengths", None, f"Tokens of the row: {', '.join(map(str, cases.LENGTHS))} if not given (the other side "
-                    f"is measured up to {cases.LONGEST_AGAINST}); {', '.join(map(str, kernel_cases.LENGTHS))} for kernels.")
+                    f"is measured up to {cases.LONGEST_AGAINST}); {', '.join(map(str, kernel_cases.LENGTHS))} for kernels, "
+                    f"{memory_cases.LENGTH} for memory, {', '.join(map(str, overlap.LENGTHS))} for overlap.")
   flags.DEFINE_integer("repeats", 3, "Timed passes of each side.", lower_bound=1)
-  flags.DEFINE_string("topology", None, "Of kernels: a chip and the shape of a slice, such as "
+  flags.DEFINE_string("topology", None, "Of kernels and memory: a chip and the shape of a slice, such as "
                       f"{', '.join(chip.topology for chip in chips.CHIPS)}.")
   flags.DEFINE_list("ops", list(kernel_cases.BY_NAME), "Of kernels: which operations.")
   flags.DEFINE_list("models", list(kernel_cases.MODELS), "Of kernels: whose sizes.")
-  flags.DEFINE_bool("others", True, "Of kernels: also what else a user could run; --noothers is faster.")
+  flags.DEFINE_bool("others", True, "Of kernels and memory: also what else a user could run; --noothers is faster.")
+  flags.DEFINE_string("checkpoint", None, "Of overlap: the checkpoints of a run.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
 
@@ -50,16 +58,17 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
   if len(arguments) != 1 or arguments[0] not in KINDS:
     raise ValueError(f"measurement = {' '.join(arguments)!r}: expected one of {', '.join(KINDS)}")
   kind = arguments[0]
-  if against and kind == KERNELS:
-    raise ValueError(f"--against = {against!r}: expected nothing for kernels, whose other sides are always measured")
+  if against and kind not in cases.KINDS:
+    raise ValueError(f"--against = {against!r}: expected nothing for {kind}, which has other sides of its own or none")
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
   if against and missing:
     raise ValueError(f"--against = {against!r}: {' and '.join(missing)} not installed, expected what "
                      f"pip install -e '.[test]' brings (with Python 3.11)")
   if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
     raise ValueError(f"--json = {path!r}: expected a file in a folder that exists")
-  if kind == KERNELS:
-    return kind, kernel_cases.lengths_from(lengths or ())
+  if kind not in cases.KINDS:
+    known = {KERNELS: (), MEMORY: (memory_cases.LENGTH,), OVERLAP: overlap.LENGTHS}[kind]
+    return kind, kernel_cases.lengths_from(lengths or [str(length) for length in known])
   return kind, cases.lengths_from(lengths or [str(length) for length in cases.LENGTHS])
 
 
@@ -93,6 +102,26 @@ def bench_kernels(topology: str | None, ops: list[str], models: list[str], lengt
     sys.exit("error: a program of ours did not compile")
 
 
+def bench_memory(topology: str | None, lengths: tuple[int, ...], others: bool, path: str | None) -> None:
+  """Compiles, prints and writes what attention takes of the HBM; ends the program if ours did not compile."""
+  check_kernels(topology, [], [])
+  rows = memory_run.measure(topology, lengths, memory_cases.SIDES if others else (memory_cases.OURS,), say)
+  found = memory_run.targets(rows)
+  print("", memory_run.table(rows), report.target_lines(found), sep="\n")
+  if path is not None:
+    report.write_json(path, rows, found)
+  if any(row["ours"] and "failed" in row for row in rows):
+    sys.exit("error: a program of ours did not compile")
+
+
+def bench_overlap(folder: str | None, lengths: tuple[int, ...], path: str | None) -> None:
+  """Prints and writes how neighbouring queries of a run's model select."""
+  rows = overlap.measure(folder, lengths, say)
+  print("", overlap.table(rows), sep="\n")
+  if path is not None:
+    report.write_json(path, rows, [])
+
+
 def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeats: int, path: str | None) -> None:
   """Measures, prints and writes the figures of the model; ends the program if a measurement of ours failed."""
   rows = run.measure(kind, lengths, against, repeats, say)
@@ -107,15 +136,19 @@ def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeat
 
 
 def main(argv: list[str]) -> None:
-  names = ("against", "json", "lengths", "topology", "ops", "models", "others", "repeats")
+  names = ("against", "json", "lengths", "topology", "ops", "models", "others", "repeats", "checkpoint")
   value = {name: flags.FLAGS[name].value for name in names}
   try:
     kind, lengths = check(argv[1:], value["lengths"], value["against"], value["json"])
     if kind == KERNELS:
       bench_kernels(value["topology"], value["ops"], value["models"], lengths, value["others"], value["json"])
+    elif kind == MEMORY:
+      bench_memory(value["topology"], lengths, value["others"], value["json"])
+    elif kind == OVERLAP:
+      bench_overlap(value["checkpoint"], lengths, value["json"])
     else:
       bench_model(kind, lengths, value["against"], value["repeats"], value["json"])
-  except (ValueError, run.WorkerFailed) as error:
+  except (ValueError, FileNotFoundError, run.WorkerFailed) as error:
     sys.exit(f"error: {error}")
 
 

@@ -1,18 +1,24 @@
-"""Operations of V4 that deserve a kernel, each with three implementations behind one signature.
+"""Operations of V4 that deserve a kernel, each with several implementations behind one signature.
 
     reference   the formula in plain jnp, quadratic memory, to be read beside the paper
     blockwise   plain JAX for any backend, linear memory, written gradients
-    pallas      TPU kernels (also "interpret": the kernel's own code on any backend)
+    pallas      the fastest form on a TPU for the shape: a kernel, or XLA's code where that wins (`forms.py` of an op)
+    interpret   the kernels' own code on any backend
 
 What lives here: arrays and integers in, arrays out. What may not: configs, parameters, flax, anything of `deepseek_v4`.
 """
+
+import jax
 
 IMPLEMENTATIONS = ("reference", "blockwise", "pallas", "interpret")
 
 
 def default_implementation() -> str:
-  """What "auto" means when a model is built: the fastest implementation that exists for every op on every backend."""
-  return "blockwise"
+  """What "auto" means on the default backend at the time of the call: the kernels on TPU, plain JAX elsewhere.
+
+  The backend decides and not the chip: on a TPU for which the kernels have no tile sizes they say so.
+  """
+  return "pallas" if jax.default_backend() == "tpu" else "blockwise"
 
 
 def resolve(implementation: str) -> str:

@@ -43,7 +43,7 @@ def unpack(words: jax.Array, num_entries: int) -> jax.Array:
 
 def visible_words(positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array,
                   entry_segment: jax.Array) -> jax.Array:
-  """int32 [B, S, W]: what causality and the documents let each query see. XLA fuses it into one pass over the words.
+  """int32 [B, S, W]: what causality and the documents let each query see.
 
   Args:
     positions, segment_ids: int32 [B, S]; entry_last, entry_segment: int32 [B, T]; as in `sparse_attention.attend`.
@@ -51,14 +51,14 @@ def visible_words(positions: jax.Array, segment_ids: jax.Array, entry_last: jax.
   batch, num_entries = entry_last.shape
   groups = num_words(num_entries) // LANES
   pad = ((0, 0), (0, groups * GROUP - num_entries))
-  # One pass per bit keeps the largest array that XLA may build at the size of the result.
+  # One pass per bit keeps the largest array that XLA may build at the size of the result; bits that no entry has need none.
   by_bit = [jnp.pad(x, pad).reshape(batch, groups, 32, LANES).transpose(2, 0, 1, 3).reshape(32, batch, groups * LANES)
             for x in (entry_last, entry_segment)]
   words = jnp.zeros((batch, positions.shape[1], groups * LANES), jnp.int32)
-  for bit in range(32):
+  for bit in range(min(math.ceil(num_entries / LANES), 32)):
     last_BW, segment_BW = by_bit[0][bit], by_bit[1][bit]
     words |= blocks.sees_entry(positions, segment_ids, last_BW, segment_BW).astype(jnp.int32) << bit
-  return words
+  return lax.optimization_barrier(words)  # else XLA makes them again in every reader, which takes minutes to compile
 
 
 def from_picks(picks: jax.Array, num_entries: int) -> jax.Array:
@@ -74,17 +74,30 @@ def from_picks(picks: jax.Array, num_entries: int) -> jax.Array:
 
 
 def to_picks(words: jax.Array, num_entries: int, top_k: int) -> jax.Array:
-  """int32 [B, S, W] with at most `top_k` bits a row -> entries int32 [B, S, top_k] in rising order, -1 behind them."""
-  batch, length, _ = words.shape
-  size = blocks.block_size(length, 8 * num_entries)
+  """int32 [B, S, W] with at most `top_k` bits a row -> entries int32 [B, S, top_k] in the order of words, -1 behind them.
+
+  Without a sort and without a scatter: the k-th entry lies in the word in front of which at most k bits are set.
+  """
+  batch, length, width = words.shape
+  size = blocks.block_size(length, 4 * top_k * LANES)
 
   def one(words_CW):
-    order = jnp.where(unpack(words_CW, num_entries), jnp.arange(num_entries), num_entries)
-    first = lax.top_k(-order, min(top_k, num_entries))[0]
-    return jnp.where(-first < num_entries, -first, -1)
+    end_CW = jnp.cumsum(lax.population_count(words_CW), -1)
+    rank_K = jnp.arange(top_k)
+    passed_CKW = end_CW[:, None, :] <= rank_K[:, None]  # XLA reduces this as it makes it
+    word_CK = passed_CKW.sum(-1, dtype=jnp.int32)
+    left_CK = rank_K - jnp.where(passed_CKW, end_CW[:, None, :], 0).max(-1)  # bits of the word in front of the entry's
+    # Reduced, too: a gather of single numbers takes longer.
+    value_CK = jnp.where(word_CK[..., None] == jnp.arange(width), words_CW[:, None, :], 0).sum(-1)
+    bit_CK = jnp.zeros_like(word_CK)
+    for half in (16, 8, 4, 2, 1):
+      low_CK = lax.population_count(lax.shift_right_logical(value_CK, bit_CK) & (2**half - 1))
+      above_CK = left_CK >= low_CK
+      bit_CK, left_CK = bit_CK + jnp.where(above_CK, half, 0), left_CK - jnp.where(above_CK, low_CK, 0)
+    entry_CK = word_CK // LANES * GROUP + bit_CK * LANES + word_CK % LANES
+    return jnp.where(word_CK < width, entry_CK, -1)
 
-  picks = blocks.join(lax.map(one, blocks.cut(words, size)), batch, length)
-  return jnp.pad(picks, ((0, 0), (0, 0), (0, top_k - picks.shape[2])), constant_values=-1)
+  return blocks.join(lax.map(one, blocks.cut(words, size)), batch, length)
 
 
 def words_of(selection, num_entries: int, places: dict[str, jax.Array]) -> jax.Array:

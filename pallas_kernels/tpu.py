@@ -52,7 +52,8 @@ def current_chip(interpret: bool) -> Chip:
   device = getattr(mesh, "abstract_device", None)
   kind = device.device_kind if device is not None else jax.devices()[0].device_kind
   if kind not in _BY_KIND:
-    raise NotImplementedError(f"kernels = 'pallas' on {kind!r}: there are tile sizes for {', '.join(_BY_KIND)}")
+    raise NotImplementedError(f"kernels = 'pallas' on {kind!r}: there are tile sizes for {', '.join(_BY_KIND)}; expected "
+                              f"'blockwise' elsewhere")
   return _BY_KIND[kind]
 
 

@@ -53,14 +53,15 @@ class Dispatch:
   tile: int
 
 
-def dispatch(experts_kT: jax.Array, num_experts: int, shards: int = 1) -> Dispatch:
+def dispatch(experts_kT: jax.Array, num_experts: int, shards: int = 1, kernels: str = "blockwise") -> Dispatch:
   """Sorts picks by expert, each expert's rows from a tile's start on; experts outside [0, num_experts) get no row.
 
   Args:
     shards: devices that share the picks; about picks / shards of them are local.
+    kernels: implementation that will read the rows.
   """
   picks = experts_kT.size
-  tile = grouped_matmul.row_tile(picks // shards, num_experts)
+  tile = grouped_matmul.row_tile(picks // shards, num_experts, kernels)
   rows = grouped_matmul.padded_rows(picks, num_experts, tile)
   expert_P = experts_kT.reshape(-1)
   local_P = (expert_P >= 0) & (expert_P < num_experts)
@@ -160,7 +161,7 @@ def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit
     experts_Tk = experts_Tk - jax.lax.axis_index(expert_axis) * gate_EDF.shape[0]
   top_k = experts_Tk.shape[-1]
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
-  plan = dispatch(experts_Tk.reshape(-1, top_k).T, gate_EDF.shape[0], shards)
+  plan = dispatch(experts_Tk.reshape(-1, top_k).T, gate_EDF.shape[0], shards, kernels)
   rows_MD = gather_rows(x_TD.reshape(-1, x_TD.shape[-1]), plan)
   y_MD = grouped_matmul.expert_mlp(rows_MD, gate_EDF, up_EDF, down_EFD, plan.group_sizes, tile=plan.tile, limit=limit,
                                    implementation=kernels)

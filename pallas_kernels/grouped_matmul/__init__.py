@@ -34,10 +34,13 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
   return run(x, gate, up, down, group_sizes, tile=tile, limit=limit)
 
 
-def row_tile(rows: int, num_experts: int) -> int:
-  """Rows per tile so that padding costs about an eighth of the work with evenly loaded experts: 8 to 256."""
-  tile = 8
-  while tile < 256 and tile * 2 * num_experts * 4 <= rows:
+def row_tile(rows: int, num_experts: int, implementation: str = "blockwise") -> int:
+  """Rows per tile so that padding costs about an eighth of the work with evenly loaded experts: 8 to 256.
+
+  A matrix unit takes as long for 8 rows as for 128, so for the TPU kernels a few rows of an expert are one tile.
+  """
+  tile, least = 8, min(rows // num_experts, 128) if implementation == "pallas" else 0
+  while tile < 256 and (tile * 2 * num_experts * 4 <= rows or tile < least):
     tile *= 2
   return tile
 

@@ -6,14 +6,20 @@ import functools
 
 import jax
 
-from pallas_kernels import pick
-from pallas_kernels.hyper_connections import blockwise, kernel, reference
+from pallas_kernels import pick, tpu
+from pallas_kernels.hyper_connections import blockwise, forms, kernel, reference
 
 
 def _pick(name: str, implementation: str):
   run = getattr(kernel, name)
-  available = {"reference": getattr(reference, name), "blockwise": getattr(blockwise, name),
-               "pallas": functools.partial(run, interpret=False), "interpret": functools.partial(run, interpret=True)}
+
+  def fastest(streams, *arrays, **options):
+    form = forms.choose(name, streams.shape[0] * streams.shape[1], tpu.current_chip(interpret=False).name)
+    chosen = getattr(blockwise, name) if form == "blockwise" else functools.partial(run, interpret=False)
+    return chosen(streams, *arrays, **options)
+
+  available = {"reference": getattr(reference, name), "blockwise": getattr(blockwise, name), "pallas": fastest,
+               "interpret": functools.partial(run, interpret=True)}
   return pick(f"hyper_connections.{name}", implementation, available)
 
 

@@ -59,11 +59,11 @@ class Mix:
 
   def pattern(self, dtype: Any) -> jax.Array:
     """[128, outputs * depth]: a row of parts times this is the coefficient of every column of the left operand."""
-    places = [(p * self.stride + lane, o, (p * len(lanes) + i) * GROUP)
-              for o, lanes in enumerate(self.lanes) for p in range(self.parts) for i, lane in enumerate(lanes)]
-    row, output, first = (jnp.array(column)[:, None] for column in zip(*places))
-    ones = jnp.zeros((tpu.LANES, len(self.lanes), self.depth), dtype)
-    return ones.at[row, output, first + jnp.arange(GROUP)].set(1).reshape(tpu.LANES, -1)
+    rows = [p * self.stride + lane for lanes in self.lanes for p in range(self.parts) for lane in lanes]
+    rows = jnp.repeat(jnp.array(rows, jnp.int32), GROUP).reshape(len(self.lanes), self.rows)
+    rows = tpu.pad_axis(rows, 1, self.depth, -1)  # no row: columns of zeros
+    # Compared and not scattered: XLA's scatter takes ten times as long as a kernel over a few tokens.
+    return (lax.broadcasted_iota(jnp.int32, (tpu.LANES, rows.size), 0) == rows.reshape(1, -1)).astype(dtype)
 
   def scratch(self, rows: int, dtype: Any) -> Any:
     """What `prepare` fills for a block: the left operands of all groups, or the sheet."""

@@ -7,9 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import pick
+from pallas_kernels import pick, tpu
 from pallas_kernels.selection import Selection
-from pallas_kernels.sparse_attention import blockwise, kernel, reference
+from pallas_kernels.sparse_attention import blockwise, forms, kernel, reference
 
 
 def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Selection, sink: jax.Array, *,
@@ -33,7 +33,7 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Se
     entry_segment: int32 [B, T], document of the entry; 0 = unused memory, which may hold anything.
     window: keys of the sliding window, the query's own included; 0 = none.
     scale: multiplies q . k, not the sink.
-    implementation: auto, reference, blockwise, pallas, interpret.
+    implementation: auto, reference, blockwise, pallas (the form that `forms.choose` names), interpret (the masked kernel).
 
   Returns:
     out [B, S, H, d] in q's dtype; lse [B, S, H], at least float32, log of the whole denominator, the sink's part included.
@@ -46,10 +46,25 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Se
   """
   run = pick("sparse_attention", implementation, {
       "reference": reference.attend, "blockwise": blockwise.attend,
-      "pallas": functools.partial(kernel.attend, interpret=False),
-      "interpret": functools.partial(kernel.attend, interpret=True)})
+      "pallas": _fastest, "interpret": functools.partial(kernel.attend, interpret=True)})
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   # A key of weight zero is still multiplied by it, and NaN times zero is NaN: what is unread must be finite.
   window_kv = window_kv if window else jnp.zeros_like(window_kv)
   return run(q, window_kv, entries, selection, sink, window=window, scale=scale,
              **{name: jnp.asarray(x) for name, x in places.items()})
+
+
+def _fastest(q, window_kv, entries, selection, sink, **options):
+  """The form that is fastest on the current TPU."""
+  return _form(q, entries, selection, tpu.current_chip(interpret=False))(q, window_kv, entries, selection, sink, **options)
+
+
+def _form(q, entries, selection: Selection, chip: tpu.Chip):
+  """The function of the form that `forms.choose` names."""
+  num_entries = entries.shape[1]
+  top_k = {"all": num_entries, "bits": selection.top_k, "indices": selection.picks.shape[2]}[selection.kind]
+  form = forms.choose(q.shape[1], num_entries, top_k, chip.name)
+  if form == "sparse":
+    from pallas_kernels.sparse_attention import sparse
+    return functools.partial(sparse.attend, interpret=False)
+  return blockwise.attend if form == "blockwise" else functools.partial(kernel.attend, interpret=False)

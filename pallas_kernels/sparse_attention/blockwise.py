@@ -21,16 +21,20 @@ from pallas_kernels.blocks import MASKED
 def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, segment_ids, entry_last, entry_segment,
            window, scale):
   """See `pallas_kernels.sparse_attention.attend`."""
-  entries_BTd, selection = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0), selection.listed()
+  kind, selection = selection.kind, selection.listed()
+  # Unused memory is cleared where less is read: in all entries, or, when decoding, in the few that are gathered.
+  cleared = kind == "all" or selection.picks[0].size >= entries_BTd.shape[1]
+  if cleared:
+    entries_BTd = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0)
   places = (positions, segment_ids, entry_last, entry_segment)
-  return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, selection.picks, places, (selection.kind, window, scale))
+  return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, selection.picks, places, (kind, cleared, window, scale))
 
 
 def _plan(q_BSHd, entries_BTd, picks_BSK, kind, window):
   """Queries per block and window keys in front of a block, both static."""
   _, length, heads, width = q_BSHd.shape
-  reach = picks_BSK.shape[2] if kind == "indices" else entries_BTd.shape[1]
-  gathered = reach * width if kind == "indices" else 0
+  reach = entries_BTd.shape[1] if kind == "all" else picks_BSK.shape[2]
+  gathered = 0 if kind == "all" else reach * width
   size = blocks.block_size(length, 4 * (heads * (reach + 128 + window) + gathered))
   front = -(-max(window - 1, 0) // 8) * 8
   return size, front
@@ -52,20 +56,22 @@ def _front_padded(x_BS, front, size):
 
 def _block_keys(item, kv_BXd, segment_BX, entries_BTd, places, static, size, front):
   """Window keys [W, d], entries [T, d] or [C, K, d], and the two masks of one block."""
-  kind, window, _ = static
+  kind, cleared, window, _ = static
   row, start, _, picks_CK, position_C, segment_C = item
   _, _, entry_last, entry_segment = places
   kv_Wd = jax.lax.dynamic_slice(kv_BXd, (row, start, 0), (1, size + front, kv_BXd.shape[2]))[0]
   segment_W = jax.lax.dynamic_slice(segment_BX, (row, start), (1, size + front))[0]
   apart_CW = jnp.arange(size)[:, None] + front - jnp.arange(size + front)[None, :]
   near_CW = (apart_CW >= 0) & (apart_CW < window) & (segment_C[:, None] == segment_W[None, :]) & (segment_C > 0)[:, None]
-  entries, last_T, own_T = entries_BTd[row], entry_last[row], entry_segment[row]
-  if kind == "indices":
-    visible = blocks.picked_sees(picks_CK, position_C, segment_C, last_T, own_T)
-    entries = entries[jnp.maximum(picks_CK, 0)]
-  else:
-    visible = blocks.sees_entry(position_C, segment_C, last_T, own_T)
-  return kv_Wd, entries, near_CW, visible
+  if kind == "all":
+    return kv_Wd, entries_BTd[row], near_CW, blocks.sees_entry(position_C, segment_C, entry_last[row], entry_segment[row])
+  # Rows of bits name visible entries only.
+  visible = picks_CK >= 0 if kind == "bits" else blocks.picked_sees(picks_CK, position_C, segment_C, entry_last[row],
+                                                                   entry_segment[row])
+  if cleared:
+    return kv_Wd, entries_BTd[row][jnp.maximum(picks_CK, 0)], near_CW, visible
+  entries = entries_BTd[row, jnp.maximum(picks_CK, 0)]  # and no copy of a whole row of the batch
+  return kv_Wd, jnp.where(visible[..., None], entries, 0), near_CW, visible
 
 
 def _dot(a, b, spec):
@@ -123,7 +129,7 @@ def _attend(q, kv, entries, sink, picks, places, static):
 
 
 def _attend_forward(q, kv, entries, sink, picks, places, static):
-  kind, window, scale = static
+  kind, _, window, scale = static
   size, front = _plan(q, entries, picks, kind, window)
   padded, segments = _front_padded(kv, front, size), _front_padded(places[1], front, size)
 
@@ -137,7 +143,7 @@ def _attend_forward(q, kv, entries, sink, picks, places, static):
 
 
 def _attend_backward(static, saved, gradients):
-  kind, window, scale = static
+  kind, _, window, scale = static
   q, kv, entries, sink, picks, places, out, lse = saved
   d_out, d_lse = gradients
   size, front = _plan(q, entries, picks, kind, window)
@@ -153,7 +159,7 @@ def _attend_backward(static, saved, gradients):
     row, start, picks_CK = block[0], block[1], block[3]
     old = jax.lax.dynamic_slice(d_kv, (row, start, 0), (1, size + front, d_kv.shape[2]))
     d_kv = jax.lax.dynamic_update_slice(d_kv, old + d_window[None], (row, start, 0))
-    if kind == "indices":
+    if kind != "all":
       d_entries = d_entries.at[row, jnp.maximum(picks_CK, 0)].add(d_chosen)
     elif entries.shape[1]:
       d_entries = d_entries.at[row].add(d_chosen)

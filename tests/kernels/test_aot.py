@@ -10,6 +10,8 @@ from launch.benchmarks.kernels import bounds, cases, run
 from launch.benchmarks.kernels.cases import FORWARD, GRADIENT, OURS, Case
 from launch.benchmarks.kernels.chips import CHIPS
 from launch.benchmarks.kernels.compile import Compiler
+from launch.benchmarks.memory import cases as memory_cases
+from launch.benchmarks.memory import run as memory_run
 
 # Lengths at which the indexer leaves entries out, with little memory to plan for.
 SMALL = (
@@ -61,3 +63,19 @@ def test_the_suite_compiles_every_op_in_every_direction():
 def test_the_whole_grid_compiles(chip, op):
   wanted = [case for case in cases.all_cases((op,), cases.LENGTHS) if case.side == OURS and bounds.fits(case, chip)]
   assert not compile_for(chip, wanted)
+
+
+def too_much_memory(length, kinds):
+  """Rows at this length whose program does not compile or takes more than its part of `LIMIT`, which is for 64K tokens."""
+  rows = memory_run.measure("v5p:2x2x2", (length,), (OURS,), lambda line: None, kinds)
+  return [row for row in rows if row.get("beside", float("inf")) > memory_cases.LIMIT * length / memory_cases.LENGTH]
+
+
+def test_attention_split_over_heads_takes_little_memory():
+  """Forward and backward through the model's shard_map wrapper, heads over eight devices."""
+  assert not too_much_memory(8192, (memory_cases.CSA,))
+
+
+@pytest.mark.long
+def test_attention_of_64k_tokens_takes_little_memory():
+  assert not too_much_memory(memory_cases.LENGTH, memory_cases.KINDS)

@@ -42,7 +42,7 @@ def inputs():
       entry_segment=segment), np.stack(list(rows.values()))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "interpret"])
 def test_minus_one_anywhere_and_unused_memory(inputs, implementation):
   arrays, picks = inputs
 

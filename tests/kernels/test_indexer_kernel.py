@@ -3,12 +3,15 @@
 Interpreted kernels have the v5p's tiles: 32 queries x 1,024 entries (select), 1,024 rows x 512 entries (loss), 2 cores.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import bits
+from pallas_kernels.cases import packed, unused_to_nan
 from pallas_kernels.indexer import kl_loss, select
 from pallas_kernels.indexer.tiles import Sizes, visible_range
 from pallas_kernels.selection import Selection
@@ -51,6 +54,56 @@ def test_selection_around_tile_edges(queries, entries, documents, top_k):
   np.testing.assert_array_equal(bits.unpack(got.words, entries), seen & (rank < top_k))
   assert got.kind == "bits" and (got.num_entries, got.top_k) == (entries, top_k)
   assert not np.asarray(got.words[0, -3:]).any()  # what is no token selects nothing
+
+
+@functools.cache
+def selection(implementation):
+  """Jitted: arrays and places -> bool [B, S, T], which of 17 picks of each query are taken."""
+  return jax.jit(lambda arrays, p: select(**arrays, top_k=17, implementation=implementation, **p).mask(
+      arrays["keys"].shape[1]))
+
+
+@pytest.mark.parametrize("offsets", [(1, 31, 127)] + [
+    pytest.param(range(first, first + 16), marks=pytest.mark.long) for first in range(0, 128, 16)], ids=str)
+def test_a_document_begins_anywhere(offsets):
+  """A row per offset, two documents and padding: selection and loss are those of the formula, which takes every document
+  by itself; changing the first document moves nothing of the second one, to the last bit."""
+  queries, rows = 330, [(128 + offset, 60) for offset in offsets]
+  p = packed(rows, queries, 1, queries)
+  batch, rng = len(rows), np.random.default_rng(0)
+  normal = lambda *shape: rng.normal(size=(batch, *shape)).astype(np.float32)
+  arrays = dict(queries=normal(queries, 2, 8), weights=normal(queries, 2), keys=unused_to_nan(
+      jnp.asarray(normal(queries, 8)), p["entry_segment"]))
+  got, want = selection("interpret")(arrays, p), selection("reference")(arrays, p)
+  np.testing.assert_array_equal(got & seen_by(p), want & seen_by(p))
+  assert not (got & ~seen_by(p)).any()
+
+  entries = unused_to_nan(jnp.asarray(normal(queries, 16)), p["entry_segment"])
+  teacher = dict(attention_queries=normal(queries, 2, 16), entries=entries, lse=3 + normal(queries, 2))
+  words = bits.pack(got)
+  loss = {name: value_and_gradients(name)(arrays, teacher, Selection.from_words(words, queries, 17), p)
+          for name in ("interpret", "reference")}
+  for a, b in zip(*map(jax.tree.leaves, loss.values()), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+
+  second = np.asarray(p["segment_ids"]) == 2
+  first_of = {"queries": p["segment_ids"], "weights": p["segment_ids"], "keys": p["entry_segment"]}
+  changed = {name: jnp.where((first_of[name] == 1).reshape(*first_of[name].shape, *(1,) * (x.ndim - 2)), -x, x)
+             for name, x in arrays.items()}
+  np.testing.assert_array_equal(np.asarray(selection("interpret")(changed, p))[second], np.asarray(got)[second])
+  moved, _ = value_and_gradients("interpret")(changed, teacher, Selection.from_words(words, queries, 17), p)
+  np.testing.assert_array_equal(np.asarray(moved)[second], np.asarray(loss["interpret"][0])[second])
+
+
+@functools.cache
+def value_and_gradients(implementation):
+  """Jitted: index, teacher, selection, places -> (loss of each query, gradients of its sum weighted with cosines)."""
+  @jax.jit
+  def run(index, teacher, selection, p):
+    value, pull = jax.vjp(lambda index: kl_loss(**index, **teacher, selection=selection, scale=0.25,
+                                                implementation=implementation, **p), index)
+    return value, pull(jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape))[0]
+  return run
 
 
 def awkward_scores(entries):
@@ -118,18 +171,10 @@ def test_loss_around_tile_edges(queries, entries, picks):
     packed = bits.pack(Selection.from_indices(jnp.asarray(chosen)).mask(entries) & seen_by(p))
     kinds = [Selection.from_indices(jnp.asarray(chosen)), Selection.from_words(packed, entries, picks)]
 
-  def both(implementation):
-    @jax.jit
-    def run(index, teacher, selection, p):
-      value, pull = jax.vjp(lambda index: kl_loss(**index, **teacher, selection=selection, scale=0.25,
-                                                  implementation=implementation, **p), index)
-      return value, pull(jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape))[0]
-    return run
-
-  want, want_gradients = both("reference")(index, teacher, kinds[0], p)
+  want, want_gradients = value_and_gradients("reference")(index, teacher, kinds[0], p)
   assert (np.asarray(want) == 0).any() and np.asarray(want).max() > 0.1
   for selection in kinds:
-    value, gradients = both("interpret")(index, teacher, selection, p)
+    value, gradients = value_and_gradients("interpret")(index, teacher, selection, p)
     np.testing.assert_allclose(value, want, atol=1e-5 * np.abs(want).max())
     for name, gradient in gradients.items():
       np.testing.assert_allclose(gradient, want_gradients[name], atol=1e-5 * np.abs(want_gradients[name]).max())

@@ -316,7 +316,7 @@ def test_a_failure_is_a_row_that_says_why():
 
 def row(case, time, **changes):
   figures = {"time_cycles": time, "cycles_per_token": time / case.tokens, "kernels": {}, "ours": case.side == OURS,
-             "case": case.name, "side": case.side, "op": case.op, "chip": "v5p", "length": case.length,
+             "case": case.name, "side": case.side, "op": case.op, "chip": "v5p", "length": case.length, "taken": "masked",
              "matrix_cycles": 1.0, "hbm_ratio": 1.2}
   return figures | changes
 
@@ -326,10 +326,19 @@ def test_lost_rows_are_named():
   others = [row(dataclasses.replace(case, side=side), time) for side, time in ((BLOCKWISE, 8.0), (SPLASH, 3.0))]
   assert report.with_ratios([row(case, 2.0), *others])[0]["others"] == 1.5
   lost = report.with_ratios([row(case, 6.0), *others])
-  assert report.losses(lost) == "Slower than the fastest other side: attention forward pro 4,096 (0.50)."
+  assert report.losses(lost) == "Slower than the fastest other side: attention forward pro 4,096 (0.50, taken: masked)."
   assert report.losses(report.with_ratios([row(case, 2.0), *others])) == ""
   text = report.text(lost, report.targets(lost, V5P))
   assert "not measured  v5p: selection at 64K" in text and "Slower than" in text
+
+
+def test_a_row_says_which_form_its_op_takes():
+  take = lambda op, length: [rows.taken(Case(op, "pro", length, FORWARD), chip) for chip in CHIPS]
+  assert take("attention", 16384) == take("attention_heavy", 65536) == take("attention_window", 4096) == ["masked"] * 3
+  assert take("attention", DECODE) == take("attention_heavy", DECODE) == ["blockwise"] * 3
+  assert take("attention", 2**20) == ["sparse"] * 3
+  assert take("expand_collapse", DECODE) == ["kernel", "blockwise", "kernel"]
+  assert take("select", DECODE) == take("experts", DECODE) == ["kernel"] * 3
 
 
 def test_targets_say_yes_no_or_not_measured():

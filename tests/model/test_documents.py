@@ -13,7 +13,8 @@ LENGTHS = (14, 16, 1, 3, 5, 7, 9, 7)  # with two places of padding behind them
 STARTS = np.cumsum((0, *LENGTHS))
 DOCUMENTS = [random_tokens(n, seed=10 + i) for i, n in enumerate(LENGTHS)]
 
-both_kernels = pytest.mark.parametrize("kernels", ["blockwise", "reference"])
+interpreted = pytest.param("interpret", marks=pytest.mark.long)  # the TPU kernels' own code; a minute to compile
+both_kernels = pytest.mark.parametrize("kernels", ["blockwise", "reference", interpreted])
 
 
 def other(token):
@@ -30,7 +31,9 @@ def whole_row(kernels, tokens):
 # ---- the future -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("row", [
   functools.partial(whole_row, "reference"), functools.partial(whole_row, "blockwise"),
-  lambda tokens: plain_model("blockwise")(tokens).hidden[0]], ids=["reference", "blockwise", "blockwise, plain rows"])
+  lambda tokens: plain_model("blockwise")(tokens).hidden[0],
+  pytest.param(functools.partial(whole_row, "interpret"), marks=pytest.mark.long)],
+  ids=["reference", "blockwise", "blockwise, plain rows", "interpret"])
 def test_a_token_moves_nothing_before_itself(row):
   tokens = random_tokens(1, ROW)
   base = row(tokens)

@@ -131,6 +131,10 @@ def test_double_precision_is_not_narrowed_silently():
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
 
 
-def test_auto_is_resolved_once():
-  assert dsv4.DeepseekV4(T0).kernels == pallas_kernels.default_implementation()
-  assert pallas_kernels.resolve("auto") == pallas_kernels.default_implementation() in pallas_kernels.IMPLEMENTATIONS
+@pytest.mark.parametrize("backend, implementation", [("cpu", "blockwise"), ("gpu", "blockwise"), ("tpu", "pallas")])
+def test_auto_is_resolved_when_a_model_is_built(monkeypatch, backend, implementation):
+  before = dsv4.DeepseekV4(T0)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  assert before.kernels == "blockwise"
+  assert dsv4.DeepseekV4(T0).kernels == pallas_kernels.resolve("auto") == implementation
+  assert dsv4.DeepseekV4(T0, "reference").kernels == "reference"

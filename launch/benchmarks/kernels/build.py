@@ -1,11 +1,12 @@
 """The program of a case: a function of arrays and the shapes of its operands.
 
-Ours and `blockwise` call the ops' public functions. The gradient's program returns results and gradients of everything that
-has one, as a training step would.
+Ours are the kernels, also at shapes for which an op's chooser takes plain XLA. The gradient's program returns results and
+gradients of everything that has one, as a training step would.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import jax
@@ -16,7 +17,6 @@ from launch.benchmarks.kernels.cases import BLOCKWISE, GRADIENT, OURS, RAGGED, S
 from pallas_kernels import bits, grouped_matmul, hyper_connections, indexer, sparse_attention
 from pallas_kernels.selection import Selection
 
-_IMPLEMENTATION = {OURS: "pallas", BLOCKWISE: "blockwise"}
 _MIXING = dict(norm_eps=1e-6, eps=1e-6, iterations=20)
 
 
@@ -32,6 +32,13 @@ def program(**fields: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return results, pull(cotangents)[0]
 
   return gradient, (moving, fixed, jax.eval_shape(lambda moving, fixed: forward(**moving, **fixed), moving, fixed))
+
+
+def _run(op: Any, name: str, kernel: Any, side: str) -> Callable[..., Any]:
+  """One side of an op: the kernel's own function, or the public one that insists on `blockwise`."""
+  if side == OURS:
+    return functools.partial(getattr(kernel, name), interpret=False)
+  return functools.partial(getattr(op, name), implementation=BLOCKWISE)
 
 
 def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -73,8 +80,8 @@ def _attention(case: Case):
   def run(q, window_kv, entries, sink, words=None, picks=None, **places):
     if case.side == SPLASH:
       return _splash(case, q[0], window_kv[0], entries[0], sink, picks, places)
-    return sparse_attention.attend(q, window_kv, entries, _select(case, words, picks), sink, window=s.window,
-                                   scale=s.width**-0.5, implementation=_IMPLEMENTATION[case.side], **places)
+    return _run(sparse_attention, "attend", sparse_attention.kernel, case.side)(
+        q, window_kv, entries, _select(case, words, picks), sink, window=s.window, scale=s.width**-0.5, **places)
 
   return run, moving, _places(case) | _selection(case)
 
@@ -108,7 +115,7 @@ def _index(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _select_op(case: Case):
   def run(**arrays):
-    found = indexer.select(**arrays, top_k=case.shapes.top_k, implementation=_IMPLEMENTATION[case.side])
+    found = _run(indexer, "select", indexer.kernel, case.side)(**arrays, top_k=case.shapes.top_k)
     return found.words if found.kind == "bits" else found.picks
 
   return run, _index(case), _places(case)
@@ -120,8 +127,8 @@ def _kl_loss(case: Case):
              "entries": _array(case.batch, case.entries, s.width), "lse": _wide(case.batch, case.queries, s.heads)}
 
   def run(words=None, picks=None, **arrays):
-    return indexer.kl_loss(selection=_select(case, words, picks), scale=s.width**-0.5,
-                           implementation=_IMPLEMENTATION[case.side], **arrays)
+    return _run(indexer, "kl_loss", indexer.kernel_loss, case.side)(
+        selection=_select(case, words, picks), scale=s.width**-0.5, **arrays)
 
   return run, _index(case), teacher | _places(case) | _selection(case)
 
@@ -144,15 +151,16 @@ def _update(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _mixing_op(name: str, operands: Callable[[Case], dict[str, Any]], options: dict[str, Any]):
   def build(case: Case):
-    run = lambda **arrays: getattr(hyper_connections, name)(**arrays, **options, implementation=_IMPLEMENTATION[case.side])
-    return run, {"streams": _streams(case)} | operands(case), {}
+    moving = {"streams": _streams(case)} | operands(case)
+    op = _run(hyper_connections, name, hyper_connections.kernel, case.side)
+    return lambda **arrays: op(*(arrays[name] for name in moving), **options), moving, {}
   return build
 
 
 # ---- experts ----------------------------------------------------------------------------------------------------------
 def _experts(case: Case):
   s = case.shapes
-  tile = grouped_matmul.row_tile(case.rows, case.experts)
+  tile = grouped_matmul.row_tile(case.rows, case.experts, "pallas" if case.side == OURS else "blockwise")
   rows = grouped_matmul.padded_rows(case.rows, case.experts, tile)
   weights = {"gate": _array(case.experts, s.hidden, s.expert_width), "up": _array(case.experts, s.hidden, s.expert_width),
              "down": _array(case.experts, s.expert_width, s.hidden)}
@@ -163,8 +171,8 @@ def _experts(case: Case):
       g, u = dot(x, gate), dot(x, up)
       inner = jax.nn.silu(jnp.minimum(g, s.expert_limit)) * jnp.clip(u, -s.expert_limit, s.expert_limit)
       return dot(inner.astype(x.dtype), down).astype(x.dtype)
-    return grouped_matmul.expert_mlp(x, gate, up, down, group_sizes, tile=tile, limit=s.expert_limit,
-                                     implementation=_IMPLEMENTATION[case.side])
+    return _run(grouped_matmul, "expert_mlp", grouped_matmul.kernel, case.side)(
+        x, gate, up, down, group_sizes, tile=tile, limit=s.expert_limit)
 
   return run, {"x": _array(rows, s.hidden)} | weights, {"group_sizes": _array(case.experts, dtype=jnp.int32)}
 

@@ -4,6 +4,8 @@
 
 is the process; it reads one JSON request a line on stdin, {"builder": "module:function", "arguments": {...}}, calls the
 function with the arguments, which returns (fn, operands of jax.ShapeDtypeStruct), and answers with one JSON line on stdout.
+A request with "mesh": {axis: size, ...} is compiled for such a mesh instead of one device; its function also returns the
+PartitionSpecs of operands and results.
 With a folder the compiler's schedules are read, too. `Compiler` starts it, gives it time, and turns its end into an answer.
 """
 
@@ -13,6 +15,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import os
 import queue
 import re
@@ -37,11 +40,15 @@ _NOISE = re.compile(r"TPU_ACCELERATOR_TYPE|TPU_WORKER_HOSTNAMES|InitGoogle|Sourc
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A program to compile: `builder` = "module:function", called with `arguments`, returns (fn, operands)."""
+  """A program to compile: `builder` = "module:function", called with `arguments`, returns (fn, operands).
+
+  `mesh`: sizes by axis; the function then returns (fn, operands, their PartitionSpecs, those of the results).
+  """
 
   name: str
   builder: str
   arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Compiler:
@@ -91,7 +98,8 @@ class Compiler:
     if self._process is None:
       self._start()
     with contextlib.suppress(BrokenPipeError):
-      self._process.stdin.write(json.dumps({"builder": request.builder, "arguments": dict(request.arguments)}) + "\n")
+      self._process.stdin.write(json.dumps({"builder": request.builder, "arguments": dict(request.arguments),
+                                            "mesh": dict(request.mesh)}) + "\n")
       self._process.stdin.flush()
     try:
       line = self._lines.get(timeout=self.timeout)
@@ -139,7 +147,9 @@ def _last_words(text: str) -> str:
 
 # ---- the process ------------------------------------------------------------------------------------------------------
 def answer(topology: str, request: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
-  """Compiles one request for the first device of a topology; the compiler lays operands and results out as inside a model.
+  """Compiles one request for the first devices of a topology.
+
+  For one device the compiler lays operands and results out as inside a model; for more it does not offer that.
 
   Returns:
     {"ok": True, "seconds", "memory" (bytes by kind), "cost" (flops and bytes accessed, loops once), "parts", "calls",
@@ -147,6 +157,7 @@ def answer(topology: str, request: Mapping[str, Any], folder: Path | None) -> di
     compiler raised.
   """
   import jax
+  import numpy as np
   from jax.experimental import topologies
   from jax.experimental.layout import Format, Layout
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -156,13 +167,16 @@ def answer(topology: str, request: Mapping[str, Any], folder: Path | None) -> di
   start = time.monotonic()
   try:
     module, function = request["builder"].split(":")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:1]
-    mesh = Mesh(devices, ("core",))
-    anywhere = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec()))
+    sizes = request.get("mesh") or {"core": 1}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:math.prod(sizes.values())]
+    mesh = Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes))
+    place = lambda spec: NamedSharding(mesh, spec)
+    anywhere = Format(Layout.AUTO, place(PartitionSpec()))
     known = set(folder.glob("*")) if folder else set()
     with jax.set_mesh(mesh):  # Pallas asks the mesh which TPU it compiles for
-      fn, operands = getattr(importlib.import_module(module), function)(**request["arguments"])
-      traced = jax.jit(fn, in_shardings=anywhere, out_shardings=anywhere).trace(*operands)
+      fn, operands, *specs = getattr(importlib.import_module(module), function)(**request["arguments"])
+      of_operands, of_results = jax.tree.map(place, tuple(specs)) if specs else (anywhere, anywhere)
+      traced = jax.jit(fn, in_shardings=of_operands, out_shardings=of_results).trace(*operands)
       compiled = traced.lower().compile()
     found = {"ok": True, "seconds": time.monotonic() - start, "memory": _memory(compiled), "cost": _cost(compiled),
              "parts": [dataclasses.asdict(part) for part in program.parts(compiled.as_text())],

@@ -83,8 +83,8 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 
 
 def losses(rows: Sequence[Row]) -> str:
-  """A sentence that names the rows in which another side is faster; empty if there is none."""
-  lost = [f"{row['case']} ({row['others']:.2f})" for row in rows if row.get("others", 1) < 1]
+  """A sentence that names the rows in which another side is faster, and what the op takes there; empty if there is none."""
+  lost = [f"{row['case']} ({row['others']:.2f}, taken: {row['taken']})" for row in rows if row.get("others", 1) < 1]
   return f"Slower than the fastest other side: {', '.join(lost)}." if lost else ""
 
 

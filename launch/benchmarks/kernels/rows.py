@@ -63,10 +63,21 @@ def kernel_figures(case: Case, found: schedule.Schedule, call: program.Call, chi
       {figure: sums[figure] / max(plan.steps, 1) for figure in ("bundles", "spills", "fills")}, plan)
 
 
+def taken(case: Case, chip: Chip) -> str:
+  """The form that `implementation="pallas"` runs at this shape, as the ops' tables call it."""
+  from pallas_kernels.hyper_connections import forms as mixing_forms
+  from pallas_kernels.sparse_attention import forms as attention_forms
+  if case.op.startswith("attention"):
+    everything = case.op in ("attention_heavy", "attention_window")
+    top_k = case.entries if everything else min(case.shapes.top_k, case.entries)
+    return attention_forms.choose(case.queries, case.entries, top_k, chip.name)
+  return mixing_forms.choose(case.op, case.tokens, chip.name)  # names no other op: those are kernels at all shapes
+
+
 def row_of(case: Case, answer: Mapping[str, Any], chip: Chip) -> Row:
   """The figures of a case; cycles are those of all its tokens on one device."""
   head = {"case": case.name, "side": case.side, "chip": chip.name, "op": case.op, "model": case.model,
-          "length": case.length, "direction": case.direction, "ours": case.side == OURS}
+          "length": case.length, "direction": case.direction, "ours": case.side == OURS, "taken": taken(case, chip)}
   if not answer["ok"]:
     return head | {"failed": answer["error"]}
   kernels, sums = [], dict.fromkeys(("kernels", "others", "schedule", "vector", "hbm_bytes"), 0.0)

@@ -1,0 +1,72 @@
+"""Compiles the cases for a mesh over all devices of a topology and makes their rows and the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any, Callable, Mapping, Sequence
+
+from launch.benchmarks.kernels.compile import Compiler, Request
+from launch.benchmarks.memory.cases import KINDS, LIMIT, OURS, Case, all_cases
+
+BUILDER = "launch.benchmarks.memory.build:program"
+AXES = ("data", "fsdp", "expert", "context", "tensor")  # of the model's mesh
+# The compiler's words for a program that does not fit.
+_TOO_LARGE = re.compile(r"memory required for HLO temporaries \(([\d.]+)([KMGT])\)")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+Row = dict[str, Any]
+
+
+def devices_of(topology: str) -> int:
+  """JAX devices of a topology whose devices are chips or halves of one."""
+  name, shape = topology.lower().split(":")
+  return math.prod(map(int, shape.split("x"))) * (2 if name == "tpu7x" else 1)
+
+
+def row_of(case: Case, answer: Mapping[str, Any]) -> Row:
+  """Bytes of one device; `beside` is what the program takes beside q, the output and their gradients.
+
+  Of a program that does not fit `needed` is what the compiler says that it needs.
+  """
+  row = {"case": case.name, "side": case.side, "ours": case.side == OURS, "operand_bytes": case.operand_bytes}
+  if answer["ok"]:
+    memory = answer["memory"]
+    return row | {"beside": memory["temp"], "total": memory["total"], "compile_seconds": answer["seconds"]}
+  needed = _TOO_LARGE.search(answer["error"])
+  return row | {"failed": answer["error"]} | ({"needed": float(needed[1]) * _UNITS[needed[2]]} if needed else {})
+
+
+def measure(topology: str, lengths: Sequence[int], sides: Sequence[str], say: Callable[[str], None],
+            kinds: Sequence[str] = KINDS) -> list[Row]:
+  """Rows of these kinds of layers and sides, heads over all devices of the topology."""
+  devices = devices_of(topology)
+  wanted = [case for case in all_cases(lengths, devices) if case.side in sides and case.kind in kinds]
+  mesh = dict.fromkeys(AXES, 1) | {"tensor": devices}
+  requests = [Request(f"{case.name}, {case.side}", BUILDER, dataclasses.asdict(case), mesh) for case in wanted]
+  with Compiler(topology, schedules=False) as compiler:
+    return [row_of(case, answer) for case, answer in zip(wanted, compiler.compile_all(requests, say))]
+
+
+def table(rows: Sequence[Row]) -> str:
+  """The rows as text, GiB of one device."""
+  lines = [["case", "side", "q, out and gradients", "beside them"]]
+  for row in rows:
+    if "beside" in row:
+      beside = f"{row['beside'] / 2**30:.2f}"
+    elif "needed" in row:
+      beside = f"does not fit: {row['needed'] / 2**30:,.0f}"
+    else:
+      beside = row["failed"].splitlines()[0][:160]
+    lines.append([row["case"], row["side"], f"{row['operand_bytes'] / 2**30:.2f}", beside])
+  widths = [max(len(line[column]) for line in lines) for column in range(4)]
+  return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def targets(rows: Sequence[Row]) -> list[Row]:
+  """The one target, as those of the kernels; GiB."""
+  values = [row["beside"] / 2**30 for row in rows if row["ours"] and "beside" in row]
+  value, bound = max(values, default=None), LIMIT / 2**30
+  return [{"target": f"ours, at most {bound:g} GiB beside q, out and their gradients", "bound": bound, "value": value,
+           "reached": None if value is None else value <= bound}]

@@ -1,0 +1,43 @@
+"""Which form of attention a TPU runs, from the static shape of the call alone.
+
+    masked      a kernel over tiles of entries, the selection as a mask (kernel.py)
+    sparse      kernels that read the selected entries only (sparse.py)
+    blockwise   plain XLA: a gather by entry numbers, or all entries where they are few (blockwise.py)
+
+The figures are cycles of one device by the compiler's schedule (`python -m launch.bench kernels`), Pro, bfloat16.
+"""
+
+from __future__ import annotations
+
+# A block of the masked kernel holds 8 queries of one row of the batch (v6e: 4,096 / heads). Where the row has fewer, as in
+# decoding, the rest is multiplied for nothing, and every entry is read where a query selects one of sixteen. Plain XLA costs
+# per query. Million cycles for 32 rows:
+#
+#                                            v5p            v6e            TPU7x
+#     16,384 entries, 1,024 selected, masked 5.0            11.4           2.9
+#         1 / 4 queries, blockwise           0.53 / 2.1     0.77 / 2.8     0.72 / unknown
+#     512 entries, all of them,       masked 0.27           0.76           0.22
+#         1 / 8 queries, blockwise           0.08 / 0.34    0.07 / 0.26    0.07 / 0.26
+#
+# On TPU7x XLA hands the gather of several queries to the SparseCore, whose time the schedule does not show.
+FEW_QUERIES = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # from here on the masked kernel
+
+# Up to 64K tokens the masked kernel, whose schedule is known to the last cycle. By that schedule the sparse form is cheaper
+# beyond 1,900 / 6,300 / 3,500 visible entries (v5p / v6e / TPU7x), but its gather runs on the SparseCore, of which no
+# schedule and no time is known. Beyond about 85K tokens (v6e: 170K) the masked backward pass does not fit VMEM.
+MOST_MASKED = 16384
+# A selection that reads more than an eighth of the entries gains nothing from leaving out the rest.
+SPARSE_SHARE = 8
+
+
+def choose(queries: int, entries: int, top_k: int, chip: str) -> str:
+  """"masked", "sparse" or "blockwise".
+
+  Args:
+    queries, entries: of one row of the batch, as in `attend`.
+    top_k: the most entries that a query reads; `entries` if nothing is left out.
+    chip: name of a `tpu.Chip`.
+  """
+  if queries < FEW_QUERIES[chip]:
+    return "blockwise"
+  return "sparse" if entries > MOST_MASKED and top_k * SPARSE_SHARE < entries else "masked"

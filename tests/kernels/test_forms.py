@@ -1,0 +1,98 @@
+"""What `implementation="pallas"` runs at which shape: the table, and that every op follows it on every chip."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import bits, grouped_matmul, hyper_connections, tpu
+from pallas_kernels.hyper_connections import forms as mixing_forms
+from pallas_kernels.selection import Selection
+from pallas_kernels.shapes import DECODE_ENTRIES, FLASH, LENGTHS, PRO
+from pallas_kernels.sparse_attention import attend, blockwise, forms, kernel
+
+CHIPS = (tpu.V5P, tpu.V6E, tpu.TPU7X)
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_attention_up_to_64k_tokens_is_masked_and_decoding_is_not(chip):
+  for shapes in (FLASH, PRO):
+    for length in LENGTHS:
+      assert forms.choose(length, length // shapes.light_rate, shapes.top_k, chip.name) == "masked"
+      assert forms.choose(length, length // shapes.heavy_rate, length // shapes.heavy_rate, chip.name) == "masked"
+    assert forms.choose(1, DECODE_ENTRIES, shapes.top_k, chip.name) == "blockwise"
+    assert forms.choose(1, DECODE_ENTRIES // 32, DECODE_ENTRIES // 32, chip.name) == "blockwise"
+    assert forms.choose(length, 0, 0, chip.name) == "masked"
+
+
+@pytest.mark.parametrize("entries, top_k, form", [
+    (16384, 512, "masked"), (16385, 512, "sparse"), (2**18, 1024, "sparse"), (20000, 2500, "masked"),
+    (20000, 2499, "sparse"), (2**18, 2**18, "masked")])
+def test_attention_is_sparse_where_entries_are_many_and_the_selection_is_small(entries, top_k, form):
+  for chip in CHIPS:
+    assert forms.choose(4 * entries, entries, top_k, chip.name) == form
+    few = forms.FEW_QUERIES[chip.name]
+    assert forms.choose(few, entries, top_k, chip.name) == form
+    assert forms.choose(few - 1, entries, top_k, chip.name) == "blockwise"
+
+
+def test_mixing_is_a_kernel_but_for_a_few_tokens_on_one_chip():
+  assert mixing_forms.choose("expand_collapse", 32, "v6e") == "blockwise"
+  for op in ("collapse", "expand", "expand_collapse"):
+    for chip in CHIPS:
+      assert mixing_forms.choose(op, 4096, chip.name) == "kernel"
+      assert op == "expand_collapse" or mixing_forms.choose(op, 1, chip.name) == "kernel"
+
+
+def kernels_in(fn, *args):
+  """Whether the traced function calls a Pallas kernel."""
+  return "pallas_call" in str(jax.make_jaxpr(fn)(*args))
+
+
+def attention(queries, entries, selection):
+  """attend with implementation="pallas" for shapes; rows of 8 heads."""
+  f, i = jnp.zeros, lambda n: jnp.zeros((1, n), jnp.int32)
+  return lambda q: attend(q, f((1, queries, 16)), f((1, entries, 16)), selection, f(8), positions=i(queries),
+                          segment_ids=i(queries), entry_last=i(entries), entry_segment=i(entries), window=8, scale=1.0,
+                          implementation="pallas")
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_every_op_asks_its_table(monkeypatch, chip):
+  monkeypatch.setattr(tpu, "current_chip", lambda interpret: chip)
+  words = Selection.from_words(jnp.zeros((1, 64, bits.num_words(300)), jnp.int32), 300, 8)
+  for selection in (words, Selection.all(1, 64), Selection(jnp.zeros((1, 64, 8), jnp.int32))):
+    assert kernels_in(attention(64, 300, selection), jnp.zeros((1, 64, 8, 16)))
+    assert not kernels_in(attention(1, 300, jax.tree.map(lambda x: x[:, :1], selection)), jnp.zeros((1, 1, 8, 16)))
+  f = jnp.zeros
+  mix = lambda tokens: lambda x: hyper_connections.expand_collapse(
+      x, f((1, tokens, 8)), f((1, tokens, 4)), f((1, tokens, 4, 4)), f((32, 24)), f(24), f(3), norm_eps=1e-6, eps=1e-6,
+      iterations=2, implementation="pallas")
+  assert kernels_in(mix(64), jnp.zeros((1, 64, 4, 8)))
+  assert kernels_in(mix(8), jnp.zeros((1, 8, 4, 8))) == (chip.name != "v6e")
+
+
+def test_a_form_can_be_forced():
+  """The kernel for one query, which the table gives to XLA, and XLA's form of a selection in bits, equal the formula."""
+  key, shape = jax.random.key(0), (2, 1, 8, 16)
+  words = bits.pack(jax.random.bernoulli(key, 0.2, (2, 1, 300)))
+  arrays = dict(q=jax.random.normal(key, shape), window_kv=jnp.ones((2, 1, 16)),
+                entries=jax.random.normal(key, (2, 300, 16)), sink=jnp.zeros(8))
+  places = dict(positions=jnp.full((2, 1), 1000), segment_ids=jnp.ones((2, 1), int),
+                entry_last=jnp.tile(jnp.arange(300), (2, 1)), entry_segment=jnp.ones((2, 300), int))
+  run = lambda attend, **more: jax.jit(lambda arrays, words: attend(
+      **arrays, selection=Selection.from_words(words, 300, 100), **places, window=4, scale=0.25, **more))(arrays, words)
+  want = run(attend, implementation="reference")
+  masked = lambda q, window_kv, entries, selection, sink, **options: kernel.attend(
+      q, window_kv, entries, selection, sink, interpret=True, **options)
+  gathered = lambda q, window_kv, entries, selection, sink, **options: blockwise.attend(
+      q, window_kv, entries, selection, sink, **options)
+  for got in (run(masked), run(gathered)):
+    for a, b in zip(got, want):
+      assert jnp.abs(a - b).max() < 2e-5
+
+
+def test_rows_of_an_expert_fill_a_tile_of_the_matrix_unit():
+  """On TPU few rows are one tile, many are padded by an eighth; elsewhere a tile never costs more than it must."""
+  tile = grouped_matmul.row_tile
+  assert [tile(rows, 4, "pallas") for rows in (4, 32, 192, 480, 2000, 100_000)] == [8, 8, 64, 128, 128, 256]
+  assert [tile(rows, 4) for rows in (4, 32, 192, 480, 2000, 100_000)] == [8, 8, 8, 16, 64, 256]

@@ -1,0 +1,183 @@
+"""What must hold of the kernels whatever they compute: nothing comes from the future, from another document, or from how the
+queries are cut into calls; and the chips' own tiles, just below, at and above each of their sizes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import bits, tpu
+from pallas_kernels.cases import normals, packed, unused_to_nan
+from pallas_kernels.indexer import select
+from pallas_kernels.selection import Selection
+from pallas_kernels.sparse_attention import attend, kernel, kernel_backward
+
+HEADS, WIDTH, PICKS, RATE = 4, 16, 3, 4
+
+
+def inputs(rows, length, num_entries, rate=RATE, heads=HEADS):
+  """Arguments of a CSA layer: attention's, and the indexer's by names with `index_` in front."""
+  places, batch = packed(rows, length, rate, num_entries), len(rows)
+  arrays = normals(jax.random.key(0), q=(batch, length, heads, WIDTH), window_kv=(batch, length, WIDTH),
+                   entries=(batch, num_entries, WIDTH), sink=(heads,), index_queries=(batch, length, 2, 8),
+                   index_weights=(batch, length, 2), index_keys=(batch, num_entries, 8))
+  for name in ("entries", "index_keys"):
+    arrays[name] = unused_to_nan(arrays[name], places["entry_segment"])
+  return arrays | places
+
+
+@functools.partial(jax.jit, static_argnames=("window", "implementation"))
+def layer(arrays, window=8, implementation="interpret"):
+  """(out, words of the selection): the indexer selects, attention reads."""
+  index = {name.removeprefix("index_"): x for name, x in arrays.items() if name.startswith("index_")}
+  arrays = {name: x for name, x in arrays.items() if not name.startswith("index_")}
+  places = {name: arrays[name] for name in ("positions", "segment_ids", "entry_last", "entry_segment")}
+  chosen = select(**index, top_k=PICKS, implementation=implementation, **places)
+  out, _ = attend(**arrays, selection=chosen, window=window, scale=0.25, implementation=implementation)
+  return out, chosen.mask(arrays["entries"].shape[1])
+
+
+def changed_at(arrays, place):
+  """Everything that token `place` of row 0 brings in: its query, its key, and the entries of its window and the next."""
+  entry = place // RATE
+  moved = dict(arrays)
+  for name in ("q", "window_kv", "index_queries", "index_weights"):
+    moved[name] = arrays[name].at[0, place].multiply(-1)
+  for name in ("entries", "index_keys"):
+    moved[name] = arrays[name].at[0, entry:entry + 2].multiply(-1)
+  return moved
+
+
+def test_a_token_moves_nothing_before_itself():
+  """Bit for bit; and far behind it, where no window reaches, entries carry the change."""
+  arrays = inputs([(64,)], 64, 16)
+  base = layer(arrays)[0]
+  for place in (0, 3, 4, 7, 8, 20, 63):
+    moved = layer(changed_at(arrays, place))[0]
+    np.testing.assert_array_equal(moved[0, :place], base[0, :place])
+    assert np.abs(moved[0, place] - base[0, place]).max() > 1e-3
+    if place == 20:
+      assert np.abs(moved[0, 29:] - base[0, 29:]).max() > 1e-3
+
+
+def test_an_entry_is_seen_when_its_window_is_closed():
+  chosen = np.asarray(layer(inputs([(64,)], 64, 16))[1])[0]
+  assert not chosen[2].any() and chosen[3].nonzero()[0].tolist() == [0] and chosen[7].nonzero()[0].tolist() == [0, 1]
+  np.testing.assert_array_equal(chosen.sum(1), np.minimum((np.arange(64) + 1) // RATE, PICKS))
+
+
+@pytest.mark.parametrize("documents", [(14, 16), (1, 3, 5, 7, 9, 7)], ids=str)
+def test_a_packed_row_equals_its_documents_alone(documents):
+  """Each document alone at the start of a row of its own; unused memory is NaN; padding gives finite numbers."""
+  arrays = inputs([documents], 34, 10)
+  together, _ = layer(arrays)
+  assert np.isfinite(together).all()
+  start, first = 0, 0
+  for length in documents:
+    alone = dict(arrays, **packed([(length,)], 34, RATE, 10))
+    for name in ("q", "window_kv", "index_queries", "index_weights"):
+      alone[name] = jnp.roll(arrays[name], -start, 1)
+    for name in ("entries", "index_keys"):
+      alone[name] = unused_to_nan(jnp.roll(arrays[name], -first, 1), alone["entry_segment"])
+    np.testing.assert_allclose(layer(alone)[0][0, :length], together[0, start:start + length], atol=1e-5)
+    start, first = start + length, first + length // RATE
+
+
+def test_changing_a_document_moves_no_other():
+  """Bit for bit, whichever of the documents changes."""
+  arrays = inputs([(14, 1, 16)], 34, 10)
+  base = np.asarray(layer(arrays)[0])
+  for number in (1, 2, 3):
+    own = {name: (arrays["segment_ids" if x.shape[1] == 34 else "entry_segment"] == number).reshape(
+        1, -1, *(1,) * (x.ndim - 2)) for name, x in arrays.items() if x.ndim > 2}
+    moved = np.asarray(layer(arrays | {name: jnp.where(mask, -arrays[name], arrays[name]) for name, mask in own.items()})[0])
+    others = np.asarray(arrays["segment_ids"]) != number
+    np.testing.assert_array_equal(moved[others], base[others])
+    assert (moved[~others] != base[~others]).any(-1).all()
+
+
+def sizes(usual, long):
+  """Values of a parameter, most of them in the long tier only."""
+  return [*usual, *(pytest.param(value, marks=pytest.mark.long) for value in long)]
+
+
+@pytest.mark.parametrize("chunk", sizes((1, 17), (2, 3, 4, 5, 7, 8, 9, 16, 40)))
+def test_any_cut_of_the_queries_gives_the_same_rows(chunk):
+  """Calls with some of the queries against all entries, as a decoder makes them; without a window, whose keys are those of
+  the same call."""
+  arrays = inputs([(40,)], 40, 10)
+  want, chosen = layer(arrays, window=0)
+  per_query = ("q", "window_kv", "index_queries", "index_weights", "positions", "segment_ids")
+  outs, words = [], []
+  for start in range(0, 40, chunk):
+    part = {name: x[:, start:start + chunk] if name in per_query else x for name, x in arrays.items()}
+    out, mask = layer(part, window=0)
+    outs.append(out)
+    words.append(mask)
+  np.testing.assert_array_equal(np.concatenate(words, 1), chosen)
+  np.testing.assert_allclose(np.concatenate(outs, 1), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", sizes((3, 33), (1, 2, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32)))
+def test_a_prefix_gives_the_prefix_of_the_outputs(length):
+  """Also of fewer tokens than an entry takes, when there is no entry at all."""
+  arrays = inputs([(40,)], 40, 10)
+  want, _ = layer(arrays)
+  entries = -(-length // RATE)
+  cut = {name: x if x.ndim == 1 else x[:, :length if x.shape[1] == 40 else entries] for name, x in arrays.items()}
+  cut |= packed([(length,)], length, RATE, entries)
+  for name in ("entries", "index_keys"):
+    cut[name] = unused_to_nan(cut[name], cut["entry_segment"])
+  np.testing.assert_allclose(layer(cut)[0], want[:, :length], atol=1e-5)
+
+
+def run(arrays, implementation):
+  """Attention over all visible entries, and its gradients."""
+  moving = ("q", "window_kv", "entries", "sink")
+
+  @jax.jit
+  def both(moving, fixed):
+    selection = Selection.all(*fixed["positions"].shape)
+    values, pull = jax.vjp(lambda moving: attend(**moving, **fixed, selection=selection, window=128, scale=0.25,
+                                                 implementation=implementation), moving)
+    return values, pull(jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), values))[0]
+
+  fixed = ("positions", "segment_ids", "entry_last", "entry_segment")
+  return both({name: arrays[name] for name in moving}, {name: arrays[name] for name in fixed})
+
+
+def edges():
+  """(chip, tokens): one less, as many and one more than a block of queries or a tile of entries holds, forward and backward,
+  with 8 heads and an entry per token."""
+  for chip in (tpu.V5P, tpu.V6E, tpu.TPU7X):
+    sizes = {min(table[chip.name][axis] // (8 if axis == 0 else 1), 512 if axis else 128)
+             for table in (kernel.TILE, kernel_backward.TILE) for axis in (0, 1)}
+    for size in sorted(sizes):
+      for number in (size - 1, size, size + 1):
+        yield chip, number
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chip, length", list(edges()), ids=lambda x: getattr(x, "name", str(x)))
+def test_the_chips_own_tiles_end_anywhere(monkeypatch, chip, length):
+  monkeypatch.setattr(tpu, "current_chip", lambda interpret: chip)
+  arrays = inputs([(length,)], length, length, rate=1, heads=8)
+  got, want = run(arrays, "interpret"), run(arrays, "reference")
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(np.abs(b).max(), 1))
+
+
+@pytest.mark.parametrize("entries", [100, 9000])
+def test_picks_and_words_say_the_same(entries):
+  """From bits to numbers and back: rows that are empty, nearly empty, half full and full."""
+  share = np.array([0, 0.001, 0.1, 0.5, 1])[:, None]
+  mask = np.random.default_rng(0).random((2, 5, entries)) < share
+  words = bits.pack(jnp.asarray(mask))
+  picks = jax.jit(lambda words: bits.to_picks(words, entries, entries))(words)
+  for row, got in zip(mask.reshape(10, -1), np.asarray(picks).reshape(10, -1)):
+    count = row.sum()
+    assert sorted(got[:count]) == np.flatnonzero(row).tolist() and (got[count:] == -1).all()
+  np.testing.assert_array_equal(jax.jit(lambda picks: bits.from_picks(picks, entries))(picks), words)
