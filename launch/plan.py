@@ -30,7 +30,7 @@ def define_flags() -> None:
   flags.DEFINE_string("json", None, "File for the figures.")
 
 
-def measured(run_config, mesh, say) -> dict:
+def measured(run_config, mesh, chip, say) -> dict:
   """The figures of the compiled step; says once a minute that the compiler still works."""
   from deepseek_v4.planning import lower, read
   clock = time.perf_counter()
@@ -46,15 +46,16 @@ def measured(run_config, mesh, say) -> dict:
     compiled = lowered.compile()
   finally:
     done.set()
-  return {"seconds": time.perf_counter() - clock, "devices": mesh.size, "memory": read.memory(compiled),
-          "kernels": read.kernels(compiled)}
+  return {"seconds": time.perf_counter() - clock, "devices": mesh.size, "hbm_bytes": chip.hbm_bytes,
+          "memory": read.memory(compiled), "kernels": read.kernels(compiled)}
 
 
 def text(figures: dict) -> str:
   """The figures as lines to read."""
-  memory = figures["memory"]
+  memory, room = figures["memory"], figures["hbm_bytes"]
   lines = [f"compiled in {figures['seconds']:.0f} s for {figures['devices']} devices; bytes of one device, in GiB"]
   lines += [f"  {name:12}{size / GIB:8.2f}" for name, size in memory.items()]
+  lines += [f"  of {room / GIB:.2f}: " + ("fits" if memory["all"] <= room else "DOES NOT FIT")]
   lines += ["calls of kernels in the program (one inside a loop counts once)"]
   lines += [f"  {name:28}{count:5}" for name, count in figures["kernels"].items()] or ["  none"]
   return "\n".join(lines)
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> None:
   os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is described, not used
   from deepseek_v4 import config
   from deepseek_v4.planning import lower
+  from launch.benchmarks.kernels import chips
   os.environ.update(lower.ENVIRONMENT)
   import jax
   say = lambda line: print(line, flush=True)
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> None:
       training = dataclasses.replace(run_config.training, kernels="pallas")
       run_config = dataclasses.replace(run_config, training=training)
     mesh = lower.mesh_on(run_config, flags.FLAGS["topology"].value)
-    figures = measured(run_config, mesh, say)
+    figures = measured(run_config, mesh, chips.chip_of(flags.FLAGS["topology"].value), say)
   except (ValueError, FileNotFoundError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
     sys.exit(f"error: {error}")
   say(text(figures))

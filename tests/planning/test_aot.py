@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HBM = {"v5p": 95.74 * 2**30}  # what the compiler lets a program use, from its own message when one does not fit
 
 
 def plan(config, *arguments, timeout=120):
@@ -43,7 +42,6 @@ def test_the_step_of_four_layers_of_pro_compiles_with_all_kernels(topology, sett
   result = plan("v4_pro_slice", "--topology", topology, "--json", str(path),
                 *(part for setting in settings for part in ("--set", setting)), timeout=3000)
   assert result.returncode == 0, result.stderr[-3000:]
-  figures = json.loads(path.read_text())
-  memory, kernels = figures["memory"], set(figures["kernels"])
-  assert memory["arguments"] + memory["outputs"] - memory["aliased"] < HBM["v5p"]
-  assert {"masked_attention", "masked_attention_backward", "index_select", "index_loss", "index_loss_backward"} <= kernels
+  kernels = set(json.loads(path.read_text())["kernels"])
+  wanted = {"masked_attention", "masked_attention_backward", "index_select", "index_loss", "index_loss_backward"}
+  assert wanted <= kernels, wanted - kernels
