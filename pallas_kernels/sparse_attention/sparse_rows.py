@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
 from pallas_kernels import tpu
+from pallas_kernels.tpu import LANES
 
 _BUFFER_BYTES = 2**16  # rows in flight of a subcore, one of two buffers
 _SECTION = 2048  # row numbers that a subcore reads at once
@@ -120,3 +121,77 @@ class Units:
   def table(self, sums_UEd: jax.Array, num_rows: int) -> jax.Array:
     """-> [T, d]."""
     return sums_UEd.swapaxes(0, 1).reshape(-1, sums_UEd.shape[2])[:num_rows]
+
+
+def add_rows(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, chip: tpu.Chip, interpret: bool) -> jax.Array:
+  """Sums [U, E, d] and float32 rows [n, d] -> the sums with each row added to table row `index_n`, in place; -1 = nowhere.
+
+  A core takes its units into shared memory in turn. For each, its subcores pick those places of their share whose row
+  belongs to the unit, fetch just these rows and add them there by streams, which are atomic; so every row is read once.
+  """
+  units, size, width = sums_UEd.shape
+  if interpret:
+    row = jnp.where(index_n < 0, units * size, index_n)  # beyond the end: dropped
+    return sums_UEd.at[row % units, row // units].add(rows_nd, mode="drop")
+  info = plsc.get_sparse_core_info()
+  lanes, batch = info.num_lanes, _ADD_BUFFER_BYTES[chip.name] // (4 * width)
+  share = tpu.round_up(-(-index_n.shape[0] // info.num_subcores), lanes * 16)
+  section = next(size for size in (2048, 1024, 512, 256, lanes * 16) if share % size == 0)
+  padded = tpu.pad_axis(index_n, 0, share * info.num_subcores, -1)
+  own = size // info.num_subcores
+  shift, columns = units.bit_length() - 1, width // LANES
+
+  def body(sums, numbers, rows, index, place, target, places, targets, buffer, arrived, shared):
+    core, subcore = lax.axis_index("core"), lax.axis_index("subcore")
+    mine = pl.ds(subcore * own, own)
+
+    @pl.loop(0, units // info.num_cores)
+    def _(turn):
+      unit = turn * info.num_cores + core
+      for c in range(columns):
+        pltpu.sync_copy(sums.at[unit, mine, pl.ds(c * LANES, LANES)], shared.at[c, mine])
+      plsc.subcore_barrier()
+
+      @pl.loop(0, share // section)
+      def _(part):
+        start = subcore * share + part * section
+        pltpu.sync_copy(numbers.at[pl.ds(start, section)], index)
+
+        def choose(v, count):
+          row = index[pl.ds(v * lanes, lanes)]
+          ours = (row >= 0) & ((row & (units - 1)) == unit)
+          to = pl.ds(count, lanes)
+          plsc.store_compressed(place.at[to], start + v * lanes + lax.iota(jnp.int32, lanes), mask=ours)
+          plsc.store_compressed(target.at[to], lax.shift_right_logical(row, jnp.full_like(row, shift)), mask=ours)
+          return count + jnp.sum(jnp.where(ours, 1, 0))
+
+        count = lax.fori_loop(0, section // lanes, choose, jnp.int32(0))
+        for v in range(batch // lanes):  # behind the last one: any row, added where nobody looks
+          to = pl.ds(count + v * lanes, lanes)
+          place[to] = jnp.full((lanes,), start, jnp.int32)
+          target[to] = jnp.full((lanes,), size, jnp.int32)
+
+        @pl.loop(0, (count + batch - 1) // batch)
+        def _(g):
+          for v in range(batch // lanes):
+            at, to = pl.ds(g * batch + v * lanes, lanes), pl.ds(v * lanes, lanes)
+            places[to], targets[to] = place[at], target[at]
+          fetches = [pltpu.make_async_copy(rows.at[places, pl.ds(c * LANES, LANES)], buffer.at[c], arrived.at[c])
+                     for c in range(columns)]  # streams add rows of one tile's width
+          for fetch in fetches:
+            fetch.start()
+          for c, fetch in enumerate(fetches):
+            fetch.wait()
+            pltpu.sync_copy(buffer.at[c], shared.at[c].at[targets], add=True)
+
+      plsc.subcore_barrier()
+      for c in range(columns):
+        pltpu.sync_copy(shared.at[c, mine], sums.at[unit, mine, pl.ds(c * LANES, LANES)])
+
+  ref = jax.new_ref(sums_UEd)
+  numbers = lambda size: pltpu.VMEM((size,), jnp.int32)
+  pl.kernel(body, mesh=_subcores(), out_type=(), name="add_rows",
+            scratch_types=[numbers(section), numbers(section + batch), numbers(section + batch), numbers(batch),
+                           numbers(batch), pltpu.VMEM((columns, batch, LANES), jnp.float32), pltpu.SemaphoreType.DMA((columns,)),
+                           pltpu.VMEM_SHARED((columns, size + 8, LANES), jnp.float32)], **_PARAMS)(ref, padded, rows_nd)
+  return jax.freeze(ref)

@@ -301,3 +301,8 @@ def scaled(q_Rd: jax.Array, scale: float) -> jax.Array:
 def per_row(x_HL: jax.Array, plan: Plan) -> jax.Array:
   """[H, 128] -> [R, 128], the same for every query."""
   return jnp.broadcast_to(x_HL[None], (plan.queries, plan.heads, LANES)).reshape(plan.rows, LANES)
+
+
+def column(x_1L: jax.Array) -> jax.Array:
+  """[1, 128] -> [128, 128] whose row r holds x[r] in all lanes."""
+  return jnp.transpose(jnp.broadcast_to(x_1L, (LANES, LANES)))

@@ -1,0 +1,153 @@
+"""The sparse form of the attention: each query reads its selected entries and no others, however long the context is.
+
+Queries go by chunks, one after another. Of a chunk there are lists of its queries' entries (`sparse_lists`), their rows
+gathered by the SparseCore (`sparse_rows`), and attention over these rows (`sparse_forward`). The backward pass gathers again,
+makes a gradient per gathered row (`sparse_backward`), and the SparseCore sums them by entry. Nothing held grows with queries
+x entries but the selection itself.
+
+Axis letters: B batch   S queries   H heads   T entries   d head width   W words   C queries of a chunk   K places of a list
+              R rows of a step   N all steps
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import bits, blocks, tpu
+from pallas_kernels.sparse_attention import sparse_backward, sparse_forward, sparse_lists, sparse_plan, sparse_rows, tiles
+
+CHUNK = 256  # queries whose rows are gathered together
+FORWARD_STEP = {"v5p": (8, 1024), "v6e": (8, 1024), "tpu7x": (8, 1024)}  # queries, places of a tile
+BACKWARD_STEP = {"v5p": (4, 1024), "v6e": (8, 1024), "tpu7x": (4, 1024)}
+
+
+def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, segment_ids, entry_last, entry_segment,
+           window, scale, interpret):
+  """See `pallas_kernels.sparse_attention.attend`. Meant for selections of few entries: kind "all" reads every one.
+
+  The SparseCore has no interpreter: with `interpret` its copies and sums of rows are plain JAX, all else is the same.
+
+  Raises:
+    ValueError: a window that is too long, or operands of another type than bfloat16 and float32.
+  """
+  if entries_BTd.dtype not in (jnp.bfloat16, jnp.float32):
+    raise ValueError(f"entries of {entries_BTd.dtype}: the sparse form of attention gathers bfloat16 or float32")
+  entries_BTd = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0)
+  places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
+  options = tiles.Options(window, scale, tpu.current_chip(interpret), interpret)
+  chosen, top_k = _chosen(selection, entries_BTd.shape[1], places)
+  return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, chosen, segment_ids, (options, selection.kind, top_k))
+
+
+def _chosen(selection, num_entries, places):
+  """What the lists are made of, hidden entries left out: rows of bits, or entry numbers with -1 anywhere; most of a query."""
+  if selection.kind != "indices" or not num_entries:
+    return bits.words_of(selection, num_entries, places), min(selection.top_k or num_entries, num_entries)
+  seen = jax.vmap(blocks.picked_sees)(selection.picks, places["positions"], places["segment_ids"], places["entry_last"],
+                                      places["entry_segment"])
+  seen &= selection.picks < num_entries
+  return jnp.where(seen, selection.picks, -1), selection.picks.shape[2]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, window_kv, entries, sink, chosen, segment_ids, static):
+  return forward(q, window_kv, entries, sink, chosen, segment_ids, static)
+
+
+def _attend_forward(*args):
+  out, lse = forward(*args)
+  return (out, lse), (*args[:-1], out, lse)
+
+
+def _attend_backward(static, saved, gradients):
+  return (*backward(*saved, *gradients, static), None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _plan(q, entries, static, steps):
+  options, _, top_k = static
+  return sparse_plan.make_plan(q.shape, entries.shape[1], top_k, q.dtype.itemsize, options.window,
+                               *steps[options.chip.name], CHUNK)
+
+
+def _numbered(plan, static):
+  """Whether the selection comes as entry numbers."""
+  return static[1] == "indices" and plan.entries > 0
+
+
+def _table(entries, plan):
+  """Rows of all batch rows behind each other, packed; at least one row each."""
+  entries = tpu.pad_axis(tpu.pad_axis(entries, 1, max(plan.entries, 1)), 2, plan.width)
+  return sparse_rows.pack(entries.reshape(-1, plan.width))
+
+
+def _chunk_rows(table, chosen, chunk, plan, static):
+  """Lists int32 [C, K] with -1 in empty places, their packed rows, and bits of the places that are not empty."""
+  options = static[0]
+  index_CK = lax.dynamic_index_in_dim(chosen, chunk, keepdims=False)
+  if _numbered(plan, static):
+    index_CK = tpu.pad_axis(index_CK, 1, plan.places, -1)
+  else:
+    index_CK = sparse_lists.from_words(index_CK, plan.places, options)
+  # An empty place reads an entry all the same, each one another: thousands of copies of one row would queue up.
+  query, place = (lax.broadcasted_iota(jnp.int32, index_CK.shape, axis) for axis in (0, 1))
+  offset = sparse_plan.row_offsets(chunk, plan)
+  anything = lax.rem(query * 61 + place, max(plan.entries, 1))
+  index_CK, words = jnp.where(index_CK < 0, -1, index_CK + offset), bits.pack(index_CK >= 0)
+  rows = sparse_rows.gather(table, jnp.where(index_CK < 0, anything + offset, index_CK).reshape(-1), options.interpret)
+  by_step = lambda x, *sizes: x.reshape(plan.chunk_queries // plan.queries, plan.queries, *sizes)
+  return index_CK, by_step(rows, plan.places, table.shape[1]), by_step(words, -1)
+
+
+def _operands(q, window_kv, sink, segment_ids, window, plan):
+  return sparse_plan.as_steps(q, plan), *sparse_plan.near(window_kv, segment_ids, window, plan), sparse_plan.sink_logits(
+      sink, plan)
+
+
+def forward(q, window_kv, entries, sink, chosen, segment_ids, static):
+  """-> out [B, S, H, d] in q's dtype, lse [B, S, H] float32."""
+  options, plan = static[0], _plan(q, entries, static, FORWARD_STEP)
+  operands = _operands(q, window_kv, sink, segment_ids, options.window, plan)
+  table, chosen = _table(entries, plan), sparse_plan.by_query(chosen, plan, -1 if _numbered(plan, static) else 0)
+  results = (lax.empty(operands[0].shape, q.dtype),
+             lax.empty((plan.steps, plan.rows // tpu.LANES, tpu.LANES), jnp.float32))
+
+  def one(chunk, results):
+    _, rows, words = _chunk_rows(table, chosen, chunk, plan, static)
+    return tuple(sparse_forward.attend_rows(chunk, rows, words, operands, results, plan, options))
+
+  out, lse = lax.fori_loop(0, plan.chunks, one, results)
+  return sparse_plan.from_steps(out, q.shape, plan), tiles.from_statistics(lse, q.shape, plan)
+
+
+def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, d_lse, static):
+  """-> gradients of q, window_kv, entries and sink."""
+  options, plan = static[0], _plan(q, entries, static, BACKWARD_STEP)
+  operands = _operands(q, window_kv, sink, segment_ids, options.window, plan)
+  statistics = jnp.stack([tiles.as_statistics(x, plan) for x in (lse, d_lse)])
+  operands += (*(sparse_plan.as_steps(x, plan) for x in (out, d_out)),
+               statistics.reshape(2, plan.steps, *statistics.shape[3:]))
+  table, chosen = _table(entries, plan), sparse_plan.by_query(chosen, plan, -1 if _numbered(plan, static) else 0)
+  units = sparse_rows.Units.of(table.shape[0], plan.width, options.chip)
+  empty = lambda *sizes, dtype=jnp.float32: lax.empty(sizes, dtype)
+  start = (empty(*operands[0].shape, dtype=q.dtype), empty(plan.batch, plan.windows, 2 * plan.reach, plan.width),
+           units.zeros(plan.width), jnp.zeros((plan.heads,), jnp.float32))
+
+  def one(chunk, carry):
+    dq, d_near, sums, d_sink = carry
+    index, rows, words = _chunk_rows(table, chosen, chunk, plan, static)
+    dq, d_near, d_rows, d_logit = sparse_backward.gradients(chunk, rows, words, operands, (dq, d_near), plan, options)
+    sums = sparse_rows.add_rows(sums, index.reshape(-1), d_rows.reshape(-1, plan.width), options.chip, options.interpret)
+    return dq, d_near, sums, d_sink + d_logit[..., 0].sum(0)
+
+  dq, d_near, sums, d_sink = lax.fori_loop(0, plan.chunks, one, start)
+  d_entries = units.table(sums, table.shape[0]).reshape(plan.batch, -1, plan.width)
+  cut = lambda gradient, x: gradient[:, :x.shape[1], :x.shape[2]].astype(x.dtype)
+  return (sparse_plan.from_steps(dq, q.shape, plan), cut(tiles.from_near_keys(d_near), window_kv), cut(d_entries, entries),
+          (-tpu.LOG2E * d_sink[:sink.shape[0]]).astype(sink.dtype))
