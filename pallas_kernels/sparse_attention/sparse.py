@@ -118,11 +118,12 @@ def forward(q, window_kv, entries, sink, chosen, segment_ids, static):
   results = (lax.empty(operands[0].shape, q.dtype),
              lax.empty((plan.steps, plan.rows // tpu.LANES, tpu.LANES), jnp.float32))
 
-  def one(chunk, results):
-    _, rows, words = _chunk_rows(table, chosen, chunk, plan, static)
-    return tuple(sparse_forward.attend_rows(chunk, rows, words, operands, results, plan, options))
+  def one(chunk, carry):
+    results, (_, rows, words) = carry
+    ahead = _chunk_rows(table, chosen, jnp.minimum(chunk + 1, plan.chunks - 1), plan, static)
+    return tuple(sparse_forward.attend_rows(chunk, rows, words, operands, results, plan, options)), ahead
 
-  out, lse = lax.fori_loop(0, plan.chunks, one, results)
+  (out, lse), _ = lax.fori_loop(0, plan.chunks, one, (results, _chunk_rows(table, chosen, jnp.int32(0), plan, static)))
   return sparse_plan.from_steps(out, q.shape, plan), tiles.from_statistics(lse, q.shape, plan)
 
 
