@@ -88,7 +88,7 @@ def _table(entries, plan):
 
 
 def _chunk_rows(table, chosen, chunk, plan, static):
-  """Lists int32 [C, K] with -1 in empty places, their packed rows, and bits of the places that are not empty."""
+  """Lists int32 [C, K] with -1 in empty places, and their packed rows [C / queries, queries, K, w]."""
   options = static[0]
   index_CK = lax.dynamic_index_in_dim(chosen, chunk, keepdims=False)
   if _numbered(plan, static):
@@ -99,10 +99,15 @@ def _chunk_rows(table, chosen, chunk, plan, static):
   query, place = (lax.broadcasted_iota(jnp.int32, index_CK.shape, axis) for axis in (0, 1))
   offset = sparse_plan.row_offsets(chunk, plan)
   anything = lax.rem(query * 61 + place, max(plan.entries, 1))
-  index_CK, words = jnp.where(index_CK < 0, -1, index_CK + offset), bits.pack(index_CK >= 0)
+  index_CK = jnp.where(index_CK < 0, -1, index_CK + offset)
   rows = sparse_rows.gather(table, jnp.where(index_CK < 0, anything + offset, index_CK).reshape(-1), options.interpret)
-  by_step = lambda x, *sizes: x.reshape(plan.chunk_queries // plan.queries, plan.queries, *sizes)
-  return index_CK, by_step(rows, plan.places, table.shape[1]), by_step(words, -1)
+  return index_CK, rows.reshape(-1, plan.queries, plan.places, table.shape[1])
+
+
+def _words(index_CK, plan):
+  """Bits of the places that hold an entry, int32 [C / queries, queries, ...]."""
+  words_CW = bits.pack(index_CK >= 0)
+  return words_CW.reshape(-1, plan.queries, words_CW.shape[1])
 
 
 def _operands(q, window_kv, sink, segment_ids, window, plan):
@@ -118,12 +123,18 @@ def forward(q, window_kv, entries, sink, chosen, segment_ids, static):
   results = (lax.empty(operands[0].shape, q.dtype),
              lax.empty((plan.steps, plan.rows // tpu.LANES, tpu.LANES), jnp.float32))
 
-  def one(chunk, carry):
-    results, (_, rows, words) = carry
-    ahead = _chunk_rows(table, chosen, jnp.minimum(chunk + 1, plan.chunks - 1), plan, static)
-    return tuple(sparse_forward.attend_rows(chunk, rows, words, operands, results, plan, options)), ahead
+  gather = lambda chunk: _chunk_rows(table, chosen, jnp.minimum(chunk, plan.chunks - 1), plan, static)
+  attend_to = lambda chunk, found, results: tuple(sparse_forward.attend_rows(
+      chunk, found[1], _words(found[0], plan), operands, results, plan, options))
 
-  (out, lse), _ = lax.fori_loop(0, plan.chunks, one, (results, _chunk_rows(table, chosen, jnp.int32(0), plan, static)))
+  def two(pair, carry):
+    first, results = carry
+    second = gather(2 * pair + 1)
+    results = attend_to(2 * pair, first, results)
+    first = gather(2 * pair + 2)
+    return first, attend_to(jnp.minimum(2 * pair + 1, plan.chunks - 1), second, results)
+
+  _, (out, lse) = lax.fori_loop(0, -(-plan.chunks // 2), two, (gather(jnp.int32(0)), results))
   return sparse_plan.from_steps(out, q.shape, plan), tiles.from_statistics(lse, q.shape, plan)
 
 
@@ -142,8 +153,9 @@ def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, 
 
   def one(chunk, carry):
     dq, d_near, sums, d_sink = carry
-    index, rows, words = _chunk_rows(table, chosen, chunk, plan, static)
-    dq, d_near, d_rows, d_logit = sparse_backward.gradients(chunk, rows, words, operands, (dq, d_near), plan, options)
+    index, rows = _chunk_rows(table, chosen, chunk, plan, static)
+    dq, d_near, d_rows, d_logit = sparse_backward.gradients(chunk, rows, _words(index, plan), operands, (dq, d_near), plan,
+                                                            options)
     sums = sparse_rows.add_rows(sums, index.reshape(-1), d_rows.reshape(-1, plan.width), options.chip, options.interpret)
     return dq, d_near, sums, d_sink + d_logit[..., 0].sum(0)
 
