@@ -12,6 +12,7 @@ Axis letters: B batch   S queries   H heads   T entries   d head width   W words
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jax import lax
 from pallas_kernels import bits, blocks, tpu
 from pallas_kernels.sparse_attention import sparse_backward, sparse_forward, sparse_lists, sparse_plan, sparse_rows, tiles
 
-CHUNK = 256  # queries whose rows are gathered together
+FORWARD_ROWS, BACKWARD_ROWS = 2**18, 2**17  # gathered together
 FORWARD_STEP = {"v5p": (8, 1024), "v6e": (8, 1024), "tpu7x": (8, 1024)}  # queries, places of a tile
 BACKWARD_STEP = {"v5p": (4, 1024), "v6e": (8, 1024), "tpu7x": (4, 1024)}
 
@@ -70,38 +71,46 @@ def _attend_backward(static, saved, gradients):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _plan(q, entries, static, steps):
+def _plan(q, entries, static, steps, rows):
   options, _, top_k = static
   return sparse_plan.make_plan(q.shape, entries.shape[1], top_k, q.dtype.itemsize, options.window,
-                               *steps[options.chip.name], CHUNK)
+                               *steps[options.chip.name], rows)
 
 
-def _numbered(plan, static):
-  """Whether the selection comes as entry numbers."""
-  return static[1] == "indices" and plan.entries > 0
+def _backward_rows(num_entries):
+  """Every chunk reads and writes the sums of all entries once: the more there are, the larger it must be."""
+  return BACKWARD_ROWS * min(max(num_entries // 2**14, 1), 4)
 
 
-def _table(entries, plan):
-  """Rows of all batch rows behind each other, packed; at least one row each."""
-  entries = tpu.pad_axis(tpu.pad_axis(entries, 1, max(plan.entries, 1)), 2, plan.width)
-  return sparse_rows.pack(entries.reshape(-1, plan.width))
+def _gather(entries, chosen, plan, static):
+  """The lists and rows of a chunk.
 
+  Returns:
+    A function of the chunk's number; past the end it is the last one's. It gives rows' numbers int32 [C, K] in the table of
+    all batch rows, -1 in empty places, and the rows, packed [C / queries, queries, K, w], anything in empty places.
+  """
+  options, kind, _ = static
+  numbered = kind == "indices" and plan.entries > 0
+  rows_of_each = max(plan.entries, 1)
+  entries = tpu.pad_axis(tpu.pad_axis(entries, 1, rows_of_each), 2, plan.width)
+  table = sparse_rows.pack(entries.reshape(-1, plan.width))
+  chosen = sparse_plan.by_query(chosen, plan, -1 if numbered else 0)
 
-def _chunk_rows(table, chosen, chunk, plan, static):
-  """Lists int32 [C, K] with -1 in empty places, and their packed rows [C / queries, queries, K, w]."""
-  options = static[0]
-  index_CK = lax.dynamic_index_in_dim(chosen, chunk, keepdims=False)
-  if _numbered(plan, static):
-    index_CK = tpu.pad_axis(index_CK, 1, plan.places, -1)
-  else:
-    index_CK = sparse_lists.from_words(index_CK, plan.places, options)
-  # An empty place reads an entry all the same, each one another: thousands of copies of one row would queue up.
-  query, place = (lax.broadcasted_iota(jnp.int32, index_CK.shape, axis) for axis in (0, 1))
-  offset = sparse_plan.row_offsets(chunk, plan)
-  anything = lax.rem(query * 61 + place, max(plan.entries, 1))
-  index_CK = jnp.where(index_CK < 0, -1, index_CK + offset)
-  rows = sparse_rows.gather(table, jnp.where(index_CK < 0, anything + offset, index_CK).reshape(-1), options.interpret)
-  return index_CK, rows.reshape(-1, plan.queries, plan.places, table.shape[1])
+  def gather(chunk):
+    chunk = jnp.minimum(chunk, plan.chunks - 1)
+    index_CK = lax.dynamic_index_in_dim(chosen, chunk, keepdims=False)
+    if numbered:
+      index_CK = tpu.pad_axis(index_CK, 1, plan.places, -1)
+    else:
+      index_CK = sparse_lists.from_words(index_CK, plan.places, options)
+    # An empty place reads an entry all the same, each another one: thousands of copies of one row would queue up.
+    query, place = (lax.broadcasted_iota(jnp.int32, index_CK.shape, axis) for axis in (0, 1))
+    offset, anything = sparse_plan.row_offsets(chunk, plan), lax.rem(query * 61 + place, rows_of_each)
+    index_CK = jnp.where(index_CK < 0, -1, index_CK + offset)
+    rows = sparse_rows.gather(table, jnp.where(index_CK < 0, anything + offset, index_CK).reshape(-1), options.interpret)
+    return index_CK, rows.reshape(-1, plan.queries, plan.places, table.shape[1])
+
+  return gather
 
 
 def _words(index_CK, plan):
@@ -117,50 +126,77 @@ def _operands(q, window_kv, sink, segment_ids, window, plan):
 
 def forward(q, window_kv, entries, sink, chosen, segment_ids, static):
   """-> out [B, S, H, d] in q's dtype, lse [B, S, H] float32."""
-  options, plan = static[0], _plan(q, entries, static, FORWARD_STEP)
+  options, plan = static[0], _plan(q, entries, static, FORWARD_STEP, FORWARD_ROWS)
   operands = _operands(q, window_kv, sink, segment_ids, options.window, plan)
-  table, chosen = _table(entries, plan), sparse_plan.by_query(chosen, plan, -1 if _numbered(plan, static) else 0)
+  gather = _gather(entries, chosen, plan, static)
   results = (lax.empty(operands[0].shape, q.dtype),
              lax.empty((plan.steps, plan.rows // tpu.LANES, tpu.LANES), jnp.float32))
 
-  gather = lambda chunk: _chunk_rows(table, chosen, jnp.minimum(chunk, plan.chunks - 1), plan, static)
-  attend_to = lambda chunk, found, results: tuple(sparse_forward.attend_rows(
-      chunk, found[1], _words(found[0], plan), operands, results, plan, options))
+  def meet(chunk, found, results):
+    index, rows = found
+    return tuple(sparse_forward.attend_rows(chunk, rows, _words(index, plan), operands, results, plan, options))
 
   def two(pair, carry):
-    first, results = carry
+    found, results = carry
     second = gather(2 * pair + 1)
-    results = attend_to(2 * pair, first, results)
-    first = gather(2 * pair + 2)
-    return first, attend_to(jnp.minimum(2 * pair + 1, plan.chunks - 1), second, results)
+    results = meet(2 * pair, found, results)
+    found = gather(2 * pair + 2)
+    return found, meet(jnp.minimum(2 * pair + 1, plan.chunks - 1), second, results)
 
-  _, (out, lse) = lax.fori_loop(0, -(-plan.chunks // 2), two, (gather(jnp.int32(0)), results))
+  first = gather(jnp.int32(0))
+  if plan.chunks == 1:
+    out, lse = meet(jnp.int32(0), first, results)
+  else:
+    _, (out, lse) = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, (first, results))
   return sparse_plan.from_steps(out, q.shape, plan), tiles.from_statistics(lse, q.shape, plan)
 
 
 def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, d_lse, static):
   """-> gradients of q, window_kv, entries and sink."""
-  options, plan = static[0], _plan(q, entries, static, BACKWARD_STEP)
-  operands = _operands(q, window_kv, sink, segment_ids, options.window, plan)
+  options, plan = static[0], _plan(q, entries, static, BACKWARD_STEP, _backward_rows(entries.shape[1]))
   statistics = jnp.stack([tiles.as_statistics(x, plan) for x in (lse, d_lse)])
-  operands += (*(sparse_plan.as_steps(x, plan) for x in (out, d_out)),
-               statistics.reshape(2, plan.steps, *statistics.shape[3:]))
-  table, chosen = _table(entries, plan), sparse_plan.by_query(chosen, plan, -1 if _numbered(plan, static) else 0)
-  units = sparse_rows.Units.of(table.shape[0], plan.width, options.chip)
-  empty = lambda *sizes, dtype=jnp.float32: lax.empty(sizes, dtype)
-  start = (empty(*operands[0].shape, dtype=q.dtype), empty(plan.batch, plan.windows, 2 * plan.reach, plan.width),
-           units.zeros(plan.width), jnp.zeros((plan.heads,), jnp.float32))
+  operands = (*_operands(q, window_kv, sink, segment_ids, options.window, plan),
+              *(sparse_plan.as_steps(x, plan) for x in (out, d_out)),
+              statistics.reshape(2, plan.steps, *statistics.shape[3:]))
+  gather = _gather(entries, chosen, plan, static)
+  num_rows = plan.batch * max(plan.entries, 1)
+  units = sparse_rows.Units.of(num_rows, plan.width, options.chip)
 
-  def one(chunk, carry):
-    dq, d_near, sums, d_sink = carry
-    index, rows = _chunk_rows(table, chosen, chunk, plan, static)
-    dq, d_near, d_rows, d_logit = sparse_backward.gradients(chunk, rows, _words(index, plan), operands, (dq, d_near), plan,
-                                                            options)
-    sums = sparse_rows.add_rows(sums, index.reshape(-1), d_rows.reshape(-1, plan.width), options.chip, options.interpret)
-    return dq, d_near, sums, d_sink + d_logit[..., 0].sum(0)
+  def meet(chunk, found, gradients):
+    """Gradients with a chunk's part in them, and the rows of its part to add to the entries'; past the end: nothing new."""
+    index, rows = found
+    *gradients, d_sink = gradients
+    *gradients, d_rows, d_logit = sparse_backward.gradients(jnp.minimum(chunk, plan.chunks - 1), rows, _words(index, plan),
+                                                            operands, gradients, plan, options)
+    new = chunk < plan.chunks
+    d_sink += jnp.where(new, d_logit[..., 0].sum(0), 0)
+    return (*gradients, d_sink), (jnp.where(new, index, -1).reshape(-1), d_rows.reshape(-1, plan.width))
 
-  dq, d_near, sums, d_sink = lax.fori_loop(0, plan.chunks, one, start)
-  d_entries = units.table(sums, table.shape[0]).reshape(plan.batch, -1, plan.width)
+  def add(sums, part):
+    return sparse_rows.add_rows(sums, *part, options.chip, options.interpret)
+
+  def two(pair, carry):
+    found, left, sums, gradients = carry
+    sums = add(sums, left)
+    second = gather(2 * pair + 1)
+    gradients, part = meet(2 * pair, found, gradients)
+    sums = add(sums, part)
+    found = gather(2 * pair + 2)
+    gradients, left = meet(2 * pair + 1, second, gradients)
+    return found, left, sums, gradients
+
+  gradients = (lax.empty(operands[0].shape, q.dtype),
+               lax.empty((plan.batch, plan.windows, 2 * plan.reach, plan.width), jnp.float32),
+               jnp.zeros((plan.heads,), jnp.float32))
+  first, sums = gather(jnp.int32(0)), units.zeros(plan.width)
+  if plan.chunks == 1:
+    gradients, left = meet(jnp.int32(0), first, gradients)
+  else:
+    places = plan.chunk_queries * plan.places
+    nothing = jnp.full((places,), -1, jnp.int32), lax.empty((places, plan.width), jnp.float32)
+    _, left, sums, gradients = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, (first, nothing, sums, gradients))
+  dq, d_near, d_sink = gradients
+  d_entries = units.table(add(sums, left), num_rows).reshape(plan.batch, -1, plan.width)
   cut = lambda gradient, x: gradient[:, :x.shape[1], :x.shape[2]].astype(x.dtype)
   return (sparse_plan.from_steps(dq, q.shape, plan), cut(tiles.from_near_keys(d_near), window_kv), cut(d_entries, entries),
           (-tpu.LOG2E * d_sink[:sink.shape[0]]).astype(sink.dtype))

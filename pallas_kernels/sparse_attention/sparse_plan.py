@@ -83,8 +83,8 @@ class Plan:
 
 
 def make_plan(q_shape: tuple[int, ...], num_entries: int, top_k: int, itemsize: int, window: int, queries: int, tile: int,
-              chunk_queries: int) -> Plan:
-  """The plan for steps of `queries`, tiles of at most `tile` places and chunks of about `chunk_queries`.
+              rows: int) -> Plan:
+  """The plan for steps of `queries`, tiles of at most `tile` places and chunks of about `rows` gathered rows.
 
   Args:
     q_shape: [B, S, H, d].
@@ -106,7 +106,7 @@ def make_plan(q_shape: tuple[int, ...], num_entries: int, top_k: int, itemsize: 
   blocks = math.ceil(length / queries)
   run = min(max(reach // queries, 1), blocks)
   runs = math.ceil(blocks / run)
-  most = max(chunk_queries // (run * queries), 1)
+  most = max(rows // (run * queries * places), 1)
   chunk = next(size for size in range(min(most, batch * runs), 0, -1) if batch * runs % size == 0)
   return Plan(batch, heads, tpu.round_up(width, LANES * (4 // itemsize)), queries, run, runs, chunk, num_entries,
               tpu.round_up(places, tile), tile, reach)
