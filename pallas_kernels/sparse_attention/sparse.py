@@ -1,9 +1,12 @@
 """The sparse form of the attention: each query reads its selected entries and no others, however long the context is.
 
-Queries go by chunks, one after another. Of a chunk there are lists of its queries' entries (`sparse_lists`), their rows
-gathered by the SparseCore (`sparse_rows`), and attention over these rows (`sparse_forward`). The backward pass gathers again,
-makes a gradient per gathered row (`sparse_backward`), and the SparseCore sums them by entry. Nothing held grows with queries
-x entries but the selection itself.
+Queries go by chunks, two in a turn of a loop. Of a chunk there are lists of its queries' entries (`sparse_lists`), their
+rows gathered by the SparseCore (`sparse_rows`), and attention over these rows (`sparse_forward`). The backward pass gathers
+again, makes a gradient per gathered row (`sparse_backward`), and the SparseCore sums them by entry. Nothing held grows with
+queries x entries but the selection itself.
+
+The rows of a chunk are gathered while the chunk before is attended to. With one chunk a turn XLA would keep the rows of all
+turns in the same memory, which it can only do by ending the attention before the gather starts; two chunks a turn have two.
 
 Axis letters: B batch   S queries   H heads   T entries   d head width   W words   C queries of a chunk   K places of a list
               R rows of a step   N all steps
@@ -21,7 +24,7 @@ from jax import lax
 from pallas_kernels import bits, blocks, tpu
 from pallas_kernels.sparse_attention import sparse_backward, sparse_forward, sparse_lists, sparse_plan, sparse_rows, tiles
 
-FORWARD_ROWS, BACKWARD_ROWS = 2**18, 2**17  # gathered together
+ROWS = 2**17  # gathered together
 FORWARD_STEP = {"v5p": (8, 1024), "v6e": (8, 1024), "tpu7x": (8, 1024)}  # queries, places of a tile
 BACKWARD_STEP = {"v5p": (4, 1024), "v6e": (8, 1024), "tpu7x": (4, 1024)}
 
@@ -45,7 +48,7 @@ def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, 
 
 
 def _chosen(selection, num_entries, places):
-  """What the lists are made of, hidden entries left out: rows of bits, or entry numbers with -1 anywhere; most of a query."""
+  """What lists are made of, hidden entries left out: rows of bits, or numbers with -1 anywhere; and the most of a query."""
   if selection.kind != "indices" or not num_entries:
     return bits.words_of(selection, num_entries, places), min(selection.top_k or num_entries, num_entries)
   seen = jax.vmap(blocks.picked_sees)(selection.picks, places["positions"], places["segment_ids"], places["entry_last"],
@@ -78,39 +81,44 @@ def _plan(q, entries, static, steps, rows):
 
 
 def _backward_rows(num_entries):
-  """Every chunk reads and writes the sums of all entries once: the more there are, the larger it must be."""
-  return BACKWARD_ROWS * min(max(num_entries // 2**14, 1), 4)
+  """Rows of a chunk: every one reads and writes the sums of all entries once: the more there are, the larger it must be."""
+  return ROWS * min(max(num_entries // 2**14, 1), 4)
 
 
-def _gather(entries, chosen, plan, static):
-  """The lists and rows of a chunk.
+def _readers(entries, chosen, plan, static):
+  """What reads the selection and the entries.
 
   Returns:
-    A function of the chunk's number; past the end it is the last one's. It gives rows' numbers int32 [C, K] in the table of
-    all batch rows, -1 in empty places, and the rows, packed [C / queries, queries, K, w], anything in empty places.
+    lists: numbers of some chunks, those past the end meaning the last one -> for each, int32 [C, K]: numbers of the entries
+      in the table of all batch rows, -1 in empty places.
+    fetch: one of them -> the rows, packed [C / queries, queries, K, w], anything in empty places.
   """
   options, kind, _ = static
-  numbered = kind == "indices" and plan.entries > 0
   rows_of_each = max(plan.entries, 1)
   entries = tpu.pad_axis(tpu.pad_axis(entries, 1, rows_of_each), 2, plan.width)
   table = sparse_rows.pack(entries.reshape(-1, plan.width))
-  chosen = sparse_plan.by_query(chosen, plan, -1 if numbered else 0)
+  chosen = sparse_plan.by_query(chosen, plan, -1 if kind == "indices" else 0)
 
-  def gather(chunk):
-    chunk = jnp.minimum(chunk, plan.chunks - 1)
-    index_CK = lax.dynamic_index_in_dim(chosen, chunk, keepdims=False)
-    if numbered:
-      index_CK = tpu.pad_axis(index_CK, 1, plan.places, -1)
+  def lists(*chunks):
+    chunks = [jnp.minimum(chunk, plan.chunks - 1) for chunk in chunks]
+    if not plan.entries:
+      return [jnp.full((plan.chunk_queries, plan.places), -1, jnp.int32) for _ in chunks]
+    index = jnp.concatenate([lax.dynamic_index_in_dim(chosen, chunk, keepdims=False) for chunk in chunks])
+    if kind == "indices":
+      index = tpu.pad_axis(index, 1, plan.places, -1)
     else:
-      index_CK = sparse_lists.from_words(index_CK, plan.places, options)
+      index = sparse_lists.from_words(index, plan.places, options)
+    return [jnp.where(x_CK < 0, -1, x_CK + sparse_plan.row_offsets(chunk, plan))
+            for x_CK, chunk in zip(jnp.split(index, len(chunks)), chunks)]
+
+  def fetch(index_CK):
     # An empty place reads an entry all the same, each another one: thousands of copies of one row would queue up.
     query, place = (lax.broadcasted_iota(jnp.int32, index_CK.shape, axis) for axis in (0, 1))
-    offset, anything = sparse_plan.row_offsets(chunk, plan), lax.rem(query * 61 + place, rows_of_each)
-    index_CK = jnp.where(index_CK < 0, -1, index_CK + offset)
-    rows = sparse_rows.gather(table, jnp.where(index_CK < 0, anything + offset, index_CK).reshape(-1), options.interpret)
-    return index_CK, rows.reshape(-1, plan.queries, plan.places, table.shape[1])
+    safe_CK = jnp.where(index_CK < 0, lax.rem(query * 61 + place, table.shape[0]), index_CK)
+    rows = sparse_rows.gather(table, safe_CK.reshape(-1), options.interpret)
+    return rows.reshape(-1, plan.queries, plan.places, table.shape[1])
 
-  return gather
+  return lists, fetch
 
 
 def _words(index_CK, plan):
@@ -126,28 +134,28 @@ def _operands(q, window_kv, sink, segment_ids, window, plan):
 
 def forward(q, window_kv, entries, sink, chosen, segment_ids, static):
   """-> out [B, S, H, d] in q's dtype, lse [B, S, H] float32."""
-  options, plan = static[0], _plan(q, entries, static, FORWARD_STEP, FORWARD_ROWS)
+  options, plan = static[0], _plan(q, entries, static, FORWARD_STEP, ROWS)
   operands = _operands(q, window_kv, sink, segment_ids, options.window, plan)
-  gather = _gather(entries, chosen, plan, static)
+  lists, fetch = _readers(entries, chosen, plan, static)
   results = (lax.empty(operands[0].shape, q.dtype),
              lax.empty((plan.steps, plan.rows // tpu.LANES, tpu.LANES), jnp.float32))
 
-  def meet(chunk, found, results):
-    index, rows = found
+  def meet(chunk, index, rows, results):
     return tuple(sparse_forward.attend_rows(chunk, rows, _words(index, plan), operands, results, plan, options))
 
   def two(pair, carry):
-    found, results = carry
-    second = gather(2 * pair + 1)
-    results = meet(2 * pair, found, results)
-    found = gather(2 * pair + 2)
-    return found, meet(jnp.minimum(2 * pair + 1, plan.chunks - 1), second, results)
+    first, rows, results = carry
+    second, third = lists(2 * pair + 1, 2 * pair + 2)
+    rows_ahead = fetch(second)
+    results = meet(2 * pair, first, rows, results)
+    rows = fetch(third)
+    return third, rows, meet(jnp.minimum(2 * pair + 1, plan.chunks - 1), second, rows_ahead, results)
 
-  first = gather(jnp.int32(0))
+  first, = lists(jnp.int32(0))
   if plan.chunks == 1:
-    out, lse = meet(jnp.int32(0), first, results)
+    out, lse = meet(jnp.int32(0), first, fetch(first), results)
   else:
-    _, (out, lse) = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, (first, results))
+    _, _, (out, lse) = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, (first, fetch(first), results))
   return sparse_plan.from_steps(out, q.shape, plan), tiles.from_statistics(lse, q.shape, plan)
 
 
@@ -158,16 +166,15 @@ def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, 
   operands = (*_operands(q, window_kv, sink, segment_ids, options.window, plan),
               *(sparse_plan.as_steps(x, plan) for x in (out, d_out)),
               statistics.reshape(2, plan.steps, *statistics.shape[3:]))
-  gather = _gather(entries, chosen, plan, static)
+  lists, fetch = _readers(entries, chosen, plan, static)
   num_rows = plan.batch * max(plan.entries, 1)
   units = sparse_rows.Units.of(num_rows, plan.width, options.chip)
 
-  def meet(chunk, found, gradients):
+  def meet(chunk, index, rows, gradients):
     """Gradients with a chunk's part in them, and the rows of its part to add to the entries'; past the end: nothing new."""
-    index, rows = found
     *gradients, d_sink = gradients
-    *gradients, d_rows, d_logit = sparse_backward.gradients(jnp.minimum(chunk, plan.chunks - 1), rows, _words(index, plan),
-                                                            operands, gradients, plan, options)
+    *gradients, d_rows, d_logit = sparse_backward.gradients(
+        jnp.minimum(chunk, plan.chunks - 1), rows, _words(index, plan), operands, gradients, plan, options)
     new = chunk < plan.chunks
     d_sink += jnp.where(new, d_logit[..., 0].sum(0), 0)
     return (*gradients, d_sink), (jnp.where(new, index, -1).reshape(-1), d_rows.reshape(-1, plan.width))
@@ -176,25 +183,27 @@ def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, 
     return sparse_rows.add_rows(sums, *part, options.chip, options.interpret)
 
   def two(pair, carry):
-    found, left, sums, gradients = carry
+    first, rows, left, sums, gradients = carry
+    second, third = lists(2 * pair + 1, 2 * pair + 2)
     sums = add(sums, left)
-    second = gather(2 * pair + 1)
-    gradients, part = meet(2 * pair, found, gradients)
+    rows_ahead = fetch(second)
+    gradients, part = meet(2 * pair, first, rows, gradients)
     sums = add(sums, part)
-    found = gather(2 * pair + 2)
-    gradients, left = meet(2 * pair + 1, second, gradients)
-    return found, left, sums, gradients
+    rows = fetch(third)
+    gradients, left = meet(2 * pair + 1, second, rows_ahead, gradients)
+    return third, rows, left, sums, gradients
 
   gradients = (lax.empty(operands[0].shape, q.dtype),
                lax.empty((plan.batch, plan.windows, 2 * plan.reach, plan.width), jnp.float32),
                jnp.zeros((plan.heads,), jnp.float32))
-  first, sums = gather(jnp.int32(0)), units.zeros(plan.width)
+  (first,), sums = lists(jnp.int32(0)), units.zeros(plan.width)
   if plan.chunks == 1:
-    gradients, left = meet(jnp.int32(0), first, gradients)
+    gradients, left = meet(jnp.int32(0), first, fetch(first), gradients)
   else:
     places = plan.chunk_queries * plan.places
     nothing = jnp.full((places,), -1, jnp.int32), lax.empty((places, plan.width), jnp.float32)
-    _, left, sums, gradients = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, (first, nothing, sums, gradients))
+    start = first, fetch(first), nothing, sums, gradients
+    _, _, left, sums, gradients = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, start)
   dq, d_near, d_sink = gradients
   d_entries = units.table(add(sums, left), num_rows).reshape(plan.batch, -1, plan.width)
   cut = lambda gradient, x: gradient[:, :x.shape[1], :x.shape[2]].astype(x.dtype)

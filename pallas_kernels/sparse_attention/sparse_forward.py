@@ -77,7 +77,8 @@ def _body(_, rows, words, q, near_keys, near_words, sink, out_before, lse_before
       s = tiles.hide(matmul_t(qs[r], keys), tiles.key_mask(words[pl.ds(query, 1)], tile, plan.tile))
       new = jnp.maximum(top[r], s.max(-1, keepdims=True))
       p, keep = jnp.exp2(s - widen(new, plan.tile)), jnp.exp2(top[r] - new)
-      sums, values = keep * total[r] + tpu.lane_sums(p), acc[r] * widen(keep, plan.width) + matmul(p.astype(keys.dtype), keys)
+      sums = keep * total[r] + tpu.lane_sums(p)
+      values = acc[r] * widen(keep, plan.width) + matmul(p.astype(keys.dtype), keys)
       if last:
         sums = sums.sum(-1, keepdims=True)
         out[r] = (values * (1 / sums)).astype(out.dtype)

@@ -87,7 +87,7 @@ def _body(*refs, words, places):
   for first in range(0, min(words, places), LANES):
     at = pl.ds(base + first, LANES)
     v = value[at]
-    count = _bit_count(v)
+    count = bit_count(v)
     upto, before = _counts_to(count, before)
     row = first + _row_numbers()
     number = tag[at] if numbers else row + tag[at]
@@ -106,8 +106,8 @@ def _body(*refs, words, places):
   for first in range(0, places, LANES):
     v, t = value[pl.ds(base + first, LANES)], tag[pl.ds(base + first, LANES)]
     number, rank = t >> 5, t & 31
-    entry = (number >> 7) * bits.GROUP + _bit_of_rank(v, rank) * LANES + (number & (LANES - 1))
-    out[:, pl.ds(first, LANES)] = jnp.transpose(jnp.where(rank < _bit_count(v), entry, -1))
+    entry = (number >> 7) * bits.GROUP + bit_of_rank(v, rank) * LANES + (number & (LANES - 1))
+    out[:, pl.ds(first, LANES)] = jnp.transpose(jnp.where(rank < bit_count(v), entry, -1))
 
 
 def _row_numbers():
@@ -159,13 +159,14 @@ def _partial_counts(x):
   return two, four, eight, eight + right(eight, 8) & 0x00FF00FF
 
 
-def _bit_count(x):
+def bit_count(x):
+  """Ones of int32 words."""
   sixteen = _partial_counts(x)[3]
   return (sixteen + (sixteen >> 16)) & 63
 
 
-def _bit_of_rank(x, rank):
-  """Number of the bit of each word before which `rank` ones lie."""
+def bit_of_rank(x, rank):
+  """The bit of each int32 word that is a one with `rank` ones below it; anything where there is none."""
   two, four, eight, sixteen = _partial_counts(x)
   place = jnp.zeros_like(x)
   for size, counts in ((16, sixteen), (8, eight), (4, four), (2, two), (1, x)):

@@ -189,9 +189,9 @@ def add_rows(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, chip: 
         pltpu.sync_copy(shared.at[c, mine], sums.at[unit, mine, pl.ds(c * LANES, LANES)])
 
   ref = jax.new_ref(sums_UEd)
-  numbers = lambda size: pltpu.VMEM((size,), jnp.int32)
+  numbers = [pltpu.VMEM((count,), jnp.int32) for count in (section, section + batch, section + batch, batch, batch)]
   pl.kernel(body, mesh=_subcores(), out_type=(), name="add_rows",
-            scratch_types=[numbers(section), numbers(section + batch), numbers(section + batch), numbers(batch),
-                           numbers(batch), pltpu.VMEM((columns, batch, LANES), jnp.float32), pltpu.SemaphoreType.DMA((columns,)),
+            scratch_types=[*numbers, pltpu.VMEM((columns, batch, LANES), jnp.float32),
+                           pltpu.SemaphoreType.DMA((columns,)),
                            pltpu.VMEM_SHARED((columns, size + 8, LANES), jnp.float32)], **_PARAMS)(ref, padded, rows_nd)
   return jax.freeze(ref)

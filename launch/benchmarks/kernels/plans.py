@@ -164,9 +164,10 @@ def _sparse_attention_backward(case: Case, call: Call, chip: Chip) -> Plan:
   return _sparse_steps(call, 5, ("new window?",), lambda steps, runs: (steps, runs, *[steps] * 5, runs))
 
 
-def _sparse_steps(call: Call, matmuls: int, names: Sequence[str], visits: Callable[[int, int], tuple[float, ...]]) -> Plan:
+def _sparse_steps(call: Call, matmuls: int, names: Sequence[str],
+                  visits: Callable[[int, int], tuple[float, ...]]) -> Plan:
   """`visits` of the windows whose number is prefetched, from the steps and runs of the grid."""
-  (queries, tile, _), (rows, width), near = call.blocks[0][1:], call.blocks[2][1:], call.blocks[3][2]
+  tile, (rows, width), near = call.blocks[0][2], call.blocks[2][1:], call.blocks[3][2]
   steps, runs = math.prod(call.grid), call.grid[0]
   flops = 2.0 * matmuls * rows * width * (steps * tile + math.prod(call.grid[:2]) * near)
   return Plan(tuple((name, runs) for name in names), "", steps, visits(steps, runs), flops)

@@ -1,10 +1,11 @@
 """From a compiler's answer to the row of a case: schedules times executions, beside the bounds.
 
-A part is an instruction of the program: a kernel or a fused operation of XLA. Its time in cycles is the largest of its
-schedule, its HBM bytes and, of a kernel, its matmuls at the chip's rates; parts run one after another, so the program's time
-is their sum. Only what the SparseCore does beside a kernel of the TensorCore overlaps: all of it and of the TensorCore's parts
-together take the larger of the TensorCore's time and of their HBM bytes. XLA's parts together take no less than their matmuls; a loop inside one of them whose length its schedule does
-not give counts once, so others may look better than they are.
+A part is an instruction of the program: a kernel or a fused operation of XLA. Its time in cycles is the largest of
+its schedule, its HBM bytes and, of a kernel, its matmuls at the chip's rates; parts run one after another, so the
+program's time is their sum. Only what the SparseCore does beside a kernel of the TensorCore overlaps: both together
+take the larger of the TensorCore's time and of their HBM bytes. XLA's parts together take no less than their matmuls;
+a loop inside one of them whose length its schedule does not give counts once, so others may look better than they
+are.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def _figures(case: Case, chip: Chip, answer: Mapping[str, Any], kernels: Sequenc
   row = {
       "matrix_cycles": floor["matrix"], "hbm_cycles": floor["hbm"], "vector_cycles": floor["vector"] or None,
       "vector_slot_cycles": sums["vector"], "schedule_cycles": sums["schedule"],
-      "time_cycles": time, "serial_cycles": max(sums["serial"], largest), "ratio": time / largest, "cycles_per_token": time / case.tokens,
+      "time_cycles": time, "serial_cycles": max(sums["serial"], largest), "ratio": time / largest,
+      "cycles_per_token": time / case.tokens,
       "tokens_per_second_per_chip": case.tokens * chip.clock / time * chip.devices_per_chip,
       "hbm_bytes": sums["hbm_bytes"], "hbm_bytes_least": least.bytes, "hbm_ratio": sums["hbm_bytes"] / least.bytes,
       "row_bound_cycles": max(floor["matrix"], least.row_bytes / chip.bytes_per_cycle),
