@@ -91,7 +91,8 @@ def _readers(entries, chosen, plan, static):
   Returns:
     lists: numbers of some chunks, those past the end meaning the last one -> for each, int32 [C, K]: numbers of the entries
       in the table of all batch rows, -1 in empty places.
-    fetch: one of them -> the rows, packed [C / queries, queries, K, w], anything in empty places.
+    fetch: one of them -> the rows, packed [C / queries, queries, K, w], anything in empty places. With sums of entries and
+      a part to add to them (see `backward`) it does that as well and returns both.
   """
   options, kind, _ = static
   rows_of_each = max(plan.entries, 1)
@@ -111,12 +112,16 @@ def _readers(entries, chosen, plan, static):
     return [jnp.where(x_CK < 0, -1, x_CK + sparse_plan.row_offsets(chunk, plan))
             for x_CK, chunk in zip(jnp.split(index, len(chunks)), chunks)]
 
-  def fetch(index_CK):
+  def fetch(index_CK, sums=None, part=None):
     # An empty place reads an entry all the same, each another one: thousands of copies of one row would queue up.
     query, place = (lax.broadcasted_iota(jnp.int32, index_CK.shape, axis) for axis in (0, 1))
     safe_CK = jnp.where(index_CK < 0, lax.rem(query * 61 + place, table.shape[0]), index_CK)
-    rows = sparse_rows.gather(table, safe_CK.reshape(-1), options.interpret)
-    return rows.reshape(-1, plan.queries, plan.places, table.shape[1])
+    if part is None:
+      rows = sparse_rows.gather(table, safe_CK.reshape(-1), options.interpret)
+    else:
+      sums, rows = sparse_rows.add_rows_and_gather(sums, *part, table, safe_CK.reshape(-1), options.chip, options.interpret)
+    rows = rows.reshape(-1, plan.queries, plan.places, table.shape[1])
+    return rows if part is None else (sums, rows)
 
   return lists, fetch
 
@@ -179,17 +184,12 @@ def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, 
     d_sink += jnp.where(new, d_logit[..., 0].sum(0), 0)
     return (*gradients, d_sink), (jnp.where(new, index, -1).reshape(-1), d_rows.reshape(-1, plan.width))
 
-  def add(sums, part):
-    return sparse_rows.add_rows(sums, *part, options.chip, options.interpret)
-
   def two(pair, carry):
     first, rows, left, sums, gradients = carry
     second, third = lists(2 * pair + 1, 2 * pair + 2)
-    sums = add(sums, left)
-    rows_ahead = fetch(second)
+    sums, rows_ahead = fetch(second, sums, left)
     gradients, part = meet(2 * pair, first, rows, gradients)
-    sums = add(sums, part)
-    rows = fetch(third)
+    sums, rows = fetch(third, sums, part)
     gradients, left = meet(2 * pair + 1, second, rows_ahead, gradients)
     return third, rows, left, sums, gradients
 
@@ -205,7 +205,8 @@ def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, 
     start = first, fetch(first), nothing, sums, gradients
     _, _, left, sums, gradients = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, start)
   dq, d_near, d_sink = gradients
-  d_entries = units.table(add(sums, left), num_rows).reshape(plan.batch, -1, plan.width)
+  sums = sparse_rows.add_rows(sums, *left, options.chip, options.interpret)
+  d_entries = units.table(sums, num_rows).reshape(plan.batch, -1, plan.width)
   cut = lambda gradient, x: gradient[:, :x.shape[1], :x.shape[2]].astype(x.dtype)
   return (sparse_plan.from_steps(dq, q.shape, plan), cut(tiles.from_near_keys(d_near), window_kv), cut(d_entries, entries),
           (-tpu.LOG2E * d_sink[:sink.shape[0]]).astype(sink.dtype))

@@ -51,12 +51,19 @@ def gather(table_Tw: jax.Array, index_n: jax.Array, interpret: bool) -> jax.Arra
   """Rows [n, w] of a table [T, w] (or numbers [n] of [T]) of 32-bit numbers; all of `index_n` must be rows."""
   if interpret:
     return jnp.take(table_Tw, index_n, axis=0)
+  padded, out, body, scratch = _gather_job(table_Tw, index_n, _BUFFER_BYTES)
+  found = pl.kernel(body, mesh=_subcores(), out_type=out, scratch_types=scratch, name="gather_rows", **_PARAMS)(
+      table_Tw, padded)
+  return found[:index_n.shape[0]]
+
+
+def _gather_job(table_Tw, index_n, buffer_bytes):
+  """Row numbers as the subcores share them, the result, a subcore's code (table, numbers, out, *scratch), its scratch."""
   info, row = plsc.get_sparse_core_info(), table_Tw.shape[1:]
   workers = info.num_cores * info.num_subcores
-  batch = min(max(_BUFFER_BYTES // (4 * (row or (1,))[0]), 8), 128)
+  batch = min(max(buffer_bytes // (4 * (row or (1,))[0]), 8), 128)
   section = min(_SECTION, tpu.round_up(-(-index_n.shape[0] // workers), batch))
   share = tpu.round_up(-(-index_n.shape[0] // workers), section)
-  padded = tpu.pad_axis(index_n, 0, share * workers)
 
   def body(table, numbers, out, index, rows, arrived, left):
     first = (lax.axis_index("core") * info.num_subcores + lax.axis_index("subcore")) * share
@@ -83,11 +90,10 @@ def gather(table_Tw: jax.Array, index_n: jax.Array, interpret: bool) -> jax.Arra
         put(g).start()
       put(batches - 1).wait()
 
-  found = pl.kernel(
-      body, mesh=_subcores(), out_type=jax.ShapeDtypeStruct((share * workers, *row), table_Tw.dtype), name="gather_rows",
-      scratch_types=[pltpu.VMEM((section,), jnp.int32), pltpu.VMEM((2, batch, *row), table_Tw.dtype),
-                     pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))], **_PARAMS)(table_Tw, padded)
-  return found[:index_n.shape[0]]
+  scratch = [pltpu.VMEM((section,), jnp.int32), pltpu.VMEM((2, batch, *row), table_Tw.dtype),
+             pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))]
+  out = jax.ShapeDtypeStruct((share * workers, *row), table_Tw.dtype)
+  return tpu.pad_axis(index_n, 0, share * workers), out, body, scratch
 
 
 def _subcores() -> plsc.VectorSubcoreMesh:
@@ -129,15 +135,40 @@ def add_rows(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, chip: 
   A core takes its units into shared memory in turn. For each, its subcores pick those places of their share whose row
   belongs to the unit, fetch just these rows and add them there by streams, which are atomic; so every row is read once.
   """
-  units, size, width = sums_UEd.shape
   if interpret:
+    units, size, _ = sums_UEd.shape
     row = jnp.where(index_n < 0, units * size, index_n)  # beyond the end: dropped
     return sums_UEd.at[row % units, row // units].add(rows_nd, mode="drop")
+  padded, body, scratch = _add_job(sums_UEd, index_n, _ADD_BUFFER_BYTES[chip.name])
+  sums = jax.new_ref(sums_UEd)
+  pl.kernel(body, mesh=_subcores(), out_type=(), scratch_types=scratch, name="add_rows", **_PARAMS)(sums, padded, rows_nd)
+  return jax.freeze(sums)
+
+
+def add_rows_and_gather(sums_UEd, index_n, rows_nd, table_Tw, wanted_m, chip: tpu.Chip, interpret: bool):
+  """`add_rows` of the first three and `gather` of the next two in one call: two calls would not both run beside a kernel."""
+  if interpret:
+    return add_rows(sums_UEd, index_n, rows_nd, chip, True), gather(table_Tw, wanted_m, True)
+  wanted, out, get, get_scratch = _gather_job(table_Tw, wanted_m, _UNIT_BYTES[chip.name] // 128)
+  padded, add, add_scratch = _add_job(sums_UEd, index_n, _ADD_BUFFER_BYTES[chip.name] // 2)
+
+  def body(table, wanted, sums, numbers, rows, out, *scratch):
+    get(table, wanted, out, *scratch[:len(get_scratch)])
+    add(sums, numbers, rows, *scratch[len(get_scratch):])
+
+  sums = jax.new_ref(sums_UEd)
+  found = pl.kernel(body, mesh=_subcores(), out_type=out, scratch_types=get_scratch + add_scratch,
+                    name="add_rows_and_gather", **_PARAMS)(table_Tw, wanted, sums, padded, rows_nd)
+  return jax.freeze(sums), found[:wanted_m.shape[0]]
+
+
+def _add_job(sums_UEd, index_n, buffer_bytes):
+  """Row numbers as the subcores share them, a subcore's code (sums, numbers, rows, *scratch), and its scratch."""
+  units, size, width = sums_UEd.shape
   info = plsc.get_sparse_core_info()
-  lanes, batch = info.num_lanes, _ADD_BUFFER_BYTES[chip.name] // (4 * width)
+  lanes, batch = info.num_lanes, buffer_bytes // (4 * width)
   share = tpu.round_up(-(-index_n.shape[0] // info.num_subcores), lanes * 16)
   section = next(size for size in (2048, 1024, 512, 256, lanes * 16) if share % size == 0)
-  padded = tpu.pad_axis(index_n, 0, share * info.num_subcores, -1)
   own = size // info.num_subcores
   shift, columns = units.bit_length() - 1, width // LANES
 
@@ -188,10 +219,7 @@ def add_rows(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, chip: 
       for c in range(columns):
         pltpu.sync_copy(shared.at[c, mine], sums.at[unit, mine, pl.ds(c * LANES, LANES)])
 
-  ref = jax.new_ref(sums_UEd)
   numbers = [pltpu.VMEM((count,), jnp.int32) for count in (section, section + batch, section + batch, batch, batch)]
-  pl.kernel(body, mesh=_subcores(), out_type=(), name="add_rows",
-            scratch_types=[*numbers, pltpu.VMEM((columns, batch, LANES), jnp.float32),
-                           pltpu.SemaphoreType.DMA((columns,)),
-                           pltpu.VMEM_SHARED((columns, size + 8, LANES), jnp.float32)], **_PARAMS)(ref, padded, rows_nd)
-  return jax.freeze(ref)
+  scratch = [*numbers, pltpu.VMEM((columns, batch, LANES), jnp.float32), pltpu.SemaphoreType.DMA((columns,)),
+             pltpu.VMEM_SHARED((columns, size + 8, LANES), jnp.float32)]
+  return tpu.pad_axis(index_n, 0, share * info.num_subcores, -1), body, scratch

@@ -399,17 +399,20 @@ ENTRY %main (t: s32[64,256], n: s32[4096]) -> s32[4096,256] {
   %attend.1 = f32[8,128]{1,0:T(8,128)} custom-call(%t), custom_call_target="tpu_custom_call"
   %done.3 = s32[4096,256]{1,0:T(8,128)} call-done(%gather_rows.3)
   %add_rows.4 = ((f32[64,512]{1,0:T(8,128)}, s32[4096]{0:T(1024)}), f32[64,512]{1,0:T(8,128)}) call-start(%s, %n)
-  ROOT %done.4 = f32[64,512]{1,0:T(8,128)} call-done(%add_rows.4)
+  %done.4 = f32[64,512]{1,0:T(8,128)} call-done(%add_rows.4)
+  %add_rows_and_gather.5 = (ARGUMENTS, s32[4096,256]{1,0}, f32[64,512]{1,0}) call-start(%t, %n, %s, %m, %r)
+  ROOT %done.5 = (s32[4096,256]{1,0}, f32[64,512]{1,0}) call-done(%add_rows_and_gather.5)
 }
-"""
+""".replace("ARGUMENTS", "(s32[64,256]{1,0}, s32[4096]{0}, f32[64,512]{1,0}, s32[32]{0}, f32[32,512]{1,0})")
 
 
 def test_calls_of_the_sparse_core_are_told_apart():
   """A gather reads the rows that it writes, not its table; a kernel between its start and its end runs beside it."""
-  gather, attend, add = program.parts(BESIDE)
+  gather, attend, add, both = program.parts(BESIDE)
   assert (gather.sparse_core, gather.overlaps, gather.hbm_bytes) == (True, True, 2 * 4096 * 1024 + 4096 * 4)
   assert (attend.sparse_core, attend.kernel) == (False, True)
   assert (add.sparse_core, add.overlaps, add.hbm_bytes) == (True, False, 2 * 64 * 2048 + 4096 * 4)
+  assert both.hbm_bytes == gather.hbm_bytes + 2 * 64 * 2048 + 32 * (4 + 2048)
 
 
 def test_what_runs_beside_a_kernel_takes_only_hbm():

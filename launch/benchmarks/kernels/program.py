@@ -167,12 +167,19 @@ def _moved(instruction: _Instruction, types: Mapping[str, str], computations: _C
     return 2 * hbm_bytes(instruction.type)
   if instruction.opcode == "dynamic-update-slice":
     return 2 * hbm_bytes(operands[1])
-  if instruction.opcode == "call-start" and instruction.name.startswith("gather_"):
-    numbers, result = [_array_bytes(*array) for array in _SHAPE.findall(instruction.type) if array[1]][-2:]
-    return max(result, numbers // 4 * GRANULE) + numbers + result  # a row for each int32 number
+  if instruction.opcode == "call-start" and "gather" in instruction.name:  # of the table, a row for each int32 number
+    table, numbers, *others = [_array_bytes(*array) for array in _SHAPE.findall(instruction.type) if array[1]]
+    return max(_gathered(instruction.type, others), numbers // 4 * GRANULE) + numbers + sum(others)
   if instruction.opcode.endswith("-start"):  # the type holds source and target
     return hbm_bytes(instruction.type)
   return sum(map(hbm_bytes, operands)) + hbm_bytes(instruction.type)
+
+
+def _gathered(type_text: str, others: Sequence[int]) -> int:
+  """Bytes of the rows that a call took out of its first operand: those of the result with rows like the operand's."""
+  arrays = [array for array in _SHAPE.findall(type_text) if array[1]]
+  kind = lambda array: (array[0], array[1].split(",")[1:])
+  return next(size for array, size in zip(arrays[:1:-1], reversed(others)) if kind(array) == kind(arrays[0]))
 
 
 def parts(text: str) -> list[Part]:
