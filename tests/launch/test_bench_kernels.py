@@ -415,6 +415,14 @@ def test_calls_of_the_sparse_core_are_told_apart():
   assert both.hbm_bytes == gather.hbm_bytes + 2 * 64 * 2048 + 32 * (4 + 2048)
 
 
+def test_calls_that_a_newer_compiler_starts_empty():
+  text = BESIDE.replace("%gather_rows.3 = (", "%start.3 = ((), (), (s32[1]{0:T(128)S(2)})) call-start()\n  %gather_rows.3 = (")
+  text = text.replace("call-start(%t, %n)", "call-update(%start.3, %t, %n)")
+  start, *others = program.parts(text)
+  assert (start.sparse_core, start.hbm_bytes) == (False, 0)
+  assert others == program.parts(BESIDE)
+
+
 def test_what_runs_beside_a_kernel_takes_only_hbm():
   case = Case("attention_sparse", "pro", 2**16, FORWARD)
   beside = program.Part("gather_rows.1", False, 1, True, 10**11, 0, True, True)

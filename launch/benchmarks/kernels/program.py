@@ -167,12 +167,18 @@ def _moved(instruction: _Instruction, types: Mapping[str, str], computations: _C
     return 2 * hbm_bytes(instruction.type)
   if instruction.opcode == "dynamic-update-slice":
     return 2 * hbm_bytes(operands[1])
-  if instruction.opcode == "call-start" and "gather" in instruction.name:  # of the table, a row for each int32 number
+  if _on_sparse_core(instruction) and "gather" in instruction.name:  # of the table, a row for each int32 number
     table, numbers, *others = [_array_bytes(*array) for array in _SHAPE.findall(instruction.type) if array[1]]
     return max(_gathered(instruction.type, others), numbers // 4 * GRANULE) + numbers + sum(others)
-  if instruction.opcode.endswith("-start"):  # the type holds source and target
+  if instruction.opcode.endswith("-start") or _on_sparse_core(instruction):  # the type holds source and target
     return hbm_bytes(instruction.type)
   return sum(map(hbm_bytes, operands)) + hbm_bytes(instruction.type)
+
+
+def _on_sparse_core(instruction: _Instruction) -> bool:
+  """The start of a call there; newer compilers start it empty and hand over its arrays in an update."""
+  arrays = sum(bool(dims) for _, dims, _ in _SHAPE.findall(instruction.type))
+  return instruction.opcode in ("call-start", "call-update") and arrays > 2
 
 
 def _gathered(type_text: str, others: Sequence[int]) -> int:
@@ -200,7 +206,7 @@ def parts(text: str) -> list[Part]:
         used = _VMEM.search(instruction.rest)
         after = itertools.takewhile(lambda other, start=instruction.name: not (
             other.opcode == "call-done" and start in other.operands), computations[name][number + 1:])
-        asynchronous = opcode == "call-start"
+        asynchronous = _on_sparse_core(instruction)
         found.append(Part(instruction.name, _is_kernel(instruction), times, certain,
                           _moved(instruction, types, computations), int(used[1]) if used else 0, asynchronous,
                           asynchronous and any(map(_is_kernel, after))))
