@@ -416,7 +416,8 @@ def test_calls_of_the_sparse_core_are_told_apart():
 
 
 def test_calls_that_a_newer_compiler_starts_empty():
-  text = BESIDE.replace("%gather_rows.3 = (", "%start.3 = ((), (), (s32[1]{0:T(128)S(2)})) call-start()\n  %gather_rows.3 = (")
+  start = "%start.3 = ((), (), (s32[1]{0:T(128)S(2)})) call-start()\n  "
+  text = BESIDE.replace("%gather_rows.3 = (", start + "%gather_rows.3 = (")
   text = text.replace("call-start(%t, %n)", "call-update(%start.3, %t, %n)")
   start, *others = program.parts(text)
   assert (start.sparse_core, start.hbm_bytes) == (False, 0)
