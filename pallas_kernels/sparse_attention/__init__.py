@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import pick, tpu
 from pallas_kernels.selection import Selection
-from pallas_kernels.sparse_attention import blockwise, forms, kernel, reference
+from pallas_kernels.sparse_attention import blockwise, forms, kernel, reference, sparse
 
 
 def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Selection, sink: jax.Array, *,
@@ -64,7 +64,5 @@ def _form(q, entries, selection: Selection, chip: tpu.Chip):
   num_entries = entries.shape[1]
   top_k = {"all": num_entries, "bits": selection.top_k, "indices": selection.picks.shape[2]}[selection.kind]
   form = forms.choose(q.shape[1], num_entries, top_k, chip.name)
-  if form == "sparse":
-    from pallas_kernels.sparse_attention import sparse
-    return functools.partial(sparse.attend, interpret=False)
-  return blockwise.attend if form == "blockwise" else functools.partial(kernel.attend, interpret=False)
+  kernels = {"masked": kernel, "sparse": sparse}
+  return blockwise.attend if form == "blockwise" else functools.partial(kernels[form].attend, interpret=False)

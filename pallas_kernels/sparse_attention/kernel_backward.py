@@ -119,8 +119,8 @@ def _body(counts, ids, q, words, entries, near_words, near_keys, sink, out, d_ou
     for chunk in range(plan.rows // LANES):
       rows = pl.ds(chunk * LANES, LANES)
       dot = (out[rows].astype(jnp.float32) * d_out[rows].astype(jnp.float32)).sum(-1, keepdims=True)
-      delta[rows] = (dot - _column(lse_and_d_lse[1, pl.ds(chunk, 1)])) * tpu.LN2
-      lse2[rows] = _column(lse_and_d_lse[0, pl.ds(chunk, 1)] * tpu.LOG2E)
+      delta[rows] = (dot - tiles.column(lse_and_d_lse[1, pl.ds(chunk, 1)])) * tpu.LN2
+      lse2[rows] = tiles.column(lse_and_d_lse[0, pl.ds(chunk, 1)] * tpu.LOG2E)
     share = jnp.exp2(jnp.minimum(tiles.per_row(sink[...], plan) - lse2[...], 0.0)) * delta[...]
     d_sink[...] += share.reshape(plan.queries, plan.heads, LANES).sum(0)
     first = tiles.first_keys(words, entries, near_words, near_keys, window, plan)
@@ -150,8 +150,3 @@ def _body(counts, ids, q, words, entries, near_words, near_keys, sink, out, d_ou
 
 def _tile_rows(tile, plan):
   return pl.ds(pl.multiple_of(tile * plan.entries, plan.entries), plan.entries)
-
-
-def _column(x_1L):
-  """[1, 128] -> [128, 128] whose row r holds x[r] in all lanes."""
-  return jnp.transpose(jnp.broadcast_to(x_1L, (LANES, LANES)))

@@ -108,6 +108,18 @@ def _power_below(number: int) -> int:
   return 2 ** int(math.log2(number))
 
 
+def window_reach(window: int, length: int) -> int:
+  """Window keys of a block, with which any query sees its window in two blocks.
+
+  Raises:
+    ValueError: a window beyond what a block of queries can read at once.
+  """
+  reach = tpu.round_up(max(min(window, length), 1), LANES)
+  if reach > _LARGEST_REACH:
+    raise ValueError(f"window = {window}: the attention kernel reads at most {_LARGEST_REACH} window keys")
+  return reach
+
+
 def make_plan(q_shape: tuple[int, ...], num_entries: int, itemsize: int, options: Options, rows: int, entries: int,
               whole_windows: bool) -> Plan:
   """The plan for tiles of at most `rows` x `entries`.
@@ -121,9 +133,7 @@ def make_plan(q_shape: tuple[int, ...], num_entries: int, itemsize: int, options
     ValueError: a window beyond what a block of queries can read at once.
   """
   batch, length, heads, width = q_shape
-  reach = tpu.round_up(max(min(options.window, length), 1), LANES)
-  if reach > _LARGEST_REACH:
-    raise ValueError(f"window = {options.window}: the attention kernel reads at most {_LARGEST_REACH} window keys")
+  reach = window_reach(options.window, length)
   heads = tpu.round_up(heads, 8 if heads <= 64 else 16)  # a block's rows fill whole rows of statistics
   queries = min(max(_power_below(rows / heads), 8), _MOST_QUERIES)
   while queries * heads % LANES:
@@ -291,3 +301,8 @@ def scaled(q_Rd: jax.Array, scale: float) -> jax.Array:
 def per_row(x_HL: jax.Array, plan: Plan) -> jax.Array:
   """[H, 128] -> [R, 128], the same for every query."""
   return jnp.broadcast_to(x_HL[None], (plan.queries, plan.heads, LANES)).reshape(plan.rows, LANES)
+
+
+def column(x_1L: jax.Array) -> jax.Array:
+  """[1, 128] -> [128, 128] whose row r holds x[r] in all lanes."""
+  return jnp.transpose(jnp.broadcast_to(x_1L, (LANES, LANES)))

@@ -15,10 +15,11 @@ from launch.benchmarks.memory import run as memory_run
 
 # Lengths at which the indexer leaves entries out, with little memory to plan for.
 SMALL = (
-    Case("attention", "pro", 8192, GRADIENT), Case("select", "flash", 4096, FORWARD),
-    Case("kl_loss", "flash", 4096, GRADIENT), Case("expand_collapse", "pro", 512, GRADIENT),
-    Case("collapse", "flash", 512, GRADIENT), Case("expand", "flash", 512, GRADIENT),
-    Case("experts", "flash", 512, GRADIENT))
+    Case("attention", "pro", 8192, GRADIENT), Case("attention_sparse", "flash", 512, GRADIENT),
+    Case("select", "flash", 4096, FORWARD), Case("kl_loss", "flash", 4096, GRADIENT),
+    Case("expand_collapse", "pro", 512, GRADIENT), Case("collapse", "flash", 512, GRADIENT),
+    Case("expand", "flash", 512, GRADIENT), Case("experts", "flash", 512, GRADIENT))
+SPARSE_TEMP = 6 * 2**30  # bytes: rows, gradients of rows of some chunks and the sums of 262,144 entries, nothing longer
 SAME_KERNEL = {"attention_heavy", "attention_window"}  # as another op in SMALL
 
 
@@ -33,6 +34,8 @@ def problems(case, answer, chip):
   for part in kernels:
     if part["vmem_bytes"] > chip.vmem_bytes:
       found.append(f"{part['name']} takes {part['vmem_bytes']} bytes of VMEM, there are {chip.vmem_bytes}")
+  if case.op == "attention_sparse" and answer["memory"]["temp"] >= SPARSE_TEMP:
+    found.append(f"{answer['memory']['temp']} bytes of temporary memory")
   quadratic = case.queries * case.entries * case.batch * 2  # the smallest array of a number per query and entry
   if case.op in ("attention", "select", "kl_loss") and case.length >= 65536 and answer["memory"]["temp"] >= quadratic:
     found.append(f"{answer['memory']['temp']} bytes of temporary memory, as much as an array [S, T] has: {quadratic}")

@@ -346,9 +346,11 @@ def test_targets_say_yes_no_or_not_measured():
   kernels = {"masked_attention": {"unit_bundles": 7600, "fixed_ratio": 1.05, "guessed": False}}
   mixing = row(Case("expand", "pro", 4096, FORWARD), 2.0, hbm_ratio=1.25)
   select = row(Case("select", "pro", 65536, FORWARD), 3.0, matrix_cycles=2.0)
-  found = report.targets([row(case, 2.0, kernels=kernels), mixing, select], V5P)
+  sparse = row(Case("attention_sparse", "pro", 65536, FORWARD), 2.0, direction=FORWARD, ratio=1.8)
+  backward = row(Case("attention_sparse", "pro", 65536, GRADIENT), 2.0, direction=GRADIENT, ratio=3.0)
+  found = report.targets([row(case, 2.0, kernels=kernels), mixing, select, sparse, backward], V5P)
   assert [(target["value"], target["reached"]) for target in found] == [
-      (7600, False), (None, None), (1.05, True), (1.5, True), (1.25, True)]
+      (7600, False), (None, None), (1.05, True), (1.8, False), (1.5, True), (1.25, True)]
 
 
 # ---- the compiler's process -------------------------------------------------------------------------------------------
@@ -393,6 +395,67 @@ def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
   assert lines[0] == "left out, more than the HBM of one v6e device: attention gradient pro 65,536"
   assert lines[1] == "[1/1] expand forward pro 4,096, ours: fake, about 0 s left"
   assert len(run.measure("v5p:2x2x1", wanted, lines.append)) == 2
+
+
+# ---- the SparseCore ---------------------------------------------------------------------------------------------------
+BESIDE = """\
+HloModule m
+
+ENTRY %main (t: s32[64,256], n: s32[4096]) -> s32[4096,256] {
+  %t = s32[64,256]{1,0:T(8,128)} parameter(0)
+  %n = s32[4096]{0:T(1024)} parameter(1)
+  %gather_rows.3 = ((s32[64,256]{1,0:T(8,128)}, s32[4096]{0}, token[]), s32[4096,256]{1,0:T(8,128)}) call-start(%t, %n)
+  %attend.1 = f32[8,128]{1,0:T(8,128)} custom-call(%t), custom_call_target="tpu_custom_call"
+  %done.3 = s32[4096,256]{1,0:T(8,128)} call-done(%gather_rows.3)
+  %add_rows.4 = ((f32[64,512]{1,0:T(8,128)}, s32[4096]{0:T(1024)}), f32[64,512]{1,0:T(8,128)}) call-start(%s, %n)
+  %done.4 = f32[64,512]{1,0:T(8,128)} call-done(%add_rows.4)
+  %add_rows_and_gather.5 = (ARGUMENTS, s32[4096,256]{1,0}, f32[64,512]{1,0}) call-start(%t, %n, %s, %m, %r)
+  ROOT %done.5 = (s32[4096,256]{1,0}, f32[64,512]{1,0}) call-done(%add_rows_and_gather.5)
+}
+""".replace("ARGUMENTS", "(s32[64,256]{1,0}, s32[4096]{0}, f32[64,512]{1,0}, s32[32]{0}, f32[32,512]{1,0})")
+
+
+def test_calls_of_the_sparse_core_are_told_apart():
+  """A gather reads the rows that it writes, not its table; a kernel between its start and its end runs beside it."""
+  gather, attend, add, both = program.parts(BESIDE)
+  assert (gather.sparse_core, gather.overlaps, gather.hbm_bytes) == (True, True, 2 * 4096 * 1024 + 4096 * 4)
+  assert (attend.sparse_core, attend.kernel) == (False, True)
+  assert (add.sparse_core, add.overlaps, add.hbm_bytes) == (True, False, 2 * 64 * 2048 + 4096 * 4)
+  assert both.hbm_bytes == gather.hbm_bytes + 2 * 64 * 2048 + 32 * (4 + 2048)
+
+
+def test_calls_that_a_newer_compiler_starts_empty():
+  start = "%start.3 = ((), (), (s32[1]{0:T(128)S(2)})) call-start()\n  "
+  text = BESIDE.replace("%gather_rows.3 = (", start + "%gather_rows.3 = (")
+  text = text.replace("call-start(%t, %n)", "call-update(%start.3, %t, %n)")
+  start, *others = program.parts(text)
+  assert (start.sparse_core, start.hbm_bytes) == (False, 0)
+  assert others == program.parts(BESIDE)
+
+
+def test_what_runs_beside_a_kernel_takes_only_hbm():
+  case = Case("attention_sparse", "pro", 2**16, FORWARD)
+  beside = program.Part("gather_rows.1", False, 1, True, 10**11, 0, True, True)
+  alone = dataclasses.replace(beside, name="gather_rows.2", hbm_bytes=10**10, overlaps=False)
+  kernel = program.Part("something", True, 1, True, 10**10, 0)
+  row = rows.row_of(case, json.loads(json.dumps(
+      answer(parts=[dataclasses.asdict(part) for part in (beside, alone, kernel)], calls=[], schedules=[]))), V6E)
+  assert row["serial_cycles"] == pytest.approx(12e10 / V6E.bytes_per_cycle) == row["time_cycles"]
+  slow = answer(parts=[dataclasses.asdict(part) for part in (beside, alone)], matmul_flops=10**8 * V6E.flops_per_cycle,
+                calls=[], schedules=[])
+  row = rows.row_of(case, json.loads(json.dumps(slow)), V6E)
+  assert row["serial_cycles"] == pytest.approx(11e10 / V6E.bytes_per_cycle + 1e8)
+  assert row["time_cycles"] == pytest.approx(max(10e10 / V6E.bytes_per_cycle, 1e8) + 1e10 / V6E.bytes_per_cycle)
+
+
+def test_sparse_cases_are_the_last_queries_of_their_context():
+  found = [case.length for case in cases.all_cases(("attention_sparse",), (4096,), ("pro",)) if case.direction == FORWARD]
+  assert found == [2**16, 2**20]
+  case = Case("attention_sparse", "pro", 2**20, FORWARD)
+  assert (case.tokens, case.entries) == (cases.SHARE, 2**18)
+  least = bounds.least(case)
+  assert least.flops == 4 * 128 * 512 * (1024 + 128) * case.tokens  # all see more than they pick
+  assert bounds.visible(case)[-1] == 2**18 and least.bytes == least.row_bytes
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------

@@ -35,13 +35,18 @@ class Least:
   vector: float = 0.0
 
 
+def _positions(case: Case) -> np.ndarray:
+  """Of a row's queries, which are the last tokens of its context."""
+  return case.length - case.queries + np.arange(case.queries)
+
+
 def visible(case: Case) -> np.ndarray:
   """Entries that each query of a row sees, float64 [S]."""
   if not case.rate:
     return np.zeros(case.queries)
   if not case.length:
     return np.array([float(case.entries)])
-  return np.minimum((np.arange(case.queries) + 1.0) // case.rate, case.entries)
+  return np.minimum((_positions(case) + 1.0) // case.rate, case.entries)
 
 
 def selected(case: Case) -> np.ndarray:
@@ -60,7 +65,7 @@ def word_bytes(case: Case) -> float:
 
 def _window(case: Case) -> float:
   """Keys of the window that all queries of a row see, summed."""
-  return _total(np.minimum(np.arange(case.queries) + 1, case.shapes.window)) if case.length else 1.0
+  return _total(np.minimum(_positions(case) + 1, case.shapes.window)) if case.length else 1.0
 
 
 def least(case: Case) -> Least:
@@ -71,7 +76,7 @@ def least(case: Case) -> Least:
 
 def fits(case: Case, chip: Chip) -> bool:
   """Whether queries, outputs and their gradients, the largest arrays by far, leave room in the chip's HBM."""
-  arrays = {"attention": 2, "attention_heavy": 2, "kl_loss": 1}.get(case.op, 0)
+  arrays = {"attention": 2, "attention_sparse": 2, "attention_heavy": 2, "kl_loss": 1}.get(case.op, 0)
   if case.direction == GRADIENT and case.op != "kl_loss":
     arrays *= 2
   return arrays * case.tokens * case.shapes.heads * case.shapes.width * 2 < 0.8 * chip.hbm_bytes
@@ -88,11 +93,13 @@ def _attention(case: Case) -> Least:
   if gradient:  # q, out, d out and lse in, dq out; keys in, their gradients out
     moved += 4 * rows + 2 * statistics + 2 * keys + words
   gathered = case.batch * (_total(selected(case)) - entries) * s.width * 2
-  return Least((14 if gradient else 4) * s.heads * s.width * pairs, moved, moved + gathered * (3 if gradient else 1))
+  row_bytes = moved + gathered * (3 if gradient else 1)
+  moved = row_bytes if case.op == "attention_sparse" else moved
+  return Least((14 if gradient else 4) * s.heads * s.width * pairs, moved, row_bytes)
 
 
 def _selection_bytes(case: Case) -> float:
-  everything = case.op != "attention" and case.op != "kl_loss" or case.entries <= case.shapes.top_k
+  everything = case.op not in ("attention", "attention_sparse", "kl_loss") or case.entries <= case.shapes.top_k
   return 0.0 if everything else word_bytes(case)
 
 

@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from launch.benchmarks.kernels.cases import BLOCKWISE, GRADIENT, OURS, RAGGED, SPLASH, SPLASH_BLOCK, Case
 from pallas_kernels import bits, grouped_matmul, hyper_connections, indexer, sparse_attention
 from pallas_kernels.selection import Selection
+from pallas_kernels.sparse_attention import sparse
 
 _MIXING = dict(norm_eps=1e-6, eps=1e-6, iterations=20)
 
@@ -80,7 +81,8 @@ def _attention(case: Case):
   def run(q, window_kv, entries, sink, words=None, picks=None, **places):
     if case.side == SPLASH:
       return _splash(case, q[0], window_kv[0], entries[0], sink, picks, places)
-    return _run(sparse_attention, "attend", sparse_attention.kernel, case.side)(
+    form = sparse if case.op == "attention_sparse" else sparse_attention.kernel
+    return _run(sparse_attention, "attend", form, case.side)(
         q, window_kv, entries, _select(case, words, picks), sink, window=s.window, scale=s.width**-0.5, **places)
 
   return run, moving, _places(case) | _selection(case)
@@ -178,7 +180,7 @@ def _experts(case: Case):
 
 
 _BUILDERS = {
-    "attention": _attention, "attention_heavy": _attention, "attention_window": _attention,
+    "attention": _attention, "attention_sparse": _attention, "attention_heavy": _attention, "attention_window": _attention,
     "select": _select_op, "kl_loss": _kl_loss,
     "collapse": _mixing_op("collapse", _projection, _MIXING), "expand": _mixing_op("expand", _update, {}),
     "expand_collapse": _mixing_op("expand_collapse", lambda case: _update(case) | _projection(case), _MIXING),

@@ -16,6 +16,7 @@ OURS, BLOCKWISE, SPLASH, RAGGED = "ours", "blockwise", "splash, dense mask", "ra
 FORWARD, GRADIENT = "forward", "gradient"  # the latter is forward and backward in one program
 DECODE = 0  # in place of a length
 EXPERT_PARALLEL = 64  # devices over which the experts of a layer are spread
+SHARE = 16384  # queries of a sparse case, the last ones of its context: all of a million have no room on one device
 SPLASH_BLOCK = 512  # queries, keys of a step
 SPLASH_LENGTHS = (4096, 16384)  # the dense mask [S, 1.25 S] of longer rows takes gigabytes
 
@@ -30,6 +31,7 @@ class Op:
     directions: FORWARD, and GRADIENT where it is differentiable.
     lengths: those that make sense; None = all.
     decode: whether there is a decode shape.
+    fixed: the lengths are compiled whichever are asked for.
   """
 
   name: str
@@ -37,10 +39,12 @@ class Op:
   directions: tuple[str, ...] = (FORWARD, GRADIENT)
   lengths: tuple[int, ...] | None = None
   decode: bool = False
+  fixed: bool = False
 
 
 OPS = (
     Op("attention", (OURS, BLOCKWISE, SPLASH), decode=True),  # selected entries, one per 4 tokens
+    Op("attention_sparse", (OURS,), lengths=(2**16, 2**20), fixed=True),  # the same, each query reads its entries alone
     Op("attention_heavy", (OURS, BLOCKWISE), decode=True),  # every entry, one per 128 tokens
     Op("attention_window", (OURS, BLOCKWISE), lengths=(4096,)),  # no entries
     Op("select", (OURS, BLOCKWISE), directions=(FORWARD,), decode=True),
@@ -82,7 +86,7 @@ class Case:
   @property
   def queries(self) -> int:
     """Tokens of a row that ask."""
-    return self.length or 1
+    return min(self.length, SHARE) if self.op == "attention_sparse" else self.length or 1
 
   @property
   def tokens(self) -> int:
@@ -121,6 +125,7 @@ def all_cases(ops: Sequence[str], lengths: Sequence[int], models: Sequence[str] 
   found = []
   for op in (BY_NAME[name] for name in ops):
     wanted = [length for length in lengths if op.lengths is None or length in op.lengths] or [*(op.lengths or ())][:1]
+    wanted = [*op.lengths] if op.fixed else wanted
     for model in models:
       for direction in op.directions:
         for length in wanted + [DECODE] * (op.decode and direction == FORWARD):

@@ -155,6 +155,24 @@ def _without_ends(counts: tuple[tuple[str, float], ...], call: Call) -> tuple[tu
   return tuple(pair for pair in counts if call.grid[-1] != 1 or pair[0].rstrip("?") not in ("start", "finish"))
 
 
+def _sparse_attention(case: Case, call: Call, chip: Chip) -> Plan:
+  """Grid (runs of a chunk, steps, tiles). Listed: queries, near keys and their words, and both results."""
+  return _sparse_steps(call, 2, (), lambda steps, runs: (steps, runs, steps, steps, steps))
+
+
+def _sparse_attention_backward(case: Case, call: Call, chip: Chip) -> Plan:
+  return _sparse_steps(call, 5, ("new window?",), lambda steps, runs: (steps, runs, *[steps] * 5, runs))
+
+
+def _sparse_steps(call: Call, matmuls: int, names: Sequence[str],
+                  visits: Callable[[int, int], tuple[float, ...]]) -> Plan:
+  """`visits` of the windows whose number is prefetched, from the steps and runs of the grid."""
+  tile, (rows, width), near = call.blocks[0][2], call.blocks[2][1:], call.blocks[3][2]
+  steps, runs = math.prod(call.grid), call.grid[0]
+  flops = 2.0 * matmuls * rows * width * (steps * tile + math.prod(call.grid[:2]) * near)
+  return Plan(tuple((name, runs) for name in names), "", steps, visits(steps, runs), flops)
+
+
 def _index_loss(case: Case, call: Call, chip: Chip) -> Plan:
   return _index_loss_tiles(case, call, 1, ("start", "tile", "finish?"))
 
@@ -230,6 +248,7 @@ def _splash(matmuls: int, by_keys: bool = False) -> Callable[[Case, Call, Chip],
 PLANS: dict[str, Callable[[Case, Call, Chip], Plan]] = {
     "masked_attention": _masked_attention,
     "masked_attention_backward": _masked_attention_backward,
+    "attend_rows": _sparse_attention, "attend_rows_backward": _sparse_attention_backward, "list_entries": _every_step(),
     "index_select": _index_select, "index_loss": _index_loss, "index_loss_backward": _index_loss_backward,
     "splash_mqa_fwd_no_residuals": _splash(2), "splash_mqa_fwd_residuals": _splash(2),
     "splash_mqa_dq_no_residuals": _splash(3), "splash_mqa_dkv_no_residuals": _splash(4, by_keys=True),

@@ -22,6 +22,7 @@ _NOTHING = re.compile(r'^\w+\[\]|custom_call_target="AllocateBuffer"')  # a scal
 _BODY = re.compile(r"body=%?([\w.\-<>]+)")
 _NAME = re.compile(r"%([\w.\-<>]+)")
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
+GRANULE = 64  # least bytes that a row's copy from HBM reads
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
          "while", "conditional", "call", "opt-barrier", "iota"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
@@ -39,6 +40,8 @@ class Part:
     certain: False inside a loop whose length is known at run time only; counted once.
     hbm_bytes: read and written by one execution.
     vmem_bytes: that one execution reserves.
+    sparse_core: a call that runs on the SparseCore; its schedule is not known.
+    overlaps: of such a call, whether a Pallas call runs on the TensorCore between its start and its end.
   """
 
   name: str
@@ -47,6 +50,8 @@ class Part:
   certain: bool
   hbm_bytes: int
   vmem_bytes: int
+  sparse_core: bool = False
+  overlaps: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +167,25 @@ def _moved(instruction: _Instruction, types: Mapping[str, str], computations: _C
     return 2 * hbm_bytes(instruction.type)
   if instruction.opcode == "dynamic-update-slice":
     return 2 * hbm_bytes(operands[1])
-  if instruction.opcode.endswith("-start"):  # the type holds source and target
+  if _on_sparse_core(instruction) and "gather" in instruction.name:  # of the table, a row for each int32 number
+    table, numbers, *others = [_array_bytes(*array) for array in _SHAPE.findall(instruction.type) if array[1]]
+    return max(_gathered(instruction.type, others), numbers // 4 * GRANULE) + numbers + sum(others)
+  if instruction.opcode.endswith("-start") or _on_sparse_core(instruction):  # the type holds source and target
     return hbm_bytes(instruction.type)
   return sum(map(hbm_bytes, operands)) + hbm_bytes(instruction.type)
+
+
+def _on_sparse_core(instruction: _Instruction) -> bool:
+  """The start of a call there; newer compilers start it empty and hand over its arrays in an update."""
+  arrays = sum(bool(dims) for _, dims, _ in _SHAPE.findall(instruction.type))
+  return instruction.opcode in ("call-start", "call-update") and arrays > 2
+
+
+def _gathered(type_text: str, others: Sequence[int]) -> int:
+  """Bytes of the rows that a call took out of its first operand: those of the result with rows like the operand's."""
+  arrays = [array for array in _SHAPE.findall(type_text) if array[1]]
+  kind = lambda array: (array[0], array[1].split(",")[1:])
+  return next(size for array, size in zip(arrays[:1:-1], reversed(others)) if kind(array) == kind(arrays[0]))
 
 
 def parts(text: str) -> list[Part]:
@@ -174,7 +195,7 @@ def parts(text: str) -> list[Part]:
 
   def visit(name: str, times: int, certain: bool) -> None:
     types = {i.name: i.type for i in computations.get(name, ())}
-    for instruction in computations.get(name, ()):
+    for number, instruction in enumerate(computations.get(name, ())):
       opcode = instruction.opcode
       if opcode in ("while", "conditional", "call"):
         trips = _trips(computations, instruction) if opcode == "while" else 1
@@ -183,12 +204,19 @@ def parts(text: str) -> list[Part]:
           visit(inner, times * (trips or 1), certain and trips is not None)
       elif opcode not in _FREE and not opcode.endswith("-done") and not _NOTHING.search(instruction.type + instruction.rest):
         used = _VMEM.search(instruction.rest)
-        kernel = opcode == "custom-call" and "tpu_custom_call" in instruction.rest
-        found.append(Part(instruction.name, kernel, times, certain, _moved(instruction, types, computations),
-                          int(used[1]) if used else 0))
+        after = itertools.takewhile(lambda other, start=instruction.name: not (
+            other.opcode == "call-done" and start in other.operands), computations[name][number + 1:])
+        asynchronous = _on_sparse_core(instruction)
+        found.append(Part(instruction.name, _is_kernel(instruction), times, certain,
+                          _moved(instruction, types, computations), int(used[1]) if used else 0, asynchronous,
+                          asynchronous and any(map(_is_kernel, after))))
 
   visit(entry, 1, True)
   return found
+
+
+def _is_kernel(instruction: _Instruction) -> bool:
+  return instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.rest
 
 
 # ---- Pallas calls -----------------------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ TARGETS = (
            _kernel("masked_attention_backward", "unit_bundles")),
     Target("attention forward, fixed part per block of queries over its matrix bound", _on(1.1, 1.6, 2.0),
            _kernel("masked_attention", "fixed_ratio")),
+    Target("sparse form of attention forward at 64K, time over the largest bound", _on(1.7, 2.6, 2.6),
+           _of_op(("attention_sparse",), lambda row: row["ratio"] if row["direction"] == "forward" else None, 65536)),
     Target("selection at 64K over the matrix bound (v5p) or the scores' vector slots", _on(1.6, 2.0, 2.0),
            _of_op(("select",), _select_ratio, 65536)),
     Target("hyper-connections, HBM bytes over the least", _on(1.3, 1.3, 1.3), _of_op(_MIXING, lambda row: row["hbm_ratio"])),
@@ -101,9 +103,11 @@ _COLUMNS = (  # title, figure of a row, factor, format
     ("HBM MB", "hbm_bytes", 1e-6, ",.0f"), ("least", "hbm_bytes_least", 1e-6, ",.0f"),
     ("matrix", "matrix_cycles", 1, ",.0f"), ("HBM", "hbm_cycles", 1, ",.0f"), ("vector", "vector_cycles", 1, ",.0f"),
     ("slots", "vector_slot_cycles", 1, ",.0f"),
-    ("schedule", "schedule_cycles", 1, ",.0f"), ("time", "time_cycles", 1, ",.0f"), ("ratio", "ratio", 1, ".2f"),
+    ("schedule", "schedule_cycles", 1, ",.0f"), ("serial", "serial_cycles", 1, ",.0f"),
+    ("time", "time_cycles", 1, ",.0f"), ("ratio", "ratio", 1, ".2f"),
     ("tokens/s/chip", "tokens_per_second_per_chip", 1, ",.0f"), ("others", "others", 1, ".2f"))
-_PER_TOKEN = {"matrix_cycles", "hbm_cycles", "vector_cycles", "vector_slot_cycles", "schedule_cycles", "time_cycles"}
+_PER_TOKEN = {"matrix_cycles", "hbm_cycles", "vector_cycles", "vector_slot_cycles", "schedule_cycles", "serial_cycles",
+              "time_cycles"}
 _KERNEL_COLUMNS = (
     ("hot bundles", "hot_bundles", ",.0f"), ("per unit", "unit_bundles", ",.0f"), ("spills", "spills", ",.0f"),
     ("fills", "fills", ",.0f"), ("fixed", "fixed_bundles", ",.0f"), ("x bound", "fixed_ratio", ".2f"),
@@ -150,7 +154,8 @@ EXPLANATION = """\
 Nothing ran on a TPU: programs are compiled by libtpu and their final schedules read. Cycles are per token of one device.
 matrix, HBM, vector: the least by the formula (launch/benchmarks/kernels/bounds.py) at the chip's rates; slots: the vector
 unit's in use. schedule: all bundles of the program, XLA's parts included; time: per part the largest of its schedule, its
-HBM bytes and its matmuls, summed. ratio: time over the largest of the bounds. HBM MB: what the program moves; least: each
+HBM bytes and its matmuls, summed; serial: the same where nothing overlaps. What the SparseCore does beside a kernel of the
+TensorCore takes only its HBM bytes. ratio: time over the largest of the bounds. HBM MB: what the program moves; least: each
 operand and result once. others: time of the fastest other side over ours. per unit: bundles per 8 tokens x 128 heads x 512
 entries; fixed: what a block of queries costs before its tiles, x bound: over its matmuls; step: an empty grid step."""
 

@@ -1,9 +1,11 @@
 """From a compiler's answer to the row of a case: schedules times executions, beside the bounds.
 
-A part is an instruction of the program: a kernel or a fused operation of XLA. Its time in cycles is the largest of its
-schedule, its HBM bytes and, of a kernel, its matmuls at the chip's rates; parts run one after another, so the program's time
-is their sum. XLA's parts together take no less than their matmuls; a loop inside one of them whose length its schedule does
-not give counts once, so others may look better than they are.
+A part is an instruction of the program: a kernel or a fused operation of XLA. Its time in cycles is the largest of
+its schedule, its HBM bytes and, of a kernel, its matmuls at the chip's rates; parts run one after another, so the
+program's time is their sum. Only what the SparseCore does beside a kernel of the TensorCore overlaps: both together
+take the larger of the TensorCore's time and of their HBM bytes. XLA's parts together take no less than their matmuls;
+a loop inside one of them whose length its schedule does not give counts once, so others may look better than they
+are.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ def row_of(case: Case, answer: Mapping[str, Any], chip: Chip) -> Row:
           "length": case.length, "direction": case.direction, "ours": case.side == OURS, "taken": taken(case, chip)}
   if not answer["ok"]:
     return head | {"failed": answer["error"]}
-  kernels, sums = [], dict.fromkeys(("kernels", "others", "schedule", "vector", "hbm_bytes"), 0.0)
+  kernels = []
+  sums = dict.fromkeys(("kernels", "others", "schedule", "vector", "hbm_bytes", "beside", "alone", "alone_bytes"), 0.0)
   schedules, parts = _schedules(answer), []
   calls = [program.call_from_json(content) for content in answer["calls"]]
   for part in (program.Part(**content) for content in answer["parts"]):
@@ -98,10 +101,17 @@ def row_of(case: Case, answer: Mapping[str, Any], chip: Chip) -> Row:
     time = times * max(bundles, matrix, size / chip.bytes_per_cycle)
     parts.append({"part": part.name, "times": times, "time_cycles": time, "schedule_cycles": times * bundles,
                   "hbm_bytes": times * size})
-    sums["kernels" if part.kernel else "others"] += time
+    if part.sparse_core:
+      sums["beside" if part.overlaps else "alone"] += time
+      sums["alone_bytes"] += 0 if part.overlaps else times * size
+    else:
+      sums["kernels" if part.kernel else "others"] += time
     for figure, value in (("schedule", bundles), ("vector", slots), ("hbm_bytes", size)):
       sums[figure] += times * value
-  cycles = sums["kernels"] + max(sums["others"], answer["matmul_flops"] / chip.flops_per_cycle)
+  tensor = sums["kernels"] + max(sums["others"], answer["matmul_flops"] / chip.flops_per_cycle)
+  sums["serial"] = tensor + sums["beside"] + sums["alone"]
+  together = max(tensor, (sums["hbm_bytes"] - sums["alone_bytes"]) / chip.bytes_per_cycle) if sums["beside"] else tensor
+  cycles = together + sums["alone"]
   parts = sorted(parts, key=lambda part: -part["time_cycles"])[:MOST_PARTS]
   return head | _figures(case, chip, answer, kernels, cycles, sums) | {"parts": parts}
 
@@ -143,7 +153,8 @@ def _figures(case: Case, chip: Chip, answer: Mapping[str, Any], kernels: Sequenc
   row = {
       "matrix_cycles": floor["matrix"], "hbm_cycles": floor["hbm"], "vector_cycles": floor["vector"] or None,
       "vector_slot_cycles": sums["vector"], "schedule_cycles": sums["schedule"],
-      "time_cycles": time, "ratio": time / largest, "cycles_per_token": time / case.tokens,
+      "time_cycles": time, "serial_cycles": max(sums["serial"], largest), "ratio": time / largest,
+      "cycles_per_token": time / case.tokens,
       "tokens_per_second_per_chip": case.tokens * chip.clock / time * chip.devices_per_chip,
       "hbm_bytes": sums["hbm_bytes"], "hbm_bytes_least": least.bytes, "hbm_ratio": sums["hbm_bytes"] / least.bytes,
       "row_bound_cycles": max(floor["matrix"], least.row_bytes / chip.bytes_per_cycle),

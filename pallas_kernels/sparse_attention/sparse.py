@@ -1,0 +1,212 @@
+"""The sparse form of the attention: each query reads its selected entries and no others, however long the context is.
+
+Queries go by chunks, two in a turn of a loop. Of a chunk there are lists of its queries' entries (`sparse_lists`), their
+rows gathered by the SparseCore (`sparse_rows`), and attention over these rows (`sparse_forward`). The backward pass gathers
+again, makes a gradient per gathered row (`sparse_backward`), and the SparseCore sums them by entry. Nothing held grows with
+queries x entries but the selection itself.
+
+The rows of a chunk are gathered while the chunk before is attended to. With one chunk a turn XLA would keep the rows of all
+turns in the same memory, which it can only do by ending the attention before the gather starts; two chunks a turn have two.
+
+Axis letters: B batch   S queries   H heads   T entries   d head width   W words   C queries of a chunk   K places of a list
+              R rows of a step   N all steps
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import bits, blocks, tpu
+from pallas_kernels.sparse_attention import sparse_backward, sparse_forward, sparse_lists, sparse_plan, sparse_rows, tiles
+
+ROWS = 2**17  # gathered together
+FORWARD_STEP = {"v5p": (8, 1024), "v6e": (8, 1024), "tpu7x": (8, 1024)}  # queries, places of a tile
+BACKWARD_STEP = {"v5p": (4, 1024), "v6e": (8, 1024), "tpu7x": (4, 1024)}
+
+
+def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, segment_ids, entry_last, entry_segment,
+           window, scale, interpret):
+  """See `pallas_kernels.sparse_attention.attend`. Meant for selections of few entries: kind "all" reads every one.
+
+  The SparseCore has no interpreter: with `interpret` its copies and sums of rows are plain JAX, all else is the same.
+
+  Raises:
+    ValueError: a window that is too long, or operands of another type than bfloat16 and float32.
+  """
+  if entries_BTd.dtype not in (jnp.bfloat16, jnp.float32):
+    raise ValueError(f"entries of {entries_BTd.dtype}: the sparse form of attention gathers bfloat16 or float32")
+  entries_BTd = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0)
+  places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
+  options = tiles.Options(window, scale, tpu.current_chip(interpret), interpret)
+  chosen, top_k = _chosen(selection, entries_BTd.shape[1], places)
+  return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, chosen, segment_ids, (options, selection.kind, top_k))
+
+
+def _chosen(selection, num_entries, places):
+  """What lists are made of, hidden entries left out: rows of bits, or numbers with -1 anywhere; and the most of a query."""
+  if selection.kind != "indices" or not num_entries:
+    return bits.words_of(selection, num_entries, places), min(selection.top_k or num_entries, num_entries)
+  seen = jax.vmap(blocks.picked_sees)(selection.picks, places["positions"], places["segment_ids"], places["entry_last"],
+                                      places["entry_segment"])
+  seen &= selection.picks < num_entries
+  return jnp.where(seen, selection.picks, -1), selection.picks.shape[2]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, window_kv, entries, sink, chosen, segment_ids, static):
+  return forward(q, window_kv, entries, sink, chosen, segment_ids, static)
+
+
+def _attend_forward(*args):
+  out, lse = forward(*args)
+  return (out, lse), (*args[:-1], out, lse)
+
+
+def _attend_backward(static, saved, gradients):
+  return (*backward(*saved, *gradients, static), None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _plan(q, entries, static, steps, rows):
+  options, _, top_k = static
+  return sparse_plan.make_plan(q.shape, entries.shape[1], top_k, q.dtype.itemsize, options.window,
+                               *steps[options.chip.name], rows)
+
+
+def _backward_rows(num_entries):
+  """Rows of a chunk: every one reads and writes the sums of all entries once: the more there are, the larger it must be."""
+  return ROWS * min(max(num_entries // 2**14, 1), 4)
+
+
+def _readers(entries, chosen, plan, static):
+  """What reads the selection and the entries.
+
+  Returns:
+    lists: numbers of some chunks, those past the end meaning the last one -> for each, int32 [C, K]: numbers of the entries
+      in the table of all batch rows, -1 in empty places.
+    fetch: one of them -> the rows, packed [C / queries, queries, K, w], anything in empty places. With sums of entries and
+      a part to add to them (see `backward`) it does that as well and returns both.
+  """
+  options, kind, _ = static
+  rows_of_each = max(plan.entries, 1)
+  entries = tpu.pad_axis(tpu.pad_axis(entries, 1, rows_of_each), 2, plan.width)
+  table = sparse_rows.pack(entries.reshape(-1, plan.width))
+  chosen = sparse_plan.by_query(chosen, plan, -1 if kind == "indices" else 0)
+
+  def lists(*chunks):
+    chunks = [jnp.minimum(chunk, plan.chunks - 1) for chunk in chunks]
+    if not plan.entries:
+      return [jnp.full((plan.chunk_queries, plan.places), -1, jnp.int32) for _ in chunks]
+    index = jnp.concatenate([lax.dynamic_index_in_dim(chosen, chunk, keepdims=False) for chunk in chunks])
+    if kind == "indices":
+      index = tpu.pad_axis(index, 1, plan.places, -1)
+    else:
+      index = sparse_lists.from_words(index, plan.places, options)
+    return [jnp.where(x_CK < 0, -1, x_CK + sparse_plan.row_offsets(chunk, plan))
+            for x_CK, chunk in zip(jnp.split(index, len(chunks)), chunks)]
+
+  def fetch(index_CK, sums=None, part=None):
+    # An empty place reads an entry all the same, each another one: thousands of copies of one row would queue up.
+    query, place = (lax.broadcasted_iota(jnp.int32, index_CK.shape, axis) for axis in (0, 1))
+    safe_CK = jnp.where(index_CK < 0, lax.rem(query * 61 + place, table.shape[0]), index_CK)
+    if part is None:
+      rows = sparse_rows.gather(table, safe_CK.reshape(-1), options.interpret)
+    else:
+      sums, rows = sparse_rows.add_rows_and_gather(sums, *part, table, safe_CK.reshape(-1), options.chip, options.interpret)
+    rows = rows.reshape(-1, plan.queries, plan.places, table.shape[1])
+    return rows if part is None else (sums, rows)
+
+  return lists, fetch
+
+
+def _words(index_CK, plan):
+  """Bits of the places that hold an entry, int32 [C / queries, queries, ...]."""
+  words_CW = bits.pack(index_CK >= 0)
+  return words_CW.reshape(-1, plan.queries, words_CW.shape[1])
+
+
+def _operands(q, window_kv, sink, segment_ids, window, plan):
+  return sparse_plan.as_steps(q, plan), *sparse_plan.near(window_kv, segment_ids, window, plan), sparse_plan.sink_logits(
+      sink, plan)
+
+
+def forward(q, window_kv, entries, sink, chosen, segment_ids, static):
+  """-> out [B, S, H, d] in q's dtype, lse [B, S, H] float32."""
+  options, plan = static[0], _plan(q, entries, static, FORWARD_STEP, ROWS)
+  operands = _operands(q, window_kv, sink, segment_ids, options.window, plan)
+  lists, fetch = _readers(entries, chosen, plan, static)
+  results = (lax.empty(operands[0].shape, q.dtype),
+             lax.empty((plan.steps, plan.rows // tpu.LANES, tpu.LANES), jnp.float32))
+
+  def meet(chunk, index, rows, results):
+    return tuple(sparse_forward.attend_rows(chunk, rows, _words(index, plan), operands, results, plan, options))
+
+  def two(pair, carry):
+    first, rows, results = carry
+    second, third = lists(2 * pair + 1, 2 * pair + 2)
+    rows_ahead = fetch(second)
+    results = meet(2 * pair, first, rows, results)
+    rows = fetch(third)
+    return third, rows, meet(jnp.minimum(2 * pair + 1, plan.chunks - 1), second, rows_ahead, results)
+
+  first, = lists(jnp.int32(0))
+  if plan.chunks == 1:
+    out, lse = meet(jnp.int32(0), first, fetch(first), results)
+  else:
+    _, _, (out, lse) = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, (first, fetch(first), results))
+  return sparse_plan.from_steps(out, q.shape, plan), tiles.from_statistics(lse, q.shape, plan)
+
+
+def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, d_lse, static):
+  """-> gradients of q, window_kv, entries and sink."""
+  options, plan = static[0], _plan(q, entries, static, BACKWARD_STEP, _backward_rows(entries.shape[1]))
+  statistics = jnp.stack([tiles.as_statistics(x, plan) for x in (lse, d_lse)])
+  operands = (*_operands(q, window_kv, sink, segment_ids, options.window, plan),
+              *(sparse_plan.as_steps(x, plan) for x in (out, d_out)),
+              statistics.reshape(2, plan.steps, *statistics.shape[3:]))
+  lists, fetch = _readers(entries, chosen, plan, static)
+  num_rows = plan.batch * max(plan.entries, 1)
+  units = sparse_rows.Units.of(num_rows, plan.width, options.chip)
+
+  def meet(chunk, index, rows, gradients):
+    """Gradients with a chunk's part in them, and the rows of its part to add to the entries'; past the end: nothing new."""
+    *gradients, d_sink = gradients
+    *gradients, d_rows, d_logit = sparse_backward.gradients(
+        jnp.minimum(chunk, plan.chunks - 1), rows, _words(index, plan), operands, gradients, plan, options)
+    new = chunk < plan.chunks
+    d_sink += jnp.where(new, d_logit[..., 0].sum(0), 0)
+    return (*gradients, d_sink), (jnp.where(new, index, -1).reshape(-1), d_rows.reshape(-1, plan.width))
+
+  def two(pair, carry):
+    first, rows, left, sums, gradients = carry
+    second, third = lists(2 * pair + 1, 2 * pair + 2)
+    sums, rows_ahead = fetch(second, sums, left)
+    gradients, part = meet(2 * pair, first, rows, gradients)
+    sums, rows = fetch(third, sums, part)
+    gradients, left = meet(2 * pair + 1, second, rows_ahead, gradients)
+    return third, rows, left, sums, gradients
+
+  gradients = (lax.empty(operands[0].shape, q.dtype),
+               lax.empty((plan.batch, plan.windows, 2 * plan.reach, plan.width), jnp.float32),
+               jnp.zeros((plan.heads,), jnp.float32))
+  (first,), sums = lists(jnp.int32(0)), units.zeros(plan.width)
+  if plan.chunks == 1:
+    gradients, left = meet(jnp.int32(0), first, fetch(first), gradients)
+  else:
+    places = plan.chunk_queries * plan.places
+    nothing = jnp.full((places,), -1, jnp.int32), lax.empty((places, plan.width), jnp.float32)
+    start = first, fetch(first), nothing, sums, gradients
+    _, _, left, sums, gradients = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, start)
+  dq, d_near, d_sink = gradients
+  sums = sparse_rows.add_rows(sums, *left, options.chip, options.interpret)
+  d_entries = units.table(sums, num_rows).reshape(plan.batch, -1, plan.width)
+  cut = lambda gradient, x: gradient[:, :x.shape[1], :x.shape[2]].astype(x.dtype)
+  return (sparse_plan.from_steps(dq, q.shape, plan), cut(tiles.from_near_keys(d_near), window_kv), cut(d_entries, entries),
+          (-tpu.LOG2E * d_sink[:sink.shape[0]]).astype(sink.dtype))

@@ -1,0 +1,177 @@
+"""The sparse form of attention against the formula: lists, chunks, runs and tiles around their borders.
+
+Interpreted, the SparseCore's copies and sums of rows are plain JAX (see `sparse_rows`); lists, plans and both kernels are
+the code that runs on a TPU. Small steps and tiles stand in for the chips' own.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import bits, tpu
+from pallas_kernels.cases import normals, packed, scattered_picks, unused_to_nan
+from pallas_kernels.selection import Selection
+from pallas_kernels.sparse_attention import attend, sparse, sparse_lists, sparse_plan, sparse_rows, tiles
+
+WIDTH, SCALE = 16, 0.25
+MOVING = ("q", "window_kv", "entries", "sink")
+CHIPS = (tpu.V5P, tpu.V6E, tpu.TPU7X)
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+  """A row of statistics a step, 128 places a tile (64 in float32, which is padded to 128), 128 queries a chunk."""
+  monkeypatch.setitem(sparse.FORWARD_STEP, "v5p", (1, 128))
+  monkeypatch.setitem(sparse.BACKWARD_STEP, "v5p", (1, 128))
+  monkeypatch.setattr(sparse, "ROWS", 2**14)
+
+
+def inputs(rows, length, num_entries, picks, *, heads=64, rate=2, kind="indices", dtype=jnp.float32):
+  """Packed rows with NaN in unused entries; picks in any order, visible or not, -1 among them."""
+  places, batch = packed(rows, length, rate, num_entries), len(rows)
+  arrays = normals(jax.random.key(0), q=(batch, length, heads, WIDTH), window_kv=(batch, length, WIDTH),
+                   entries=(batch, num_entries, WIDTH), sink=(heads,), order=(batch, length, num_entries),
+                   hole=(batch, length, picks))
+  arrays["entries"] = unused_to_nan(arrays["entries"], places["entry_segment"])
+  chosen = Selection.from_indices(scattered_picks(arrays.pop("order"), arrays.pop("hole")))
+  if kind == "bits":
+    chosen = Selection.from_words(bits.words_of(chosen, num_entries, places), num_entries, picks)
+  arrays = {name: x if name == "sink" else x.astype(dtype) for name, x in arrays.items()}
+  return {**arrays, "selection": chosen if kind != "all" else Selection.all(batch, length), **places}
+
+
+def run(arrays, window, op):
+  """(out, lse) and the gradients of a fixed weighted sum of both."""
+  @jax.jit
+  def both(moving, fixed):
+    values, pull = jax.vjp(lambda moving: op(**moving, **fixed, window=window, scale=SCALE), moving)
+    weights = normals(jax.random.key(1), out=values[0].shape, lse=values[1].shape)
+    return values, pull((weights["out"].astype(values[0].dtype), weights["lse"]))[0]
+  return both({name: arrays[name] for name in MOVING}, {name: x for name, x in arrays.items() if name not in MOVING})
+
+
+def ours(q, window_kv, entries, selection, sink, **options):
+  return sparse.attend(q, window_kv, entries, selection, sink, **options, interpret=True)
+
+
+def agree(arrays, window, tolerance=2e-5):
+  """The sparse form equals the formula, in float32 and at the same numbers; returns its results."""
+  wide = {name: x.astype(jnp.float32) if name in MOVING else x for name, x in arrays.items()}
+  got, want = run(arrays, window, ours), run(wide, window, functools.partial(attend, implementation="reference"))
+  for name, g, w in zip(("out", "lse", *MOVING), [*got[0], *(got[1][name] for name in MOVING)],
+                        [*want[0], *(want[1][name] for name in MOVING)], strict=True):
+    assert g.shape == w.shape and g.dtype == (arrays[name].dtype if name in MOVING else g.dtype)
+    limit = tolerance * max(np.abs(np.asarray(w)).max(initial=0), 1)
+    np.testing.assert_allclose(np.asarray(g, np.float32), w, atol=limit, rtol=0, err_msg=name)
+  return got
+
+
+# ---- attention --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("picks, length, kind", [(129, 300, "indices")] + [
+    pytest.param(*case, marks=pytest.mark.long) for case in (
+        (127, 129, "indices"), (128, 256, "indices"), (129, 300, "bits"),
+        (128, 128, "bits"), (1, 257, "bits"), (0, 127, "all"))])
+def test_lengths_and_picks_around_the_tiles(picks, length, kind):
+  """Below, at and above 128 places of a tile and 128 queries of a chunk: one to three chunks, the last one alone."""
+  plan = sparse_plan.make_plan((1, length, 64, WIDTH), 150, max(picks, 1), 4, 128, 2, 128, 2**14)
+  assert plan.tile == 128 and plan.chunk_queries == 128 and plan.chunks == -(-length // 128)
+  agree(inputs([(length - 25, 20)], length, 150, picks, kind=kind), 128)
+
+
+def test_packed_rows_and_bfloat16():
+  """Two batch rows of three documents; eight roundings to bfloat16 of up to 0.4% each, as for the other forms."""
+  arrays = inputs([(5, 19, 1), (13, 8)], 27, 13, 6, heads=128, kind="bits", dtype=jnp.bfloat16)
+  agree(arrays, 8, tolerance=4e-2)
+
+
+def test_rows_without_any_entry_and_any_number_of_heads():
+  """Ten heads; queries that pick nothing, or only what they cannot see; keys past the end are nobody's."""
+  arrays = inputs([(60,)], 60, 30, 4, heads=10)
+  picks = np.asarray(arrays["selection"].picks).copy()
+  picks[:, 10:20] = -1
+  picks[:, 20:30] = [29, 28, 27, -1]  # of later tokens
+  picks[:, 30, 0] = 30  # no entry
+  arrays["selection"] = Selection.from_indices(jnp.asarray(picks))
+  (out, lse), gradients = agree(arrays, 0)
+  assert (np.asarray(out)[0, 10:30] == 0).all() and (np.asarray(gradients["q"])[0, 10:30] == 0).all()
+  np.testing.assert_allclose(lse[0, 10:30], jnp.broadcast_to(arrays["sink"], (20, 10)), rtol=1e-6)
+
+
+def test_no_entries_at_all():
+  agree(inputs([(9, 4)], 16, 0, 0, rate=32, heads=16), 3)
+
+
+def test_what_cannot_be_is_said():
+  arrays = inputs([(20,)], 20, 10, 3)
+  with pytest.raises(ValueError, match="entries of float16"):
+    ours(**{**arrays, "entries": arrays["entries"].astype(jnp.float16)}, window=8, scale=SCALE)
+  with pytest.raises(ValueError, match="window = 600"):
+    ours(**inputs([(600,)], 600, 300, 3, heads=1), window=600, scale=SCALE)
+
+
+# ---- lists ------------------------------------------------------------------------------------------------------------
+def chosen(kind, queries, num_entries, most):
+  """Random sets of up to `most` entries, every third of that size: scattered, neighbours, or all bits of few words."""
+  rng, mask = np.random.default_rng(0), np.zeros((queries, num_entries), bool)
+  entry = np.arange(num_entries)
+  by_word = np.lexsort((entry // 128 % 32, entry // 4096 * 128 + entry % 128))
+  for number, row in enumerate(mask):
+    count = rng.integers(0, most + 1) if number % 3 else most
+    first = rng.integers(0, num_entries - count + 1)
+    row[{"scattered": rng.choice(num_entries, count, False), "neighbours": entry[first:first + count],
+         "words": by_word[first:first + count]}[kind]] = True
+  return mask
+
+
+@pytest.mark.parametrize("direct", [pytest.param(1024, marks=pytest.mark.long), 128])
+def test_lists_name_every_entry_once(direct, monkeypatch):
+  """In one level and in two; more queries than a kernel's 128."""
+  monkeypatch.setattr(sparse_lists, "DIRECT_WORDS", direct)
+  options = tiles.Options(128, SCALE, tpu.V5P, True)
+  masks = np.concatenate([chosen(kind, 50, 9000, 200) for kind in ("scattered", "neighbours", "words")])
+  got = np.asarray(jax.jit(lambda words: sparse_lists.from_words(words, 256, options))(bits.pack(jnp.asarray(masks))))
+  for mask, row in zip(masks, got):
+    count = mask.sum()
+    np.testing.assert_array_equal(np.sort(row[:count]), np.flatnonzero(mask))
+    assert (row[count:] == -1).all()
+
+
+def test_bits_by_rank():
+  """Every rank of random words, of one bit, and of all bits."""
+  words = np.random.default_rng(1).integers(-2**31, 2**31, 40).astype(np.int32)
+  words = np.concatenate([words, [0, 1, -1, -2**31, 5]]).astype(np.int32)
+  places = [np.flatnonzero(np.uint32(np.int64(word) & 0xFFFFFFFF) >> np.arange(32, dtype=np.uint32) & 1) for word in words]
+  np.testing.assert_array_equal(sparse_lists.bit_count(jnp.asarray(words)), [len(bits) for bits in places])
+  for rank in range(32):
+    got = sparse_lists.bit_of_rank(jnp.asarray(words), jnp.full(len(words), rank))
+    for place, bit in zip(places, got):
+      assert rank >= len(place) or bit == place[rank]
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------------
+def test_packing_keeps_every_bit():
+  x = normals(jax.random.key(0), x=(9, 256))["x"]
+  for dtype in (jnp.bfloat16, jnp.float32):
+    rows = sparse_rows.pack(x.astype(dtype))
+    assert rows.dtype.itemsize == 4
+    np.testing.assert_array_equal(sparse_rows.unpack(rows), x.astype(dtype))
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_units_hold_every_row_and_fit_the_shared_memory(chip):
+  for num_rows in (1, 4096, 16385, 262144):
+    units = sparse_rows.Units.of(num_rows, 512, chip)
+    assert units.number * units.rows >= num_rows and units.number & (units.number - 1) == 0
+    assert units.rows * 512 * 4 <= {"v5p": 2**22, "v6e": 2**21, "tpu7x": 2**22}[chip.name]
+
+
+def test_sums_by_unit_are_sums_by_row():
+  units, rng = sparse_rows.Units(4, 128), np.random.default_rng(0)
+  index, rows = rng.integers(-1, 300, 1000), rng.normal(size=(1000, 8)).astype(np.float32)
+  want = np.zeros((300, 8))
+  np.add.at(want, index[index >= 0], rows[index >= 0])
+  sums = sparse_rows.add_rows(units.zeros(8), jnp.asarray(index, jnp.int32), jnp.asarray(rows), tpu.V5P, True)
+  np.testing.assert_allclose(units.table(sums, 300), want, atol=1e-5)
