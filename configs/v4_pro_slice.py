@@ -2,8 +2,8 @@
 
 command   python -m launch.train --config configs/v4_pro_slice.py --workdir FOLDER --set data.path=GLOB
 plan      python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1
-hardware  one TPU v5p with 8 routed experts; all 384 on 64 of them with --topology v5p:4x4x4 and
-          --set model.n_routed_experts=384 --set mesh.expert=64 --set data.batch_size=64
+hardware  64 TPU v5p with all experts: --topology v5p:4x4x4 and --set model.n_routed_experts=384 --set mesh.expert=64
+          --set data.batch_size=64; as it is, with 8 of them on one chip, the step compiles but does not fit the memory
 duration  none: nobody has trained this file
 result    the compiler accepts both steps, kernels and Muon included (tests/planning/test_aot.py)
 """

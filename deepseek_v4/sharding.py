@@ -134,14 +134,12 @@ def check_divides(config: RunConfig, mesh: Mesh) -> None:
 
 def check_model_divides(model: ModelConfig, mesh: Mesh) -> None:
   """The part of `check_divides` that concerns the model alone."""
-  wanted = {("tensor",): ("num_attention_heads", "o_groups", "index_n_heads", "vocab_size", "moe_intermediate_size"),
-            ("expert",): ("n_routed_experts",), ("fsdp", "expert"): ("hidden_size", "q_lora_rank", "o_lora_rank")}
-  for axes, fields in wanted.items():
-    size = math.prod(mesh.shape[axis] for axis in axes)
+  wanted = {"tensor": ("num_attention_heads", "o_groups", "index_n_heads", "vocab_size", "moe_intermediate_size"),
+            "fsdp": ("hidden_size", "q_lora_rank", "o_lora_rank"), "expert": ("n_routed_experts",)}
+  for axis, fields in wanted.items():
     for field in fields:
-      if getattr(model, field) % size:
-        names = " x ".join(f"mesh.{axis}" for axis in axes)
-        raise ValueError(f"model.{field} = {getattr(model, field)}: expected a multiple of {names} = {size}")
+      if getattr(model, field) % mesh.shape[axis]:
+        raise ValueError(f"model.{field} = {getattr(model, field)}: expected a multiple of mesh.{axis} = {mesh.shape[axis]}")
 
 
 def path_names(path: Sequence[Any]) -> tuple[str, ...]:
@@ -150,9 +148,16 @@ def path_names(path: Sequence[Any]) -> tuple[str, ...]:
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
-  """NamedSharding of every leaf of a `params` or `router` tree (arrays or shapes)."""
+  """NamedSharding of every leaf of a `params` or `router` tree (arrays or shapes).
+
+  An axis that fsdp x expert does not divide is split over fsdp alone.
+  """
+  def fitting(size, axes):
+    return axes if not isinstance(axes, tuple) or size % math.prod(mesh.shape[a] for a in axes) == 0 else axes[0]
+
   def one(path, leaf):
-    return NamedSharding(mesh, spec(parameter_axes(path_names(path), len(leaf.shape))))
+    axes = spec(parameter_axes(path_names(path), len(leaf.shape)))
+    return NamedSharding(mesh, PartitionSpec(*map(fitting, leaf.shape, axes)))
   return jax.tree_util.tree_map_with_path(one, tree)
 
 

@@ -48,10 +48,11 @@ def sees_entry(position_C: jax.Array, segment_C: jax.Array, last_T: jax.Array, e
 
 
 def picked_sees(picks_CK, position_C, segment_C, last_T, entry_segment_T) -> jax.Array:
-  """bool [..., C, K]: the pick is not empty and its entry is visible to the query that picked it."""
-  safe_CK = jnp.maximum(picks_CK, 0)
+  """bool [..., C, K]: the pick is an entry, not empty, and visible to the query that picked it."""
+  there_CK = (picks_CK >= 0) & (picks_CK < last_T.shape[0])
+  safe_CK = jnp.where(there_CK, picks_CK, 0)
   same_CK = (entry_segment_T[safe_CK] == segment_C[:, None]) & (segment_C[:, None] > 0)
-  return (picks_CK >= 0) & same_CK & (last_T[safe_CK] <= position_C[:, None])
+  return there_CK & same_CK & (last_T[safe_CK] <= position_C[:, None])
 
 
 def positive_zero(scores: jax.Array) -> jax.Array:

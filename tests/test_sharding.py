@@ -34,7 +34,7 @@ def shapes(request):
 
 
 def test_every_parameter_is_in_the_table_and_divides(shapes):
-  """On any mesh that `check_model_divides` lets pass, every split axis is a multiple of its mesh axes (fsdp x expert)."""
+  """On any mesh that `check_model_divides` lets pass, every split axis is a multiple of its mesh axis."""
   run, named = shapes
   m = run.model
   largest = {"fsdp": np.gcd.reduce([m.hidden_size, m.q_lora_rank, m.o_lora_rank]), "expert": m.n_routed_experts,
@@ -62,6 +62,13 @@ def test_big_matrices_are_split(shapes):
     if np.prod(shape) / layers * 4 > 1 << 20 and not name.startswith("router/"):
       assert ("fsdp", "expert") in targets or {"fsdp", "expert"} <= set(targets), name
     assert ("expert" in targets) == ("moe/experts/" in name), name
+
+
+@pytest.mark.parametrize("size, expected", [(24, P(("fsdp", "expert"))), (20, P("fsdp"))])
+def test_an_axis_that_both_do_not_divide_is_split_over_fsdp_alone(size, expected):
+  tree = {"layers": {"layer_00": {"attention": {"q_a": jax.ShapeDtypeStruct((size, 6), np.float32)}}}}
+  placed = sharding.parameter_shardings(tree, mesh_of(fsdp=4, expert=2))["layers"]["layer_00"]["attention"]["q_a"]
+  assert placed.spec == P(*expected, None)
 
 
 def test_names():
@@ -145,8 +152,7 @@ def test_sizes_that_a_mesh_does_not_divide_are_refused_by_name(field, value, axi
   others = dict(o_groups=4) if axis == "tensor" and size == 4 and field != "num_attention_heads" else {}
   run = with_model(RUN, **others | {field: value})
   mesh = mesh_of(**{axis: size})
-  names = "mesh.fsdp x mesh.expert" if axis == "fsdp" else f"mesh.{axis}"
-  message = f"model.{field} = {value}: expected a multiple of {names} = {size}"
+  message = f"model.{field} = {value}: expected a multiple of mesh.{axis} = {size}"
   for check in (sharding.check_divides, abstract_state):
     with pytest.raises(ValueError, match=re.escape(message)):
       check(run, mesh)

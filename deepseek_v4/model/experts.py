@@ -139,18 +139,21 @@ def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit
   waves = num_waves(x_BSD.shape[0] * x_BSD.shape[1], shards, wave)
   if waves == 1:
     return run(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD)
-  cut = lambda x: x.reshape(waves, -1, x.shape[-1])
+  tokens = x_BSD.shape[0] * x_BSD.shape[1]
+  missing = -tokens % waves
+
+  def cut(x, value):  # tokens that fill the last wave pick no expert
+    return jnp.pad(x.reshape(tokens, -1), ((0, missing), (0, 0)), constant_values=value).reshape(waves, -1, x.shape[-1])
   one = jax.checkpoint(lambda *tokens: run(*tokens, gate_EDF, up_EDF, down_EFD))
-  _, out = jax.lax.scan(lambda _, tokens: (None, one(*tokens)), None, tuple(map(cut, (x_BSD, experts_BSk, weights_BSk))))
-  return out.reshape(x_BSD.shape)
+  rows = cut(x_BSD, 0), cut(experts_BSk, -1), cut(weights_BSk, 0)
+  _, out = jax.lax.scan(lambda _, tokens: (None, one(*tokens)), None, rows)
+  return out.reshape(tokens + missing, -1)[:tokens].reshape(x_BSD.shape)
 
 
 def num_waves(tokens: int, shards: int, wave: int) -> int:
-  """The least number of equal waves with at most `wave` tokens of all shards together (1 if there is one shard)."""
-  if shards == 1:
-    return 1
-  return next(waves for waves in range(1, tokens + 1)
-              if tokens % waves == 0 and (tokens // waves * shards <= wave or waves == tokens))
+  """The least number of waves of a device's tokens with at most `wave` tokens of all shards together, but at least one of
+  each; 1 if there is one shard."""
+  return 1 if shards == 1 else -(-tokens // max(wave // shards, 1))
 
 
 def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, kernels, expert_axis, width_axis):

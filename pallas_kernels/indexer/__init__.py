@@ -7,8 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import pick
-from pallas_kernels.indexer import blockwise, kernel, kernel_loss, reference
+from pallas_kernels import pick, tpu
+from pallas_kernels.indexer import blockwise, forms, kernel, kernel_loss, reference
 from pallas_kernels.selection import Selection
 
 
@@ -68,9 +68,15 @@ def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_q
   """
   run = pick("indexer.kl_loss", implementation, {
       "reference": reference.kl_loss, "blockwise": blockwise.kl_loss,
-      "pallas": functools.partial(kernel_loss.kl_loss, interpret=False),
-      "interpret": functools.partial(kernel_loss.kl_loss, interpret=True)})
+      "pallas": _fastest_loss, "interpret": functools.partial(kernel_loss.kl_loss, interpret=True)})
   teacher = jax.lax.stop_gradient((attention_queries, entries, lse))
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   return run(queries, weights, keys, *teacher, selection, scale=scale,
              **{name: jnp.asarray(x) for name, x in places.items()})
+
+
+def _fastest_loss(queries, weights, keys, *teacher, **options):
+  """The form that `forms.choose_loss` names on the current TPU."""
+  form = forms.choose_loss(keys.shape[1], keys.shape[2], tpu.current_chip(interpret=False))
+  run = blockwise.kl_loss if form == "blockwise" else functools.partial(kernel_loss.kl_loss, interpret=False)
+  return run(queries, weights, keys, *teacher, **options)

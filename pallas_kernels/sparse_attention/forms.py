@@ -23,9 +23,12 @@ from __future__ import annotations
 FEW_QUERIES = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # from here on the masked kernel
 
 # Up to 64K tokens the masked kernel, whose schedule is known to the last cycle. By that schedule the sparse form is cheaper
-# beyond 1,900 / 6,300 / 3,500 visible entries (v5p / v6e / TPU7x), but its gather runs on the SparseCore, of which no
-# schedule and no time is known. Beyond about 85K tokens (v6e: 170K) the masked backward pass does not fit VMEM.
+# beyond 2,200 / 6,800 / 4,100 visible entries (v5p / v6e / TPU7x), at 64K tokens, forward and backward, about 3.8, 1.2 and
+# 1.8 times; but its gather runs on the SparseCore, of which no schedule and no time is known, and it takes ten times the
+# memory. Beyond about 85K tokens (v6e: 170K) the masked backward pass does not fit VMEM.
 MOST_MASKED = 16384
+# Entries whose gradient fits VMEM, with 128 heads in bfloat16 and room to spare.
+MASKED_GRADIENT = {"v5p": 20480, "v6e": 40960, "tpu7x": 20480}
 # A selection that reads more than an eighth of the entries gains nothing from leaving out the rest.
 SPARSE_SHARE = 8
 
@@ -40,4 +43,6 @@ def choose(queries: int, entries: int, top_k: int, chip: str) -> str:
   """
   if queries < FEW_QUERIES[chip]:
     return "blockwise"
+  if top_k < entries and entries > MASKED_GRADIENT[chip]:
+    return "sparse"  # the only one with a gradient
   return "sparse" if entries > MOST_MASKED and top_k * SPARSE_SHARE < entries else "masked"

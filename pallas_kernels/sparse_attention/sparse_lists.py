@@ -52,22 +52,27 @@ def _list(words_CW, numbers_CW, places, options):
   if words.bit_length() + places.bit_length() > 31:
     raise NotImplementedError(f"a list of {places} entries out of {words} words: the kernel packs both numbers in 31 bits")
   inputs = [tpu.pad_axis(x, 0, tpu.round_up(queries, LANES)) for x in (words_CW, numbers_CW) if x is not None]
-  rows = max(words, places)
+  rows = max(words, places) + 2 * _margin(words, places)
   lists = pl.pallas_call(
       functools.partial(_body, words=words, places=places), grid=(inputs[0].shape[0] // LANES,),
       in_specs=[pl.BlockSpec((LANES, words), lambda i: (i, 0))] * len(inputs),
       out_specs=pl.BlockSpec((LANES, places), lambda i: (i, 0)),
       out_shape=jax.ShapeDtypeStruct((inputs[0].shape[0], places), jnp.int32),
-      scratch_shapes=[pltpu.VMEM((2 * rows, LANES), jnp.int32)] * 2,
+      scratch_shapes=[pltpu.VMEM((rows, LANES), jnp.int32)] * 2,
       compiler_params=tpu.compiler_params(options.chip, "parallel"), interpret=options.interpret, name="list_entries",
   )(*inputs)
   return lists[:queries]
 
 
+def _margin(words, places):
+  """The longest step: the largest power of two below the number of rows."""
+  return 2 ** ((max(words, places) - 1).bit_length() - 1)
+
+
 def _body(*refs, words, places):
-  """Lists of 128 queries. `value`, `tag`: the walking items, with as many empty rows before and behind as they may reach."""
-  (given, *numbers, out, value, tag), most = refs, max(words, places)
-  base, shift = most // 2, places.bit_length()
+  """Lists of 128 queries. `value`, `tag`: the walking items, with as many empty rows before and behind as a step reaches."""
+  given, *numbers, out, value, tag = refs
+  base, shift = _margin(words, places), places.bit_length()
   value[...], tag[...] = jnp.zeros_like(value), jnp.zeros_like(tag)
 
   before = jnp.zeros((1, LANES), jnp.float32)

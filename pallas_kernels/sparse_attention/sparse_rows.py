@@ -61,7 +61,7 @@ def _gather_job(table_Tw, index_n, buffer_bytes):
   """Row numbers as the subcores share them, the result, a subcore's code (table, numbers, out, *scratch), its scratch."""
   info, row = plsc.get_sparse_core_info(), table_Tw.shape[1:]
   workers = info.num_cores * info.num_subcores
-  batch = min(max(buffer_bytes // (4 * (row or (1,))[0]), 8), 128)
+  batch = min(max(buffer_bytes // (4 * (row or (1,))[0]) // 16 * 16, 16), 128)
   section = min(_SECTION, tpu.round_up(-(-index_n.shape[0] // workers), batch))
   share = tpu.round_up(-(-index_n.shape[0] // workers), section)
 
@@ -166,7 +166,7 @@ def _add_job(sums_UEd, index_n, buffer_bytes):
   """Row numbers as the subcores share them, a subcore's code (sums, numbers, rows, *scratch), and its scratch."""
   units, size, width = sums_UEd.shape
   info = plsc.get_sparse_core_info()
-  lanes, batch = info.num_lanes, buffer_bytes // (4 * width)
+  lanes, batch = info.num_lanes, buffer_bytes // (4 * width) // 16 * 16  # whole vectors of row numbers on every chip
   share = tpu.round_up(-(-index_n.shape[0] // info.num_subcores), lanes * 16)
   section = next(size for size in (2048, 1024, 512, 256, lanes * 16) if share % size == 0)
   own = size // info.num_subcores

@@ -6,6 +6,7 @@ import pytest
 
 from pallas_kernels import bits, grouped_matmul, hyper_connections, tpu
 from pallas_kernels.hyper_connections import forms as mixing_forms
+from pallas_kernels.indexer import forms as loss_forms
 from pallas_kernels.selection import Selection
 from pallas_kernels.shapes import DECODE_ENTRIES, FLASH, LENGTHS, PRO
 from pallas_kernels.sparse_attention import attend, blockwise, forms, kernel
@@ -33,6 +34,20 @@ def test_attention_is_sparse_where_entries_are_many_and_the_selection_is_small(e
     few = forms.FEW_QUERIES[chip.name]
     assert forms.choose(few, entries, top_k, chip.name) == form
     assert forms.choose(few - 1, entries, top_k, chip.name) == "blockwise"
+
+
+@pytest.mark.parametrize("entries, top_k, v5p, v6e", [
+    (20480, 4096, "masked", "masked"), (20481, 4096, "sparse", "masked"), (40961, 8192, "sparse", "sparse"),
+    (40961, 40961, "masked", "masked")])
+def test_attention_is_sparse_where_the_masked_form_has_no_gradient(entries, top_k, v5p, v6e):
+  assert forms.choose(4 * entries, entries, top_k, "v5p") == v5p and forms.choose(4 * entries, entries, top_k, "v6e") == v6e
+
+
+def test_the_indexers_loss_is_a_kernel_while_its_gradient_fits():
+  """The boundary is what the compiler said: 65,536 entries compile for v5p, 131,072 take 70.6 of 63.9 MiB."""
+  for chip in (tpu.V5P, tpu.TPU7X):
+    assert [loss_forms.choose_loss(n, 128, chip) for n in (65536, 110592, 110593)] == ["kernel", "kernel", "blockwise"]
+  assert [loss_forms.choose_loss(n, 96, tpu.V6E) for n in (131072, 2**18)] == ["kernel", "blockwise"]
 
 
 def test_mixing_is_a_kernel_but_for_a_few_tokens_on_one_chip():

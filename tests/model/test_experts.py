@@ -72,7 +72,7 @@ def test_waves_equal_all_tokens_at_once():
 
   with jax.set_mesh(mesh):
     gradients, y = jax.device_get(run(1000, *arrays))
-    in_waves, y_in_waves = jax.device_get(run(shards * 8, *arrays))  # 8 of a device's 24 tokens
+    in_waves, y_in_waves = jax.device_get(run(shards * 7, *arrays))  # 7 of a device's 24 tokens: the last wave has 3
   x, weights, *matrices = arrays
   np.testing.assert_allclose(y, by_hand(x, experts, weights, *matrices, 1.0), atol=1e-5)
   np.testing.assert_allclose(y_in_waves, y, atol=1e-5)
@@ -81,9 +81,10 @@ def test_waves_equal_all_tokens_at_once():
 
 
 @pytest.mark.parametrize("tokens, shards, wave, waves", [
-  (2048, 64, 16384, 8), (2048, 1, 16, 1), (2048, 8, 16384, 1), (24, 4, 50, 2), (6, 4, 1, 6), (7, 4, 8, 7), (1, 64, 8, 1),
+  (2048, 64, 16384, 8), (2048, 1, 16, 1), (2048, 8, 16384, 1), (24, 4, 50, 2), (6, 4, 1, 6), (7, 4, 8, 4), (1, 64, 8, 1),
+  (4099, 64, 16384, 17),
 ])
-def test_waves_are_equal_and_as_few_as_memory_allows(tokens, shards, wave, waves):
+def test_waves_are_as_few_as_memory_allows(tokens, shards, wave, waves):
   assert num_waves(tokens, shards, wave) == waves
 
 
