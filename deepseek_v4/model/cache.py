@@ -169,20 +169,28 @@ def read_ring(ring: jax.Array, start: jax.Array, count: int) -> jax.Array:
 
 
 def write_ring(ring: jax.Array, new: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
-  """The ring [B, R, ...] after `count` [B] tokens of `new` [B, S, ...], whose first one has position `start` [B]."""
-  number, size = jnp.arange(new.shape[1]), ring.shape[1]
-  # Of more tokens than rows only the last ones are written: no row is written twice.
-  written = (number < count[:, None]) & (number >= count[:, None] - size)
-  slot = jnp.where(written, (start[:, None] + number) % size, size)
-  return _set_rows(ring, slot, new)
+  """The ring [B, R, ...] after `count` [B] tokens of `new` [B, S, ...], whose first one has position `start` [B].
+
+  Every row of the ring asks which token it holds now: a ring is small, and XLA's scatter copies its operand on a CPU.
+  """
+  newest = (start + count)[:, None] - 1
+  position_BR = newest - (newest - jnp.arange(ring.shape[1])) % ring.shape[1]
+  number_BR = position_BR - start[:, None]
+  rows = jax.vmap(lambda x, number: x[number])(new, jnp.maximum(number_BR, 0)).astype(ring.dtype)
+  return jnp.where((number_BR >= 0).reshape(*number_BR.shape, *(1,) * (ring.ndim - 2)), rows, ring)
 
 
 def write_entries(entries: jax.Array, new: jax.Array, first: jax.Array, used: jax.Array) -> jax.Array:
-  """Entries [B, T, ...] with those of `new` [B, C, ...] that are `used` (bool [B, C]) at `first` [B] and after."""
-  slot = jnp.where(used, first[:, None] + jnp.arange(new.shape[1]), entries.shape[1])
-  return _set_rows(entries, slot, new)
+  """Entries [B, T, d] with those of `new` [B, C, d] that are `used` (bool [B, C]) at `first` [B] and after, in place where
+  the old ones are given up."""
+  count = min(new.shape[1], entries.shape[1])
 
+  def row(b, entries):
+    at = jnp.minimum(first[b], entries.shape[1] - count)
+    number_C = at + jnp.arange(count) - first[b]
+    written_C = (number_C >= 0) & used[b, jnp.maximum(number_C, 0)]
+    rows = jnp.where(written_C[:, None], new[b, jnp.maximum(number_C, 0)].astype(entries.dtype),
+                     jax.lax.dynamic_slice(entries, (b, at, 0), (1, count, entries.shape[2]))[0])
+    return jax.lax.dynamic_update_slice(entries, rows[None], (b, at, 0))
 
-@jax.vmap
-def _set_rows(x: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
-  return x.at[slot].set(new.astype(x.dtype), mode="drop")
+  return jax.lax.fori_loop(0, entries.shape[0], row, entries) if count else entries

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, ModelConfig
 from deepseek_v4.model import cache, rope, weights
 from deepseek_v4.model.norm import RMSNorm
@@ -171,5 +172,6 @@ def extend(compressor: Compressor, x_BSD: jax.Array, layout: EntryLayout, start_
   """The entries and the pending tokens of a cache after the first `count_B` tokens of each row of x; see `chunk_layout`."""
   earlier = cache.read_ring(pending, start_B, lookback(compressor.config, compressor.attention))
   new_BTd, raw = compressor(x_BSD, layout, earlier)
-  entries = cache.write_entries(entries, new_BTd, start_B // layout.rate, layout.segment > 0)
+  write = sharding.per_shard(cache.write_entries, (("batch",),) * 4, ("batch",))
+  entries = write(entries, new_BTd, start_B // layout.rate, layout.segment > 0)
   return entries, cache.write_ring(pending, raw, start_B, count_B)

@@ -46,23 +46,33 @@ def test_every_call_equals_transformers():
     np.testing.assert_allclose(out.logits, want.logits, atol=2e-4)
 
 
-def replies_equal(prompts, new):
-  """Ours, all prompts in one batch, against transformers' greedy search, one prompt after another."""
+def equal_replies(prompts, new):
+  """How many of our greedy replies, all prompts in one batch, are also those of transformers' cached greedy search.
+
+  Every one must be what transformers' full forward pass, without its cache, finds greedily. (The two differ where index
+  scores tie exactly: torch's top-k then depends on the shape of its input.)
+  """
   model, variables, theirs = sides()
   keys = jax.random.split(jax.random.key(0), len(prompts))
   ours = dsv4.generate(model, variables, [p.tolist() for p in prompts], keys=keys, max_new_tokens=new, temperature=0.0,
                        chunk_size=16)
+  equal = 0
   for prompt, reply in zip(prompts, ours.tokens, strict=True):
-    found = theirs.generate(torch.tensor(prompt, dtype=torch.long)[None], max_new_tokens=new, do_sample=False,
-                            use_cache=True, eos_token_id=None, pad_token_id=0)
-    assert reply == found[0, len(prompt):].tolist(), f"prompt of {len(prompt)} tokens"
+    whole, n = torch.tensor([[*prompt, *reply]]), len(prompt)
+    with torch.no_grad():
+      greedy = theirs(whole[:, :-1], use_cache=False).logits[0, n - 1:].argmax(-1)
+    assert reply == greedy.tolist(), f"prompt of {n} tokens"
+    found = theirs.generate(whole[:, :n], max_new_tokens=new, do_sample=False, use_cache=True, eos_token_id=None,
+                            pad_token_id=0)
+    equal += reply == found[0, n:].tolist()
+  return equal
 
 
 def test_greedy_replies():
-  replies_equal([random_tokens(n, seed=n) for n in (1, 6, 33)], 12)
+  assert equal_replies([random_tokens(n, seed=n) for n in (1, 6, 33)], 12) == 3
 
 
 @pytest.mark.long
 def test_long_greedy_replies():
   lengths = np.linspace(1, 300, 20).astype(int)
-  replies_equal([random_tokens(n, seed=n) for n in lengths], 200)
+  assert equal_replies([random_tokens(n, seed=n) for n in lengths], 200) >= 18
