@@ -8,10 +8,12 @@ import importlib
 _NAMES = {
     "ModelConfig": "deepseek_v4.config", "RunConfig": "deepseek_v4.config",
     "DeepseekV4": "deepseek_v4.model.transformer", "ModelOutput": "deepseek_v4.model.transformer",
+    **dict.fromkeys(("init_cache", "cache_lengths", "cache_entries", "rewind"), "deepseek_v4.model.cache"),
     "trace": "deepseek_v4.analysis.trace", "count": "deepseek_v4.analysis.count",
     "load_hf": "deepseek_v4.checkpoint.hf_read", "save_hf": "deepseek_v4.checkpoint.hf_write",
     "to_hf_names": "deepseek_v4.checkpoint.hf_trees",
     "from_hf_names": "deepseek_v4.checkpoint.hf_trees", "restack": "deepseek_v4.checkpoint.trees",
+    "generate": "deepseek_v4.generation.decode",
 }
 _MODULES = {name: f"deepseek_v4.{name}" for name in
             ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training",

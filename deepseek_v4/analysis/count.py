@@ -205,9 +205,9 @@ def cache_bytes(config: ModelConfig, context: int, storage: str, *, rewind: int 
   Args:
     config: the model; `compute_dtype` is what the storage "compute" keeps.
     context: tokens that the cache has room for.
-    storage: "compute", or "mixed": per entry and window key the plain channels in e4m3 and the rotary ones in BF16, index
-      keys in FP4, one byte of scale for every 64 e4m3 and every 32 FP4 channels. Pending tokens (values and gates) are kept
-      in at least float32 by both.
+    storage: "compute", what `init_cache` allocates; or "mixed", the published layout, which it does not offer yet: per
+      entry and window key the plain channels in e4m3 and the rotary ones in BF16, index keys in FP4, one byte of scale for
+      every 64 e4m3 and every 32 FP4 channels. Pending tokens (values and gates) are kept in at least float32 by both.
     rewind: tokens that the cache can be taken back by.
   """
   c = config

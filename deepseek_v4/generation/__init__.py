@@ -1,1 +1,1 @@
-"""From logits to text: sampling."""
+"""From logits to text: sampling, decoding."""

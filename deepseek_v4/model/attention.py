@@ -17,7 +17,8 @@ import pallas_kernels.sparse_attention
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, SLIDING, ModelConfig
 from deepseek_v4.model import indexer, rope, weights
-from deepseek_v4.model.compression import Compressor
+from deepseek_v4.model.cache import LayerCache, read_ring, write_ring
+from deepseek_v4.model.compression import Compressor, extend
 from deepseek_v4.model.context import Context
 from deepseek_v4.model.norm import RMSNorm, rms_norm
 from pallas_kernels.blocks import sees_entry
@@ -32,8 +33,8 @@ class Attention(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, context: Context):
-    """Returns (output [B, S, D], indexer loss as (sum, count) or None)."""
+  def __call__(self, x_BSD: jax.Array, context: Context, cache: LayerCache | None = None):
+    """Returns (output [B, S, D], indexer loss as (sum, count) or None, the cache after these tokens or None)."""
     config = self.config
     heads, width = config.num_attention_heads, config.head_dim
     cos, sin = context.phases[self.attention]
@@ -46,8 +47,13 @@ class Attention(nn.Module):
     kv_BSd = rope.rotate(kv_BSd, cos, sin)
     sink_H = weights.exact(self, config, "sink", (heads,), nn.initializers.zeros)
 
-    entries_BTd, selection, index = self._entries(x_BSD, latent_BSr, context)
-    out_BSHd, lse_BSH = self._attend(q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context)
+    entries_BTd, selection, index, new_cache = self._entries(x_BSD, latent_BSr, context, cache)
+    past = ()
+    if cache is not None:
+      past = self._past(cache, context)
+      window = write_ring(cache.window, kv_BSd, context.chunk.start, context.chunk.count)
+      new_cache = new_cache.replace(window=window)
+    out_BSHd, lse_BSH = self._attend(q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context, past)
     loss = None
     if self.attention == CSA and context.with_losses:
       loss = indexer.indexer_loss(index, q_BSHd, entries_BTd, lse_BSH, selection, context, scale=width**-0.5,
@@ -55,40 +61,49 @@ class Attention(nn.Module):
     if self.is_mutable_collection("intermediates"):
       self._trace(q_BSHd, kv_BSd, entries_BTd, selection, lse_BSH, context)
     out_BSHd = rope.rotate(out_BSHd, cos[:, :, None], sin[:, :, None], inverse=True)
-    return self._project(out_BSHd), loss
+    return self._project(out_BSHd), loss, new_cache
 
-  def _entries(self, x_BSD, latent_BSr, context: Context):
-    """Compressed entries of the sequence, which of them each query reads, and the indexer's tensors."""
+  def _entries(self, x_BSD, latent_BSr, context: Context, cache: LayerCache | None):
+    """Compressed entries of the sequence, which of them each query reads, the indexer's tensors, the cache with the new
+    entries."""
     config = self.config
     batch, length = context.positions.shape
     if self.attention == SLIDING:
-      return jnp.zeros((batch, 0, config.head_dim), x_BSD.dtype), Selection.all(batch, length), None
+      return jnp.zeros((batch, 0, config.head_dim), x_BSD.dtype), Selection.all(batch, length), None, cache
     layout = context.entries[self.attention]
-    entries_BTd = Compressor(config, self.attention, config.head_dim, name="compressor")(x_BSD, layout)
+    compressor = Compressor(config, self.attention, config.head_dim, name="compressor")
+    if cache is None:
+      entries_BTd, _ = compressor(x_BSD, layout)
+    else:
+      entries, pending = extend(compressor, x_BSD, layout, context.chunk.start, context.chunk.count, cache.entries,
+                                cache.pending)
+      cache = cache.replace(entries=entries, pending=pending)
+      entries_BTd = entries[:, :context.chunk.reach // layout.rate].astype(x_BSD.dtype)
     if self.attention == HCA:
-      return entries_BTd, Selection.all(batch, length), None
-    selection, index = indexer.Indexer(config, self.kernels, name="indexer")(x_BSD, latent_BSr, context)
-    return entries_BTd, selection, index
+      return entries_BTd, Selection.all(batch, length), None, cache
+    return entries_BTd, *indexer.Indexer(config, self.kernels, name="indexer")(x_BSD, latent_BSr, context, cache)
 
-  def _places(self, context: Context):
-    if self.attention == SLIDING:
-      empty = jnp.zeros((context.positions.shape[0], 0), jnp.int32)
-      return empty, empty
-    layout = context.entries[self.attention]
-    return layout.last, layout.segment
+  def _past(self, cache: LayerCache, context: Context) -> tuple[jax.Array, jax.Array]:
+    """Keys of the window in front of the chunk [B, P, d], and their documents [B, P]."""
+    count, start_B = self.config.sliding_window - 1, context.chunk.start
+    exists_BP = start_B[:, None] + jnp.arange(-count, 0) >= 0
+    return read_ring(cache.window, start_B, count).astype(self.config.compute_dtype), exists_BP.astype(jnp.int32)
 
-  def _attend(self, q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context: Context):
+  def _attend(self, q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context: Context, past):
     config = self.config
 
-    def run(q, kv, entries, selection, sink, positions, segment_ids, last, segment):
+    def run(q, kv, entries, selection, sink, positions, segment_ids, last, segment, *past):
+      past = dict(zip(("past_kv", "past_segment"), past))
       return pallas_kernels.sparse_attention.attend(
           q, kv, entries, selection, sink, positions=positions, segment_ids=segment_ids, entry_last=last,
-          entry_segment=segment, window=config.sliding_window, scale=config.head_dim**-0.5, implementation=self.kernels)
+          entry_segment=segment, window=config.sliding_window, scale=config.head_dim**-0.5, **past,
+          implementation=self.kernels)
 
     tokens, rows, heads = ("batch", "sequence"), ("batch",), ("batch", "sequence", "heads")
-    in_axes = (heads, tokens, rows, tokens, ("heads",), tokens, tokens, rows, rows)
+    in_axes = (heads, tokens, rows, tokens, ("heads",), tokens, tokens, rows, rows, *(rows for _ in past))
     return sharding.per_shard(run, in_axes, (heads, heads))(
-        q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context.positions, context.segment_ids, *self._places(context))
+        q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context.positions, context.segment_ids,
+        *context.places(self.attention), *past)
 
   def _project(self, out_BSHd: jax.Array) -> jax.Array:
     """Grouped output projection: consecutive heads form a group; each group to rank R, all groups together to D."""
@@ -108,7 +123,7 @@ class Attention(nn.Module):
     apart = place[:, None] - place[None, :]
     near = (apart >= 0) & (apart < self.config.sliding_window) & (context.segment_ids > 0)[:, :, None]
     near &= context.segment_ids[:, :, None] == context.segment_ids[:, None, :]
-    last, segment = self._places(context)
+    last, segment = context.places(self.attention)
     chosen = selection.mask(last.shape[1]) & sees_entry(context.positions, context.segment_ids, last, segment)
     for name, keys, visible in (("window_weight", kv_BSd, near), ("entry_weight", entries_BTd, chosen)):
       logits = jnp.einsum("BSHd,BUd->BSHU", q_BSHd.astype(dtype), keys.astype(dtype)) * scale

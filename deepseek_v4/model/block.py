@@ -16,6 +16,7 @@ from deepseek_v4 import sharding
 from deepseek_v4.config import LayerSpec, ModelConfig
 from deepseek_v4.model import weights
 from deepseek_v4.model.attention import Attention
+from deepseek_v4.model.cache import LayerCache
 from deepseek_v4.model.context import Context
 from deepseek_v4.model.experts import MoE
 from deepseek_v4.model.hyper_connections import HyperConnection, expand
@@ -48,13 +49,16 @@ class Block(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array, context: Context, layer: Any) -> tuple[jax.Array, LayerOutput]:
-    """Returns the new streams and the layer's report; `layer` is the layer's number (it seeds a fresh hash table)."""
+  def __call__(self, streams_BSND: jax.Array, context: Context, layer: Any, cache: LayerCache | None = None):
+    """Returns the new streams, the layer's report and its cache after these tokens (None without one).
+
+    `layer` is the layer's number (it seeds a fresh hash table).
+    """
     config, kernels = self.config, self.kernels
     streams_BSND = sharding.constrain(streams_BSND, ("batch", "sequence", None, None))
     streams_BSND, z_BSD, post, comb = HyperConnection(config, kernels, name="attn_hc")(streams_BSND)
     attention = Attention(config, self.spec.attention, kernels, name="attention")
-    y_BSD, indexer_loss = attention(RMSNorm(config, name="attn_norm")(z_BSD), context)
+    y_BSD, indexer_loss, cache = attention(RMSNorm(config, name="attn_norm")(z_BSD), context, cache)
 
     ffn_hc = HyperConnection(config, kernels, name="ffn_hc")
     streams_BSND, z_BSD, post, comb = ffn_hc(streams_BSND, (y_BSD, post, comb))
@@ -63,4 +67,4 @@ class Block(nn.Module):
     streams_BSND = expand(streams_BSND, y_BSD, post, comb, kernels=kernels)
     self.sow("intermediates", "streams", streams_BSND)
     nothing = (jnp.zeros((), weights.exact_dtype(config)),) * 2
-    return streams_BSND, LayerOutput(experts, load, *(balance_loss or nothing), *(indexer_loss or nothing))
+    return streams_BSND, LayerOutput(experts, load, *(balance_loss or nothing), *(indexer_loss or nothing)), cache

@@ -17,10 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, ModelConfig
-from deepseek_v4.model import rope, weights
+from deepseek_v4.model import cache, rope, weights
 from deepseek_v4.model.norm import RMSNorm
 
+SERIES = {CSA: 2, HCA: 1}  # overlapping windows of an entry
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=["rate", "contiguous"],
                    data_fields=["closing", "has_previous", "last", "segment", "cos", "sin"])
@@ -88,6 +90,26 @@ def entry_layout(config: ModelConfig, attention: str, positions_BS: jax.Array, s
   return EntryLayout(closing, has_previous, last, segment, cos, sin, rate, contiguous)
 
 
+def chunk_layout(config: ModelConfig, attention: str, start_B: jax.Array, count_B: jax.Array, length: int) -> EntryLayout:
+  """Entries that `count_B` new tokens of each row can close, the row's first new token being its `start_B`-th.
+
+  Places are those of a row of the `lookback` tokens before the chunk and the chunk's `length` places.
+  """
+  rate = config.compress_rate(attention)
+  number_BT = start_B[:, None] // rate + jnp.arange(-(-length // rate))
+  last_BT = number_BT * rate + rate - 1
+  segment = (last_BT < (start_B + count_B)[:, None]).astype(jnp.int32)
+  places = lookback(config, attention) + length
+  closing = jnp.minimum(last_BT - start_B[:, None] + lookback(config, attention), places - 1)
+  cos, sin = rope.angles(config, attention, number_BT * rate)
+  return EntryLayout(closing, number_BT > 0, last_BT, segment, cos, sin, rate, contiguous=False)
+
+
+def lookback(config: ModelConfig, attention: str) -> int:
+  """Tokens before a chunk that an entry closed inside the chunk can be made of."""
+  return SERIES[attention] * config.compress_rate(attention) - 1
+
+
 def _windows(x_BSd: jax.Array, layout: EntryLayout, offset: int) -> jax.Array:
   """[B, T, m, d]: the tokens of each entry's window, or with offset = 1 of the window before it."""
   rate, count = layout.rate, layout.closing.shape[1]
@@ -112,26 +134,44 @@ class Compressor(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, layout: EntryLayout) -> jax.Array:
-    """Returns entries [B, T, d], normalised and rotated; unused ones hold finite values without meaning.
+  def __call__(self, x_BSD: jax.Array, layout: EntryLayout, earlier: jax.Array | None = None):
+    """Returns (entries [B, T, d], normalised and rotated, and the tokens' values and gates [B, S, 2, o, d] for a cache).
+
+    Unused entries hold finite values without meaning. `earlier` [B, P, 2, o, d]: values and gates of the tokens before, for
+    a `chunk_layout`; without it there is nothing to cache, and the second result is None.
 
     entry = sum over slots of softmax(gate + position bias) * value; CSA's slots are the previous window's series 0 and
     the own window's series 1, and the first entry of a document has only the latter (report eqs. 9-12, 20-23).
     """
     config, m = self.config, layout.rate
-    series = {CSA: 2, HCA: 1}[self.attention]
+    series = SERIES[self.attention]
     shape = (series, config.hidden_size, self.width)
     kv_oDd = weights.matrix(self, config, "kv", shape)
     gate_oDd = weights.matrix(self, config, "gate", shape)
     bias_omd = weights.exact(self, config, "position_bias", (series, m, self.width), nn.initializers.zeros)
-    values, gates = [], []
+    values, gates, raw = [], [], []
     for o in range(series):
       offset = series - 1 - o
-      values.append(_windows(x_BSD @ kv_oDd[o], layout, offset))
-      gate = _windows(x_BSD @ gate_oDd[o], layout, offset).astype(bias_omd.dtype) + bias_omd[o]
+      value, gate = x_BSD @ kv_oDd[o], x_BSD @ gate_oDd[o]
+      if earlier is not None:
+        raw.append(jnp.stack([value, gate], 2))
+        value = jnp.concatenate([earlier[:, :, 0, o].astype(value.dtype), value], 1)
+        gate = jnp.concatenate([earlier[:, :, 1, o].astype(gate.dtype), gate], 1)
+      values.append(_windows(value, layout, offset))
+      gate = _windows(gate, layout, offset).astype(bias_omd.dtype) + bias_omd[o]
       gates.append(jnp.where(layout.has_previous[..., None, None], gate, -jnp.inf) if offset else gate)
     value, gate = (jnp.concatenate(parts, 2) if series > 1 else parts[0] for parts in (values, gates))
     weight = jax.nn.softmax(gate, 2)
     entries_BTd = (weight * value.astype(weight.dtype)).sum(2).astype(x_BSD.dtype)
     entries_BTd = RMSNorm(config, name="norm")(entries_BTd)
-    return rope.rotate(entries_BTd, layout.cos, layout.sin)
+    return rope.rotate(entries_BTd, layout.cos, layout.sin), jnp.stack(raw, 3) if raw else None
+
+
+def extend(compressor: Compressor, x_BSD: jax.Array, layout: EntryLayout, start_B: jax.Array, count_B: jax.Array,
+           entries: jax.Array, pending: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The entries and the pending tokens of a cache after the first `count_B` tokens of each row of x; see `chunk_layout`."""
+  earlier = cache.read_ring(pending, start_B, lookback(compressor.config, compressor.attention))
+  new_BTd, raw = compressor(x_BSD, layout, earlier)
+  write = sharding.per_shard(cache.write_entries, (("batch",),) * 4, ("batch",))
+  entries = write(entries, new_BTd, start_B // layout.rate, layout.segment > 0)
+  return entries, cache.write_ring(pending, raw, start_B, count_B)

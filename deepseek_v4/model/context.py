@@ -10,13 +10,25 @@ import jax.numpy as jnp
 
 from deepseek_v4.config import CSA, HCA, SLIDING, ModelConfig
 from deepseek_v4.model import rope
-from deepseek_v4.model.compression import EntryLayout, entry_layout
+from deepseek_v4.model.cache import Cache
+from deepseek_v4.model.compression import EntryLayout, chunk_layout, entry_layout
 
 Phases = tuple[jax.Array, jax.Array]
 
 
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=["reach"], data_fields=["start", "count"])
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """What a row of new tokens continues: int32 [B] tokens in the cache before, int32 [B] new tokens (the first places of the
+  row), and the largest number of tokens that a row has afterwards."""
+
+  start: jax.Array
+  count: jax.Array
+  reach: int
+
+
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=["attention_mode", "contiguous", "with_losses"],
-                   data_fields=["tokens", "positions", "segment_ids", "phases", "entries"])
+                   data_fields=["tokens", "positions", "segment_ids", "phases", "entries", "chunk"])
 @dataclasses.dataclass(frozen=True)
 class Context:
   """Inputs that layers read beside the residual streams.
@@ -28,6 +40,7 @@ class Context:
     attention_mode: "sparse", or "dense" = CSA layers attend to every visible entry.
     contiguous: each row is one document that starts at place 0.
     with_losses: layers compute their own losses (balance, indexer).
+    chunk: with a cache; `entries` are then those that the new tokens can close.
   """
 
   tokens: jax.Array
@@ -38,11 +51,23 @@ class Context:
   attention_mode: str
   contiguous: bool
   with_losses: bool
+  chunk: Chunk | None = None
+
+  def places(self, attention: str) -> tuple[jax.Array, jax.Array]:
+    """(position of the last token, document) int32 [B, T] of all entries that attention of this kind may read."""
+    if attention == SLIDING:
+      return (jnp.zeros((self.positions.shape[0], 0), jnp.int32),) * 2
+    layout = self.entries[attention]
+    if self.chunk is None:
+      return layout.last, layout.segment
+    last_T = jnp.arange(1, self.chunk.reach // layout.rate + 1, dtype=jnp.int32) * layout.rate - 1
+    closed_BT = last_T < (self.chunk.start + self.chunk.count)[:, None]
+    return jnp.broadcast_to(last_T, closed_BT.shape), closed_BT.astype(jnp.int32)
 
 
-def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None,
-                 attention_mode: str, with_losses: bool) -> Context:
-  """Checks the inputs of a forward pass and computes what its layers share.
+def check_inputs(config: ModelConfig, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None,
+                 attention_mode: str) -> None:
+  """Refuses what does not fit.
 
   Raises:
     ValueError: shapes or dtypes that do not fit, or an unknown attention mode.
@@ -57,6 +82,12 @@ def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | 
       raise ValueError(f"{name} = {value.dtype}{value.shape}: expected integers of the tokens' shape {tokens.shape}")
   if attention_mode not in ("sparse", "dense"):
     raise ValueError(f"attention_mode = {attention_mode!r}: expected sparse or dense")
+
+
+def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None,
+                 attention_mode: str, with_losses: bool) -> Context:
+  """Checks the inputs of a forward pass (see `check_inputs`) and computes what its layers share."""
+  check_inputs(config, tokens, positions, segment_ids, attention_mode)
   tokens, positions, segment_ids = (None if x is None else jnp.asarray(x) for x in (tokens, positions, segment_ids))
   contiguous = positions is None and segment_ids is None
   if segment_ids is None:
@@ -66,6 +97,32 @@ def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | 
   phases = {kind: rope.angles(config, kind, positions) for kind in (*kinds, SLIDING)}
   entries = {kind: entry_layout(config, kind, positions, segment_ids, contiguous) for kind in kinds if kind in (CSA, HCA)}
   return Context(tokens, positions, segment_ids, phases, entries, attention_mode, contiguous, with_losses)
+
+
+def make_chunk_context(config: ModelConfig, tokens: jax.Array, segment_ids: jax.Array | None, cache: Cache,
+                       attention_mode: str, reach: int) -> tuple[Context, jax.Array | None]:
+  """What the layers share when rows continue those of a cache.
+
+  Returns:
+    The context, whose rows hold their new tokens first, in order, and the place int32 [B, S] that each of the caller's
+    places has in them; None = the same.
+  """
+  batch, length = tokens.shape
+  back = None
+  if segment_ids is None:
+    count = jnp.full(batch, length, jnp.int32)
+  else:
+    # Tokens first, whatever side the padding is on: behind them it touches neither windows nor compressors.
+    order = jnp.argsort(jnp.asarray(segment_ids) == 0, axis=1, stable=True)
+    tokens, back = jnp.take_along_axis(tokens, order, 1), jnp.argsort(order, axis=1)
+    count = (jnp.asarray(segment_ids) > 0).sum(1, dtype=jnp.int32)
+  place = jnp.arange(length, dtype=jnp.int32)
+  positions, segments = cache.lengths[:, None] + place, (place < count[:, None]).astype(jnp.int32)
+  kinds = dict.fromkeys(config.layer_types)
+  phases = {kind: rope.angles(config, kind, positions) for kind in (*kinds, SLIDING)}
+  entries = {kind: chunk_layout(config, kind, cache.lengths, count, length) for kind in kinds if kind in (CSA, HCA)}
+  chunk = Chunk(cache.lengths, count, reach)
+  return Context(tokens, positions, segments, phases, entries, attention_mode, False, False, chunk), back
 
 
 def document_numbers(positions_BS: jax.Array) -> jax.Array:

@@ -16,7 +16,8 @@ import pallas_kernels.indexer
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, ModelConfig
 from deepseek_v4.model import rope, weights
-from deepseek_v4.model.compression import Compressor, sees_an_entry
+from deepseek_v4.model.cache import LayerCache
+from deepseek_v4.model.compression import Compressor, extend, sees_an_entry
 from deepseek_v4.model.context import Context
 from pallas_kernels.indexer import reference
 from pallas_kernels.selection import Selection
@@ -39,18 +40,26 @@ class Indexer(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, latent_BSr: jax.Array, context: Context):
-    """Returns (selection, (queries [B, S, h, c], weights [B, S, h], keys [B, T, c])).
+  def __call__(self, x_BSD: jax.Array, latent_BSr: jax.Array, context: Context, cache: LayerCache | None = None):
+    """Returns (selection, (queries [B, S, h, c], weights [B, S, h], keys [B, T, c]), the cache with the new keys or None).
 
     Args:
       x_BSD: the attention sublayer's normalised input.
       latent_BSr: the normalised query latent that the attention's queries come from.
       context: of the forward pass.
+      cache: of the layer.
     """
-    config, layout = self.config, context.entries[CSA]
+    config = self.config
     x_BSD, latent_BSr = jax.lax.stop_gradient((x_BSD, latent_BSr))
     heads, width = config.index_n_heads, config.index_head_dim
-    keys_BTc = Compressor(config, CSA, width, name="compressor")(x_BSD, layout)
+    compressor = Compressor(config, CSA, width, name="compressor")
+    if cache is None:
+      keys_BTc, _ = compressor(x_BSD, context.entries[CSA])
+    else:
+      keys, pending = extend(compressor, x_BSD, context.entries[CSA], context.chunk.start, context.chunk.count,
+                             cache.index_keys, cache.index_pending)
+      cache = cache.replace(index_keys=keys, index_pending=pending)
+      keys_BTc = keys[:, :context.chunk.reach // config.csa_compress_rate].astype(x_BSD.dtype)
     q_b = weights.matrix(self, config, "q_b", (config.q_lora_rank, heads, width))
     queries_BShc = jnp.einsum("BSr,rhc->BShc", latent_BSr, q_b)
     cos, sin = context.phases[CSA]
@@ -62,10 +71,10 @@ class Indexer(nn.Module):
     selection = self._select(index, context)
     if self.is_mutable_collection("intermediates"):
       self._trace(index, selection, context)
-    return selection, index
+    return selection, index, cache
 
   def _select(self, index, context: Context) -> Selection:
-    config, layout = self.config, context.entries[CSA]
+    config = self.config
     if context.attention_mode == "dense":
       return Selection.all(*context.positions.shape)
 
@@ -75,7 +84,7 @@ class Indexer(nn.Module):
                                            implementation=self.kernels)
 
     index_axes, place_axes, query = _axes(context.positions.shape[1])
-    places = (context.positions, context.segment_ids, layout.last, layout.segment)
+    places = (context.positions, context.segment_ids, *context.places(CSA))
     return sharding.per_shard(run, (*index_axes, *place_axes), query)(*index, *places)
 
   def _trace(self, index, selection: Selection, context: Context) -> None:

@@ -40,5 +40,5 @@ class MTP(nn.Module):
     e_BSD = RMSNorm(config, name="embed_norm")(next_BSD) @ weights.matrix(self, config, "embed_proj", (d, d))
     h_BSND = RMSNorm(config, name="hidden_norm")(streams_BSND) @ weights.matrix(self, config, "hidden_proj", (d, d))
     block = Block(config, config.mtp_spec, self.kernels, name="block")
-    streams_BSND, report = block(e_BSD[:, :, None] + h_BSND, context, config.num_hidden_layers)
+    streams_BSND, report, _ = block(e_BSD[:, :, None] + h_BSND, context, config.num_hidden_layers)
     return RMSNorm(config, name="final_norm")(HyperHead(config, name="hc_head")(streams_BSND)), report

@@ -17,7 +17,8 @@ from deepseek_v4 import sharding
 from deepseek_v4.config import LayerSpec, ModelConfig
 from deepseek_v4.model import losses, weights
 from deepseek_v4.model.block import Block, LayerOutput
-from deepseek_v4.model.context import Context, make_context
+from deepseek_v4.model.cache import Cache, LayerCache
+from deepseek_v4.model.context import Chunk, Context, check_inputs, make_chunk_context, make_context
 from deepseek_v4.model.groups import LayerGroups, group_layers
 from deepseek_v4.model.hyper_connections import HyperHead
 from deepseek_v4.model.mtp import MTP
@@ -36,6 +37,7 @@ class ModelOutput:
     mtp_hidden: [B, S, D], the same of the multi-token-prediction block.
     losses: {"next_token", "mtp", "balance", "indexer": (sum, count)} when targets were given.
     routing: {"experts": int32 [L, B, S, k], "load": int32 [L, E] without padding, and "mtp_load": int32 [E]}.
+    cache: after the tokens, when one was given.
   """
 
   logits: jax.Array | None
@@ -43,6 +45,7 @@ class ModelOutput:
   mtp_hidden: jax.Array | None
   losses: dict[str, Pair] | None
   routing: dict[str, jax.Array]
+  cache: Cache | None = None
 
 
 class _Unit(nn.Module):
@@ -50,12 +53,12 @@ class _Unit(nn.Module):
 
   blocks: tuple[Block, ...]
 
-  def __call__(self, streams_BSND, layers, context):
-    reports = []
+  def __call__(self, streams_BSND, layers, context, caches):
+    reports, caches = [], list(caches)
     for j, block in enumerate(self.blocks):
-      streams_BSND, report = block(streams_BSND, context, layers[j])
+      streams_BSND, report, caches[j] = block(streams_BSND, context, layers[j], caches[j])
       reports.append(report)
-    return streams_BSND, tuple(reports)
+    return streams_BSND, (tuple(reports), tuple(caches))
 
 
 class Stack(nn.Module):
@@ -65,34 +68,41 @@ class Stack(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array, context: Context) -> tuple[jax.Array, LayerOutput]:
-    """Returns the streams after the last layer and the reports of all layers, stacked over L."""
+  def __call__(self, streams_BSND: jax.Array, context: Context, caches: dict[str, LayerCache]):
+    """Returns the streams after the last layer, the reports of all layers, stacked over L, and the layers' caches.
+
+    `caches` are those of `Cache.layers`, or {} without a cache.
+    """
     config, groups = self.config, group_layers(self.config)
     reports: list[LayerOutput] = []
+    new_caches = {}
     for layer in [*range(groups.prefix), -1, *range(groups.suffix_start, groups.num_layers)]:
       if layer >= 0:
-        block = self._block(config.layer_specs[layer], groups.key_of(layer)[0], in_scan=False)
-        streams_BSND, report = block(streams_BSND, context, layer)
+        key = groups.key_of(layer)[0]
+        block = self._block(config.layer_specs[layer], key, in_scan=False)
+        streams_BSND, report, new_caches[key] = block(streams_BSND, context, layer, caches.get(key))
         reports.append(report)
       elif groups.repeats:
-        streams_BSND, scanned = self._scan(streams_BSND, context, groups)
+        keys = [f"unit_{j}" for j in range(groups.unit)]
+        streams_BSND, scanned, units = self._scan(streams_BSND, context, groups, tuple(map(caches.get, keys)))
         reports += scanned
-    return streams_BSND, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+        new_caches |= zip(keys, units)
+    return streams_BSND, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports), new_caches
 
   def _block(self, spec: LayerSpec, name: str, in_scan: bool) -> Block:
     # Inside a scan the loop's body already keeps XLA from merging the recomputation with the forward pass.
     kind = nn.remat(Block, prevent_cse=not in_scan) if self.config.remat == "block" else Block
     return kind(self.config, spec, self.kernels, name=name)
 
-  def _scan(self, streams_BSND, context: Context, groups: LayerGroups):
+  def _scan(self, streams_BSND, context: Context, groups: LayerGroups, caches: tuple[LayerCache | None, ...]):
     blocks = tuple(self._block(self.config.layer_specs[groups.prefix + j], f"unit_{j}", in_scan=True)
                    for j in range(groups.unit))
     scan = nn.scan(_Unit, variable_axes={"params": 0, "router": 0, "intermediates": 0}, split_rngs={"params": True},
-                   in_axes=(0, nn.broadcast), length=groups.repeats)
+                   in_axes=(0, nn.broadcast, 0), length=groups.repeats)
     numbers = groups.prefix + jnp.arange(groups.repeats * groups.unit).reshape(groups.repeats, groups.unit)
-    streams_BSND, reports = scan(blocks, name="scan")(streams_BSND, numbers, context)
+    streams_BSND, (reports, caches) = scan(blocks, name="scan")(streams_BSND, numbers, context, caches)
     return streams_BSND, [jax.tree.map(lambda x, r=r: x[r], reports[j]) for r in range(groups.repeats)
-                          for j in range(groups.unit)]
+                          for j in range(groups.unit)], caches
 
 
 class DeepseekV4(nn.Module):
@@ -115,9 +125,9 @@ class DeepseekV4(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None, *,
-               logits: str = "all", attention_mode: str = "sparse", targets: jax.Array | None = None,
-               mtp: bool | None = None) -> ModelOutput:
+  def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None,
+               cache: Cache | None = None, *, logits: str = "all", attention_mode: str = "sparse",
+               targets: jax.Array | None = None, mtp: bool | None = None, cache_reach: int | None = None) -> ModelOutput:
     """Runs the network.
 
     Args:
@@ -126,10 +136,15 @@ class DeepseekV4(nn.Module):
       segment_ids: int32 [B, S], the document of each token, 0 = not a token; a document's tokens lie together, and its id
         does not come back later in the row. Default: a new document wherever the given positions do not go on by one,
         without positions one document per row.
-      logits: "all" places, "last" place only, or "none".
+      cache: of `init_cache`; the tokens continue its rows, and `ModelOutput.cache` is the cache after them. Positions then
+        follow from the cache, and segment_ids only say what is a token (> 0) and what is not (0), on either side. A row that
+        outgrows the cache gets NaN.
+      logits: "all" places, "last" place only (with a cache: each row's last token, any place if it has none), or "none".
       attention_mode: "sparse", or "dense": CSA layers attend to every visible entry.
       targets: int32 [B, S], next token of each place, -1 = not counted. Given: `losses` is filled and no logits are made.
       mtp: run the multi-token-prediction block; default: if targets are given.
+      cache_reach: with a cache: no row has more tokens than this after the call, so that fewer entries are read; default
+        all that there is room for.
 
     Returns:
       ModelOutput.
@@ -147,11 +162,19 @@ class DeepseekV4(nn.Module):
     if mtp and not has_mtp:
       raise ValueError("mtp = True: expected a model with num_nextn_predict_layers = 1")
     run_mtp = has_mtp and (mtp or self.is_initializing() or (mtp is None and targets is not None))
-    context = make_context(config, tokens, positions, segment_ids, attention_mode, with_losses=targets is not None)
+    back = None
+    if cache is None:
+      context = make_context(config, tokens, positions, segment_ids, attention_mode, with_losses=targets is not None)
+    else:
+      self._check_cached(cache, cache_reach, tokens, positions, segment_ids, attention_mode, run_mtp or targets is not None)
+      context, back = make_chunk_context(config, tokens, segment_ids, cache, attention_mode,
+                                         min(cache.max_length, cache_reach or cache.max_length))
+      tokens = context.tokens
 
     embedded_BSD = Embedding(config, name="embed")(tokens)
     streams_BSND = jnp.broadcast_to(embedded_BSD[:, :, None], (*tokens.shape, config.hc_mult, config.hidden_size))
-    streams_BSND, reports = Stack(config, kernels, name="layers")(streams_BSND, context)
+    layer_caches = {} if cache is None else cache.layers
+    streams_BSND, reports, layer_caches = Stack(config, kernels, name="layers")(streams_BSND, context, layer_caches)
     hidden_BSD = RMSNorm(config, name="final_norm")(HyperHead(config, name="hc_head")(streams_BSND))
     self.sow("intermediates", "hidden", hidden_BSD)
     head_DV = LMHead(config, name="lm_head")()
@@ -166,12 +189,41 @@ class DeepseekV4(nn.Module):
       if run_mtp:
         found |= self._mtp_losses(head_DV, mtp_BSD, mtp_report, found["balance"], targets, context)
       logits = "none"
+    chosen = hidden_BSD[:, -1:] if logits == "last" else hidden_BSD
+    if cache is not None:
+      cache, hidden_BSD, chosen, routing["experts"] = self._continued(cache, layer_caches, context.chunk, back, hidden_BSD,
+                                                                      routing["experts"], logits)
     out = None
     if logits != "none":
-      chosen = hidden_BSD[:, -1:] if logits == "last" else hidden_BSD
       out = jnp.matmul(chosen, head_DV, preferred_element_type=weights.exact_dtype(config))
       out = sharding.constrain(out, ("batch", "sequence", "vocab"))
-    return ModelOutput(out, hidden_BSD, mtp_BSD, found, routing)
+    return ModelOutput(out, hidden_BSD, mtp_BSD, found, routing, cache)
+
+  def _check_cached(self, cache: Cache, reach: int | None, tokens, positions, segment_ids, attention_mode: str,
+                    more: bool) -> None:
+    """Refuses what does not go with a cache."""
+    check_inputs(self.config, tokens, positions, segment_ids, attention_mode)
+    if positions is not None:
+      raise ValueError("positions: expected None beside a cache, whose lengths they follow")
+    if more or self.is_mutable_collection("intermediates"):
+      raise ValueError("cache: expected None with targets, mtp or in a trace")
+    if cache.groups != group_layers(self.config) or cache.lengths.shape != tokens.shape[:1]:
+      raise ValueError(f"cache: expected one of init_cache with this model's config and batch_size = {tokens.shape[0]}")
+    if reach is not None and reach < 1:
+      raise ValueError(f"cache_reach = {reach!r}: expected None or a number of tokens")
+
+  def _continued(self, cache: Cache, layers: dict[str, LayerCache], chunk: Chunk, back, hidden_BSD, experts_LBSk,
+                 logits: str):
+    """(cache after the chunk, hidden states and experts in the caller's places, hidden states that the head reads)."""
+    lengths_B = chunk.start + chunk.count
+    hidden_BSD = jnp.where((lengths_B <= chunk.reach)[:, None, None], hidden_BSD, jnp.nan)
+    last_B = jnp.maximum(chunk.count - 1, 0)
+    chosen = jnp.take_along_axis(hidden_BSD, last_B[:, None, None], 1)
+    if back is not None:
+      hidden_BSD = jnp.take_along_axis(hidden_BSD, back[..., None], 1)
+      experts_LBSk = jnp.take_along_axis(experts_LBSk, back[None, ..., None], 2)
+    cache = cache.replace(layers=layers, lengths=lengths_B, furthest=jnp.maximum(cache.furthest, lengths_B))
+    return cache, hidden_BSD, chosen if logits == "last" else hidden_BSD, experts_LBSk
 
   def _losses(self, head_DV, hidden_BSD, reports: LayerOutput, targets) -> dict[str, tuple[jax.Array, jax.Array]]:
     """(sum, count) of the losses of the layers and the head."""

@@ -28,17 +28,24 @@ def _dot(a, b):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _tiles(x_XCD, gate_EDF, up_EDF, down_EFD, first_E, last_E, limit):
-  dtype = x_XCD.dtype
+  dtype, num_experts = x_XCD.dtype, gate_EDF.shape[0]
+
+  def tile(i, out, gate, up, down):
+    g, u = _dot(x_XCD[i], gate), _dot(x_XCD[i], up)
+    h = (jax.nn.silu(jnp.minimum(g, limit)) * jnp.clip(u, -limit, limit)).astype(dtype)
+    return out.at[i].set(_dot(h, down).astype(dtype))
+
+  if x_XCD.shape[0] < 2 * num_experts:
+    # Few rows, as in decoding: most experts have none, and only those that do are read.
+    def chosen(i, out):
+      e = (last_E <= i).sum()
+      return tile(i, out, gate_EDF[e], up_EDF[e], down_EFD[e])
+
+    return jax.lax.fori_loop(0, last_E[-1], chosen, jnp.zeros_like(x_XCD))
 
   def expert(out, item):
     gate, up, down, first, last = item
-
-    def tile(i, out):
-      g, u = _dot(x_XCD[i], gate), _dot(x_XCD[i], up)
-      h = (jax.nn.silu(jnp.minimum(g, limit)) * jnp.clip(u, -limit, limit)).astype(dtype)
-      return out.at[i].set(_dot(h, down).astype(dtype))
-
-    return jax.lax.fori_loop(first, last, tile, out), None
+    return jax.lax.fori_loop(first, last, lambda i, out: tile(i, out, gate, up, down), out), None
 
   return jax.lax.scan(expert, jnp.zeros_like(x_XCD), (gate_EDF, up_EDF, down_EFD, first_E, last_E))[0]
 

@@ -33,7 +33,6 @@ def _block_scores(q_Chc, w_Ch, keys):
 
 def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids, entry_last, entry_segment):
   """See `pallas_kernels.indexer.select`; returns picks [B, S, K]."""
-  keys_BTc = jnp.where((entry_segment > 0)[..., None], keys_BTc, 0)
   batch, length = positions.shape
   size = blocks.block_size(length, 4 * keys_BTc.shape[1] * (queries_BShc.shape[2] + 2))
   row_N, _ = blocks.block_numbers(batch, length, size)
@@ -41,6 +40,7 @@ def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids
   def one(item):
     row, q_Chc, w_Ch, position_C, segment_C = item
     scores_CT = _block_scores(q_Chc, w_Ch, keys_BTc[row])
+    # Unused memory needs no zeros here: whatever its scores are, they are masked.
     visible = blocks.sees_entry(position_C, segment_C, entry_last[row], entry_segment[row])
     best, picks = jax.lax.top_k(jnp.where(visible, positive_zero(scores_CT), -jnp.inf), top_k)
     return jnp.where(best > -jnp.inf, picks, -1)

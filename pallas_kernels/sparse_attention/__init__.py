@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,8 @@ from pallas_kernels.sparse_attention import blockwise, forms, kernel, reference,
 
 def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Selection, sink: jax.Array, *,
            positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array, window: int,
-           scale: float, implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
+           scale: float, past_kv: jax.Array | None = None, past_segment: jax.Array | None = None,
+           implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
   """Attention in which one vector per key is key and value of all heads.
 
   Query i sees window key j of its own document where 0 <= i - j < window, and those selected entries of its document
@@ -33,24 +35,38 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Se
     entry_segment: int32 [B, T], document of the entry; 0 = unused memory, which may hold anything.
     window: keys of the sliding window, the query's own included; 0 = none.
     scale: multiplies q . k, not the sink.
+    past_kv: [B, P, d] keys of the tokens before the queries, in order, the last one next to the first query; of more than
+      window - 1 only the last ones are read. Default: none.
+    past_segment: int32 [B, P], their documents; 0 = no token.
     implementation: auto, reference, blockwise, pallas (the form that `forms.choose` names), interpret (the masked kernel).
 
   Returns:
     out [B, S, H, d] in q's dtype; lse [B, S, H], at least float32, log of the whole denominator, the sink's part included.
-    Both are differentiable in q, window_kv, entries and sink.
+    Both are differentiable in q, window_kv, past_kv, entries and sink.
 
   Raises:
     NotImplementedError: a named implementation that does not exist, or a kernel on a chip or with more entries than it is
       made for.
-    ValueError: a window beyond a kernel's.
+    ValueError: a window beyond a kernel's, or past keys without their documents.
   """
+  if (past_kv is None) != (past_segment is None) or (past_kv is not None and past_kv.shape[:2] != past_segment.shape):
+    shapes = [None if x is None else x.shape for x in (past_kv, past_segment)]
+    raise ValueError(f"past_kv, past_segment = {shapes[0]}, {shapes[1]}: expected [batch, past, width], [batch, past]")
   run = pick("sparse_attention", implementation, {
       "reference": reference.attend, "blockwise": blockwise.attend,
-      "pallas": _fastest, "interpret": functools.partial(kernel.attend, interpret=True)})
+      "pallas": _fastest,
+      "interpret": functools.partial(_with_past, functools.partial(kernel.attend, interpret=True))})
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   # A key of weight zero is still multiplied by it, and NaN times zero is NaN: what is unread must be finite.
   window_kv = window_kv if window else jnp.zeros_like(window_kv)
-  return run(q, window_kv, entries, selection, sink, window=window, scale=scale,
+  reach = min(max(window - 1, 0), 0 if past_kv is None else past_kv.shape[1])
+  key_segment = jnp.asarray(segment_ids)
+  if reach:
+    past_segment = past_segment[:, -reach:]
+    past_kv = jnp.where((past_segment > 0)[..., None], past_kv[:, -reach:], 0).astype(window_kv.dtype)
+    window_kv = jnp.concatenate([past_kv, window_kv], 1)
+    key_segment = jnp.concatenate([past_segment, key_segment], 1)
+  return run(q, window_kv, entries, selection, sink, window=window, scale=scale, key_segment=key_segment,
              **{name: jnp.asarray(x) for name, x in places.items()})
 
 
@@ -65,4 +81,17 @@ def _form(q, entries, selection: Selection, chip: tpu.Chip):
   top_k = {"all": num_entries, "bits": selection.top_k, "indices": selection.picks.shape[2]}[selection.kind]
   form = forms.choose(q.shape[1], num_entries, top_k, chip.name)
   kernels = {"masked": kernel, "sparse": sparse}
-  return blockwise.attend if form == "blockwise" else functools.partial(kernels[form].attend, interpret=False)
+  if form == "blockwise":
+    return blockwise.attend
+  return functools.partial(_with_past, functools.partial(kernels[form].attend, interpret=False))
+
+
+def _with_past(run, q, window_kv, entries, selection, sink, *, positions, segment_ids, key_segment, **fixed):
+  """A kernel that knows no other keys than its queries' own: past keys get queries without meaning."""
+  past = window_kv.shape[1] - q.shape[1]
+  front = lambda x, value=0: jnp.pad(x, ((0, 0), (past, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
+  words = None if selection.words is None else front(selection.words)
+  selection = dataclasses.replace(selection, picks=front(selection.picks, -1), words=words)
+  out, lse = run(front(q), window_kv, entries, selection, sink, positions=front(positions, -1), segment_ids=key_segment,
+                 **fixed)
+  return out[:, past:], lse[:, past:]

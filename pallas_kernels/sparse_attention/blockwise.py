@@ -5,6 +5,7 @@ backward pass recomputes the probabilities from lse, so nothing of size [S, T] i
 
 Axis letters: B batch   S queries   H heads   T entries   K picks   d head width
               N blocks of all rows   C queries of a block   W window keys that a block reads
+              X window keys of a row: those of P earlier tokens and the queries' own
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from pallas_kernels import blocks
 from pallas_kernels.blocks import MASKED
 
 
-def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, segment_ids, entry_last, entry_segment,
-           window, scale):
-  """See `pallas_kernels.sparse_attention.attend`."""
+def attend(q_BSHd, window_kv_BXd, entries_BTd, selection, sink_H, *, positions, segment_ids, key_segment, entry_last,
+           entry_segment, window, scale):
+  """See `pallas_kernels.sparse_attention.attend`; of the window keys the last S are the queries' own."""
   kind, selection = selection.kind, selection.listed()
   # Unused memory is cleared where less is read: in all entries, or, when decoding, in the few that are gathered.
   cleared = kind == "all" or selection.picks[0].size >= entries_BTd.shape[1]
   if cleared:
     entries_BTd = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0)
-  places = (positions, segment_ids, entry_last, entry_segment)
-  return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, selection.picks, places, (kind, cleared, window, scale))
+  places = (positions, segment_ids, entry_last, entry_segment, key_segment)
+  return _attend(q_BSHd, window_kv_BXd, entries_BTd, sink_H, selection.picks, places, (kind, cleared, window, scale))
 
 
 def _plan(q_BSHd, entries_BTd, picks_BSK, kind, window):
@@ -42,23 +43,24 @@ def _plan(q_BSHd, entries_BTd, picks_BSK, kind, window):
 
 def _block_inputs(q_BSHd, picks_BSK, places, size):
   """What the loop walks over: one item per block."""
-  positions, segment_ids, _, _ = places
+  positions, segment_ids = places[:2]
   batch, length = positions.shape
   row_N, start_N = blocks.block_numbers(batch, length, size)
   return (row_N, start_N, blocks.cut(q_BSHd, size), blocks.cut(picks_BSK, size), blocks.cut(positions, size),
           blocks.cut(segment_ids, size))
 
 
-def _front_padded(x_BS, front, size):
-  """[B, S, ...] with `front` zero rows before and up to a block of zero rows behind, so that every slice is inside."""
-  return jnp.pad(x_BS, ((0, 0), (front, -x_BS.shape[1] % size)) + ((0, 0),) * (x_BS.ndim - 2))
+def _front_padded(x_BX, queries, front, size):
+  """Keys [B, P + S, ...] with `front` rows before the queries' own S and whole blocks behind: every slice is inside."""
+  padding = (front - (x_BX.shape[1] - queries), -queries % size)
+  return jnp.pad(x_BX, ((0, 0), padding) + ((0, 0),) * (x_BX.ndim - 2))
 
 
 def _block_keys(item, kv_BXd, segment_BX, entries_BTd, places, static, size, front):
   """Window keys [W, d], entries [T, d] or [C, K, d], and the two masks of one block."""
   kind, cleared, window, _ = static
   row, start, _, picks_CK, position_C, segment_C = item
-  _, _, entry_last, entry_segment = places
+  entry_last, entry_segment = places[2:4]
   kv_Wd = jax.lax.dynamic_slice(kv_BXd, (row, start, 0), (1, size + front, kv_BXd.shape[2]))[0]
   segment_W = jax.lax.dynamic_slice(segment_BX, (row, start), (1, size + front))[0]
   apart_CW = jnp.arange(size)[:, None] + front - jnp.arange(size + front)[None, :]
@@ -131,7 +133,7 @@ def _attend(q, kv, entries, sink, picks, places, static):
 def _attend_forward(q, kv, entries, sink, picks, places, static):
   kind, _, window, scale = static
   size, front = _plan(q, entries, picks, kind, window)
-  padded, segments = _front_padded(kv, front, size), _front_padded(places[1], front, size)
+  padded, segments = (_front_padded(x, q.shape[1], front, size) for x in (kv, places[4]))
 
   def one(item):
     keys = _block_keys(item, padded, segments, entries, places, static, size, front)
@@ -147,7 +149,7 @@ def _attend_backward(static, saved, gradients):
   q, kv, entries, sink, picks, places, out, lse = saved
   d_out, d_lse = gradients
   size, front = _plan(q, entries, picks, kind, window)
-  padded, segments = _front_padded(kv, front, size), _front_padded(places[1], front, size)
+  padded, segments = (_front_padded(x, q.shape[1], front, size) for x in (kv, places[4]))
   exact = lse.dtype
   delta = (out.astype(exact) * d_out.astype(exact)).sum(-1) - d_lse
 
@@ -168,7 +170,7 @@ def _attend_backward(static, saved, gradients):
   zeros = (jnp.zeros(padded.shape, exact), jnp.zeros(entries.shape, exact), jnp.zeros(sink.shape, exact))
   items = (_block_inputs(q, picks, places, size), *(blocks.cut(x, size) for x in (lse, d_out, delta)))
   (d_kv, d_entries, d_sink), dq_NCHd = jax.lax.scan(one, zeros, items)
-  d_kv = jax.lax.slice_in_dim(d_kv, front, front + kv.shape[1], axis=1)
+  d_kv = jax.lax.slice_in_dim(d_kv, front + q.shape[1] - kv.shape[1], front + q.shape[1], axis=1)
   return (blocks.join(dq_NCHd, *q.shape[:2]), d_kv.astype(kv.dtype), d_entries.astype(entries.dtype),
           d_sink.astype(sink.dtype), None, None)
 

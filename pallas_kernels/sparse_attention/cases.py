@@ -41,6 +41,14 @@ def _extreme(key: jax.Array):
   return {**arrays, "q": 100 * arrays["q"], "sink": jnp.array([-500.0, 0.0, 500.0, 90.0])}
 
 
+def _continued(key: jax.Array, *, past: int):
+  """Rows that go on: with keys of earlier tokens of their first document, without any, with fewer than the window."""
+  arrays = _inputs(key, rows=((5, 6), (11,), (9,)), length=11, rate=2, entries=5, picks=4)
+  segment = jnp.array([[1] * past, [0] * past, [0] * (past - 3) + [1] * 3], jnp.int32)
+  past_kv = jnp.where(segment[..., None] > 0, jnp.sin(jnp.arange(3.0 * past * 16)).reshape(3, past, 16), jnp.nan)
+  return {**arrays, "past_kv": past_kv, "past_segment": segment}
+
+
 CASES = (
     _case("picks scattered, two packed rows", rows=((5, 19, 1), (13, 8)), length=27, rate=2, entries=13, picks=6, window=8,
           tolerances={"float64": 1e-10, "bfloat16": 4e-2}),
@@ -50,6 +58,10 @@ CASES = (
     _case("no window", rows=((3, 30),), length=33, rate=4, entries=8, picks=3, window=0),
     Case(attend, "extreme logits", _extreme, dict(window=3, scale=0.25), **_COMMON,
          tolerances={"float64": 1e-9, "float32": 2e-4}),
+    Case(attend, "earlier keys, fewer than the window", functools.partial(_continued, past=5), dict(window=8, scale=0.25),
+         **{**_COMMON, "differentiable": (*_COMMON["differentiable"], "past_kv")}),
+    Case(attend, "earlier keys, more than the window", functools.partial(_continued, past=9), dict(window=4, scale=0.25),
+         **_COMMON),
     _case("selected entries of a long row", rows=((4096,),), length=4096, rate=4, entries=1024, picks=64, heads=8, width=64,
           window=128, bench=True),
     _case("every entry of a long row", rows=((4096,),), length=4096, rate=128, entries=32, heads=8, width=64, window=128,

@@ -1,6 +1,6 @@
 """Attention over window, entries and sink as the formula stands (report 2.3.1, 2.3.2): dense, quadratic memory.
 
-Axis letters: B batch   S queries   H heads   T entries   d head width
+Axis letters: B batch   S queries   H heads   T entries   d head width   X window keys   U all keys
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import jax.numpy as jnp
 from pallas_kernels.blocks import sees_entry
 
 
-def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, segment_ids, entry_last, entry_segment,
-           window, scale):
-  """See `pallas_kernels.sparse_attention.attend`."""
+def attend(q_BSHd, window_kv_BXd, entries_BTd, selection, sink_H, *, positions, segment_ids, key_segment, entry_last,
+           entry_segment, window, scale):
+  """See `pallas_kernels.sparse_attention.attend`; of the window keys the last S are the queries' own."""
   exact = jnp.promote_types(q_BSHd.dtype, jnp.float32)
-  q, kv, entries, sink = (x.astype(exact) for x in (q_BSHd, window_kv_BSd, entries_BTd, sink_H))
-  length = q.shape[1]
-  apart_SS = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-  near_BSS = (apart_SS >= 0) & (apart_SS < window)
-  near_BSS = near_BSS & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, :, None]
+  q, kv, entries, sink = (x.astype(exact) for x in (q_BSHd, window_kv_BXd, entries_BTd, sink_H))
+  length, keys = q.shape[1], kv.shape[1]
+  apart_SX = jnp.arange(keys - length, keys)[:, None] - jnp.arange(keys)[None, :]
+  near_BSX = (apart_SX >= 0) & (apart_SX < window)
+  near_BSX = near_BSX & (segment_ids[:, :, None] == key_segment[:, None, :]) & (segment_ids > 0)[:, :, None]
   chosen_BST = selection.mask(entries.shape[1]) & sees_entry(positions, segment_ids, entry_last, entry_segment)
   entries = jnp.where((entry_segment > 0)[..., None], entries, 0)
 
   keys_BUd = jnp.concatenate([kv, entries], 1)
-  visible_BSU = jnp.concatenate([near_BSS, chosen_BST], 2)
+  visible_BSU = jnp.concatenate([near_BSX, chosen_BST], 2)
   scores_BSHU = jnp.einsum("BSHd,BUd->BSHU", q, keys_BUd) * scale
   scores_BSHU = jnp.where(visible_BSU[:, :, None], scores_BSHU, -jnp.inf)
   sink_BSH1 = jnp.broadcast_to(sink[None, None, :, None], (*q.shape[:3], 1))

@@ -30,15 +30,21 @@ def _numpy_places(places):
   return {name: np.asarray(x) for name, x in places.items()}
 
 
-def attend(q, window_kv, entries, selection, sink, *, window, scale, **places):
+def attend(q, window_kv, entries, selection, sink, *, window, scale, past_kv=None, past_segment=None, **places):
   q, window_kv, entries, sink = _double(q, window_kv, entries, sink)
   places = _numpy_places(places)
-  segment_ids = places["segment_ids"]
+  segment_ids = key_segment = places["segment_ids"]
+  past = 0
+  if past_kv is not None:  # one row of keys; query i stands at its place `past` + i
+    past = past_kv.shape[1]
+    window_kv = np.concatenate([*_double(past_kv), window_kv], 1)
+    key_segment = np.concatenate([np.asarray(past_segment), segment_ids], 1)
   out, lse = np.zeros_like(q), np.zeros(q.shape[:3])
   for b in range(q.shape[0]):
     for i in range(q.shape[1]):
-      keys = [window_kv[b, j] for j in range(max(0, i - window + 1), i + 1) if window and segment_ids[b, i] > 0
-              and segment_ids[b, j] == segment_ids[b, i]]
+      place = past + i
+      keys = [window_kv[b, j] for j in range(max(0, place - window + 1), place + 1) if window and segment_ids[b, i] > 0
+              and key_segment[b, j] == segment_ids[b, i]]
       keys += [entries[b, t] for t in _chosen(b, i, selection, entries.shape[1], places)]
       for h in range(q.shape[2]):
         logits = [float(q[b, i, h] @ key) * scale for key in keys] + [sink[h]]

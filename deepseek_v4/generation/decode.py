@@ -1,0 +1,240 @@
+"""From prompts to tokens: prefill in chunks, then token by token, through one cache.
+
+A batch holds prompts of any lengths; a request's tokens depend on its prompt, its settings and its key, not on what is
+beside it. Programs are compiled for a few widths of chunks and a few reaches (how many entries are read), never for a
+length: the cache has static shapes and is donated. Layers that are scanned copy their cache at every step;
+`dsv4.restack(variables, config, scan_layers=False)` with a model of `scan_layers=False` updates it in place.
+
+Axis letters: B requests   S tokens of a chunk   V vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any, Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_v4.config_checks import at_least, refuse, typed
+from deepseek_v4.generation import sample
+from deepseek_v4.generation.sample import Rows, Sampling
+from deepseek_v4.model.cache import Cache, init_cache
+from deepseek_v4.model.transformer import DeepseekV4
+
+_SMALLEST_REACH = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkingBudget:
+  """How long a reply that begins inside a thought may think.
+
+  Attributes:
+    tokens: of the thought; then it is closed.
+    close: ids that close it: put into the reply one after another, as if they had been drawn, if the budget is spent before
+      they have come by themselves.
+  """
+
+  tokens: int
+  close: tuple[int, ...]
+
+  def __post_init__(self):
+    typed(self)
+    at_least(self, 0, "tokens")
+    if not self.close or min(self.close) < 0:
+      refuse("close", self.close, "at least one token id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """Result of `generate`.
+
+  Attributes:
+    tokens: of each reply, the stop token included.
+    logprobs: of each token, under the distribution that it was drawn from (filters and temperature applied); 0 for greedy
+      choices and for tokens that a thinking budget put there.
+    finish: "stop" (a stop token came) or "length", of each reply.
+    cache_bytes: of all rows together.
+    prefill_seconds, decode_seconds: with compilation, where something was compiled.
+  """
+
+  tokens: list[list[int]]
+  logprobs: list[list[float]]
+  finish: list[str]
+  cache_bytes: int
+  prefill_seconds: float
+  decode_seconds: float
+
+
+@functools.partial(jax.jit, static_argnames=("model", "reach"), donate_argnames=("cache", "logits"))
+def advance(model: DeepseekV4, variables: Any, cache: Cache, tokens: jax.Array, segment_ids: jax.Array, logits: jax.Array,
+            *, reach: int) -> tuple[Cache, jax.Array]:
+  """Feeds a chunk; the cache and the logits that came in are given up.
+
+  Args:
+    tokens, segment_ids: int32 [B, S]; segment 0 = not a token.
+    logits: [B, V] after each row's last token so far.
+    reach: see `cache_reach` of `DeepseekV4.__call__`.
+
+  Returns:
+    The cache and logits [B, V] after these tokens; rows without a token keep theirs.
+  """
+  out = model.apply(variables, tokens, None, segment_ids, cache, logits="last", cache_reach=reach)
+  moved_B1 = (segment_ids > 0).any(1, keepdims=True)
+  return out.cache, jnp.where(moved_B1, out.logits[:, 0], logits)
+
+
+@jax.jit
+def _draw(logits: jax.Array, keys: jax.Array, number: jax.Array, settings: Rows, forced: jax.Array):
+  """Token number `number` of each request and its log-probability; a forced token (>= 0) comes instead, with 0."""
+  drawn = sample.sample(sample.token_keys(keys, jnp.full(keys.shape, number)), logits, settings)
+  logprob = jnp.take_along_axis(sample.log_probabilities(logits, settings), drawn[:, None], 1)[:, 0]
+  return jnp.where(forced >= 0, forced, drawn), jnp.where(forced >= 0, 0, logprob)
+
+
+def reach_of(length: int, max_length: int) -> int:
+  """The reach for rows of at most `length` tokens: one of few, each four times the one before."""
+  reach = _SMALLEST_REACH
+  while reach < length:
+    reach *= 4
+  return min(reach, max_length)
+
+
+def room_for(length: int, most: int) -> int:
+  """Tokens to make room for, so that few sizes of caches occur: the next power of two, at least 64 and at most `most`."""
+  return min(most, max(64, 1 << (length - 1).bit_length()))
+
+
+def chunks(prompts: Sequence[Sequence[int]], chunk_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+  """(tokens, segment_ids) int32 [B, S] and the number of tokens fed with them; S is chunk_size, or for the last chunk a
+  smaller power of two."""
+  longest = max(map(len, prompts))
+  for start in range(0, longest, chunk_size):
+    end = min(start + chunk_size, longest)
+    tokens = np.zeros((len(prompts), min(chunk_size, 1 << (end - start - 1).bit_length())), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    for i, prompt in enumerate(prompts):
+      part = prompt[start:end]
+      tokens[i, :len(part)], segment_ids[i, :len(part)] = part, 1
+    yield tokens, segment_ids, end
+
+
+def prefill(model: DeepseekV4, variables: Any, cache: Cache, prompts: Sequence[Sequence[int]], *, chunk_size: int = 512,
+            on_chunk: Callable[[int], None] | None = None) -> tuple[Cache, jax.Array]:
+  """Feeds prompts into an empty cache, which is given up.
+
+  Args:
+    prompts: ids of each row, at least one.
+    chunk_size: tokens of a row that are fed at a time.
+    on_chunk: called after each chunk with the number of tokens fed so far, once they are computed.
+
+  Returns:
+    The cache and the logits [B, V] after each prompt.
+  """
+  logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.promote_types(model.config.compute_dtype, jnp.float32))
+  for tokens, segment_ids, fed in chunks(prompts, chunk_size):
+    cache, logits = advance(model, variables, cache, tokens, segment_ids, logits, reach=reach_of(fed, cache.max_length))
+    if on_chunk is not None:
+      logits.block_until_ready()
+      on_chunk(fed)
+  return cache, logits
+
+
+def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, keys: jax.Array, max_new_tokens: int,
+             temperature: Any = 1.0, top_p: Any = 1.0, top_k: Any = 0, min_p: Any = 0.0, stop_tokens: Sequence[int] = (),
+             thinking_budget: ThinkingBudget | None = None, chunk_size: int = 512,
+             on_token: Callable[[int, int], None] | None = None,
+             on_chunk: Callable[[int], None] | None = None) -> Generation:
+  """Replies to prompts.
+
+  Args:
+    model, variables: as in `DeepseekV4.apply`.
+    prompts: token ids of each request.
+    keys: typed random keys [number of prompts], one per request.
+    max_new_tokens: of each reply.
+    temperature, top_p, top_k, min_p: see `Sampling`; one value, or one per request.
+    stop_tokens: ids that end a reply.
+    thinking_budget: of replies that begin inside a thought.
+    chunk_size: tokens of a prompt that are fed at a time.
+    on_token: called with (request, token) as tokens come.
+    on_chunk: called during prefill; see `prefill`.
+
+  Raises:
+    ValueError: what does not fit, before anything is computed.
+  """
+  settings = _settings(len(prompts), temperature, top_p, top_k, min_p)
+  _check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, thinking_budget)
+  longest = max(map(len, prompts))
+  cache = init_cache(model.config, len(prompts),
+                     room_for(longest + max_new_tokens, model.config.max_position_embeddings))
+  size = sum(cache.bytes_by_kind.values())
+  started = time.perf_counter()
+  cache, logits = prefill(model, variables, cache, prompts, chunk_size=chunk_size, on_chunk=on_chunk)
+  logits.block_until_ready()
+  prefilled = time.perf_counter()
+
+  tokens, logprobs, stopped = [[] for _ in prompts], [[] for _ in prompts], np.zeros(len(prompts), bool)
+  stop = np.array(sorted(stop_tokens), np.int32)
+  closed = [False] * len(prompts)  # the thought of a reply
+  for number in range(max_new_tokens):
+    forced = np.array([_forced(*state, thinking_budget) for state in zip(tokens, closed)], np.int32)
+    drawn, logprob = _draw(logits, keys, number, settings, forced)
+    drawn, logprob = np.asarray(drawn), np.asarray(logprob)
+    alive = ~stopped
+    for i in np.flatnonzero(alive):
+      tokens[i].append(int(drawn[i]))
+      logprobs[i].append(float(logprob[i]))
+      if thinking_budget is not None:
+        closed[i] |= tuple(tokens[i][-len(thinking_budget.close):]) == tuple(thinking_budget.close)
+      if on_token is not None:
+        on_token(int(i), int(drawn[i]))
+    stopped |= alive & np.isin(drawn, stop)
+    if stopped.all() or number + 1 == max_new_tokens:
+      break
+    reach = reach_of(longest + number + 1, cache.max_length)
+    cache, logits = advance(model, variables, cache, drawn[:, None], (~stopped)[:, None].astype(np.int32), logits,
+                            reach=reach)
+  finish = ["stop" if s else "length" for s in stopped]
+  return Generation(tokens, logprobs, finish, size, prefilled - started, time.perf_counter() - prefilled)
+
+
+def _settings(count: int, *values: Any) -> Rows:
+  """The rows of the four sampling settings, each one value or one per request."""
+  columns = []
+  for name, value in zip(("temperature", "top_p", "top_k", "min_p"), values, strict=True):
+    column = [value] * count if np.ndim(value) == 0 else np.asarray(value).tolist()
+    if len(column) != count:
+      refuse(name, value, f"one value, or one for each of the {count} requests")
+    columns.append(column)
+  return sample.rows([Sampling(*request) for request in zip(*columns)])
+
+
+def _check(config, prompts, keys, max_new_tokens: int, chunk_size: int, stop_tokens, budget) -> None:
+  """Refuses what `generate` cannot work with."""
+  if not len(prompts):
+    refuse("prompts", prompts, "at least one")
+  for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      refuse(name, value, "a whole number, at least 1")
+  if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != (len(prompts),):
+    refuse("keys", f"{keys.dtype}{keys.shape}", f"typed keys of shape ({len(prompts)},), one per request")
+  named = [(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+  named += [("stop_tokens", stop_tokens), ("thinking_budget.close", () if budget is None else budget.close)]
+  for name, ids in named:
+    if len(ids) and not 0 <= min(ids) <= max(ids) < config.vocab_size:
+      refuse(name, f"ids from {min(ids)} to {max(ids)}", f"ids below vocab_size = {config.vocab_size}")
+  for i, prompt in enumerate(prompts):
+    if not 1 <= len(prompt) <= config.max_position_embeddings - max_new_tokens:
+      refuse(f"prompts[{i}]", f"{len(prompt)} tokens", "1 to max_position_embeddings - max_new_tokens = "
+             f"{config.max_position_embeddings - max_new_tokens}")
+
+
+def _forced(reply: list[int], closed: bool, budget: ThinkingBudget | None) -> int:
+  """The token that a thinking budget puts next, or -1; of a closing that has begun by itself only the rest."""
+  if budget is None or closed or len(reply) < budget.tokens:
+    return -1
+  begun = (n for n in range(len(budget.close) - 1, 0, -1) if tuple(reply[-n:]) == tuple(budget.close[:n]))
+  return budget.close[next(begun, 0)]

@@ -1,0 +1,196 @@
+"""Decode state: what earlier tokens leave behind for later ones, as a plain pytree of static shapes (report 2.3, 3.6.1).
+
+A layer keeps its last tokens' keys in a ring (the window), its compressed entries, and the last tokens' unpooled values and
+gates in a second ring (pending), from which the next entry is made; CSA layers keep the same for their index keys. A ring
+holds the token of position p in row p mod rows. Both rings are longer than needed by `rewind` rows, so that a cache can be
+taken back by as many tokens. Which rows and entries count follows from the lengths alone: what lies beyond is never read.
+
+Axis letters: B batch   R rows of a ring   S new tokens   C new entries   T entries   d entry width   c index width
+              o series of a compressor (2 for CSA and the indexer, 1 for HCA)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_v4.config import CSA, HCA, SLIDING, ModelConfig
+from deepseek_v4.config_checks import refuse
+from deepseek_v4.model.groups import LayerGroups, group_layers
+
+
+@flax.struct.dataclass
+class LayerCache:
+  """One layer's state; scanned layers carry a leading axis of repeats; None where the kind of layer has no such part.
+
+  Attributes:
+    window: [B, sliding_window + rewind, d], keys = values of the last tokens.
+    entries: [B, T, d], compressed entries; T = max_length // rate.
+    pending: [B, R, 2, o, d], values and gates of the last tokens, at least float32; R = o * rate + rewind.
+    index_keys: [B, T, c]; index_pending: [B, R, 2, o, c]; the same of the indexer.
+    rate: tokens per entry, 0 for a sliding layer.
+  """
+
+  window: jax.Array
+  entries: jax.Array | None = None
+  pending: jax.Array | None = None
+  index_keys: jax.Array | None = None
+  index_pending: jax.Array | None = None
+  rate: int = flax.struct.field(pytree_node=False, default=0)
+
+
+@flax.struct.dataclass
+class Cache:
+  """State of a batch of sequences.
+
+  Attributes:
+    layers: LayerCache by key of `groups`.
+    lengths: int32 [B], tokens that each row has seen.
+    furthest: int32 [B], the largest length since the row was empty; rings reach back from here.
+    groups: which layers lie under which key.
+    max_length: tokens that each row has room for.
+    rewind: tokens that a row can be taken back by.
+  """
+
+  layers: dict[str, LayerCache]
+  lengths: jax.Array
+  furthest: jax.Array
+  groups: LayerGroups = flax.struct.field(pytree_node=False)
+  max_length: int = flax.struct.field(pytree_node=False)
+  rewind: int = flax.struct.field(pytree_node=False)
+
+  @property
+  def bytes_by_kind(self) -> dict[str, int]:
+    """Bytes of the arrays by the kinds of `analysis.count.cache_bytes`."""
+    total = {"window": 0, "entries": 0, "index_keys": 0, "scales": 0, "pending": 0}
+    for layer in self.layers.values():
+      for name, kind in (("window", "window"), ("entries", "entries"), ("index_keys", "index_keys"),
+                         ("pending", "pending"), ("index_pending", "pending")):
+        array = getattr(layer, name)
+        total[kind] += 0 if array is None else array.nbytes
+    return total
+
+
+def init_cache(config: ModelConfig, batch_size: int, max_length: int, *, rewind: int = 0, storage: str = "compute",
+               dtype: Any = None) -> Cache:
+  """An empty cache.
+
+  Args:
+    config: the model.
+    batch_size: rows.
+    max_length: tokens that each row has room for.
+    rewind: tokens that `rewind` can take back.
+    storage: "compute": everything in `dtype`.
+    dtype: of windows, entries and index keys; default the model's compute dtype.
+
+  Raises:
+    ValueError: sizes that are no such numbers, or a storage that does not exist.
+  """
+  for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 1), ("rewind", rewind, 0)):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+      refuse(name, value, f"a whole number, at least {least}")
+  if max_length > config.max_position_embeddings:
+    refuse("max_length", max_length, f"at most max_position_embeddings = {config.max_position_embeddings}")
+  if storage != "compute":
+    refuse("storage", storage, "compute (the mixed FP8 and FP4 storage does not exist yet)")
+  dtype = jnp.dtype(config.compute_dtype if dtype is None else dtype)
+  groups = group_layers(config)
+  layers = {}
+  for key in groups.keys:
+    members = groups.layers_of(key)
+    lead = (len(members), batch_size) if groups.scanned(key) else (batch_size,)
+    layers[key] = _layer_cache(config, config.layer_types[members[0]], lead, max_length, rewind, dtype)
+  # Two arrays and not one twice: a donated cache must not name a buffer two times.
+  return Cache(layers, jnp.zeros(batch_size, jnp.int32), jnp.zeros(batch_size, jnp.int32), groups, max_length, rewind)
+
+
+def _layer_cache(config: ModelConfig, attention: str, lead: tuple[int, ...], max_length: int, rewind: int,
+                 dtype) -> LayerCache:
+  d, c, rate = config.head_dim, config.index_head_dim, config.compress_rate(attention)
+  window = jnp.zeros((*lead, config.sliding_window + rewind, d), dtype)
+  if attention == SLIDING:
+    return LayerCache(window)
+  series = {CSA: 2, HCA: 1}[attention]
+  entries, rows = max_length // rate, series * rate + rewind
+  zeros = lambda width: (jnp.zeros((*lead, entries, width), dtype),
+                         jnp.zeros((*lead, rows, 2, series, width), jnp.promote_types(dtype, jnp.float32)))
+  return LayerCache(window, *zeros(d), *(zeros(c) if attention == CSA else ()), rate=rate)
+
+
+def cache_lengths(cache: Cache) -> jax.Array:
+  """Tokens that each row has seen, int32 [B]."""
+  return cache.lengths
+
+
+def cache_entries(cache: Cache) -> dict[str, dict[str, jax.Array]]:
+  """{"layers/NN": {"attention": int32 [B], "indexer": int32 [B]}}: closed entries of each row; a kind that a layer lacks is
+  left out."""
+  found = {}
+  for i in range(cache.groups.num_layers):
+    layer = cache.layers[cache.groups.key_of(i)[0]]
+    parts = {"attention": layer.entries, "indexer": layer.index_keys}
+    found[f"layers/{i:02d}"] = {name: jnp.minimum(cache.lengths // layer.rate, array.shape[-2])
+                                for name, array in parts.items() if array is not None}
+  return found
+
+
+def rewind(cache: Cache, lengths: Any) -> Cache:
+  """The cache after only the first `lengths` tokens of each row; 0 empties a row for another sequence.
+
+  Args:
+    lengths: int [B], at most the present lengths, and 0 or at least the furthest length less `cache.rewind`.
+
+  Raises:
+    ValueError: lengths of another shape or dtype, or outside these bounds (where they are known, that is outside jit; inside
+      it the caller answers for them).
+  """
+  lengths = jnp.asarray(lengths)
+  if lengths.shape != cache.lengths.shape or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise ValueError(f"lengths = {lengths.dtype}{lengths.shape}: expected integers {cache.lengths.shape}")
+  if not any(isinstance(x, jax.core.Tracer) for x in (lengths, cache.lengths, cache.furthest)):
+    new, old, far = (np.asarray(x) for x in (lengths, cache.lengths, cache.furthest))
+    if ((new < 0) | (new > old) | ((new > 0) & (new < far - cache.rewind))).any():
+      raise ValueError(f"lengths = {new.tolist()}: expected at most {old.tolist()}, and 0 or at least "
+                       f"{np.maximum(far - cache.rewind, 0).tolist()} (rewind = {cache.rewind})")
+  lengths = lengths.astype(jnp.int32)
+  return cache.replace(lengths=lengths, furthest=jnp.where(lengths == 0, 0, cache.furthest))
+
+
+# ---- rows and entries of one layer ------------------------------------------------------------------------------------
+def read_ring(ring: jax.Array, start: jax.Array, count: int) -> jax.Array:
+  """[B, count, ...]: the tokens at positions start - count to start - 1 of each row, zero where there is none."""
+  position = start[:, None] + jnp.arange(-count, 0)
+  rows = jax.vmap(lambda x, slot: x[slot])(ring, position % ring.shape[1])
+  return jnp.where((position >= 0).reshape(*position.shape, *(1,) * (ring.ndim - 2)), rows, 0)
+
+
+def write_ring(ring: jax.Array, new: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+  """The ring [B, R, ...] after `count` [B] tokens of `new` [B, S, ...], whose first one has position `start` [B].
+
+  Every row of the ring asks which token it holds now: a ring is small, and XLA's scatter copies its operand on a CPU.
+  """
+  newest = (start + count)[:, None] - 1
+  position_BR = newest - (newest - jnp.arange(ring.shape[1])) % ring.shape[1]
+  number_BR = position_BR - start[:, None]
+  rows = jax.vmap(lambda x, number: x[number])(new, jnp.maximum(number_BR, 0)).astype(ring.dtype)
+  return jnp.where((number_BR >= 0).reshape(*number_BR.shape, *(1,) * (ring.ndim - 2)), rows, ring)
+
+
+def write_entries(entries: jax.Array, new: jax.Array, first: jax.Array, used: jax.Array) -> jax.Array:
+  """Entries [B, T, d] with those of `new` [B, C, d] that are `used` (bool [B, C]) at `first` [B] and after, in place where
+  the old ones are given up."""
+  count = min(new.shape[1], entries.shape[1])
+
+  def row(b, entries):
+    at = jnp.minimum(first[b], entries.shape[1] - count)
+    number_C = at + jnp.arange(count) - first[b]
+    written_C = (number_C >= 0) & used[b, jnp.maximum(number_C, 0)]
+    rows = jnp.where(written_C[:, None], new[b, jnp.maximum(number_C, 0)].astype(entries.dtype),
+                     jax.lax.dynamic_slice(entries, (b, at, 0), (1, count, entries.shape[2]))[0])
+    return jax.lax.dynamic_update_slice(entries, rows[None], (b, at, 0))
+
+  return jax.lax.fori_loop(0, entries.shape[0], row, entries) if count else entries

@@ -1,0 +1,203 @@
+"""Talks to a checkpoint: one prompt, a file of prompts, or a conversation.
+
+python -m launch.generate --checkpoint runs/tiny --prompt "def main("
+python -m launch.generate --checkpoint DIR --prompts FILE [--temperature 0] [--max_new_tokens 256]
+python -m launch.generate --checkpoint DIR --chat [--reasoning_effort none|high|max]
+
+DIR is the folder of a training run or of a converted release. Without --chat a prompt is plain text that is gone on with;
+with --reasoning_effort it is a user's message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+from absl import app, flags, logging
+
+from launch import use_huge_pages
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("checkpoint", None, "Folder of a run or of a converted release.", required=True)
+  flags.DEFINE_string("prompt", None, "Text to go on with.")
+  flags.DEFINE_string("prompts", None, "File with a prompt on each line; all are one batch.")
+  flags.DEFINE_bool("chat", False, "Conversation on the terminal; an empty line or end of input ends it.")
+  flags.DEFINE_string("reasoning_effort", None, "none, high, max, or another level of the release; default its own.")
+  flags.DEFINE_integer("max_new_tokens", 256, "Of each reply.")
+  flags.DEFINE_float("temperature", 1.0, "0 = greedy.")
+  flags.DEFINE_float("top_p", 1.0, "Keep the most probable tokens up to this probability.")
+  flags.DEFINE_integer("top_k", 0, "Keep so many of the most probable tokens; 0 = all.")
+  flags.DEFINE_float("min_p", 0.0, "Keep tokens of at least this share of the largest probability.")
+  flags.DEFINE_integer("seed", 0, "Of the drawn tokens.")
+  flags.DEFINE_integer("chunk_size", 512, "Tokens of a prompt that are fed at a time.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+  """A loaded checkpoint.
+
+  Attributes:
+    model, variables: the network.
+    tokenizer: see `text.tokenize`.
+    template: wording of its chat format.
+    options: of `generate` (sampling, lengths).
+    seed: of the first reply.
+  """
+
+  model: Any
+  variables: Any
+  tokenizer: Any
+  template: Any
+  options: dict[str, Any]
+  seed: int
+
+  def reply(self, texts: list[str], number: int, effort: str | None, on_text: Callable[[str], None] | None = None):
+    """Replies to encoded texts in one batch, `number` being how many came before.
+
+    Args:
+      effort: the texts end where a reply with this effort begins; None = plain text.
+      on_text: of a single text: called with each piece of the reply.
+
+    Returns:
+      (texts of the replies, Generation).
+    """
+    import jax
+
+    from deepseek_v4.generation.decode import ThinkingBudget, generate
+    from deepseek_v4.text.chat_template import NONE, THINK_END
+    budget = None
+    if effort is not None and effort != NONE and self.template.budget(effort) is not None:
+      budget = ThinkingBudget(self.template.budget(effort), tuple(self.tokenizer.encode(THINK_END)))
+    stream = None if on_text is None else _Stream(self.tokenizer, on_text)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), number), len(texts))
+    found = generate(self.model, self.variables, [self.tokenizer.encode(text) for text in texts], keys=keys,
+                     stop_tokens=(self.tokenizer.document_end,), thinking_budget=budget, on_token=stream, **self.options)
+    if stream is not None:
+      stream.finish()
+    return [self.tokenizer.decode(tokens) for tokens in found.tokens], found
+
+
+class _Stream:
+  """Tokens of one reply -> pieces of text, each as soon as its characters are whole."""
+
+  def __init__(self, tokenizer, on_text):
+    self._tokenizer, self._on_text = tokenizer, on_text
+    self._tokens: list[int] = []
+    self._shown = ""
+
+  def __call__(self, _, token: int) -> None:
+    self._tokens.append(token)
+    text = self._tokenizer.decode(self._tokens)
+    if not text.endswith("\ufffd"):  # perhaps the first bytes of a character
+      self._show(text)
+
+  def finish(self) -> None:
+    self._show(self._tokenizer.decode(self._tokens))
+
+  def _show(self, text: str) -> None:
+    if len(text) > len(self._shown):
+      self._on_text(text[len(self._shown):])
+      self._shown = text
+
+
+def load(checkpoint: str, options: dict[str, Any], seed: int) -> Speaker:
+  """Reads weights, tokenizer and chat wording.
+
+  Raises:
+    FileNotFoundError, ValueError: no usable checkpoint or tokenizer there.
+  """
+  from deepseek_v4 import config
+  from deepseek_v4.checkpoint.convert import CHECKPOINTS, RELEASE
+  from deepseek_v4.checkpoint.store import restore_variables
+  from deepseek_v4.model.transformer import DeepseekV4
+  from deepseek_v4.text import chat_template
+  from deepseek_v4.text.tokenize import load_tokenizer
+  # Layers that are not scanned update their caches in place.
+  variables, stored, _ = restore_variables(Path(checkpoint) / CHECKPOINTS, scan_layers=False)
+  model_config = config.from_dict(config.ModelConfig, stored["model"])
+  release = Path(checkpoint) / RELEASE
+  source = release if (release / "tokenizer.json").is_file() else stored.get("data", {}).get("tokenizer")
+  template = chat_template.DEFAULT
+  if (release / "encoding").is_dir():
+    template = chat_template.ChatTemplate.from_checkpoint(release)
+  tokenizer = load_tokenizer(source, model_config.vocab_size)
+  return Speaker(DeepseekV4(model_config), variables, tokenizer, template, options, seed)
+
+
+def summary(prompt_tokens: int, found) -> str:
+  """Speeds and sizes in a line; times include compilation."""
+  replies = sum(map(len, found.tokens))
+  return (f"prompt {prompt_tokens:,} tokens, {prompt_tokens / found.prefill_seconds:,.1f} tokens/s; "
+          f"reply {replies:,} tokens, {replies / max(found.decode_seconds, 1e-9):,.1f} tokens/s; "
+          f"cache {found.cache_bytes / 2**20:,.2f} MiB; ended by {', '.join(sorted(set(found.finish)))}")
+
+
+def answer(speaker: Speaker, prompts: list[str], effort: str | None, show: Callable[[str], None]) -> None:
+  """Shows the replies to prompts: a single one as it comes, several when all are there."""
+  from deepseek_v4.text import chat
+  texts = prompts
+  if effort is not None:
+    texts = [chat.encode([{"role": "user", "content": prompt}], reasoning_effort=effort, template=speaker.template)
+             for prompt in prompts]
+  replies, found = speaker.reply(texts, 0, effort, show if len(texts) == 1 else None)
+  if len(texts) > 1:
+    show("\n".join(f"[{i + 1}] {reply}" for i, reply in enumerate(replies)))
+  show(f"\n{summary(sum(len(speaker.tokenizer.encode(text)) for text in texts), found)}\n")
+
+
+def converse(speaker: Speaker, effort: str | None, ask: Callable[[], str], show: Callable[[str], None]) -> None:
+  """A conversation until `ask` returns nothing."""
+  from deepseek_v4.text import chat
+  effort = speaker.template.check_effort(effort)
+  messages: list[dict[str, Any]] = []
+  while line := ask():
+    messages.append({"role": "user", "content": line})
+    text = chat.encode(messages, reasoning_effort=effort, template=speaker.template)
+    (reply,), found = speaker.reply([text], len(messages), effort, show)
+    show(f"\n{summary(len(speaker.tokenizer.encode(text)), found)}\n")
+    try:
+      messages.append(chat.parse(reply, reasoning_effort=effort, template=speaker.template))
+    except ValueError:  # cut off by --max_new_tokens, or no such format: kept as it came
+      messages.append({"role": "assistant", "content": reply})
+
+
+def _ask() -> str:
+  try:
+    return input("> ").strip()
+  except EOFError:
+    return ""
+
+
+def main(argv: list[str]) -> None:
+  if argv[1:]:
+    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells at INFO level how it reads
+  value = lambda name: flags.FLAGS[name].value
+  if sum((value("prompt") is not None, value("prompts") is not None, value("chat"))) != 1:
+    sys.exit("error: expected one of --prompt, --prompts and --chat")
+  show = lambda text: print(text, end="", flush=True)
+  try:
+    prompts = [value("prompt")]
+    if value("prompts") is not None:
+      lines = Path(value("prompts")).read_text(encoding="utf-8").splitlines()
+      prompts = [line for line in lines if line.strip()]
+    options = {name: value(name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "chunk_size")}
+    speaker = load(value("checkpoint"), options, value("seed"))
+    if value("chat"):
+      converse(speaker, value("reasoning_effort"), _ask, show)
+    else:
+      answer(speaker, prompts, value("reasoning_effort"), show)
+  except (ValueError, FileNotFoundError) as error:
+    if logging.get_verbosity() >= logging.DEBUG:
+      raise
+    sys.exit(f"error: {error}\n(--verbosity=1 shows where)")
+
+
+if __name__ == "__main__":
+  use_huge_pages()
+  define_flags()
+  app.run(main)

@@ -1,0 +1,152 @@
+"""Generation against repeated full forward passes: prompts of any lengths together, sampling, stopping, budgets."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deepseek_v4 as dsv4
+from deepseek_v4.generation import decode, sample
+from deepseek_v4.generation.decode import ThinkingBudget
+from deepseek_v4.model.cache import init_cache
+from tests.model.small import T0, random_tokens, variables
+
+MODEL = dsv4.DeepseekV4(T0, "blockwise")
+PROMPTS = [random_tokens(n, seed=30 + n).tolist() for n in (1, 5, 18, 30)]
+NEW = 9
+
+
+@functools.cache
+def full():
+  """Ids -> logits [V] after the last one, without a cache."""
+  run = jax.jit(lambda v, tokens: MODEL.apply(v, tokens).logits)
+  padded = lambda ids: np.pad(np.array([ids], np.int32), ((0, 0), (0, 40 - len(ids))))
+  return lambda ids: np.asarray(run(variables(), padded(ids)))[0, len(ids) - 1]
+
+
+@functools.cache
+def greedy():
+  """Replies by taking the largest logit of a full forward pass again and again."""
+  replies = []
+  for prompt in PROMPTS:
+    ids = list(prompt)
+    for _ in range(NEW):
+      ids.append(int(full()(ids).argmax()))
+    replies.append(ids[len(prompt):])
+  return replies
+
+
+def generate(prompts=PROMPTS, seeds=None, **arguments):
+  keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)) if seeds is None else jnp.array(seeds))
+  defaults = dict(keys=keys, max_new_tokens=NEW, temperature=0.0, chunk_size=8)
+  return dsv4.generate(MODEL, variables(), prompts, **{**defaults, **arguments})
+
+
+def test_greedy_replies_are_those_of_full_forward_passes():
+  found = generate()
+  assert found.tokens == greedy()
+  assert found.finish == ["length"] * 4 and found.logprobs == [[0.0] * NEW] * 4
+  assert found.cache_bytes == 4 * sum(dsv4.count(T0, 64).cache_bytes["compute"].values())
+
+
+def test_a_request_draws_the_same_tokens_in_any_batch_and_row():
+  hot = dict(temperature=1.5, top_p=0.9, top_k=40)
+  together = generate(seeds=[3, 1, 4, 1], **hot)
+  order = [2, 0, 3, 1]
+  shuffled = generate([PROMPTS[i] for i in order], seeds=[[3, 1, 4, 1][i] for i in order], **hot)
+  for place, i in enumerate(order):
+    assert shuffled.tokens[place] == together.tokens[i]
+    np.testing.assert_allclose(shuffled.logprobs[place], together.logprobs[i], atol=1e-3)
+  assert together.tokens != greedy()
+  # one greedy request among sampled ones
+  mixed = generate(seeds=[3, 1, 4, 1], **{**hot, "temperature": [1.5, 0.0, 1.5, 0.0]})
+  assert [mixed.tokens[i] for i in (0, 2)] == [together.tokens[i] for i in (0, 2)]
+  assert [mixed.tokens[i] for i in (1, 3)] == [greedy()[i] for i in (1, 3)]
+  # each log-probability is that of the distribution which the full forward pass gives
+  settings = sample.rows([sample.Sampling(1.5, 0.9, 40)])
+  ids = list(PROMPTS[1])
+  for token, logprob in zip(together.tokens[1], together.logprobs[1], strict=True):
+    want = sample.log_probabilities(jnp.asarray(full()(ids))[None], settings)[0, token]
+    np.testing.assert_allclose(logprob, want, atol=2e-3)
+    ids.append(token)
+
+
+def test_stop_tokens_end_a_reply_and_no_other():
+  stop = greedy()[2][4]
+  seen = []
+  found = generate(stop_tokens=(stop, 96), on_token=lambda row, token: seen.append((row, token)))
+  for reply, want, finish in zip(found.tokens, greedy(), found.finish, strict=True):
+    ends = [i for i, token in enumerate(want) if token in (stop, 96)]
+    assert reply == (want[:ends[0] + 1] if ends else want)
+    assert finish == ("stop" if ends else "length")
+  assert found.finish[2] == "stop" and "length" in found.finish
+  for row, reply in enumerate(found.tokens):
+    assert [token for r, token in seen if r == row] == reply
+
+
+def test_a_thinking_budget_closes_the_thought():
+  close = (90, 91, 92)
+  assert not {90, 91} & {token for reply in greedy() for token in reply[:4]}
+  found = generate(thinking_budget=ThinkingBudget(3, close), temperature=[0.0, 1.0, 0.0, 0.0])
+  for i in (0, 2, 3):
+    assert found.tokens[i][:6] == greedy()[i][:3] + [90, 91, 92]
+    ids = PROMPTS[i] + found.tokens[i][:6]
+    assert found.tokens[i][6] == full()(ids).argmax()  # what comes after has read the closing
+  assert found.tokens[1][3:6] == [90, 91, 92] and found.logprobs[1][3:6] == [0.0] * 3
+  assert all(x < 0 for x in found.logprobs[1][:3] + found.logprobs[1][6:])
+  # a closing that comes by itself is not repeated, one that has begun is completed
+  own = tuple(greedy()[0][1:3])
+  assert generate(thinking_budget=ThinkingBudget(4, own)).tokens[0] == greedy()[0]
+  begun = (greedy()[0][2], 90)
+  assert generate(thinking_budget=ThinkingBudget(3, begun)).tokens[0][:4] == [*greedy()[0][:3], 90]
+  assert generate(thinking_budget=ThinkingBudget(0, close)).tokens[3][:3] == [90, 91, 92]
+
+
+def test_no_length_compiles_anything_and_the_cache_is_given_up():
+  generate()
+  programs = decode.advance._cache_size()
+  generate([p[:n] for p, n in zip(PROMPTS, (1, 4, 11, 22))], max_new_tokens=12, temperature=0.7)
+  assert decode.advance._cache_size() == programs
+  cache = init_cache(T0, 4, 64)
+  arrays = jax.tree.leaves(cache)
+  new, _ = decode.prefill(MODEL, variables(), cache, PROMPTS, chunk_size=8)
+  assert all(x.is_deleted() for x in arrays)
+  assert dsv4.cache_lengths(new).tolist() == [1, 5, 18, 30]
+
+
+def test_chunks_and_reaches_come_in_few_sizes():
+  cut = list(decode.chunks([[1] * 21, [2] * 9], 8))
+  assert [(tokens.shape[1], fed) for tokens, _, fed in cut] == [(8, 8), (8, 16), (8, 21)]
+  assert [segments.sum(1).tolist() for _, segments, _ in cut] == [[8, 8], [8, 1], [5, 0]]
+  assert [tokens.shape[1] for tokens, _, _ in decode.chunks([[1] * 18], 8)] == [8, 8, 2]
+  assert [decode.reach_of(n, 10**6) for n in (1, 1024, 1025, 5000, 300_000)] == [1024, 1024, 4096, 16384, 10**6]
+  assert [decode.room_for(n, 3000) for n in (1, 64, 65, 1024, 1025, 2500)] == [64, 64, 128, 1024, 2048, 3000]
+
+
+@pytest.mark.parametrize("arguments, message", [
+  (dict(prompts=[]), r"prompts = \[\]: expected at least one"),
+  (dict(prompts=[[1], []]), r"prompts\[1\] = '0 tokens': expected 1 to max_position_embeddings - max_new_tokens = 4087"),
+  (dict(prompts=[[1] * 4090]), r"prompts\[0\] = '4090 tokens'"),
+  (dict(prompts=[[1, 97]]), r"prompts\[0\] = 'ids from 1 to 97': expected ids below vocab_size = 97"),
+  (dict(stop_tokens=(97,)), "stop_tokens = 'ids from 97 to 97'"),
+  (dict(thinking_budget=ThinkingBudget(1, (97,))), "thinking_budget.close = 'ids from 97 to 97'"),
+  (dict(max_new_tokens=0), "max_new_tokens = 0: expected a whole number, at least 1"),
+  (dict(chunk_size=0), "chunk_size = 0: expected a whole number, at least 1"),
+  (dict(temperature=[1.0]), r"temperature = \[1.0\]: expected one value, or one for each of the 4 requests"),
+  (dict(top_p=0.0), "top_p = 0.0: expected a number above 0"),
+  (dict(keys=jnp.arange(4)), r"keys = .*: expected typed keys of shape \(4,\)"),
+  (dict(keys=jax.random.split(jax.random.key(0), 3)), r"keys = .*: expected typed keys of shape \(4,\)"),
+])
+def test_refusals(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    generate(**arguments)
+
+
+def test_budgets_that_cannot_be():
+  with pytest.raises(ValueError, match="tokens = -1: expected at least 0"):
+    ThinkingBudget(-1, (3,))
+  for close in ((), (-1,)):
+    with pytest.raises(ValueError, match="close = .*: expected at least one token id"):
+      ThinkingBudget(5, close)

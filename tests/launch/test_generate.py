@@ -1,0 +1,91 @@
+"""The generating main on a run folder: plain text, several prompts, a conversation, what a person sees who mistypes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import deepseek_v4 as dsv4
+from deepseek_v4 import config as config_lib
+from deepseek_v4.checkpoint.store import CheckpointStore
+from deepseek_v4.text import chat
+from launch import generate as launch_generate
+from tests.model.small import T0, random_variables
+
+BYTES = dataclasses.replace(T0, vocab_size=262, num_nextn_predict_layers=0)
+OPTIONS = dict(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, chunk_size=32)
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+  """What `load` makes of a folder as a run leaves it."""
+  run = tmp_path_factory.mktemp("run")
+  stored = config_lib.to_dict(dataclasses.replace(config_lib.RunConfig(), model=BYTES))
+  with CheckpointStore(run / "checkpoints", keep=1, config_dict=stored) as store:
+    store.save(3, jax.tree.map(jax.numpy.asarray, random_variables(BYTES)), {})
+  return launch_generate.load(str(run), OPTIONS, 0)
+
+
+def reply_to(speaker, text):
+  """The text that `generate` itself gives."""
+  found = dsv4.generate(speaker.model, random_variables(dataclasses.replace(BYTES, scan_layers=False)),
+                        [speaker.tokenizer.encode(text)], keys=jax.random.split(jax.random.key(9), 1), max_new_tokens=6,
+                        temperature=0.0, chunk_size=32, stop_tokens=(1,))
+  return speaker.tokenizer.decode(found.tokens[0])
+
+
+def test_a_prompt_and_a_file_of_prompts(speaker):
+  shown = []
+  launch_generate.answer(speaker, ["hello"], None, shown.append)
+  text = "".join(shown)
+  assert text.startswith(reply_to(speaker, "hello") + "\nprompt 5 tokens, ")
+  assert "reply 6 tokens, " in text and "tokens/s; cache 0." in text and text.endswith("ended by length\n")
+  shown = []
+  launch_generate.answer(speaker, ["hello", "a b"], None, shown.append)
+  want = f"[1] {reply_to(speaker, 'hello')}\n[2] {reply_to(speaker, 'a b')}\nprompt 8 tokens, "
+  assert "".join(shown).startswith(want)
+
+
+def test_a_conversation_remembers(speaker):
+  asked, shown = iter(["hi", "you?", ""]), []
+  launch_generate.converse(speaker, "none", lambda: next(asked), shown.append)
+  encoded = lambda *messages: chat.encode(
+    [{"role": role, "content": text} for role, text in messages], reasoning_effort="none")
+  first = reply_to(speaker, encoded(("user", "hi")))
+  second = reply_to(speaker, encoded(("user", "hi"), ("assistant", first), ("user", "you?")))
+  text = "".join(shown)
+  assert text.startswith(f"{first}\nprompt ") and f"ended by length\n{second}\nprompt " in text
+
+
+def test_a_thought_is_closed_when_its_budget_is_spent(speaker):
+  template = dataclasses.replace(speaker.template, thinking_budget={"high": 2})
+  thinking = dataclasses.replace(speaker, template=template, options={**OPTIONS, "max_new_tokens": 12})
+  text = chat.encode([{"role": "user", "content": "hi"}], reasoning_effort="high")
+  (reply,), found = thinking.reply([text], 0, "high")
+  assert speaker.tokenizer.decode(found.tokens[0][2:10]) == "</think>"
+  with pytest.raises(ValueError, match="reasoning_effort = 'huge': expected one of none, high"):
+    launch_generate.answer(speaker, ["hi"], "huge", print)
+
+
+def test_pieces_of_text_are_whole_characters(speaker):
+  pieces = []
+  stream = launch_generate._Stream(speaker.tokenizer, pieces.append)
+  for token in speaker.tokenizer.encode("aé€b"):
+    stream(0, token)
+  stream(0, 3 + 0xC3)  # half a character at the end
+  assert pieces == ["a", "é", "€", "b"]
+  stream.finish()
+  assert "".join(pieces) == "aé€b\ufffd"
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+  with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    launch_generate.load(str(tmp_path), OPTIONS, 0)
+
+
+def test_the_same_seed_gives_the_same_text(speaker):
+  hot = dataclasses.replace(speaker, options={**OPTIONS, "temperature": 2.0})
+  texts = [hot.reply(["hello"], number, None)[0][0] for number in (0, 0, 1)]
+  assert texts[0] == texts[1] != texts[2]
+  assert np.unique(texts).size == 2
