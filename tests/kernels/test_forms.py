@@ -100,7 +100,7 @@ def test_a_form_can_be_forced():
   masked = lambda q, window_kv, entries, selection, sink, **options: kernel.attend(
       q, window_kv, entries, selection, sink, interpret=True, **options)
   gathered = lambda q, window_kv, entries, selection, sink, **options: blockwise.attend(
-      q, window_kv, entries, selection, sink, **options)
+      q, window_kv, entries, selection, sink, key_segment=options["segment_ids"], **options)
   for got in (run(masked), run(gathered)):
     for a, b in zip(got, want):
       assert jnp.abs(a - b).max() < 2e-5
