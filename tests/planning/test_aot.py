@@ -43,7 +43,8 @@ def test_the_step_of_four_layers_of_pro_compiles_with_all_kernels(topology, sett
                 *(part for setting in settings for part in ("--set", setting)), timeout=3000)
   assert result.returncode == 0, result.stderr[-3000:]
   figures = json.loads(path.read_text())
-  wanted = {"index_select", "experts_d_down", "experts_d_gate_up", "experts_d_hidden", "experts_d_rows", "experts_down",
+  # At 4,096 tokens the indexer keeps every entry: its selection is compiled in tests/kernels/test_aot.py.
+  wanted = {"experts_d_down", "experts_d_gate_up", "experts_d_hidden", "experts_d_rows", "experts_down",
             "experts_hidden", *(name + end for end in ("", "_backward") for name in (
               "masked_attention", "index_loss", "hyper_collapse", "hyper_expand", "hyper_expand_collapse"))}
   assert wanted <= set(figures["kernels"]), wanted - set(figures["kernels"])
