@@ -75,8 +75,8 @@ def ours(q, window_kv, entries, selection, sink, **options):
 formula = functools.partial(attend, implementation="reference")
 
 
-@functools.partial(jax.jit, static_argnames=("op", "window", "_rows"))
-def _both(moving, fixed, weights, op, window, _rows):
+@functools.partial(jax.jit, static_argnames=("op", "window", "_sizes"))
+def _both(moving, fixed, weights, op, window, _sizes):
   values, pull = jax.vjp(lambda moving: op(**moving, **fixed, window=window, scale=SCALE), moving)
   return values, pull(weights)[0]
 
@@ -88,11 +88,12 @@ def random_weights(arrays):
 
 
 def run(arrays, op, weights=None, window=20):
-  """(out, lse) and the gradients, as NumPy. Compiled once per shape and size of a chunk."""
+  """(out, lse) and the gradients, as NumPy. Compiled once per shape and per sizes that tests change."""
   moving = {name: arrays[name] for name in MOVING}
   fixed = {name: x for name, x in arrays.items() if name not in MOVING}
   weights = random_weights(arrays) if weights is None else weights
-  return jax.tree.map(np.asarray, _both(moving, fixed, weights, op, window, sparse.ROWS))
+  sizes = sparse.ROWS, sparse_lists.DIRECT_WORDS
+  return jax.tree.map(np.asarray, _both(moving, fixed, weights, op, window, sizes))
 
 
 def same(got, want, tolerance=2e-5):
