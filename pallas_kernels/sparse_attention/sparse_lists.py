@@ -32,7 +32,8 @@ _BLOCK = 64  # rows at a time
 def from_words(words_CW: jax.Array, places: int, options) -> jax.Array:
   """Rows of bits int32 [C, W] with at most `places` bits each -> entries int32 [C, places], -1 in the places behind them.
 
-  The order of a query's entries is that of words, and of bits inside a word.
+  The order of a query's entries is that of words, and of bits inside a word; in two levels the words' order is that of their
+  own words and bits.
   """
   queries, words = words_CW.shape
   words_CW = tpu.pad_axis(words_CW, 1, max(words, LANES))
