@@ -89,7 +89,7 @@ class Attention(nn.Module):
     exists_BP = start_B[:, None] + jnp.arange(-count, 0) >= 0
     return read_ring(cache.window, start_B, count).astype(self.config.compute_dtype), exists_BP.astype(jnp.int32)
 
-  def _attend(self, q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context: Context, past):
+  def _attend(self, q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context: Context, past=()):
     config = self.config
 
     def run(q, kv, entries, selection, sink, positions, segment_ids, last, segment, *past):

@@ -103,7 +103,7 @@ def test_the_output_is_turned_back():
   x = np.random.default_rng(0).normal(size=(1, 4, config.hidden_size)).astype(np.float32)
   context = make_context(config, jnp.ones((1, 4), jnp.int32), jnp.array([[3, 50, 999, 2000]]), jnp.ones((1, 4), jnp.int32),
                          "sparse", with_losses=False)
-  out, _ = jax.jit(lambda x: Attention(config, SLIDING, "blockwise").apply({"params": params}, x, context))(x)
+  out, *_ = jax.jit(lambda x: Attention(config, SLIDING, "blockwise").apply({"params": params}, x, context))(x)
   key = x[0] @ np.asarray(params["kv"])
   key = key / np.sqrt((key**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(params["kv_norm"]["scale"])
   heads = np.tile(key[:, None], (1, 4, 1)).reshape(4, config.o_groups, -1)
