@@ -136,17 +136,17 @@ def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit
   """
   run = functools.partial(_one_wave, limit=limit, kernels=kernels, expert_axis=expert_axis, width_axis=width_axis)
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
-  waves = num_waves(x_BSD.shape[0] * x_BSD.shape[1], shards, wave)
+  tokens = x_BSD.shape[0] * x_BSD.shape[1]
+  waves = num_waves(tokens, shards, wave)
   if waves == 1:
     return run(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD)
-  tokens = x_BSD.shape[0] * x_BSD.shape[1]
   missing = -tokens % waves
 
   def cut(x, value):  # tokens that fill the last wave pick no expert
     return jnp.pad(x.reshape(tokens, -1), ((0, missing), (0, 0)), constant_values=value).reshape(waves, -1, x.shape[-1])
-  one = jax.checkpoint(lambda *tokens: run(*tokens, gate_EDF, up_EDF, down_EFD))
-  rows = cut(x_BSD, 0), cut(experts_BSk, -1), cut(weights_BSk, 0)
-  _, out = jax.lax.scan(lambda _, tokens: (None, one(*tokens)), None, rows)
+  one = jax.checkpoint(lambda *rows: run(*rows, gate_EDF, up_EDF, down_EFD))
+  cuts = cut(x_BSD, 0), cut(experts_BSk, -1), cut(weights_BSk, 0)
+  _, out = jax.lax.scan(lambda _, rows: (None, one(*rows)), None, cuts)
   return out.reshape(tokens + missing, -1)[:tokens].reshape(x_BSD.shape)
 
 

@@ -13,11 +13,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import bits, tpu
-from pallas_kernels.cases import normals, packed, scattered_picks, unused_to_nan
+from pallas_kernels.cases import normals, unused_to_nan
 from pallas_kernels.indexer import select
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend, sparse, sparse_lists, sparse_plan, tiles
-from tests.kernels import oracles, test_attention, test_kernel_checks
+from tests.kernels import oracles, test_attention, test_kernel_checks, test_sparse_form
 
 WIDTH, SCALE = 128, 128**-0.5
 LENGTH, RUN = 140, 2**14  # tokens of most rows; rows gathered for 128 queries with 128 places each
@@ -51,15 +51,7 @@ def with_kind(arrays, kind):
   return arrays
 
 
-def inputs(rows, length, num_entries, picks, *, heads=4, rate=2):
-  """Packed rows with NaN in unused entries; picks in any order, visible or not, -1 among them."""
-  places, batch = packed(rows, length, rate, num_entries), len(rows)
-  arrays = normals(jax.random.key(0), q=(batch, length, heads, WIDTH), window_kv=(batch, length, WIDTH),
-                   entries=(batch, num_entries, WIDTH), sink=(heads,), order=(batch, length, num_entries),
-                   hole=(batch, length, picks))
-  arrays["entries"] = unused_to_nan(arrays["entries"], places["entry_segment"])
-  chosen = Selection.from_indices(scattered_picks(arrays.pop("order"), arrays.pop("hole")))
-  return {**arrays, "selection": chosen, **places}
+inputs = functools.partial(test_sparse_form.inputs, heads=4, width=WIDTH)
 
 
 def three_rows(*documents):

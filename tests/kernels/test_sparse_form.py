@@ -29,11 +29,11 @@ def small_steps(monkeypatch):
   monkeypatch.setattr(sparse, "ROWS", 2**14)
 
 
-def inputs(rows, length, num_entries, picks, *, heads=64, rate=2, kind="indices", dtype=jnp.float32):
+def inputs(rows, length, num_entries, picks, *, heads=64, rate=2, width=WIDTH, kind="indices", dtype=jnp.float32):
   """Packed rows with NaN in unused entries; picks in any order, visible or not, -1 among them."""
   places, batch = packed(rows, length, rate, num_entries), len(rows)
-  arrays = normals(jax.random.key(0), q=(batch, length, heads, WIDTH), window_kv=(batch, length, WIDTH),
-                   entries=(batch, num_entries, WIDTH), sink=(heads,), order=(batch, length, num_entries),
+  arrays = normals(jax.random.key(0), q=(batch, length, heads, width), window_kv=(batch, length, width),
+                   entries=(batch, num_entries, width), sink=(heads,), order=(batch, length, num_entries),
                    hole=(batch, length, picks))
   arrays["entries"] = unused_to_nan(arrays["entries"], places["entry_segment"])
   chosen = Selection.from_indices(scattered_picks(arrays.pop("order"), arrays.pop("hole")))
