@@ -23,9 +23,11 @@ CHIPS = (tpu.V5P, tpu.V6E, tpu.TPU7X)
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-  """A row of statistics a step, 128 places a tile (64 in float32, which is padded to 128), 128 queries a chunk."""
+  """A row of statistics a step, 128 places a tile (64 in float32, which is padded to 128), 128 queries a chunk, up
+  to 64 of 128 rows straight to VMEM where a list is one tile."""
   monkeypatch.setitem(sparse.FORWARD_STEP, "v5p", (1, 128))
   monkeypatch.setitem(sparse.BACKWARD_STEP, "v5p", (1, 128))
+  monkeypatch.setitem(sparse.DIRECT, "v5p", 64)
   monkeypatch.setattr(sparse, "ROWS", 2**14)
 
 

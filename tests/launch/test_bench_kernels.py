@@ -219,7 +219,7 @@ def test_pallas_calls_say_what_their_pipeline_moves():
   traced = jax.make_jaxpr(jax.jit(run))(array(24, dtype=jnp.int32), array(32, 128), array(64, 128))
   [call] = program.calls(traced.jaxpr)
   block = 8 * 128 * 4
-  assert (call.name, call.grid, call.parallel) == ("named", (4, 6), True)
+  assert (call.name, call.grid, call.parallel) == ("named", (4, 6), 4)
   window = lambda moves, listed=False: program.Window(block, moves, listed)
   assert call.windows == (window(4), window(None, True), window(2))
   assert program.window_bytes(call, 24, visits=10) == program.window_bytes(call, 24, visits=(10,)) == block * (4 + 10 + 2)
@@ -262,7 +262,7 @@ def test_every_case_has_positive_bounds():
 
 def attention_call(chip, length=16384, rows=1024, entries=512):
   blocks = (None, rows, 512), (None, rows // 128, 128), (None, entries, 512), (None, 256, 512)
-  return program.Call("masked_attention", (chip.cores, length // (rows // 128) // chip.cores, None), blocks, (), True)
+  return program.Call("masked_attention", (chip.cores, length // (rows // 128) // chip.cores, None), blocks, (), chip.cores)
 
 
 def test_visited_tiles_are_those_that_a_block_sees():
