@@ -22,8 +22,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import bits, blocks, tpu
-from pallas_kernels.sparse_attention import (sparse_backward, sparse_copies, sparse_forward, sparse_lists, sparse_plan,
-                                              sparse_rows, tiles)
+from pallas_kernels.sparse_attention import (
+  sparse_backward,
+  sparse_copies,
+  sparse_forward,
+  sparse_lists,
+  sparse_plan,
+  sparse_rows,
+  tiles,
+)
 
 ROWS = 2**18  # gathered together: with 1,024 of a query enough that each core of a chip has whole runs of a chunk
 FORWARD_STEP = {"v5p": (8, 1024), "v6e": (8, 1024), "tpu7x": (8, 1024)}  # queries, places of a tile

@@ -99,8 +99,8 @@ def make_plan(q_shape: tuple[int, ...], num_entries: int, top_k: int, itemsize: 
     top_k: most entries of a query.
     itemsize: bytes of an operand's number; of float32 a tile holds half as many places.
     cores: that share the runs of a chunk, evenly if that is possible.
-    direct: rows that the kernel may copy by itself for a query of 128 heads, fewer for fewer; at most half of its places, and only
-      where these are one tile.
+    direct: rows that the kernel may copy by itself for a query of 128 heads, fewer for fewer; at most half of its places,
+      and only where these are one tile.
 
   Raises:
     ValueError: a window beyond what a step can read at once.

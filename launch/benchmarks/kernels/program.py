@@ -308,9 +308,9 @@ def _call(params: Mapping[str, Any]) -> Call:
     array = getattr(block, "array_aval", None) or block.array_shape_dtype
     moves, listed = _moves(block.index_map_jaxpr, grid)
     windows.append(Window(math.prod(size or 1 for size in shape) * array.dtype.itemsize, moves, listed))
-  axes = str(params.get("compiler_params")).lower()
-  shared = re.findall(r"parallel|arbitrary", re.search(r"dimension_semantics=\(([^)]*)\)", axes)[1]) if "parallel" in axes else []
-  parallel = math.prod(size or 1 for size, axis in zip(grid, shared) if axis == "parallel")
+  semantics = re.search(r"dimension_semantics=\(([^)]*)\)", str(params.get("compiler_params")).lower())
+  axes = re.findall("parallel|arbitrary", semantics[1]) if semantics else []
+  parallel = math.prod(size or 1 for size, axis in zip(grid, axes) if axis == "parallel")
   return Call(str(name), grid, tuple(blocks), tuple(windows), parallel)
 
 

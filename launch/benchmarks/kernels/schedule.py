@@ -187,8 +187,8 @@ def counted(root: Region, steps: float = 0, cores: int = 1) -> list[Region]:
   """The regions whose executions the text does not give and that matter, in program order.
 
   These are branches and loops without a constant exit test that do vector work of their own, or inside loops of known
-  length, and those that start many copies. Others only move data; they count as executed whenever what is around them is. So does the branch of a grid's loop
-  that holds the whole body of a kernel: the first step of the pipeline only fetches.
+  length, and those that start many copies. Others only move data; they count as executed whenever what is around them is.
+  So does the branch of a grid's loop that holds the whole body of a kernel: the first step of the pipeline only fetches.
 
   Args:
     steps, cores: see `executions`.
