@@ -34,7 +34,7 @@ def pack(x_Td: jax.Array) -> jax.Array:
   """[T, d] bfloat16 -> int32 [T, d / 2], numbers i and i + d / 2 in a word; float32 as it is."""
   if x_Td.dtype == jnp.float32:
     return x_Td
-  low, high = jnp.split(lax.bitcast_convert_type(x_Td, jnp.uint16).astype(jnp.uint32), 2, axis=-1)
+  low, high = (lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32) for half in jnp.split(x_Td, 2, axis=-1))
   return lax.bitcast_convert_type(low | (high << 16), jnp.int32)
 
 
