@@ -22,10 +22,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import bits, blocks, tpu
-from pallas_kernels.sparse_attention import sparse_backward, sparse_forward, sparse_lists, sparse_plan, sparse_rows, tiles
+from pallas_kernels.sparse_attention import (
+  sparse_backward,
+  sparse_copies,
+  sparse_forward,
+  sparse_lists,
+  sparse_plan,
+  sparse_rows,
+  tiles,
+)
 
-ROWS = 2**17  # gathered together
+ROWS = 2**18  # gathered together: with 1,024 of a query enough that each core of a chip has whole runs of a chunk
 FORWARD_STEP = {"v5p": (8, 1024), "v6e": (8, 1024), "tpu7x": (8, 1024)}  # queries, places of a tile
+DIRECT = {"v5p": 384, "v6e": 400, "tpu7x": 256}  # rows that the forward kernel copies by itself, per query of 128 heads
 BACKWARD_STEP = {"v5p": (4, 1024), "v6e": (8, 1024), "tpu7x": (4, 1024)}
 
 
@@ -74,15 +83,15 @@ def _attend_backward(static, saved, gradients):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _plan(q, entries, static, steps, rows):
+def _plan(q, entries, static, steps, rows, direct=0):
   options, _, top_k = static
   return sparse_plan.make_plan(q.shape, entries.shape[1], top_k, q.dtype.itemsize, options.window,
-                               *steps[options.chip.name], rows)
+                               *steps[options.chip.name], rows, options.chip.cores, direct)
 
 
 def _backward_rows(num_entries):
   """Rows of a chunk: every one reads and writes the sums of all entries once: the more there are, the larger it must be."""
-  return ROWS * min(max(num_entries // 2**14, 1), 4)
+  return ROWS * min(max(num_entries // 2**15, 1), 2)
 
 
 def _readers(entries, chosen, plan, static):
@@ -91,13 +100,16 @@ def _readers(entries, chosen, plan, static):
   Returns:
     lists: numbers of some chunks, those past the end meaning the last one -> for each, int32 [C, K]: numbers of the entries
       in the table of all batch rows, -1 in empty places.
-    fetch: one of them -> the rows, packed [C / queries, queries, K, w], anything in empty places. With sums of entries and
-      a part to add to them (see `backward`) it does that as well and returns both.
+    fetch: one of them -> the rows of the staged places, packed [C / queries, queries, K, w], anything in empty places. With
+      sums of entries and a part to add to them (see `backward`) it does that as well and returns both.
+    direct: one of them -> the table of all rows, and row numbers of the places that the kernel reads from it by itself,
+      int32 [runs of a chunk, queries of a run, places].
   """
   options, kind, _ = static
   rows_of_each = max(plan.entries, 1)
   entries = tpu.pad_axis(tpu.pad_axis(entries, 1, rows_of_each), 2, plan.width)
   table = sparse_rows.pack(entries.reshape(-1, plan.width))
+  rows_table = sparse_copies.as_rows(table)
   chosen = sparse_plan.by_query(chosen, plan, -1 if kind == "indices" else 0)
 
   def lists(*chunks):
@@ -112,18 +124,24 @@ def _readers(entries, chosen, plan, static):
     return [jnp.where(x_CK < 0, -1, x_CK + sparse_plan.row_offsets(chunk, plan))
             for x_CK, chunk in zip(jnp.split(index, len(chunks)), chunks)]
 
-  def fetch(index_CK, sums=None, part=None):
-    # An empty place reads an entry all the same, each another one: thousands of copies of one row would queue up.
+  def safe(index_CK):
+    """An empty place reads an entry all the same, each another one: thousands of copies of one row would queue up."""
     query, place = (lax.broadcasted_iota(jnp.int32, index_CK.shape, axis) for axis in (0, 1))
-    safe_CK = jnp.where(index_CK < 0, lax.rem(query * 61 + place, table.shape[0]), index_CK)
+    return jnp.where(index_CK < 0, lax.rem(query * 61 + place, table.shape[0]), index_CK)
+
+  def fetch(index_CK, sums=None, part=None):
+    safe_CK = safe(index_CK[:, :plan.staged])
     if part is None:
       rows = sparse_rows.gather(table, safe_CK.reshape(-1), options.interpret)
     else:
       sums, rows = sparse_rows.add_rows_and_gather(sums, *part, table, safe_CK.reshape(-1), options.chip, options.interpret)
-    rows = rows.reshape(-1, plan.queries, plan.places, table.shape[1])
+    rows = rows.reshape(-1, plan.queries, plan.staged, table.shape[1])
     return rows if part is None else (sums, rows)
 
-  return lists, fetch
+  def direct(index_CK):
+    return rows_table, safe(index_CK[:, plan.staged:]).reshape(plan.chunk, -1, plan.direct)
+
+  return lists, fetch, direct
 
 
 def _words(index_CK, plan):
@@ -139,14 +157,16 @@ def _operands(q, window_kv, sink, segment_ids, window, plan):
 
 def forward(q, window_kv, entries, sink, chosen, segment_ids, static):
   """-> out [B, S, H, d] in q's dtype, lse [B, S, H] float32."""
-  options, plan = static[0], _plan(q, entries, static, FORWARD_STEP, ROWS)
+  options = static[0]
+  plan = _plan(q, entries, static, FORWARD_STEP, ROWS, DIRECT[options.chip.name])
   operands = _operands(q, window_kv, sink, segment_ids, options.window, plan)
-  lists, fetch = _readers(entries, chosen, plan, static)
+  lists, fetch, direct = _readers(entries, chosen, plan, static)
   results = (lax.empty(operands[0].shape, q.dtype),
              lax.empty((plan.steps, plan.rows // tpu.LANES, tpu.LANES), jnp.float32))
 
   def meet(chunk, index, rows, results):
-    return tuple(sparse_forward.attend_rows(chunk, rows, _words(index, plan), operands, results, plan, options))
+    alone = direct(index) if plan.direct else ()
+    return tuple(sparse_forward.attend_rows(chunk, rows, _words(index, plan), operands, alone, results, plan, options))
 
   def two(pair, carry):
     first, rows, results = carry
@@ -171,7 +191,7 @@ def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, 
   operands = (*_operands(q, window_kv, sink, segment_ids, options.window, plan),
               *(sparse_plan.as_steps(x, plan) for x in (out, d_out)),
               statistics.reshape(2, plan.steps, *statistics.shape[3:]))
-  lists, fetch = _readers(entries, chosen, plan, static)
+  lists, fetch, _ = _readers(entries, chosen, plan, static)
   num_rows = plan.batch * max(plan.entries, 1)
   units = sparse_rows.Units.of(num_rows, plan.width, options.chip)
 

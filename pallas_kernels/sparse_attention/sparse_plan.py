@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import bits, tpu
 from pallas_kernels.sparse_attention import tiles
-from pallas_kernels.tpu import LANES
+from pallas_kernels.tpu import LANES, SUBLANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Plan:
     places: K, a multiple of `tile`.
     tile: places that are attended to at once.
     reach: window keys are read in blocks of this size, the one around the queries and the one before.
+    direct: the last places of a list, whose rows the attention kernel copies by itself; the SparseCore gathers the others.
   """
 
   batch: int
@@ -50,6 +52,12 @@ class Plan:
   places: int
   tile: int
   reach: int
+  direct: int
+
+  @property
+  def staged(self) -> int:
+    """Places of a list whose rows the SparseCore gathers."""
+    return self.places - self.direct
 
   @property
   def rows(self) -> int:
@@ -83,13 +91,16 @@ class Plan:
 
 
 def make_plan(q_shape: tuple[int, ...], num_entries: int, top_k: int, itemsize: int, window: int, queries: int, tile: int,
-              rows: int) -> Plan:
+              rows: int, cores: int = 1, direct: int = 0) -> Plan:
   """The plan for steps of `queries`, tiles of at most `tile` places and chunks of about `rows` gathered rows.
 
   Args:
     q_shape: [B, S, H, d].
     top_k: most entries of a query.
     itemsize: bytes of an operand's number; of float32 a tile holds half as many places.
+    cores: that share the runs of a chunk, evenly if that is possible.
+    direct: rows that the kernel may copy by itself for a query of 128 heads, fewer for fewer; at most half of its places,
+      and only where these are one tile.
 
   Raises:
     ValueError: a window beyond what a step can read at once.
@@ -103,13 +114,15 @@ def make_plan(q_shape: tuple[int, ...], num_entries: int, top_k: int, itemsize: 
   places = tpu.round_up(max(top_k, 1), LANES)
   tile = max(tile * 2 // itemsize, LANES)
   tile = places if places <= tile else tile
+  direct = min(direct * heads // LANES, places // 2) // SUBLANES * SUBLANES if places == tile else 0
   blocks = math.ceil(length / queries)
   run = min(max(reach // queries, 1), blocks)
   runs = math.ceil(blocks / run)
   most = max(rows // (run * queries * places), 1)
-  chunk = next(size for size in range(min(most, batch * runs), 0, -1) if batch * runs % size == 0)
+  sizes = [size for size in range(1, min(most, batch * runs) + 1) if batch * runs % size == 0]
+  chunk = max(sizes, key=lambda size: (size % cores == 0, size))
   return Plan(batch, heads, tpu.round_up(width, LANES * (4 // itemsize)), queries, run, runs, chunk, num_entries,
-              tpu.round_up(places, tile), tile, reach)
+              tpu.round_up(places, tile), tile, reach, direct)
 
 
 # ---- arrays as the kernels read them -----------------------------------------------------------------------------------
@@ -150,7 +163,7 @@ def row_offsets(chunk: jax.Array, plan: Plan) -> jax.Array:
 def specs(plan: Plan) -> dict[str, pl.BlockSpec]:
   """Blocks over the grid (run of the chunk, step, tile) with the chunk's number prefetched.
 
-  "steps" and "statistics" lie in arrays of all queries, "rows" and "words" in the chunk's own.
+  "steps" and "statistics" lie in arrays of all queries, "rows", "words" and the entry numbers "direct" in the chunk's own.
   """
   def step(i, j, t, chunk):
     return (chunk[0] * plan.chunk + i) * plan.run + j
@@ -171,9 +184,12 @@ def specs(plan: Plan) -> dict[str, pl.BlockSpec]:
       "near_words": pl.BlockSpec((None, None, plan.queries, LANES), near_words),
       "near_keys": pl.BlockSpec((None, None, 2 * plan.reach, plan.width),
                                 lambda i, j, t, chunk: (*in_row(i, chunk), 0, 0)),
-      "sink": pl.BlockSpec((plan.heads, LANES), lambda *_: (0, 0))}
+      "sink": pl.BlockSpec((plan.heads, LANES), lambda *_: (0, 0)),
+      "direct": pl.BlockSpec((None, plan.run * plan.queries, plan.direct), lambda i, j, t, chunk: (i, 0, 0),
+                             memory_space=pltpu.SMEM)}
 
 
 def rows_spec(plan: Plan, width: int) -> pl.BlockSpec:
   """A step's gathered rows of this width, or their gradients: of [C / queries, queries, K, width]."""
-  return pl.BlockSpec((None, plan.queries, plan.tile, width), lambda i, j, t, chunk: (i * plan.run + j, 0, t, 0))
+  return pl.BlockSpec((None, plan.queries, min(plan.tile, plan.staged), width),
+                      lambda i, j, t, chunk: (i * plan.run + j, 0, t, 0))

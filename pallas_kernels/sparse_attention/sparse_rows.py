@@ -34,7 +34,7 @@ def pack(x_Td: jax.Array) -> jax.Array:
   """[T, d] bfloat16 -> int32 [T, d / 2], numbers i and i + d / 2 in a word; float32 as it is."""
   if x_Td.dtype == jnp.float32:
     return x_Td
-  low, high = jnp.split(lax.bitcast_convert_type(x_Td, jnp.uint16).astype(jnp.uint32), 2, axis=-1)
+  low, high = (lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32) for half in jnp.split(x_Td, 2, axis=-1))
   return lax.bitcast_convert_type(low | (high << 16), jnp.int32)
 
 
@@ -62,8 +62,7 @@ def _gather_job(table_Tw, index_n, buffer_bytes):
   info, row = plsc.get_sparse_core_info(), table_Tw.shape[1:]
   workers = info.num_cores * info.num_subcores
   batch = min(max(buffer_bytes // (4 * (row or (1,))[0]) // 16 * 16, 16), 128)
-  section = min(_SECTION, tpu.round_up(-(-index_n.shape[0] // workers), batch))
-  share = tpu.round_up(-(-index_n.shape[0] // workers), section)
+  section, share = sections(-(-index_n.shape[0] // workers), batch)
 
   def body(table, numbers, out, index, rows, arrived, left):
     first = (lax.axis_index("core") * info.num_subcores + lax.axis_index("subcore")) * share
@@ -94,6 +93,14 @@ def _gather_job(table_Tw, index_n, buffer_bytes):
              pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))]
   out = jax.ShapeDtypeStruct((share * workers, *row), table_Tw.dtype)
   return tpu.pad_axis(index_n, 0, share * workers), out, body, scratch
+
+
+def sections(rows: int, batch: int) -> tuple[int, int]:
+  """(row numbers that a subcore reads at once, in all), whole batches; in all as few more than `rows` as possible."""
+  batches, most = -(-rows // batch), max(_SECTION // batch, 1)
+  sizes = range(min((most + 1) // 2, batches), min(most, batches) + 1)
+  best = min(sizes, key=lambda size: (-batches % size, -size))
+  return best * batch, (batches + -batches % best) * batch
 
 
 def _subcores() -> plsc.VectorSubcoreMesh:

@@ -23,9 +23,11 @@ CHIPS = (tpu.V5P, tpu.V6E, tpu.TPU7X)
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-  """A row of statistics a step, 128 places a tile (64 in float32, which is padded to 128), 128 queries a chunk."""
+  """A row of statistics a step, 128 places a tile (64 in float32, which is padded to 128), 128 queries a chunk, up
+  to 64 of 128 rows straight to VMEM where a list is one tile."""
   monkeypatch.setitem(sparse.FORWARD_STEP, "v5p", (1, 128))
   monkeypatch.setitem(sparse.BACKWARD_STEP, "v5p", (1, 128))
+  monkeypatch.setitem(sparse.DIRECT, "v5p", 64)
   monkeypatch.setattr(sparse, "ROWS", 2**14)
 
 
@@ -175,3 +177,29 @@ def test_sums_by_unit_are_sums_by_row():
   np.add.at(want, index[index >= 0], rows[index >= 0])
   sums = sparse_rows.add_rows(units.zeros(8), jnp.asarray(index, jnp.int32), jnp.asarray(rows), tpu.V5P, True)
   np.testing.assert_allclose(units.table(sums, 300), want, atol=1e-5)
+
+
+def test_sections_are_whole_batches_with_little_behind_the_last_row():
+  for rows in (1, 63, 64, 2560, 4608, 5120, 8000, 10**5 + 1):
+    for batch in (16, 64, 128):
+      section, share = sparse_rows.sections(rows, batch)
+      assert section % batch == 0 and share % section == 0 and section <= 2048 and share >= rows
+      assert share - rows < batch or share < 1.05 * rows  # where batches have no divisor in range
+
+
+# ---- plans ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("heads, top_k, direct", [(128, 1024, 384), (64, 512, 192), (16, 1024, 48), (128, 128, 64),
+                                                  (128, 2000, 0)])
+def test_a_kernel_copies_rows_by_itself_where_a_list_is_one_tile(heads, top_k, direct):
+  """In proportion to the heads, whose matmuls hide the starts; at most half of them, and whole rows of registers."""
+  plan = sparse_plan.make_plan((1, 1024, heads, 512), 4096, top_k, 2, 128, 8, 1024, 2**18, 2, 384)
+  assert (plan.direct, plan.staged) == (direct, plan.places - direct)
+
+
+@pytest.mark.parametrize("rows", [2**17, 2**18, 2**19])
+def test_cores_share_the_runs_of_a_chunk(rows):
+  """Two cores: an even number of runs wherever a chunk holds more than one; of 128 queries with 1,024 rows each."""
+  plan = sparse_plan.make_plan((1, 16384, 128, 512), 16384, 1024, 2, 128, 8, 1024, rows, 2)
+  assert plan.chunk == rows // 2**17
+  plan = sparse_plan.make_plan((1, 9 * 128 * 2, 128, 512), 16384, 1024, 2, 128, 8, 1024, 3 * 2**17, 2)
+  assert plan.chunk == 2 and sparse_plan.make_plan((1, 9 * 256, 128, 512), 64, 64, 2, 128, 8, 1024, 2**20, 1).chunk == 18

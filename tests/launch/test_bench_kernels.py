@@ -121,6 +121,25 @@ def test_executions_multiply_what_is_known_and_take_what_is_given():
     schedule.executions(root, (4, 30))
 
 
+def test_a_branch_that_starts_many_copies_counts():
+  copies = " ;; ".join("%5 = dma.hbm_to_vmem [thread:$0] /*hbm=*/%s1, /*size_in_granules=*/32" for _ in range(16))
+  [first, *_] = [line for line in LINES.splitlines() if line.lstrip().startswith("0x1a ")]
+  many = LINES.replace(first, first.replace("{", "{ " + copies + " ;;", 1))
+  idle = UNITS.replace(" ".join(map(str, WORK[0x1a])), "0 0 0")
+  few, full = (schedule.counted(schedule.read("kernel.1", text, idle).root, steps=8, cores=2) for text in (LINES, many))
+  assert [region.first for region in few] == [6, 0xe] and [region.first for region in full] == [6, 0xe, 0x16]
+
+
+def test_cores_share_a_kernel_only_where_an_axis_is_long_enough():
+  def grid(*sizes, semantics):
+    run = pl.pallas_call(lambda out: None, grid=sizes, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+                         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics))
+    [call] = program.calls(jax.make_jaxpr(lambda: run())().jaxpr)
+    return call.parallel
+  assert grid(1, 6, semantics=("parallel", "arbitrary")) == 1 == grid(4, 6, semantics=("arbitrary", "arbitrary"))
+  assert grid(4, 6, semantics=("parallel", "arbitrary")) == 4 and grid(2, 3, semantics=("parallel", "parallel")) == 6
+
+
 def test_a_folder_is_read_in_the_compilers_order(tmp_path):
   for stamp, name in ((12, "second"), (7, "first.3"), (3, "TLP"), (1, "<late-finalization>")):
     (tmp_path / f"{stamp:02}-{name}-03-final_bundles.txt").write_text(LINES)
@@ -219,7 +238,7 @@ def test_pallas_calls_say_what_their_pipeline_moves():
   traced = jax.make_jaxpr(jax.jit(run))(array(24, dtype=jnp.int32), array(32, 128), array(64, 128))
   [call] = program.calls(traced.jaxpr)
   block = 8 * 128 * 4
-  assert (call.name, call.grid, call.parallel) == ("named", (4, 6), True)
+  assert (call.name, call.grid, call.parallel) == ("named", (4, 6), 4)
   window = lambda moves, listed=False: program.Window(block, moves, listed)
   assert call.windows == (window(4), window(None, True), window(2))
   assert program.window_bytes(call, 24, visits=10) == program.window_bytes(call, 24, visits=(10,)) == block * (4 + 10 + 2)
@@ -262,7 +281,7 @@ def test_every_case_has_positive_bounds():
 
 def attention_call(chip, length=16384, rows=1024, entries=512):
   blocks = (None, rows, 512), (None, rows // 128, 128), (None, entries, 512), (None, 256, 512)
-  return program.Call("masked_attention", (chip.cores, length // (rows // 128) // chip.cores, None), blocks, (), True)
+  return program.Call("masked_attention", (chip.cores, length // (rows // 128) // chip.cores, None), blocks, (), chip.cores)
 
 
 def test_visited_tiles_are_those_that_a_block_sees():

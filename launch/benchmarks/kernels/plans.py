@@ -156,8 +156,16 @@ def _without_ends(counts: tuple[tuple[str, float], ...], call: Call) -> tuple[tu
 
 
 def _sparse_attention(case: Case, call: Call, chip: Chip) -> Plan:
-  """Grid (runs of a chunk, steps, tiles). Listed: queries, near keys and their words, and both results."""
-  return _sparse_steps(call, 2, (), lambda steps, runs: (steps, runs, steps, steps, steps))
+  """Grid (runs of a chunk, steps, tiles). Listed: queries, near keys and their words, and both results.
+
+  A kernel that copies rows by itself has two more operands, the last of which gives their number; a run starts with those of
+  its first step, and its last step copies once more.
+  """
+  places = call.blocks[7][2] if len(call.blocks) == 12 else 0
+  listed = lambda steps, runs: (steps, runs, steps, steps, steps)
+  plan = _sparse_steps(call, 2, ("first copies",) if places else (), listed, places)
+  _, queries, _, words = call.blocks[0]
+  return dataclasses.replace(plan, copied=(plan.steps + call.grid[0]) * queries * places * words * 4.0)
 
 
 def _sparse_attention_backward(case: Case, call: Call, chip: Chip) -> Plan:
@@ -165,11 +173,11 @@ def _sparse_attention_backward(case: Case, call: Call, chip: Chip) -> Plan:
 
 
 def _sparse_steps(call: Call, matmuls: int, names: Sequence[str],
-                  visits: Callable[[int, int], tuple[float, ...]]) -> Plan:
-  """`visits` of the windows whose number is prefetched, from the steps and runs of the grid."""
+                  visits: Callable[[int, int], tuple[float, ...]], places: int = 0) -> Plan:
+  """`visits` of the windows whose number is prefetched, from the steps and runs of the grid; `places` beside the tiles'."""
   tile, (rows, width), near = call.blocks[0][2], call.blocks[2][1:], call.blocks[3][2]
   steps, runs = math.prod(call.grid), call.grid[0]
-  flops = 2.0 * matmuls * rows * width * (steps * tile + math.prod(call.grid[:2]) * near)
+  flops = 2.0 * matmuls * rows * width * (steps * (tile + places) + math.prod(call.grid[:2]) * near)
   return Plan(tuple((name, runs) for name in names), "", steps, visits(steps, runs), flops)
 
 

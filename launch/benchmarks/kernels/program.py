@@ -244,14 +244,14 @@ class Call:
     grid: steps by axis; None = known at run time only.
     blocks: shapes of the windows, operands first; None in place of an axis that the kernel does not see.
     windows: those that the pipeline moves between HBM and VMEM.
-    parallel: whether the cores of a device share the grid.
+    parallel: steps of the axes that the cores of a device share; 1 = one core does all.
   """
 
   name: str
   grid: tuple[int | None, ...]
   blocks: tuple[tuple[int | None, ...], ...]
   windows: tuple[Window, ...]
-  parallel: bool
+  parallel: int
 
 
 def calls(jaxpr: Any) -> list[Call]:
@@ -308,7 +308,10 @@ def _call(params: Mapping[str, Any]) -> Call:
     array = getattr(block, "array_aval", None) or block.array_shape_dtype
     moves, listed = _moves(block.index_map_jaxpr, grid)
     windows.append(Window(math.prod(size or 1 for size in shape) * array.dtype.itemsize, moves, listed))
-  return Call(str(name), grid, tuple(blocks), tuple(windows), "parallel" in str(params.get("compiler_params")).lower())
+  semantics = re.search(r"dimension_semantics=\(([^)]*)\)", str(params.get("compiler_params")).lower())
+  axes = re.findall("parallel|arbitrary", semantics[1]) if semantics else []
+  parallel = math.prod(size or 1 for size, axis in zip(grid, axes) if axis == "parallel")
+  return Call(str(name), grid, tuple(blocks), tuple(windows), parallel)
 
 
 def _moves(index_map: Any, grid: tuple[int | None, ...]) -> tuple[int | None, bool]:

@@ -50,7 +50,7 @@ class KernelFigures:
 
 def kernel_figures(case: Case, found: schedule.Schedule, call: program.Call, chip: Chip) -> KernelFigures:
   """Reads a kernel's schedule with its plan, or with a guess where the plan does not fit."""
-  cores, plan = chip.cores if call.parallel else 1, plans.plan_of(call.name, case, call, chip)
+  cores, plan = min(chip.cores, call.parallel), plans.plan_of(call.name, case, call, chip)
   counted = schedule.counted(found.root, plan.steps if plan else plans.grid_steps(call), cores)
   heat = schedule.heat(counted)
   plan = plans.fit(plan, heat) or plans.fallback(call, plan, heat, bounds.least(case).flops)

@@ -22,6 +22,7 @@ MATRIX, VECTOR = "matrix", "vector"
 _UNITS = {"MXU": MATRIX, "MATMUL": MATRIX, "VALU": VECTOR}  # names differ from one libtpu to the next
 _WORK = (MATRIX, VECTOR, "EUP", "XLU", "VLOAD", "VSTORE")
 _SPILLS, _FILLS = "VSTORE:SPILL", "VLOAD:FILL"
+_MANY_COPIES = 16  # in the text of a region: row by row
 _FEW_SLOTS = 64  # a branch with less vector work than this only moves data or counts
 
 _FILE = re.compile(r"(\d+)-(.+)-\d+-final_bundles\.txt")
@@ -186,8 +187,8 @@ def counted(root: Region, steps: float = 0, cores: int = 1) -> list[Region]:
   """The regions whose executions the text does not give and that matter, in program order.
 
   These are branches and loops without a constant exit test that do vector work of their own, or inside loops of known
-  length. Others only move data; they count as executed whenever what is around them is. So does the branch of a grid's loop
-  that holds the whole body of a kernel: the first step of the pipeline only fetches.
+  length, and those that start many copies. Others only move data; they count as executed whenever what is around them is.
+  So does the branch of a grid's loop that holds the whole body of a kernel: the first step of the pipeline only fetches.
 
   Args:
     steps, cores: see `executions`.
@@ -196,7 +197,7 @@ def counted(root: Region, steps: float = 0, cores: int = 1) -> list[Region]:
   stages = [region for region in grid.inner if any(_direct_work(r) >= _FEW_SLOTS for r in region.walk())] if grid else []
   always = [grid] + (stages if len(stages) == 1 and stages[0].kind == "branch" else [])
   return [region for region in root.walk()
-          if _unknown(region) and _direct_work(region) >= _FEW_SLOTS and not any(region is other for other in always)]
+          if _unknown(region) and _matters(region) and not any(region is other for other in always)]
 
 
 def _grid_loop(root: Region) -> Region | None:
@@ -206,6 +207,14 @@ def _grid_loop(root: Region) -> Region | None:
 
 def _unknown(region: Region) -> bool:
   return region.kind == "branch" or (region.kind == "loop" and region.trips is None)
+
+
+def _matters(region: Region) -> bool:
+  return _direct_work(region) >= _FEW_SLOTS or _direct_copies(region) >= _MANY_COPIES
+
+
+def _direct_copies(region: Region) -> int:
+  return len(region.copies) + sum(_direct_copies(inner) for inner in region.inner if not _unknown(inner))
 
 
 def _direct_work(region: Region) -> int:
