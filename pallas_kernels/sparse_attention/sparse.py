@@ -24,11 +24,11 @@ from jax import lax
 from pallas_kernels import bits, blocks, tpu
 from pallas_kernels.sparse_attention import (
   sparse_backward,
-  sparse_copies,
   sparse_forward,
   sparse_lists,
   sparse_plan,
   sparse_rows,
+  sparse_table,
   tiles,
 )
 
@@ -49,10 +49,10 @@ def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, 
   """
   if entries_BTd.dtype not in (jnp.bfloat16, jnp.float32):
     raise ValueError(f"entries of {entries_BTd.dtype}: the sparse form of attention gathers bfloat16 or float32")
-  entries_BTd = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0)
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   options = tiles.Options(window, scale, tpu.current_chip(interpret), interpret)
   chosen, top_k = _chosen(selection, entries_BTd.shape[1], places)
+  chosen = (chosen, entry_segment > 0)
   return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, chosen, segment_ids, (options, selection.kind, top_k))
 
 
@@ -95,7 +95,7 @@ def _backward_rows(num_entries):
 
 
 def _readers(entries, chosen, plan, static):
-  """What reads the selection and the entries.
+  """What reads the selection and the entries. `chosen`: see `_chosen`, and which entries anyone may see, bool [B, T].
 
   Returns:
     lists: numbers of some chunks, those past the end meaning the last one -> for each, int32 [C, K]: numbers of the entries
@@ -105,12 +105,12 @@ def _readers(entries, chosen, plan, static):
     direct: one of them -> the table of all rows, and row numbers of the places that the kernel reads from it by itself,
       int32 [runs of a chunk, queries of a run, places].
   """
-  options, kind, _ = static
+  (options, kind, _), (chosen, seen) = static, chosen
   rows_of_each = max(plan.entries, 1)
   entries = tpu.pad_axis(tpu.pad_axis(entries, 1, rows_of_each), 2, plan.width)
-  table = sparse_rows.pack(entries.reshape(-1, plan.width))
-  rows_table = sparse_copies.as_rows(table)
+  table, *pieces = sparse_table.make_tables(entries, tpu.pad_axis(seen, 1, rows_of_each), options, plan.direct > 0)
   chosen = sparse_plan.by_query(chosen, plan, -1 if kind == "indices" else 0)
+  all_words = sparse_lists.as_table(chosen.reshape(-1, chosen.shape[2])) if kind != "indices" else None
 
   def lists(*chunks):
     chunks = [jnp.minimum(chunk, plan.chunks - 1) for chunk in chunks]
@@ -120,7 +120,8 @@ def _readers(entries, chosen, plan, static):
     if kind == "indices":
       index = tpu.pad_axis(index, 1, plan.places, -1)
     else:
-      index = sparse_lists.from_words(index, plan.places, options)
+      row = jnp.concatenate([chunk * plan.chunk_queries + jnp.arange(plan.chunk_queries) for chunk in chunks])
+      index = sparse_lists.from_words(index, plan.places, options, (all_words, row))
     return [jnp.where(x_CK < 0, -1, x_CK + sparse_plan.row_offsets(chunk, plan))
             for x_CK, chunk in zip(jnp.split(index, len(chunks)), chunks)]
 
@@ -139,7 +140,7 @@ def _readers(entries, chosen, plan, static):
     return rows if part is None else (sums, rows)
 
   def direct(index_CK):
-    return rows_table, safe(index_CK[:, plan.staged:]).reshape(plan.chunk, -1, plan.direct)
+    return *pieces, safe(index_CK[:, plan.staged:]).reshape(plan.chunk, -1, plan.direct)
 
   return lists, fetch, direct
 

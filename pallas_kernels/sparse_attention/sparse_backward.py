@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.sparse_attention import sparse_plan, sparse_rows, tiles
+from pallas_kernels.sparse_attention import sparse_plan, sparse_table, tiles
 from pallas_kernels.tpu import LANES, matmul, matmul_t, t_matmul, widen
 
 
@@ -92,7 +92,7 @@ def _body(_, rows, words, q, near_keys, near_words, sink, out, d_out, lse_and_d_
   at(0, start)
   for query in range(plan.queries):
     r = pl.ds(query * plan.heads, plan.heads)
-    d_rows[query] = meet(r, sparse_rows.unpack(rows[query]), tiles.key_mask(words[pl.ds(query, 1)], tile, plan.tile))
+    d_rows[query] = meet(r, sparse_table.unpack(rows[query]), tiles.key_mask(words[pl.ds(query, 1)], tile, plan.tile))
 
   def finish():
     dq[...] = (dq_sum[...] * (scale * tpu.LOG2E)).astype(dq.dtype)

@@ -19,11 +19,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu import LANES, SUBLANES
 
 
-def as_rows(table_Tw):
-  """[T, w] -> [T, w / 128, 128]: each row in one piece of HBM."""
-  return table_Tw.reshape(table_Tw.shape[0], -1, LANES)
-
-
 def scratch(plan, table=None, numbers=None):
   """Where the rows land, for this step and the next one, in the order of the vector registers; and who has arrived."""
   if not plan.direct:

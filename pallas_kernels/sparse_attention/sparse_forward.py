@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.sparse_attention import sparse_copies, sparse_plan, sparse_rows, tiles
+from pallas_kernels.sparse_attention import sparse_copies, sparse_plan, sparse_table, tiles
 from pallas_kernels.tpu import LANES, matmul, matmul_t, widen
 
 
@@ -79,7 +79,7 @@ def _body(_, rows, words, q, near_keys, near_words, sink, *refs, plan, window, s
     copies.wait()
     for query in range(plan.queries):
       r = pl.ds(query * plan.heads, plan.heads)
-      keys = sparse_rows.unpack(copies.join(rows[query], query))
+      keys = sparse_table.unpack(copies.join(rows[query], query))
       s = tiles.hide(matmul_t(qs[r], keys), tiles.key_mask(words[pl.ds(query, 1)], tile, plan.tile))
       copies.start_next(query, 0, 4)
       new = jnp.maximum(top[r], s.max(-1, keepdims=True))

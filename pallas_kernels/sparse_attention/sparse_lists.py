@@ -23,16 +23,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import bits, tpu
 from pallas_kernels.sparse_attention import sparse_rows
-from pallas_kernels.tpu import LANES
+from pallas_kernels.tpu import LANES, SUBLANES
 
 DIRECT_WORDS = 1024  # of a query, that are listed in one level
 _BLOCK = 64  # rows at a time
 
 
-def from_words(words_CW: jax.Array, places: int, options) -> jax.Array:
+def from_words(words_CW: jax.Array, places: int, options, source=(None, None)) -> jax.Array:
   """Rows of bits int32 [C, W] with at most `places` bits each -> entries int32 [C, places], -1 in the places behind them.
 
-  The order of a query's entries is that of words, and of bits inside a word; in two levels the words' order is that of their
+  `source`: a table (see `as_table`) in which these rows are those with the numbers int32 [C]; without it they are copied
+  into one. The order of a query's entries is that of words, and of bits inside a word; in two levels the words' order is that of their
   own words and bits.
   """
   queries, words = words_CW.shape
@@ -42,9 +43,28 @@ def from_words(words_CW: jax.Array, places: int, options) -> jax.Array:
   number_CJ = from_words(bits.pack(words_CW != 0), places, options)
   place = lax.broadcasted_iota(jnp.int32, number_CJ.shape, 1)
   safe_CJ = jnp.where(number_CJ < 0, place % words, number_CJ)
-  flat_CJ = lax.broadcasted_iota(jnp.int32, number_CJ.shape, 0) * words + safe_CJ
-  value_CJ = sparse_rows.gather(words_CW.reshape(-1), flat_CJ.reshape(-1), options.interpret).reshape(queries, places)
+  table, row_C = source
+  if table is None:
+    table, row_C = as_table(words_CW), jnp.arange(queries, dtype=jnp.int32)
+  at_CJ = _place(row_C[:, None], safe_CJ, words)
+  value_CJ = sparse_rows.gather(table, at_CJ.reshape(-1), options.interpret).reshape(queries, places)
   return _list(jnp.where(number_CJ < 0, 0, value_CJ), safe_CJ, places, options)
+
+
+def as_table(words_RW: jax.Array) -> jax.Array | None:
+  """All words [R, W] in one row, in the order in which their tiles lie in HBM: nothing moves. None = too many to count."""
+  words_RW = tpu.pad_axis(tpu.pad_axis(words_RW, 0, tpu.round_up(words_RW.shape[0], SUBLANES)), 1,
+                          tpu.round_up(words_RW.shape[1], LANES))
+  if words_RW.size >= 2**31:
+    return None
+  tiles = words_RW.reshape(-1, SUBLANES, words_RW.shape[1] // LANES, LANES).swapaxes(1, 2)
+  return tiles.reshape(-1)
+
+
+def _place(row, word, words):
+  """Where `as_table` has this word of this row."""
+  tile = row // SUBLANES * tpu.round_up(words, LANES) // LANES + word // LANES
+  return (tile * SUBLANES + row % SUBLANES) * LANES + word % LANES
 
 
 def _list(words_CW, numbers_CW, places, options):

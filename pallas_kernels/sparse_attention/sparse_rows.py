@@ -29,23 +29,6 @@ _ADD_BUFFER_BYTES = {"v5p": 2**17, "v6e": 2**16, "tpu7x": 2**17}
 _PARAMS = dict(compiler_params=pltpu.CompilerParams(needs_layout_passes=False))
 
 
-# ---- rows as words -----------------------------------------------------------------------------------------------------
-def pack(x_Td: jax.Array) -> jax.Array:
-  """[T, d] bfloat16 -> int32 [T, d / 2], numbers i and i + d / 2 in a word; float32 as it is."""
-  if x_Td.dtype == jnp.float32:
-    return x_Td
-  low, high = (lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32) for half in jnp.split(x_Td, 2, axis=-1))
-  return lax.bitcast_convert_type(low | (high << 16), jnp.int32)
-
-
-def unpack(x_Tw: jax.Array) -> jax.Array:
-  """The inverse of `pack`, inside a kernel."""
-  if x_Tw.dtype == jnp.float32:
-    return x_Tw
-  halves = (x_Tw << 16, x_Tw & jnp.int32(-65536))
-  return jnp.concatenate([lax.bitcast_convert_type(half, jnp.float32).astype(jnp.bfloat16) for half in halves], -1)
-
-
 # ---- gather ------------------------------------------------------------------------------------------------------------
 def gather(table_Tw: jax.Array, index_n: jax.Array, interpret: bool) -> jax.Array:
   """Rows [n, w] of a table [T, w] (or numbers [n] of [T]) of 32-bit numbers; all of `index_n` must be rows."""

@@ -14,7 +14,7 @@ import pytest
 from pallas_kernels import bits, tpu
 from pallas_kernels.cases import normals, packed, scattered_picks, unused_to_nan
 from pallas_kernels.selection import Selection
-from pallas_kernels.sparse_attention import attend, sparse, sparse_lists, sparse_plan, sparse_rows, tiles
+from pallas_kernels.sparse_attention import attend, sparse, sparse_lists, sparse_plan, sparse_rows, sparse_table, tiles
 
 WIDTH, SCALE = 16, 0.25
 MOVING = ("q", "window_kv", "entries", "sink")
@@ -154,12 +154,24 @@ def test_bits_by_rank():
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------------
-def test_packing_keeps_every_bit():
-  x = normals(jax.random.key(0), x=(9, 256))["x"]
-  for dtype in (jnp.bfloat16, jnp.float32):
-    rows = sparse_rows.pack(x.astype(dtype))
-    assert rows.dtype.itemsize == 4
-    np.testing.assert_array_equal(sparse_rows.unpack(rows), x.astype(dtype))
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_tables_keep_every_bit(dtype):
+  """Two batch rows of 650 entries, more than one block; what nobody may see, NaN, becomes zero."""
+  x = normals(jax.random.key(0), x=(2, 650, 512))["x"].astype(dtype)
+  seen = np.random.default_rng(0).random((2, 650)) < 0.8
+  options = tiles.Options(8, SCALE, tpu.V5P, True)
+  table, pieces = sparse_table.make_tables(jnp.where(seen[..., None], x, jnp.nan), jnp.asarray(seen), options, True)
+  assert table.dtype.itemsize == 4 and pieces.shape == (table.shape[0], table.shape[1] // 128, 128)
+  np.testing.assert_array_equal(pieces.reshape(table.shape), table)
+  want = np.where(seen[..., None], x.astype(jnp.float32), 0).reshape(-1, 512)
+  np.testing.assert_array_equal(np.asarray(sparse_table.unpack(table), np.float32)[:1300], want)
+
+
+def test_words_lie_where_their_tiles_do():
+  words = np.random.default_rng(0).integers(0, 2**31, (13, 300), np.int32)
+  table = np.asarray(sparse_lists.as_table(jnp.asarray(words)))
+  row, word = np.indices(words.shape)
+  np.testing.assert_array_equal(table[sparse_lists._place(row, word, 300)], words)
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)

@@ -257,6 +257,7 @@ PLANS: dict[str, Callable[[Case, Call, Chip], Plan]] = {
     "masked_attention": _masked_attention,
     "masked_attention_backward": _masked_attention_backward,
     "attend_rows": _sparse_attention, "attend_rows_backward": _sparse_attention_backward, "list_entries": _every_step(),
+    "entry_tables": _every_step(),
     "index_select": _index_select, "index_loss": _index_loss, "index_loss_backward": _index_loss_backward,
     "splash_mqa_fwd_no_residuals": _splash(2), "splash_mqa_fwd_residuals": _splash(2),
     "splash_mqa_dq_no_residuals": _splash(3), "splash_mqa_dkv_no_residuals": _splash(4, by_keys=True),
