@@ -32,9 +32,9 @@ _BLOCK = 64  # rows at a time
 def from_words(words_CW: jax.Array, places: int, options, source=(None, None)) -> jax.Array:
   """Rows of bits int32 [C, W] with at most `places` bits each -> entries int32 [C, places], -1 in the places behind them.
 
-  `source`: a table (see `as_table`) in which these rows are those with the numbers int32 [C]; without it they are copied
-  into one. The order of a query's entries is that of words, and of bits inside a word; in two levels the words' order is that of their
-  own words and bits.
+  The order of a query's entries is that of words, and of bits inside a word; in two levels the words' order is that of their
+  own words and bits. `source`: a table (see `as_table`) in which these rows are those with the numbers int32 [C]; without
+  it they are copied into one.
   """
   queries, words = words_CW.shape
   words_CW = tpu.pad_axis(words_CW, 1, max(words, LANES))
