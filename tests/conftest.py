@@ -23,6 +23,19 @@ _WITHOUT_TORCH = importlib.util.find_spec("torch") is None or importlib.util.fin
 _WITHOUT_LIBTPU = importlib.util.find_spec("libtpu") is None
 collect_ignore_glob = ["*_parity.py"] * _WITHOUT_TORCH + ["*/test_aot.py"] * _WITHOUT_LIBTPU
 
+_MEMORY_MAPS = 40_000  # Linux allows 65,530; each compiled program holds some, and XLA crashes where it gets no more
+
+
+def pytest_runtest_teardown():
+  """Forgets compiled programs before a long run has too many."""
+  try:
+    with open("/proc/self/maps", "rb") as maps:
+      full = sum(1 for _ in maps) > _MEMORY_MAPS
+  except OSError:  # another system, without that limit
+    return
+  if full:
+    jax.clear_caches()
+
 
 def pytest_report_header(config):
   """Says which versions run and which files are left out."""
