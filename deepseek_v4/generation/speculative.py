@@ -132,10 +132,12 @@ def _draft(model: DeepseekV4, variables: Any, cache: Cache, streams, tokens, cou
 
   logits_BV, streams_B1ND, cache = drafter.apply(variables, streams, tokens, count, cache)
   draft_B, guess_BV = draw(logits_BV, keys[:, 0])
-  (cache, _, _), (drafts_nB, guesses_nBV) = jax.lax.scan(chain, (cache, streams_B1ND, draft_B), keys[:, 1:].swapaxes(0, 1))
-  drafts_Bn = jnp.concatenate([draft_B[None], drafts_nB]).swapaxes(0, 1)
-  guesses_BnV = jnp.concatenate([guess_BV[None], guesses_nBV]).swapaxes(0, 1)
-  return rewind(cache, lengths_B), drafts_Bn, guesses_BnV
+  drafts_nB, guesses_nBV = draft_B[None], guess_BV[None]
+  if keys.shape[1] > 1:  # a loop that never runs is compiled all the same
+    start = cache, streams_B1ND, draft_B
+    (cache, _, _), further = jax.lax.scan(chain, start, keys[:, 1:].swapaxes(0, 1))
+    drafts_nB, guesses_nBV = (jnp.concatenate(pair) for pair in zip((drafts_nB, guesses_nBV), further))
+  return rewind(cache, lengths_B), drafts_nB.swapaxes(0, 1), guesses_nBV.swapaxes(0, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "reach"),
