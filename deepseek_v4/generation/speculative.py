@@ -95,7 +95,7 @@ class State:
   Attributes:
     cache: of the main model, without the last token.
     draft_cache: of the prediction block; as long as `cache`.
-    token: int32 [B], the last token of each row, which no cache holds yet.
+    token: int32 [B], the last token of each row, which neither cache holds yet.
     drafts: int32 [B, n], guesses of the tokens after it; guesses: [B, n, V], log of what they were drawn from.
   """
 
@@ -140,55 +140,19 @@ def _draft(model: DeepseekV4, variables: Any, cache: Cache, streams, tokens, cou
   return rewind(cache, lengths_B), drafts_nB.swapaxes(0, 1), guesses_nBV.swapaxes(0, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "reach"),
-                   donate_argnames=("cache", "draft_cache", "streams", "logits"))
-def feed(model: DeepseekV4, variables: Any, cache: Cache, draft_cache: Cache, streams: jax.Array, logits: jax.Array,
-         tokens: jax.Array, segment_ids: jax.Array, *, reach: int):
-  """Feeds a chunk of prompts to the main model, and to the prediction block what it can read by then.
-
-  The block's position t needs token t + 1: it stays one token behind.
+@functools.partial(jax.jit, static_argnames=("model", "reach"), donate_argnames=("cache", "draft_cache"))
+def feed(model: DeepseekV4, variables: Any, cache: Cache, draft_cache: Cache, tokens: jax.Array, following: jax.Array,
+         segment_ids: jax.Array, *, reach: int) -> tuple[Cache, Cache]:
+  """The two caches, which are given up, after a chunk of prompts.
 
   Args:
-    streams, logits: [B, 1, N, D] and [B, V] after each row's last token so far.
-    tokens, segment_ids: int32 [B, S]; segment 0 = not a token; tokens first.
+    tokens, following, segment_ids: int32 [B, S]: tokens, those after each, and 0 where there is none; tokens first.
     reach: see `cache_reach` of `DeepseekV4.__call__`.
-
-  Returns:
-    The first four, after these tokens; rows without a token keep theirs.
   """
-  out = model.apply(variables, tokens, None, segment_ids, cache, logits="last", cache_reach=reach)
+  out = model.apply(variables, tokens, None, segment_ids, cache, logits="none", cache_reach=reach)
   count_B = (segment_ids > 0).sum(1, dtype=jnp.int32)
-  streams_BSND = jnp.concatenate([streams, out.streams], 1)  # the first belongs to the token in front of the chunk
-  first_B1 = (cache.lengths == 0).astype(jnp.int32)[:, None]  # that a row does not have at its beginning
-  place_BS = first_B1 + jnp.arange(tokens.shape[1])
-  settled_BSND = jnp.take_along_axis(streams_BSND, place_BS[..., None, None], 1)
-  following_BS = jnp.take_along_axis(jnp.pad(tokens, ((0, 0), (0, 1))), place_BS, 1)
-  _, _, draft_cache = Drafter(model.config, model.kernels).apply(
-    variables, settled_BSND, following_BS, jnp.maximum(count_B - first_B1[:, 0], 0), draft_cache)
-  last_BSND = jnp.take_along_axis(streams_BSND, count_B[:, None, None, None], 1)
-  return out.cache, draft_cache, last_BSND, jnp.where(count_B[:, None] > 0, out.logits[:, 0], logits)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "n"), donate_argnames=("cache", "draft_cache"))
-def begin(model: DeepseekV4, variables: Any, cache: Cache, draft_cache: Cache, streams: jax.Array, logits: jax.Array,
-          keys: jax.Array, forced: jax.Array, settings: Rows, *, n: int):
-  """The first token of each reply and n drafts behind it.
-
-  Args:
-    cache, draft_cache, streams, logits: of `feed`.
-    keys: typed [B], of the requests.
-    forced: int32 [B, 1], see `verify`.
-
-  Returns:
-    (State, (tokens [B, 1], log-probabilities [B, 1], accepted [B])).
-  """
-  batch, vocabulary = logits.shape
-  keys_BP3 = place_keys(keys, jnp.zeros(batch, jnp.int32), n + 1)
-  found = verify(keys_BP3[:, :1], logits[:, None], jnp.zeros((batch, 0), jnp.int32),
-                 jnp.zeros((batch, 0, vocabulary), logits.dtype), jnp.zeros(batch, jnp.int32), forced, settings)
-  draft_cache, drafts_Bn, guesses_BnV = _draft(model, variables, draft_cache, streams, found[0],
-                                               jnp.ones(batch, jnp.int32), keys_BP3[:, 1:, 0], settings)
-  return State(cache, draft_cache, found[0][:, 0], drafts_Bn, guesses_BnV), found
+  _, _, draft_cache = Drafter(model.config, model.kernels).apply(variables, out.streams, following, count_B, draft_cache)
+  return out.cache, draft_cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "reach"), donate_argnames=("state",))
@@ -292,35 +256,34 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   cache, draft_cache = (make(config, batch, room, rewind=drafts) for make in (init_cache, init_draft_cache))
   size = sum(cache.bytes_by_kind.values()) + sum(draft_cache.bytes_by_kind.values())
   started = time.perf_counter()
-  exact = jnp.promote_types(config.compute_dtype, jnp.float32)
-  logits = jnp.zeros((batch, config.vocab_size), exact)
-  streams = jnp.zeros((batch, 1, config.hc_mult, config.hidden_size), config.compute_dtype)
-  for tokens, segment_ids, fed in decode.chunks(prompts, chunk_size):
-    cache, draft_cache, streams, logits = feed(model, variables, cache, draft_cache, streams, logits, tokens, segment_ids,
-                                               reach=decode.reach_of(fed, room))
+  # The last token of a prompt is the first step's, as that of a reply is the next one's.
+  fed, following = (decode.chunks([prompt[part] for prompt in prompts], chunk_size) for part in (slice(-1), slice(1, None)))
+  for (tokens, segment_ids, end), (after, _, _) in zip(fed, following):
+    cache, draft_cache = feed(model, variables, cache, draft_cache, tokens, after, segment_ids,
+                              reach=decode.reach_of(end, room))
     if on_chunk is not None:
-      logits.block_until_ready()
-      on_chunk(fed)
-  logits.block_until_ready()
+      cache.lengths.block_until_ready()
+      on_chunk(end)
+  cache.lengths.block_until_ready()
   prefilled = time.perf_counter()
 
   replies = _Replies(batch, max_new_tokens, stop_tokens, thinking_budget, on_token)
-  forced = np.array([replies.forced(i, ()) for i in range(batch)], np.int32)
-  state, found = begin(model, variables, cache, draft_cache, streams, logits, keys, forced, settings, n=drafts)
+  exact = jnp.promote_types(config.compute_dtype, jnp.float32)
+  state = State(cache, draft_cache, jnp.array([prompt[-1] for prompt in prompts], jnp.int32),
+                jnp.zeros((batch, drafts), jnp.int32), jnp.zeros((batch, drafts, config.vocab_size), exact))
   count, offered, kept = np.ones(batch, np.int32), 0, 0
-  while True:
-    tokens, logprobs, accepted, guessed = jax.device_get((*found, state.drafts))
-    for i in np.flatnonzero(count):
-      taken = replies.add(int(i), tokens[i, :accepted[i] + 1], logprobs[i, :accepted[i] + 1])
-      offered, kept = offered + int(count[i]) - 1, kept + min(taken, int(accepted[i]))
-    count = np.array([min(replies.room(i), drafts + 1) for i in range(batch)], np.int32)
-    if not count.any():
-      break
+  while count.any():
+    guessed = np.asarray(state.drafts)
     forced = np.array([replies.forced(i, guessed[i].tolist()) for i in range(batch)], np.int32)
     numbers = np.array([len(reply) for reply in replies.tokens], np.int32)
     longest = max(len(prompts[i]) + len(replies.tokens[i]) - 1 + int(count[i]) for i in np.flatnonzero(count))
     state, found = advance(model, variables, state, keys, numbers, count, forced, settings,
                            reach=decode.reach_of(longest, room))
+    tokens, logprobs, accepted = jax.device_get(found)
+    for i in np.flatnonzero(count):
+      taken = replies.add(int(i), tokens[i, :accepted[i] + 1], logprobs[i, :accepted[i] + 1])
+      offered, kept = offered + int(count[i]) - 1, kept + min(taken, int(accepted[i]))
+    count = np.array([min(replies.room(i), drafts + 1) for i in range(batch)], np.int32)
   finish = ["stop" if stopped else "length" for stopped in replies.stopped]
   return Generation(replies.tokens, replies.logprobs, finish, kept / offered if offered else None, size,
                     prefilled - started, time.perf_counter() - prefilled)

@@ -13,6 +13,7 @@ from deepseek_v4.generation.speculative import place_keys, verify
 
 V, N, DRAWS = 16, 2, 20_000
 NONE = np.full((DRAWS, N + 1), -1, np.int32)
+PLAIN = Sampling()
 FILTERS = Sampling(temperature=0.8, top_p=0.93, top_k=12, min_p=0.02)
 
 
@@ -79,7 +80,7 @@ def assert_drawn_from(counts, probabilities):
   assert scipy.stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("request_", [Sampling(), FILTERS], ids=["plain", "filters"])
+@pytest.mark.parametrize("request_", [PLAIN, FILTERS], ids=["plain", "filters"])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_tokens_are_drawn_from_the_target(regime, request_):
   """Three tokens of 20,000 requests, in one to three rounds each: the first by its frequencies, then pairs; keys are those
@@ -99,9 +100,9 @@ def test_tokens_are_drawn_from_the_target(regime, request_):
 
 def test_the_check_notices_a_wrong_rule():
   """Tokens drawn anew from p, instead of from what is left of it, fail the chi-square."""
-  said, _, first = simulate(REGIMES["middle"], Sampling(), length=1)
+  said, _, first = simulate(REGIMES["middle"], PLAIN, length=1)
   rng = np.random.default_rng(0)
-  p = distribution(TARGET, Sampling())[V]
+  p = distribution(TARGET, PLAIN)[V]
   wrong = np.where(first, said[:, 0], rng.choice(V, DRAWS, p=p / p.sum()))
   with pytest.raises(AssertionError):
     assert_drawn_from(np.bincount(wrong, minlength=V), p)
@@ -123,8 +124,8 @@ def verifying():
   return run
 
 
-def run(logits, drafts, guesses, *, offered=N, forced=-1, request=Sampling()):
-  """(tokens, log-probabilities, accepted) of a few rows, each up to its last token; the batch is filled with the last one."""
+def run(logits, drafts, guesses, *, offered=N, forced=-1, request=PLAIN):
+  """(tokens, log-probabilities, accepted) of a few rows, each up to its last token; the last one fills the batch."""
   count = len(logits)
   fill = lambda x: np.pad(np.asarray(x), [(0, ROWS - count)] + [(0, 0)] * (np.ndim(x) - 1), mode="edge")
   offered, forced = np.broadcast_to(offered, count), np.broadcast_to(forced, (count, N + 1))

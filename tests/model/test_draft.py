@@ -18,7 +18,7 @@ TOLERANCE = 1e-4  # of logits that reach 10
 @functools.cache
 def whole():
   """(streams [B, S, N, D], the block's hidden states [B, S, D]) of the rows without a cache."""
-  model = dsv4.DeepseekV4(T0, "blockwise")
+  model = dsv4.DeepseekV4(T0, "reference")
 
   @jax.jit
   def run(variables):
@@ -29,24 +29,24 @@ def whole():
 
 @functools.cache
 def step():
-  """(streams, tokens, count, cache) -> what the drafter gives, jitted once per width."""
-  run = jax.jit(lambda v, *arguments: Drafter(T0, "blockwise").apply(v, *arguments))
+  """(streams, tokens, count, cache) -> what the drafter gives, jitted for chunks of eight."""
+  run = jax.jit(lambda v, *arguments: Drafter(T0, "reference").apply(v, *arguments))
   return lambda *arguments: run(variables(), *arguments)
 
 
-def feed(cache, start, width, counts):
-  """The next `counts` positions of each row, which begin at `start`, in a chunk of this width; behind them others."""
-  place = np.minimum(np.array(start)[:, None] + np.arange(width), LENGTH - 1)
+def feed(cache, start, counts):
+  """The next `counts` positions of each row, which begin at `start`; behind them stand others."""
+  place = np.minimum(np.array(start)[:, None] + np.arange(8), LENGTH - 1)
   streams = np.take_along_axis(whole()[0], place[..., None, None], 1)
   return step()(streams, np.take_along_axis(IDS, place + 1, 1), jnp.array(counts, jnp.int32), cache)
 
 
 def test_chunks_equal_whole_rows():
-  """Rows of different lengths; chunks of eight, then of one, and a row that gets nothing."""
+  """Rows of different lengths, and one that gets nothing."""
   cache = init_draft_cache(T0, 2, 64, rewind=REWIND)
   start = np.zeros(2, int)
-  for width, counts in ((8, (8, 3)), (8, (5, 8)), (1, (1, 0)), (1, (1, 1)), (8, (8, 7))):
-    guess, streams, cache = feed(cache, start, width, counts)
+  for counts in ((8, 3), (5, 8), (1, 0), (1, 1), (8, 7)):
+    guess, streams, cache = feed(cache, start, counts)
     start += counts
     np.testing.assert_array_equal(dsv4.cache_lengths(cache), start)
     for i in np.flatnonzero(counts):
@@ -63,9 +63,10 @@ def test_its_cache_is_one_window():
 def test_guesses_of_its_own_are_taken_back():
   """Three positions fed with the block's own streams and then rewound leave no trace."""
   cache = init_draft_cache(T0, 2, 64, rewind=REWIND)
-  _, streams, cache = feed(cache, (0, 0), 8, (8, 8))
+  _, streams, cache = feed(cache, (0, 0), (8, 8))
   settled = dsv4.cache_lengths(cache)
   for number in range(REWIND):
-    _, streams, cache = step()(streams, np.full((2, 1), 5 + number, np.int32), jnp.ones(2, jnp.int32), cache)
-  guess, _, cache = feed(dsv4.rewind(cache, settled), settled, 8, (8, 2))
+    _, streams, cache = step()(jnp.pad(streams, ((0, 0), (0, 7), (0, 0), (0, 0))), np.full((2, 8), 5 + number, np.int32),
+                               jnp.ones(2, jnp.int32), cache)
+  guess, _, cache = feed(dsv4.rewind(cache, settled), settled, (8, 2))
   np.testing.assert_allclose(guess, logits(whole()[1][[0, 1], [15, 9]]), atol=TOLERANCE)
