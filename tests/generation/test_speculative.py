@@ -128,18 +128,28 @@ def drafts_behind(weights, ids, count):
 
 
 @pytest.mark.parametrize("weights", ["random", "sometimes"])
-def test_acceptance_is_what_is_counted_without_caches(weights):
+def test_drafts_and_acceptance_are_those_without_caches(weights, monkeypatch):
   """Every step again, from whole rows: which drafts the block makes, and how many of them the greedy reply has."""
+  made = []
+
+  def recording(*arguments, advance=speculative.advance, **options):
+    state, found = advance(*arguments, **options)
+    made.append(np.asarray(state.drafts))
+    return state, found
+
+  monkeypatch.setattr(speculative, "advance", recording)
+  found = generate(weights, speculative=3)
   offered = kept = 0
-  for prompt, reply in zip(PROMPTS, plain(weights), strict=True):
-    said = 1
+  for i, (prompt, reply) in enumerate(zip(PROMPTS, plain(weights), strict=True)):
+    said, step = 1, 0
     while said < NEW:
       room = min(3, NEW - said - 1)
       drafts = drafts_behind(WEIGHTS[weights](), prompt + reply[:said], room)
+      assert made[step][i, :room].tolist() == drafts
       agreed = np.array(drafts, int) == reply[said:said + room]
       accepted = int(np.cumprod(agreed).sum())
-      offered, kept, said = offered + room, kept + accepted, said + accepted + 1
-  assert generate(weights, speculative=3).acceptance == kept / offered
+      offered, kept, said, step = offered + room, kept + accepted, said + accepted + 1, step + 1
+  assert found.acceptance == kept / offered
 
 
 # ---- drawn tokens -----------------------------------------------------------------------------------------------------
@@ -156,6 +166,18 @@ def test_a_request_draws_the_same_tokens_in_any_batch_and_row():
   others = generate("sometimes", [PROMPTS[3], PROMPTS[1], PROMPTS[3], PROMPTS[0]], [7, 1, 8, 9],
                     **{**hot, "temperature": [0.0, 1.0, 0.5, 1.0]})
   assert others.tokens[1] == together.tokens[1] and others.tokens[0] == plain("sometimes")[3]
+
+
+def test_every_token_is_drawn_with_keys_of_its_own():
+  """All drafts accepted: tokens 0, 4, 8, ... are drawn by the model, those between by the block, from the same distribution;
+  each with its number's key, which nothing else is drawn with."""
+  found = generate("always", temperature=1.0, speculative=3)
+  keys = speculative.place_keys(jax.random.key(2)[None], jnp.zeros(1, int), NEW)[0]
+  ids = list(PROMPTS[2])
+  for number, token in enumerate(found.tokens[2]):
+    noise = jax.random.gumbel(keys[number, 0 if number % 4 else 2], (CONFIG.vocab_size,))
+    assert token == int(jnp.argmax(jax.nn.log_softmax(full(easy(0.0), ids)[0]) + noise))
+    ids.append(token)
 
 
 def test_log_probabilities_are_those_of_the_model():
