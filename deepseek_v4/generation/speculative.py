@@ -1,11 +1,11 @@
 """Decoding with guesses: the prediction block drafts a few tokens, and one step of the main model verifies all of them.
 
-The rule that accepts or replaces a draft leaves the main model's distribution as it is (Leviathan et al. 2023, Chen et al.
-2023), so that speculation changes how fast tokens come and never which are likely; greedy replies stay the same tokens.
-Rows of a batch accept different numbers of drafts: the caches are taken back row by row.
+The rule that accepts or replaces a draft leaves the main model's distribution as it is (Leviathan et al. 2023, Chen et
+al. 2023), so that speculation changes how fast tokens come and never which are likely; greedy replies stay the same
+tokens. Rows of a batch accept different numbers of drafts: the caches are taken back row by row.
 
-Every token of a request has its own random keys, by its number. A draft that is thrown away with the ones behind it may be
-drawn again with the same key, since what was accepted before it does not depend on that key.
+Every token of a request has its own random keys, by its number. A draft that is thrown away because one before it was
+refused may be drawn again with the same key, since nothing that was said by then depends on that key.
 
 Axis letters: B requests   n drafts   P places of a step (n + 1)   S tokens of a chunk   N streams   D hidden size
               V vocabulary
@@ -32,22 +32,22 @@ from deepseek_v4.model.draft import Drafter, init_draft_cache
 from deepseek_v4.model.transformer import DeepseekV4
 
 
-# ---- the rule ---------------------------------------------------------------------------------------------------------
+# ---- the rule ------------------------------------------------------------------------------------------------------
 def place_keys(keys: jax.Array, numbers: jax.Array, places: int) -> jax.Array:
-  """Typed keys [B, places, 3] of tokens `numbers` [B] and after of requests with keys [B]: to draft a token, to accept it,
-  and to choose it otherwise."""
+  """Typed keys [B, places, 3] of tokens `numbers` [B] and after of requests with keys [B]: to draft a token, to accept
+  it, and to choose it otherwise."""
   numbers_BP = numbers[:, None] + jnp.arange(places)
   keys_BP = jax.vmap(sample.token_keys, (None, 1), 1)(keys, numbers_BP)
   return jax.vmap(jax.vmap(lambda key: jax.random.split(key, 3)))(keys_BP)
 
 
-def verify(keys: jax.Array, logits: jax.Array, drafts: jax.Array, guesses: jax.Array, offered: jax.Array, forced: jax.Array,
-           settings: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
+def verify(keys: jax.Array, logits: jax.Array, drafts: jax.Array, guesses: jax.Array, offered: jax.Array,
+           forced: jax.Array, settings: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Accepts the first drafts of each row and chooses the token after them.
 
-  A draft x is accepted with probability min(1, p(x) / q(x)), where p is the distribution that plain sampling draws from and
-  q the one that the draft came from. The first token that is not accepted is drawn from max(p - q, 0), normalised, and from
-  p where there is no draft.
+  A draft x is accepted with probability min(1, p(x) / q(x)), where p is the distribution that plain sampling draws from
+  and q the one that the draft came from. The first token that is not accepted is drawn from max(p - q, 0), normalised,
+  and from p where there is no draft.
 
   Args:
     keys: typed [B, P, 3] of `place_keys`, P = n + 1.
@@ -87,7 +87,7 @@ def verify(keys: jax.Array, logits: jax.Array, drafts: jax.Array, guesses: jax.A
   return tokens_BP, jnp.where(forced >= 0, 0, logprobs_BP), accepted_B
 
 
-# ---- programs ---------------------------------------------------------------------------------------------------------
+# ---- programs ------------------------------------------------------------------------------------------------------
 @flax.struct.dataclass
 class State:
   """What one step leaves for the next.
@@ -107,7 +107,7 @@ class State:
 
 
 def _draft(model: DeepseekV4, variables: Any, cache: Cache, streams, tokens, count, keys, settings: Rows):
-  """Feeds the prediction block what the main model has settled, then its own guesses, which are taken back from its cache.
+  """Feeds the prediction block what the main model has settled, then its own guesses, which its cache then forgets.
 
   Args:
     streams, tokens, count: see `Drafter`.
@@ -151,7 +151,8 @@ def feed(model: DeepseekV4, variables: Any, cache: Cache, draft_cache: Cache, to
   """
   out = model.apply(variables, tokens, None, segment_ids, cache, logits="none", cache_reach=reach)
   count_B = (segment_ids > 0).sum(1, dtype=jnp.int32)
-  _, _, draft_cache = Drafter(model.config, model.kernels).apply(variables, out.streams, following, count_B, draft_cache)
+  drafter = Drafter(model.config, model.kernels)
+  _, _, draft_cache = drafter.apply(variables, out.streams, following, count_B, draft_cache)
   return out.cache, draft_cache
 
 
@@ -176,7 +177,8 @@ def advance(model: DeepseekV4, variables: Any, state: State, keys: jax.Array, nu
   segment_ids_BP = (jnp.arange(n + 1) < count[:, None]).astype(jnp.int32)
   out = model.apply(variables, tokens_BP, None, segment_ids_BP, state.cache, cache_reach=reach)
   keys_BP3 = place_keys(keys, numbers, 2 * n + 1)
-  found = verify(keys_BP3[:, :n + 1], out.logits, state.drafts, state.guesses, jnp.maximum(count - 1, 0), forced, settings)
+  offered_B = jnp.maximum(count - 1, 0)
+  found = verify(keys_BP3[:, :n + 1], out.logits, state.drafts, state.guesses, offered_B, forced, settings)
   tokens_BP, _, accepted_B = found
   kept_B = (accepted_B + 1) * alive_B
   # The drafts follow the last token that was chosen.
@@ -187,7 +189,7 @@ def advance(model: DeepseekV4, variables: Any, state: State, keys: jax.Array, nu
   return State(rewind(out.cache, before_B + kept_B), draft_cache, last_B, drafts_Bn, guesses_BnV), found
 
 
-# ---- replies ----------------------------------------------------------------------------------------------------------
+# ---- replies -------------------------------------------------------------------------------------------------------
 class _Replies:
   """What has been said so far."""
 
@@ -257,8 +259,8 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   size = sum(cache.bytes_by_kind.values()) + sum(draft_cache.bytes_by_kind.values())
   started = time.perf_counter()
   # The last token of a prompt is the first step's, as that of a reply is the next one's.
-  fed, following = (decode.chunks([prompt[part] for prompt in prompts], chunk_size) for part in (slice(-1), slice(1, None)))
-  for (tokens, segment_ids, end), (after, _, _) in zip(fed, following):
+  parts = ([prompt[part] for prompt in prompts] for part in (slice(-1), slice(1, None)))
+  for (tokens, segment_ids, end), (after, _, _) in zip(*(decode.chunks(part, chunk_size) for part in parts)):
     cache, draft_cache = feed(model, variables, cache, draft_cache, tokens, after, segment_ids,
                               reach=decode.reach_of(end, room))
     if on_chunk is not None:

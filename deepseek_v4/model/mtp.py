@@ -46,7 +46,7 @@ class MTP(nn.Module):
 
 
 def next_embeddings(embedded_BSD: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
-  """What stands at each place's right, of the same document; zero behind a document's last token, which keeps a packed row
-  equal to its documents alone."""
+  """What stands at each place's right, of the same document; zero behind a document's last token, which keeps a packed
+  row equal to its documents alone."""
   same_BS = jnp.pad(segment_ids_BS[:, 1:] == segment_ids_BS[:, :-1], ((0, 0), (0, 1)))
   return jnp.where(same_BS[..., None], jnp.roll(embedded_BSD, -1, axis=1), 0)

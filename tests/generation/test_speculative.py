@@ -33,8 +33,8 @@ def variables():
 
 @functools.cache
 def easy(strength):
-  """Weights with which the next token depends on the last one alone, but for layers of this strength; at 0 the prediction
-  block knows it as well as the model, so that every draft is accepted."""
+  """Weights with which the next token depends on the last one alone, but for layers of this strength; at 0 the
+  prediction block knows it as well as the model, so that every draft is accepted."""
   found = jax.tree.map(np.copy, variables())
   params, mtp = found["params"], found["params"]["mtp"]
   for block in (*params["layers"].values(), mtp["block"]):
@@ -63,7 +63,7 @@ def plain(weights):
   return generate(weights).tokens
 
 
-# ---- greedy -----------------------------------------------------------------------------------------------------------
+# ---- greedy --------------------------------------------------------------------------------------------------------
 def assert_greedy_equals_plain(drafts):
   acceptance = {}
   for weights in WEIGHTS:
@@ -75,7 +75,7 @@ def assert_greedy_equals_plain(drafts):
 
 
 def test_greedy_replies_are_those_of_plain_decoding():
-  """Rows of different lengths accept different numbers of drafts, in one batch; one ends at the model's last position."""
+  """Rows of different lengths accept different numbers of drafts; one of them ends at the model's last position."""
   assert_greedy_equals_plain(3)
 
 
@@ -85,7 +85,7 @@ def test_greedy_replies_with_other_numbers_of_drafts(drafts):
   assert_greedy_equals_plain(drafts)
 
 
-# ---- the same without caches ------------------------------------------------------------------------------------------
+# ---- the same without caches ---------------------------------------------------------------------------------------
 def row(ids):
   return np.pad(np.array([ids], np.int32), ((0, 0), (0, ROOM - len(ids))))
 
@@ -152,7 +152,7 @@ def test_drafts_and_acceptance_are_those_without_caches(weights, monkeypatch):
   assert found.acceptance == kept / offered
 
 
-# ---- drawn tokens -----------------------------------------------------------------------------------------------------
+# ---- drawn tokens --------------------------------------------------------------------------------------------------
 def test_a_request_draws_the_same_tokens_in_any_batch_and_row():
   hot = dict(temperature=1.0, top_p=0.9, speculative=3)  # nearly all drafts are accepted, not all
   seeds, order = [3, 1, 4, 1], [2, 0, 3, 1]
@@ -169,8 +169,8 @@ def test_a_request_draws_the_same_tokens_in_any_batch_and_row():
 
 
 def test_every_token_is_drawn_with_keys_of_its_own():
-  """All drafts accepted: tokens 0, 4, 8, ... are drawn by the model, those between by the block, from the same distribution;
-  each with its number's key, which nothing else is drawn with."""
+  """All drafts accepted: tokens 0, 4, 8, ... are drawn by the model, those between by the block, from the same
+  distribution; each with its number's key, which nothing else is drawn with."""
   found = generate("always", temperature=1.0, speculative=3)
   keys = speculative.place_keys(jax.random.key(2)[None], jnp.zeros(1, int), NEW)[0]
   ids = list(PROMPTS[2])
@@ -209,7 +209,7 @@ def test_drawn_tokens_have_the_frequencies_of_the_model():
   assert scipy.stats.chisquare(counts, [p * len(drawn) / total for p in expected.values()]).pvalue > 1e-3
 
 
-# ---- in the middle of accepted drafts ---------------------------------------------------------------------------------
+# ---- in the middle of accepted drafts ------------------------------------------------------------------------------
 def test_stop_tokens_end_a_reply_in_the_middle_of_a_step():
   """With every draft accepted a step is four tokens; the stop stands at each place of one."""
   whole = plain("always")
@@ -246,19 +246,21 @@ def test_a_thinking_budget_closes_the_thought_in_the_middle_of_a_step(weights):
             == generate(weights, thinking_budget=budget).tokens)
 
 
-# ---- programs and refusals --------------------------------------------------------------------------------------------
+# ---- programs and refusals -----------------------------------------------------------------------------------------
 def test_no_length_compiles_anything_and_the_caches_are_counted():
   found = generate(speculative=3)
   programs = speculative.feed._cache_size(), speculative.advance._cache_size()
-  generate("always", [p[:n] for p, n in zip(PROMPTS, (1, 4, 11, 22))], max_new_tokens=32, temperature=0.7, speculative=3)
+  shorter = [prompt[:n] for prompt, n in zip(PROMPTS, (1, 4, 11, 22))]
+  generate("always", shorter, max_new_tokens=32, temperature=0.7, speculative=3)
   assert (speculative.feed._cache_size(), speculative.advance._cache_size()) == programs
-  draft_window = (CONFIG.sliding_window + 3) * CONFIG.head_dim * 4
-  assert found.cache_bytes == 4 * (sum(dsv4.count(CONFIG, ROOM, rewind=3).cache_bytes["compute"].values()) + draft_window)
+  of_model = dsv4.count(CONFIG, ROOM, rewind=3).cache_bytes["compute"].values()
+  assert found.cache_bytes == 4 * (sum(of_model) + (CONFIG.sliding_window + 3) * CONFIG.head_dim * 4)
 
 
 def test_prompts_of_one_token_and_replies_of_one():
   single = [prompt[:1] for prompt in PROMPTS]
-  assert generate(prompts=single, max_new_tokens=8, speculative=3).tokens == generate(prompts=single, max_new_tokens=8).tokens
+  expected = generate(prompts=single, max_new_tokens=8).tokens
+  assert generate(prompts=single, max_new_tokens=8, speculative=3).tokens == expected
   found = generate(max_new_tokens=1, speculative=3)
   assert found.tokens == [reply[:1] for reply in plain("random")] and found.acceptance is None
   assert generate(max_new_tokens=2).acceptance is None

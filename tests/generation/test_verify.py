@@ -1,4 +1,4 @@
-"""The rule that accepts drafts, on tables instead of networks: 20,000 requests are drawn from the target's distribution."""
+"""The rule that accepts drafts, on tables instead of networks: 20,000 requests get the target's distribution."""
 
 import functools
 
@@ -30,7 +30,7 @@ SHARES = {"low": (0.1, 0.45), "middle": (0.45, 0.85), "high": (0.85, 1)}
 
 @functools.cache
 def one_round():
-  """(keys, tokens said, last token, tables, settings) -> what `verify` finds with drafts from the second table; jitted."""
+  """(keys, tokens said, last token, tables, settings) -> what `verify` finds, drafts from the second table; jitted."""
 
   @jax.jit
   def run(keys, numbers, last, target, draft, settings):
@@ -83,8 +83,8 @@ def assert_drawn_from(counts, probabilities):
 @pytest.mark.parametrize("request_", [PLAIN, FILTERS], ids=["plain", "filters"])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_tokens_are_drawn_from_the_target(regime, request_):
-  """Three tokens of 20,000 requests, in one to three rounds each: the first by its frequencies, then pairs; keys are those
-  of a token's number, so that a draft that was thrown away is drawn again with the same one."""
+  """Three tokens of 20,000 requests, in one to three rounds each: the first by its frequencies, then pairs; keys are
+  those of a token's number, so that a draft that was thrown away is drawn again with the same one."""
   said, logprobs, first = simulate(REGIMES[regime], request_)
   p, q = distribution(TARGET, request_), distribution(REGIMES[regime], request_)
   assert_drawn_from(np.bincount(said[:, 0], minlength=V), p[V])
@@ -108,7 +108,7 @@ def test_the_check_notices_a_wrong_rule():
     assert_drawn_from(np.bincount(wrong, minlength=V), p)
 
 
-# ---- single rows ------------------------------------------------------------------------------------------------------
+# ---- single rows ---------------------------------------------------------------------------------------------------
 ROWS = 300
 
 

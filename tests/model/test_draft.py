@@ -56,8 +56,8 @@ def test_chunks_equal_whole_rows():
 
 def test_its_cache_is_one_window():
   cache = init_draft_cache(T0, 2, 64, rewind=REWIND)
-  assert cache.bytes_by_kind == {"window": 2 * (T0.sliding_window + REWIND) * T0.head_dim * 4, "entries": 0, "index_keys": 0,
-                                 "scales": 0, "pending": 0}
+  window = 2 * (T0.sliding_window + REWIND) * T0.head_dim * 4
+  assert cache.bytes_by_kind == {"window": window, "entries": 0, "index_keys": 0, "scales": 0, "pending": 0}
 
 
 def test_guesses_of_its_own_are_taken_back():
@@ -66,7 +66,7 @@ def test_guesses_of_its_own_are_taken_back():
   _, streams, cache = feed(cache, (0, 0), (8, 8))
   settled = dsv4.cache_lengths(cache)
   for number in range(REWIND):
-    _, streams, cache = step()(jnp.pad(streams, ((0, 0), (0, 7), (0, 0), (0, 0))), np.full((2, 8), 5 + number, np.int32),
-                               jnp.ones(2, jnp.int32), cache)
+    padded = jnp.pad(streams, ((0, 0), (0, 7), (0, 0), (0, 0)))
+    _, streams, cache = step()(padded, np.full((2, 8), 5 + number, np.int32), jnp.ones(2, jnp.int32), cache)
   guess, _, cache = feed(dsv4.rewind(cache, settled), settled, (8, 2))
   np.testing.assert_allclose(guess, logits(whole()[1][[0, 1], [15, 9]]), atol=TOLERANCE)
