@@ -169,13 +169,14 @@ def test_a_request_draws_the_same_tokens_in_any_batch_and_row():
 
 
 def test_every_token_is_drawn_with_keys_of_its_own():
-  """All drafts accepted: tokens 0, 4, 8, ... are drawn by the model, those between by the block, from the same
-  distribution; each with its number's key, which nothing else is drawn with."""
+  """All drafts accepted: tokens 0, 4, 8, ... and the last are drawn by the model, those between by the block, from the
+  same distribution; each with its number's key, which nothing else is drawn with."""
   found = generate("always", temperature=1.0, speculative=3)
   keys = speculative.place_keys(jax.random.key(2)[None], jnp.zeros(1, int), NEW)[0]
   ids = list(PROMPTS[2])
   for number, token in enumerate(found.tokens[2]):
-    noise = jax.random.gumbel(keys[number, 0 if number % 4 else 2], (CONFIG.vocab_size,))
+    by_model = number % 4 == 0 or number == NEW - 1
+    noise = jax.random.gumbel(keys[number, 2 if by_model else 0], (CONFIG.vocab_size,))
     assert token == int(jnp.argmax(jax.nn.log_softmax(full(easy(0.0), ids)[0]) + noise))
     ids.append(token)
 
