@@ -2,10 +2,10 @@
 
 python -m launch.generate --checkpoint runs/tiny --prompt "def main("
 python -m launch.generate --checkpoint DIR --prompts FILE [--temperature 0] [--max_new_tokens 256]
-python -m launch.generate --checkpoint DIR --chat [--reasoning_effort none|high|max]
+python -m launch.generate --checkpoint DIR --chat [--reasoning_effort none|high|max] [--speculative [--drafts 2]]
 
 DIR is the folder of a training run or of a converted release. Without --chat a prompt is plain text that is gone on with;
-with --reasoning_effort it is a user's message.
+with --reasoning_effort it is a user's message. --speculative needs a model with a multi-token-prediction block.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def define_flags() -> None:
   flags.DEFINE_float("min_p", 0.0, "Keep tokens of at least this share of the largest probability.")
   flags.DEFINE_integer("seed", 0, "Of the drawn tokens.")
   flags.DEFINE_integer("chunk_size", 512, "Tokens of a prompt that are fed at a time.")
+  flags.DEFINE_bool("speculative", False, "Let the prediction block guess tokens that one step verifies.")
+  flags.DEFINE_integer("drafts", 1, "With --speculative: tokens guessed at a time.", lower_bound=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Speaker:
     model, variables: the network.
     tokenizer: see `text.tokenize`.
     template: wording of its chat format.
-    options: of `generate` (sampling, lengths).
+    options: of `generate` (sampling, lengths, speculation).
     seed: of the first reply.
   """
 
@@ -77,7 +79,12 @@ class Speaker:
                      stop_tokens=(self.tokenizer.document_end,), thinking_budget=budget, on_token=stream, **self.options)
     if stream is not None:
       stream.finish()
-    return [self.tokenizer.decode(tokens) for tokens in found.tokens], found
+    return [_text(self.tokenizer, tokens) for tokens in found.tokens], found
+
+
+def _text(tokenizer: Any, reply: list[int]) -> str:
+  """The text of a reply as `chat.parse` reads it: special tokens are spelled, but for the one that ends it."""
+  return tokenizer.decode([token for token in reply if token != tokenizer.document_end], keep_special=True)
 
 
 class _Stream:
@@ -90,12 +97,12 @@ class _Stream:
 
   def __call__(self, _, token: int) -> None:
     self._tokens.append(token)
-    text = self._tokenizer.decode(self._tokens)
+    text = _text(self._tokenizer, self._tokens)
     if not text.endswith("\ufffd"):  # perhaps the first bytes of a character
       self._show(text)
 
   def finish(self) -> None:
-    self._show(self._tokenizer.decode(self._tokens))
+    self._show(_text(self._tokenizer, self._tokens))
 
   def _show(self, text: str) -> None:
     if len(text) > len(self._shown):
@@ -130,9 +137,10 @@ def load(checkpoint: str, options: dict[str, Any], seed: int) -> Speaker:
 def summary(prompt_tokens: int, found) -> str:
   """Speeds and sizes in a line; times include compilation."""
   replies = sum(map(len, found.tokens))
+  accepted = "" if found.acceptance is None else f"{found.acceptance:.1%} of the drafts accepted; "
   return (f"prompt {prompt_tokens:,} tokens, {prompt_tokens / found.prefill_seconds:,.1f} tokens/s; "
           f"reply {replies:,} tokens, {replies / max(found.decode_seconds, 1e-9):,.1f} tokens/s; "
-          f"cache {found.cache_bytes / 2**20:,.2f} MiB; ended by {', '.join(sorted(set(found.finish)))}")
+          f"{accepted}cache {found.cache_bytes / 2**20:,.2f} MiB; ended by {', '.join(sorted(set(found.finish)))}")
 
 
 def answer(speaker: Speaker, prompts: list[str], effort: str | None, show: Callable[[str], None]) -> None:
@@ -186,6 +194,7 @@ def main(argv: list[str]) -> None:
       lines = Path(value("prompts")).read_text(encoding="utf-8").splitlines()
       prompts = [line for line in lines if line.strip()]
     options = {name: value(name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "chunk_size")}
+    options["speculative"] = value("drafts") if value("speculative") else False
     speaker = load(value("checkpoint"), options, value("seed"))
     if value("chat"):
       converse(speaker, value("reasoning_effort"), _ask, show)

@@ -1,1 +1,1 @@
-"""From logits to text: sampling, decoding."""
+"""From logits to text: sampling, decoding, speculation."""

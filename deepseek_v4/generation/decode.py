@@ -57,6 +57,7 @@ class Generation:
     logprobs: of each token, under the distribution that it was drawn from (filters and temperature applied); 0 for greedy
       choices and for tokens that a thinking budget put there.
     finish: "stop" (a stop token came) or "length", of each reply.
+    acceptance: drafts that became tokens of the replies, as a share of those that were verified; None if none were.
     cache_bytes: of all rows together.
     prefill_seconds, decode_seconds: with compilation, where something was compiled.
   """
@@ -64,6 +65,7 @@ class Generation:
   tokens: list[list[int]]
   logprobs: list[list[float]]
   finish: list[str]
+  acceptance: float | None
   cache_bytes: int
   prefill_seconds: float
   decode_seconds: float
@@ -145,7 +147,7 @@ def prefill(model: DeepseekV4, variables: Any, cache: Cache, prompts: Sequence[S
 
 def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, keys: jax.Array, max_new_tokens: int,
              temperature: Any = 1.0, top_p: Any = 1.0, top_k: Any = 0, min_p: Any = 0.0, stop_tokens: Sequence[int] = (),
-             thinking_budget: ThinkingBudget | None = None, chunk_size: int = 512,
+             thinking_budget: ThinkingBudget | None = None, chunk_size: int = 512, speculative: bool | int = False,
              on_token: Callable[[int, int], None] | None = None,
              on_chunk: Callable[[int], None] | None = None) -> Generation:
   """Replies to prompts.
@@ -159,6 +161,8 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
     stop_tokens: ids that end a reply.
     thinking_budget: of replies that begin inside a thought.
     chunk_size: tokens of a prompt that are fed at a time.
+    speculative: number of tokens that the prediction block guesses and one step verifies; True = 1, False = none. Greedy
+      replies are the same tokens, drawn ones have the same distribution; see `speculative.py`.
     on_token: called with (request, token) as tokens come.
     on_chunk: called during prefill; see `prefill`.
 
@@ -167,6 +171,12 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   """
   settings = _settings(len(prompts), temperature, top_p, top_k, min_p)
   _check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, thinking_budget)
+  from deepseek_v4.generation import speculative as speculation  # it builds on this module
+  drafts = speculation.check(model.config, variables, speculative)
+  if drafts:
+    return speculation.generate(model, variables, prompts, drafts=drafts, keys=keys, settings=settings,
+                                max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, thinking_budget=thinking_budget,
+                                chunk_size=chunk_size, on_token=on_token, on_chunk=on_chunk)
   longest = max(map(len, prompts))
   cache = init_cache(model.config, len(prompts),
                      room_for(longest + max_new_tokens, model.config.max_position_embeddings))
@@ -180,7 +190,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   stop = np.array(sorted(stop_tokens), np.int32)
   closed = [False] * len(prompts)  # the thought of a reply
   for number in range(max_new_tokens):
-    forced = np.array([_forced(*state, thinking_budget) for state in zip(tokens, closed)], np.int32)
+    forced = np.array([forced_token(*state, thinking_budget) for state in zip(tokens, closed)], np.int32)
     drawn, logprob = _draw(logits, keys, number, settings, forced)
     drawn, logprob = np.asarray(drawn), np.asarray(logprob)
     alive = ~stopped
@@ -198,7 +208,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
     cache, logits = advance(model, variables, cache, drawn[:, None], (~stopped)[:, None].astype(np.int32), logits,
                             reach=reach)
   finish = ["stop" if s else "length" for s in stopped]
-  return Generation(tokens, logprobs, finish, size, prefilled - started, time.perf_counter() - prefilled)
+  return Generation(tokens, logprobs, finish, None, size, prefilled - started, time.perf_counter() - prefilled)
 
 
 def _settings(count: int, *values: Any) -> Rows:
@@ -232,7 +242,7 @@ def _check(config, prompts, keys, max_new_tokens: int, chunk_size: int, stop_tok
              f"{config.max_position_embeddings - max_new_tokens}")
 
 
-def _forced(reply: list[int], closed: bool, budget: ThinkingBudget | None) -> int:
+def forced_token(reply: list[int], closed: bool, budget: ThinkingBudget | None) -> int:
   """The token that a thinking budget puts next, or -1; of a closing that has begun by itself only the rest."""
   if budget is None or closed or len(reply) < budget.tokens:
     return -1

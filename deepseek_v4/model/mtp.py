@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from deepseek_v4.config import ModelConfig
 from deepseek_v4.model import weights
 from deepseek_v4.model.block import Block, LayerOutput
+from deepseek_v4.model.cache import LayerCache
 from deepseek_v4.model.context import Context
 from deepseek_v4.model.hyper_connections import HyperHead
 from deepseek_v4.model.norm import RMSNorm
@@ -24,21 +25,28 @@ class MTP(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array, embedded_BSD: jax.Array, context: Context) -> tuple[jax.Array, LayerOutput]:
-    """Returns (what the shared head multiplies [B, S, D], the layer's report).
+  def __call__(self, streams_BSND: jax.Array, next_BSD: jax.Array, context: Context, cache: LayerCache | None = None
+               ) -> tuple[jax.Array, jax.Array, LayerOutput, LayerCache | None]:
+    """Returns (what the shared head multiplies [B, S, D], the block's streams, the layer's report, its cache or None).
 
     Args:
-      streams_BSND: after the main model's last layer, before its head's collapse.
-      embedded_BSD: embedding of each place's own token; the block reads the next place's.
+      streams_BSND: after the main model's last layer, before its head's collapse; or the block's own, to guess further.
+      next_BSD: embedding of the token after each place.
       context: of the forward pass.
+      cache: of the block's window.
     """
     config = self.config
     d = config.hidden_size
-    same_BS = jnp.pad(context.segment_ids[:, 1:] == context.segment_ids[:, :-1], ((0, 0), (0, 1)))
-    # The last token of a document has no next one; zero keeps a packed row equal to its documents alone.
-    next_BSD = jnp.where(same_BS[..., None], jnp.roll(embedded_BSD, -1, axis=1), 0)
     e_BSD = RMSNorm(config, name="embed_norm")(next_BSD) @ weights.matrix(self, config, "embed_proj", (d, d))
     h_BSND = RMSNorm(config, name="hidden_norm")(streams_BSND) @ weights.matrix(self, config, "hidden_proj", (d, d))
     block = Block(config, config.mtp_spec, self.kernels, name="block")
-    streams_BSND, report, _ = block(e_BSD[:, :, None] + h_BSND, context, config.num_hidden_layers)
-    return RMSNorm(config, name="final_norm")(HyperHead(config, name="hc_head")(streams_BSND)), report
+    streams_BSND, report, cache = block(e_BSD[:, :, None] + h_BSND, context, config.num_hidden_layers, cache)
+    out_BSD = RMSNorm(config, name="final_norm")(HyperHead(config, name="hc_head")(streams_BSND))
+    return out_BSD, streams_BSND, report, cache
+
+
+def next_embeddings(embedded_BSD: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+  """What stands at each place's right, of the same document; zero behind a document's last token, which keeps a packed
+  row equal to its documents alone."""
+  same_BS = jnp.pad(segment_ids_BS[:, 1:] == segment_ids_BS[:, :-1], ((0, 0), (0, 1)))
+  return jnp.where(same_BS[..., None], jnp.roll(embedded_BSD, -1, axis=1), 0)

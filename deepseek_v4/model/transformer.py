@@ -21,7 +21,7 @@ from deepseek_v4.model.cache import Cache, LayerCache
 from deepseek_v4.model.context import Chunk, Context, check_inputs, make_chunk_context, make_context
 from deepseek_v4.model.groups import LayerGroups, group_layers
 from deepseek_v4.model.hyper_connections import HyperHead
-from deepseek_v4.model.mtp import MTP
+from deepseek_v4.model.mtp import MTP, next_embeddings
 from deepseek_v4.model.norm import RMSNorm
 
 Pair = tuple[jax.Array, jax.Array]
@@ -38,6 +38,7 @@ class ModelOutput:
     losses: {"next_token", "mtp", "balance", "indexer": (sum, count)} when targets were given.
     routing: {"experts": int32 [L, B, S, k], "load": int32 [L, E] without padding, and "mtp_load": int32 [E]}.
     cache: after the tokens, when one was given.
+    streams: [B, S, N, D] after the last layer, when a cache was given: what the prediction block reads.
   """
 
   logits: jax.Array | None
@@ -46,6 +47,7 @@ class ModelOutput:
   losses: dict[str, Pair] | None
   routing: dict[str, jax.Array]
   cache: Cache | None = None
+  streams: jax.Array | None = None
 
 
 class _Unit(nn.Module):
@@ -181,7 +183,8 @@ class DeepseekV4(nn.Module):
     routing = {"experts": reports.experts, "load": reports.load}
     mtp_BSD = None
     if run_mtp:
-      mtp_BSD, mtp_report = MTP(config, kernels, name="mtp")(streams_BSND, embedded_BSD, context)
+      next_BSD = next_embeddings(embedded_BSD, context.segment_ids)
+      mtp_BSD, _, mtp_report, _ = MTP(config, kernels, name="mtp")(streams_BSND, next_BSD, context)
       routing["mtp_load"] = mtp_report.load
     found = None
     if targets is not None:
@@ -193,11 +196,12 @@ class DeepseekV4(nn.Module):
     if cache is not None:
       cache, hidden_BSD, chosen, routing["experts"] = self._continued(cache, layer_caches, context.chunk, back, hidden_BSD,
                                                                       routing["experts"], logits)
+      streams_BSND = streams_BSND if back is None else jnp.take_along_axis(streams_BSND, back[..., None, None], 1)
     out = None
     if logits != "none":
       out = jnp.matmul(chosen, head_DV, preferred_element_type=weights.exact_dtype(config))
       out = sharding.constrain(out, ("batch", "sequence", "vocab"))
-    return ModelOutput(out, hidden_BSD, mtp_BSD, found, routing, cache)
+    return ModelOutput(out, hidden_BSD, mtp_BSD, found, routing, cache, None if cache is None else streams_BSND)
 
   def _check_cached(self, cache: Cache, reach: int | None, tokens, positions, segment_ids, attention_mode: str,
                     more: bool) -> None:

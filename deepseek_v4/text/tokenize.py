@@ -53,8 +53,8 @@ class ByteTokenizer:
     """One uint16 array of ids per text."""
     return [np.frombuffer(text, np.uint8).astype(np.uint16) + np.uint16(FIRST_BYTE) for text in texts]
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of `ids`; ids that are no bytes are left out, bytes that are no UTF-8 become U+FFFD."""
+  def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+    """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Ids that are no bytes have no text, whatever is kept."""
     values = np.asarray(ids, np.int64).reshape(-1) - FIRST_BYTE
     return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
@@ -91,9 +91,9 @@ class JsonTokenizer:
         chunk, size = [], 0
     return arrays
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of `ids` without special tokens."""
-    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+  def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+    """The text of `ids` without special tokens; or, as the chat format needs it, with them as they are spelled."""
+    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not keep_special)
 
 
 def load_tokenizer(path: str | Path | None, vocab_size: int) -> ByteTokenizer | JsonTokenizer:

@@ -1,19 +1,22 @@
 """The generating main on a run folder: plain text, several prompts, a conversation, what a person sees who mistypes."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 import deepseek_v4 as dsv4
 from deepseek_v4 import config as config_lib
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.text import chat
+from deepseek_v4.text.tokenize import load_tokenizer
 from launch import generate as launch_generate
 from tests.model.small import T0, random_variables
 
-BYTES = dataclasses.replace(T0, vocab_size=262, num_nextn_predict_layers=0)
+BYTES = dataclasses.replace(T0, vocab_size=262)
 OPTIONS = dict(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, chunk_size=32)
 
 
@@ -66,6 +69,47 @@ def test_a_thought_is_closed_when_its_budget_is_spent(speaker):
   assert speaker.tokenizer.decode(found.tokens[0][2:10]) == "</think>"
   with pytest.raises(ValueError, match="reasoning_effort = 'huge': expected one of none, high"):
     launch_generate.answer(speaker, ["hi"], "huge", print)
+
+
+def test_a_thought_is_closed_by_a_token_that_is_special(speaker, tmp_path):
+  """With a tokenizer.json the closing is one token; it stays in the text, and the one that ends the reply does not."""
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(vocab_size=260, special_tokens=[chat.EOS, "</think>"], show_progress=False,
+                                           initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  bpe.train_from_iterator(["a b"], trainer)
+  bpe.save(str(tmp_path / "tokenizer.json"))
+  tokenizer = load_tokenizer(tmp_path, BYTES.vocab_size)
+  template = dataclasses.replace(speaker.template, thinking_budget={"high": 2})
+  thinking = dataclasses.replace(speaker, template=template, tokenizer=tokenizer,
+                                 options={**OPTIONS, "max_new_tokens": 12})
+  pieces = []
+  (reply,), found = thinking.reply(["hi"], 0, "high", pieces.append)
+  assert tokenizer.encode("</think>") == [found.tokens[0][2]]
+  parsed = chat.parse(reply, reasoning_effort="high")
+  assert parsed["reasoning_content"] == tokenizer.decode(found.tokens[0][:2])
+  assert "".join(pieces) == reply == parsed["reasoning_content"] + "</think>" + parsed["content"]
+  ended = [*found.tokens[0], tokenizer.document_end]
+  assert launch_generate._text(tokenizer, ended) == reply
+  assert tokenizer.decode(ended, keep_special=True) == reply + chat.EOS
+
+
+def test_speculation_tells_how_many_drafts_were_accepted(speaker):
+  guessing = dataclasses.replace(speaker, options={**OPTIONS, "speculative": 1})
+  shown, plain = [], []
+  launch_generate.answer(guessing, ["hello"], None, shown.append)
+  launch_generate.answer(speaker, ["hello"], None, plain.append)
+  text, without = "".join(shown), "".join(plain)
+  assert text.partition("\nprompt")[0] == without.partition("\nprompt")[0]  # greedy: the same reply
+  assert re.search(r"tokens/s; \d+\.\d% of the drafts accepted; cache 0\.", text) and "drafts" not in without
+
+
+def test_a_checkpoint_without_the_block_cannot_speculate(speaker):
+  config = dataclasses.replace(BYTES, num_nextn_predict_layers=0)
+  lacking = dataclasses.replace(speaker, model=dsv4.DeepseekV4(config), options={**OPTIONS, "speculative": 2})
+  with pytest.raises(ValueError, match=r"speculative = 2: expected a model with a prediction block"):
+    launch_generate.answer(lacking, ["hello"], None, print)
 
 
 def test_pieces_of_text_are_whole_characters(speaker):

@@ -8,7 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_v4.text import tokenize
+from deepseek_v4.text import chat, tokenize
 
 
 # ---- bytes --------------------------------------------------------------------------------------------------------------
@@ -74,6 +74,30 @@ def test_json_round_trip(bpe):
   assert tokenizer.vocab_size == tokenizers.Tokenizer.from_file(str(bpe)).get_vocab_size()
   # A folder that holds the file will do; text that spells a special token is that token.
   assert tokenize.load_tokenizer(bpe.parent, 320).encode("<｜end▁of▁sentence｜>") == [1]
+
+
+CHAT = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_json_special_tokens_of_a_chat_come_back(tmp_path, special):
+  """What a model writes is parsed whether the file calls the tokens of the format special or only added."""
+  file = _save(tmp_path)
+  plain = tokenizers.Tokenizer.from_file(str(file))
+  plain.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False) for token in CHAT])
+  plain.save(str(file))
+  tokenizer = tokenize.load_tokenizer(file, 320)
+  assert all(len(tokenizer.encode(token)) == 1 for token in CHAT)
+  call = {"id": "call_0", "type": "function", "function": {"name": "look", "arguments": '{"where": "up, ☃", "n": 3}'}}
+  message = {"role": "assistant", "content": "I look.", "reasoning_content": "hm, where?", "tool_calls": [call]}
+  asked = [{"role": "user", "content": "the cat"}]
+  question = chat.encode(asked, reasoning_effort="high")
+  written = chat.encode([*asked, message], reasoning_effort="high").removeprefix(question)
+  ids = tokenizer.encode(written)
+  assert ids[-1] == tokenizer.document_end and tokenizer.encode(question) + ids == tokenizer.encode(question + written)
+  assert tokenizer.decode(ids, keep_special=True) == written
+  assert chat.parse(tokenizer.decode(ids, keep_special=True), reasoning_effort="high") == message
+  assert (tokenizer.decode(ids) == written.removesuffix(chat.EOS)) == (not special)
 
 
 def test_json_documents_are_those_of_encode(bpe, monkeypatch):
