@@ -25,7 +25,7 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
     gate, up: [E, D, F]; down: [E, F, D]; group_sizes: int32 [E].
     tile: rows per tile, static.
     limit: of the clamp, from above for the gate, both ways for up.
-    rounding: (function [..., F] -> [..., F], weights [M]): `down` then multiplies function(hidden * the row's weight) in place
+    rounding: (function [..., F] -> [..., F], weights [M]): `down` then multiplies function(hidden * row weight) in place
       of hidden, as a quantised model would round it; default: as it is.
 
   Returns:
