@@ -145,7 +145,7 @@ def prefill(model: DeepseekV4, variables: Any, cache: Cache, prompts: Sequence[S
 
 def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, keys: jax.Array, max_new_tokens: int,
              temperature: Any = 1.0, top_p: Any = 1.0, top_k: Any = 0, min_p: Any = 0.0, stop_tokens: Sequence[int] = (),
-             thinking_budget: ThinkingBudget | None = None, chunk_size: int = 512,
+             thinking_budget: ThinkingBudget | None = None, chunk_size: int = 512, cache_storage: str = "compute",
              on_token: Callable[[int, int], None] | None = None,
              on_chunk: Callable[[int], None] | None = None) -> Generation:
   """Replies to prompts.
@@ -159,6 +159,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
     stop_tokens: ids that end a reply.
     thinking_budget: of replies that begin inside a thought.
     chunk_size: tokens of a prompt that are fed at a time.
+    cache_storage: see `init_cache`.
     on_token: called with (request, token) as tokens come.
     on_chunk: called during prefill; see `prefill`.
 
@@ -169,7 +170,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   _check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, thinking_budget)
   longest = max(map(len, prompts))
   cache = init_cache(model.config, len(prompts),
-                     room_for(longest + max_new_tokens, model.config.max_position_embeddings))
+                     room_for(longest + max_new_tokens, model.config.max_position_embeddings), storage=cache_storage)
   size = sum(cache.bytes_by_kind.values())
   started = time.perf_counter()
   cache, logits = prefill(model, variables, cache, prompts, chunk_size=chunk_size, on_chunk=on_chunk)
