@@ -1,5 +1,5 @@
-"""The whole network in float64 NumPy, from the ops' oracles and the report's formulas, with DeepSeek's inference rounding put
-in where it is asked for. Nothing of the model's own code and nothing of JAX is used.
+"""The whole network in float64 NumPy, from the ops' oracles and the report's formulas, with DeepSeek's inference rounding
+put in where it is asked for. Nothing of the model's own code and nothing of JAX is used.
 
 Axis letters: B batch   S sequence   N streams   D hidden size   H heads   d head width   T entries   c index width
 """

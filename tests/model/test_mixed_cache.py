@@ -22,56 +22,51 @@ from tests.model import numpy_model
 from tests.model.small import T0, abstract_variables, equations, random_tokens, random_variables
 
 LENGTH, ROOM, REWIND, BATCH = 40, 43, 5, 13
-EXACT = dataclasses.replace(
-  T0, num_hidden_layers=2, layer_types=(CSA, HCA), mlp_layer_types=(LEARNED,) * 2, compute_dtype="float64")
-ROUNDED = dataclasses.replace(EXACT, inference_rounding=True)
+ROUNDED = dataclasses.replace(
+  T0, num_hidden_layers=2, layer_types=(CSA, HCA), mlp_layer_types=(LEARNED,) * 2, compute_dtype="float64",
+  inference_rounding=True)
 IDS = random_tokens(4, LENGTH)
-KEPT = ("window", "entries", "index_keys")  # what the cache rounds by itself
 TOLERANCE = 1e-9
 
 
 @functools.cache
-def network(places):
-  """Ids [S] -> logits [S, V] of the full pass in NumPy."""
-  run = numpy_model.Network(EXACT, random_variables(EXACT), places)
-  return functools.cache(lambda ids: run(np.array([ids]))[0][0])
+def numpy_logits(ids):
+  return numpy_model.Network(ROUNDED, random_variables(ROUNDED), numpy_model.PLACES)(np.array([ids]))[0][0]
 
 
-def truth(ids, places):
-  return network(places)(tuple(map(int, ids)))
+def truth(ids):
+  """Logits [S, V] of the full pass."""
+  return numpy_logits(tuple(map(int, ids)))
 
 
-@functools.cache
-def stepper(config):
-  """(cache, tokens, segment_ids) -> (logits, cache), jitted once per width."""
-  run = jax.jit(lambda v, *args: (lambda out: (out.logits, out.cache))(dsv4.DeepseekV4(config, "blockwise").apply(
-    v, args[1], None, args[2], args[0])))
-  weights = random_variables(EXACT)
-  return lambda *args: run(weights, *args)
+@jax.jit
+def step(weights, cache, tokens, segment_ids):
+  out = dsv4.DeepseekV4(ROUNDED, "blockwise").apply(weights, tokens, None, segment_ids, cache)
+  return out.logits, out.cache
 
 
-def empty(config):
+def empty():
   """A cache without tokens whose unused memory is everything that is no number."""
-  cache = dsv4.init_cache(config, BATCH, ROOM, rewind=REWIND, storage="mixed")
+  cache = dsv4.init_cache(ROUNDED, BATCH, ROOM, rewind=REWIND, storage="mixed")
   none = lambda x: jnp.full_like(x, 255 if x.dtype == jnp.uint8 else jnp.nan)
   return cache.replace(layers=jax.tree.map(none, cache.layers))
 
 
-def feed(config, cache, rows, width):
+def feed(cache, rows, width):
   """One call: the ids of the first rows at the left or the right end in turn; logits of each row's ids, and the cache."""
   tokens, segments = np.full((BATCH, width), 7, np.int32), np.zeros((BATCH, width), np.int32)
   for i, ids in enumerate(rows):
     where = slice(0, len(ids)) if i % 2 else slice(width - len(ids), width)
     tokens[i, where], segments[i, where] = ids, 1
-  logits, cache = stepper(config)(cache, tokens, segments)
+  logits, cache = step(random_variables(ROUNDED), cache, tokens, segments)
   return [np.asarray(logits)[i][segments[i] > 0] for i in range(len(rows))], cache
 
 
-def in_chunks(config, cache, rows, sizes, width):
+def in_chunks(cache, rows, sizes, width):
   """Each row in chunks of its own size; joined logits of each row, and the cache."""
   found, done = [[] for _ in rows], 0
   while any(done * size < len(ids) for ids, size in zip(rows, sizes)):
-    logits, cache = feed(config, cache, [ids[done * n:done * n + n] for ids, n in zip(rows, sizes)], width)
+    logits, cache = feed(cache, [ids[done * n:done * n + n] for ids, n in zip(rows, sizes)], width)
     for parts, part in zip(found, logits):
       parts.append(part)
     done += 1
@@ -80,29 +75,28 @@ def in_chunks(config, cache, rows, sizes, width):
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------
 def test_chunks_of_any_size_equal_the_full_pass():
-  """Eleven rows in chunks of 1 to 40 tokens, with DeepSeek's rounding elsewhere (the full pass with the flag) and without."""
+  """Eleven rows in chunks of 1 to 40 tokens, with DeepSeek's rounding of all else: the full pass of the flag."""
   sizes = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 40)
-  for config, places in ((ROUNDED, numpy_model.PLACES), (EXACT, KEPT)):
-    with jax.enable_x64(True):
-      found, _ = in_chunks(config, empty(config), [IDS[0]] * len(sizes), sizes, LENGTH)
-    for size, logits in zip(sizes, found):
-      np.testing.assert_allclose(logits, truth(IDS[0], places), atol=TOLERANCE, err_msg=f"chunks of {size}")
+  with jax.enable_x64(True):
+    found, _ = in_chunks(empty(), [IDS[0]] * len(sizes), sizes, LENGTH)
+  for size, logits in zip(sizes, found):
+    np.testing.assert_allclose(logits, truth(IDS[0]), atol=TOLERANCE, err_msg=f"chunks of {size}")
 
 
 def test_prefill_then_token_by_token_then_back_and_on():
-  """Rows of different lengths; taken back by up to five tokens and fed others, they are as if they had never seen the first."""
+  """Rows of different lengths; taken back by up to five tokens and fed others, they never saw the first."""
   prefix = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33)
   with jax.enable_x64(True):
-    first, cache = feed(ROUNDED, empty(ROUNDED), [IDS[0, :n] for n in prefix], LENGTH)
-    rest, cache = in_chunks(ROUNDED, cache, [IDS[0, n:n + 7] for n in prefix], [1] * BATCH, 1)
+    first, cache = feed(empty(), [IDS[0, :n] for n in prefix], LENGTH)
+    rest, cache = in_chunks(cache, [IDS[0, n:n + 7] for n in prefix], [1] * BATCH, 1)
     back = [n + 7 - i % (REWIND + 1) for i, n in enumerate(prefix)]
     cache = dsv4.rewind(cache, np.array(back))
-    last, _ = feed(ROUNDED, cache, [IDS[1 + i % 3, :3] for i in range(BATCH)], LENGTH)
-  full = truth(IDS[0], numpy_model.PLACES)
+    last, _ = feed(cache, [IDS[1 + i % 3, :3] for i in range(BATCH)], LENGTH)
+  full = truth(IDS[0])
   for i, n in enumerate(prefix):
     np.testing.assert_allclose(np.concatenate([first[i], rest[i]]), full[:n + 7], atol=TOLERANCE, err_msg=f"prefill of {n}")
     ids = [*IDS[0, :back[i]], *IDS[1 + i % 3, :3]]
-    np.testing.assert_allclose(last[i], truth(ids, numpy_model.PLACES)[-3:], atol=TOLERANCE)
+    np.testing.assert_allclose(last[i], truth(ids)[-3:], atol=TOLERANCE)
 
 
 # ---- bytes ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from deepseek_v4.checkpoint import hf_format
 from deepseek_v4.config import RunConfig
 from deepseek_v4.model import quantize
 from tests.model import numpy_model
-from tests.model.numpy_model import E2M1, E4M3, KINDS, PLACES
+from tests.model.numpy_model import E4M3, KINDS, PLACES
 from tests.model.small import T0, random_tokens, random_variables
 
 RULES = {"kv": quantize.KV, "linear": quantize.LINEAR, "index": quantize.INDEX}
