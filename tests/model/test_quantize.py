@@ -184,10 +184,11 @@ def test_the_model_rounds_what_deepseek_rounds():
   with jax.enable_x64(True):
     run = jax.jit(lambda v: dsv4.DeepseekV4(config, "reference").apply(v, IDS, mtp=True))
     out = run(random_variables(ODD))
-  for found, want in zip((out.logits, out.mtp_hidden), network(PLACES)):
+    logits, mtp = np.asarray(out.logits), np.asarray(out.mtp_hidden)
+  for found, want in zip((logits, mtp), network(PLACES)):
     np.testing.assert_allclose(found, want, atol=1e-9)
-  assert np.abs(out.logits - network(())[0]).max() > 0.1
+  assert np.abs(logits - network(())[0]).max() > 0.1
   for place in PLACES:
     less_logits, less_mtp = network([p for p in PLACES if p != place])
-    moved = less_mtp - out.mtp_hidden if place in ("embed_proj", "hidden_proj") else less_logits - out.logits
+    moved = less_mtp - mtp if place in ("embed_proj", "hidden_proj") else less_logits - logits
     assert np.abs(moved).max() > 1e-3, place
