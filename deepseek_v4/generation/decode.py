@@ -22,7 +22,7 @@ import numpy as np
 from deepseek_v4.config_checks import at_least, refuse, typed
 from deepseek_v4.generation import sample
 from deepseek_v4.generation.sample import Rows, Sampling
-from deepseek_v4.model.cache import Cache, init_cache
+from deepseek_v4.model.cache import STORAGES, Cache, init_cache
 from deepseek_v4.model.transformer import DeepseekV4
 
 _SMALLEST_REACH = 1024
@@ -168,6 +168,8 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   """
   settings = _settings(len(prompts), temperature, top_p, top_k, min_p)
   _check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, thinking_budget)
+  if cache_storage not in STORAGES:
+    refuse("cache_storage", cache_storage, f"one of {', '.join(STORAGES)}")
   longest = max(map(len, prompts))
   cache = init_cache(model.config, len(prompts),
                      room_for(longest + max_new_tokens, model.config.max_position_embeddings), storage=cache_storage)

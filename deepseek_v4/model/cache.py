@@ -8,7 +8,8 @@ taken back by as many tokens. Which rows and entries count follows from the leng
 The storage "compute" keeps everything as it was computed. "mixed" keeps what the report publishes (a tenth of V3.2's cache):
 windows and entries with E4M3 codes for their plain channels and bfloat16 rotary ones, index keys as pairs of E2M1 codes, and
 their scales; see `quantize`. A layer then reads its own chunk's keys as rounded as the cache keeps them, so how tokens are
-cut into chunks changes nothing.
+cut into chunks changes nothing. That is what `ModelConfig.inference_rounding` does to keys; the field alone rounds index
+queries and inputs of linear layers, and with it a mixed cache gives the full pass.
 
 Axis letters: B batch   R rows of a ring   S new tokens   C new entries   T entries   d entry width   c index width
               o series of a compressor (2 for CSA and the indexer, 1 for HCA)

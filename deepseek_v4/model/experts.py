@@ -136,6 +136,7 @@ def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit
     width_axis: mesh axis over which F is split: partial sums are added over it.
     wave: the most tokens of all shards of `expert_axis` together that are worked on at a time, if it has several.
     rounded: how the last matmul's input is rounded; a pick's weight then multiplies that input, as in DeepSeek's inference.
+      Of a split F each device's part is rounded for itself.
   """
   run = functools.partial(_one_wave, limit=limit, kernels=kernels, expert_axis=expert_axis, width_axis=width_axis,
                           rounded=rounded)

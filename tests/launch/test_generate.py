@@ -93,7 +93,7 @@ def test_a_mixed_cache_and_its_drift(speaker, monkeypatch):
   assert text.startswith(mixed.tokenizer.decode(ids[5:]) + "\n") and len(ids) == 6
   assert text.endswith(f"cache {size:,.2f} MiB (mixed); ended by length\nmixed against compute cache, 6 tokens: logits "
                        "0.012 apart, at most 0.5, of a spread of 1.5; 90.0% the same first choice; KL 0.001 nats\n")
-  with pytest.raises(ValueError, match="storage = 'fp8': expected one of compute, mixed"):
+  with pytest.raises(ValueError, match="cache_storage = 'fp8': expected one of compute, mixed"):
     dataclasses.replace(mixed, options={**OPTIONS, "cache_storage": "fp8"}).reply(["hello"], 0, None)
 
 
