@@ -94,6 +94,7 @@ class ModelConfig:
   init_std: float = 0.006  # standard deviation of every matrix at initialisation (V3's value)
   mhc_init: str = "identity"  # "identity": streams start unmixed; "zero": fully mixed
   compute_dtype: str = "float32"
+  inference_rounding: bool = False  # as DeepSeek's own inference: keys, index queries, inputs of linear layers
   scan_layers: bool = True
   remat: str = "none"  # "none" or "block": recompute each layer in the backward pass
   loss_chunk_size: int = 1024  # tokens per device whose logits exist at a time in training
@@ -131,6 +132,8 @@ class ModelConfig:
     one_of(self, "mhc_init", ("identity", "zero"))
     one_of(self, "compute_dtype", ("float32", "bfloat16", "float64"))
     one_of(self, "remat", ("none", "block"))
+    if self.inference_rounding:
+      self.check_hadamard("inference_rounding = True")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
       value = getattr(self, name)
       if value is not None and not 0 <= value < self.vocab_size:
@@ -149,6 +152,11 @@ class ModelConfig:
   def compress_rate(self, attention: str) -> int:
     """Tokens per compressed entry of a layer of this attention kind; 0 for a sliding layer."""
     return {SLIDING: 0, CSA: self.csa_compress_rate, HCA: self.hca_compress_rate}[attention]
+
+  def check_hadamard(self, reason: str) -> None:
+    """Refuses an index width for which there is no Hadamard matrix of Sylvester's, if any layer has an indexer."""
+    if CSA in self.layer_types and self.index_head_dim.bit_count() != 1:
+      refuse("index_head_dim", self.index_head_dim, f"a power of two with {reason}")
 
   @staticmethod
   def from_hf(source: Mapping[str, Any] | str | Path) -> "ModelConfig":
@@ -308,6 +316,8 @@ class RunConfig:
 
   def __post_init__(self):
     typed(self)
+    if self.model.inference_rounding:
+      refuse("model.inference_rounding", True, "False in a run: rounding has no gradient to train with")
     if self.data.sequence_length > self.model.max_position_embeddings:
       refuse("data.sequence_length", self.data.sequence_length,
               f"at most model.max_position_embeddings = {self.model.max_position_embeddings}")

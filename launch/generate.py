@@ -5,7 +5,9 @@ python -m launch.generate --checkpoint DIR --prompts FILE [--temperature 0] [--m
 python -m launch.generate --checkpoint DIR --chat [--reasoning_effort none|high|max] [--speculative [--drafts 2]]
 
 DIR is the folder of a training run or of a converted release. Without --chat a prompt is plain text that is gone on with;
-with --reasoning_effort it is a user's message. --speculative needs a model with a multi-token-prediction block.
+with --reasoning_effort it is a user's message. `--speculative` needs a model with a multi-token-prediction block.
+`--cache_storage mixed` keeps the published tenth of V3.2's cache (FP8 keys, FP4 index keys), `--inference_rounding` rounds
+whatever DeepSeek's own inference does, `--drift` tells what the mixed cache does to the logits of the generated texts.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("chunk_size", 512, "Tokens of a prompt that are fed at a time.")
   flags.DEFINE_bool("speculative", False, "Let the prediction block guess tokens that one step verifies.")
   flags.DEFINE_integer("drafts", 1, "With --speculative: tokens guessed at a time.", lower_bound=1)
+  flags.DEFINE_string("cache_storage", "compute", "What the cache keeps: compute, or mixed (FP8, BF16 and FP4).")
+  flags.DEFINE_bool("inference_rounding", False, "Round what DeepSeek's own inference rounds.")
+  flags.DEFINE_bool("drift", False, "Compare the logits of both storages on prompt and reply.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Speaker:
     template: wording of its chat format.
     options: of `generate` (sampling, lengths, speculation).
     seed: of the first reply.
+    drift: whether a reply comes with the drift of the mixed cache.
   """
 
   model: Any
@@ -55,6 +61,7 @@ class Speaker:
   template: Any
   options: dict[str, Any]
   seed: int
+  drift: bool = False
 
   def reply(self, texts: list[str], number: int, effort: str | None, on_text: Callable[[str], None] | None = None):
     """Replies to encoded texts in one batch, `number` being how many came before.
@@ -110,8 +117,14 @@ class _Stream:
       self._shown = text
 
 
-def load(checkpoint: str, options: dict[str, Any], seed: int) -> Speaker:
+def load(checkpoint: str, options: dict[str, Any], seed: int, *, inference_rounding: bool = False,
+         drift: bool = False) -> Speaker:
   """Reads weights, tokenizer and chat wording.
+
+  Args:
+    checkpoint: folder of a run or of a converted release.
+    options, seed, drift: see `Speaker`.
+    inference_rounding: the field of `ModelConfig`.
 
   Raises:
     FileNotFoundError, ValueError: no usable checkpoint or tokenizer there.
@@ -124,23 +137,34 @@ def load(checkpoint: str, options: dict[str, Any], seed: int) -> Speaker:
   from deepseek_v4.text.tokenize import load_tokenizer
   # Layers that are not scanned update their caches in place.
   variables, stored, _ = restore_variables(Path(checkpoint) / CHECKPOINTS, scan_layers=False)
-  model_config = config.from_dict(config.ModelConfig, stored["model"])
+  model_config = dataclasses.replace(config.from_dict(config.ModelConfig, stored["model"]),
+                                     inference_rounding=inference_rounding)
   release = Path(checkpoint) / RELEASE
   source = release if (release / "tokenizer.json").is_file() else stored.get("data", {}).get("tokenizer")
   template = chat_template.DEFAULT
   if (release / "encoding").is_dir():
     template = chat_template.ChatTemplate.from_checkpoint(release)
   tokenizer = load_tokenizer(source, model_config.vocab_size)
-  return Speaker(DeepseekV4(model_config), variables, tokenizer, template, options, seed)
+  return Speaker(DeepseekV4(model_config), variables, tokenizer, template, options, seed, drift)
 
 
-def summary(prompt_tokens: int, found) -> str:
-  """Speeds and sizes in a line; times include compilation."""
-  replies = sum(map(len, found.tokens))
+def summary(speaker: Speaker, texts: list[str], found) -> str:
+  """Speeds and sizes in a line; times include compilation. With `speaker.drift` a second line on the mixed cache."""
+  prompts = [speaker.tokenizer.encode(text) for text in texts]
+  prompt_tokens, replies = sum(map(len, prompts)), sum(map(len, found.tokens))
   accepted = "" if found.acceptance is None else f"{found.acceptance:.1%} of the drafts accepted; "
-  return (f"prompt {prompt_tokens:,} tokens, {prompt_tokens / found.prefill_seconds:,.1f} tokens/s; "
+  line = (f"prompt {prompt_tokens:,} tokens, {prompt_tokens / found.prefill_seconds:,.1f} tokens/s; "
           f"reply {replies:,} tokens, {replies / max(found.decode_seconds, 1e-9):,.1f} tokens/s; "
-          f"{accepted}cache {found.cache_bytes / 2**20:,.2f} MiB; ended by {', '.join(sorted(set(found.finish)))}")
+          f"{accepted}cache {found.cache_bytes / 2**20:,.2f} MiB ({speaker.options['cache_storage']}); "
+          f"ended by {', '.join(sorted(set(found.finish)))}")
+  if not speaker.drift:
+    return line
+  from deepseek_v4.generation.drift import storage_drift
+  drift = storage_drift(speaker.model, speaker.variables, [p + reply for p, reply in zip(prompts, found.tokens)],
+                        chunk_size=speaker.options["chunk_size"])
+  return (f"{line}\nmixed against compute cache, {drift.tokens:,} tokens: logits {drift.mean:.2g} apart, at most "
+          f"{drift.largest:.2g}, of a spread of {drift.spread:.2g}; {100 * drift.same_choice:.1f}% the same first choice; "
+          f"KL {drift.divergence:.2g} nats")
 
 
 def answer(speaker: Speaker, prompts: list[str], effort: str | None, show: Callable[[str], None]) -> None:
@@ -153,7 +177,7 @@ def answer(speaker: Speaker, prompts: list[str], effort: str | None, show: Calla
   replies, found = speaker.reply(texts, 0, effort, show if len(texts) == 1 else None)
   if len(texts) > 1:
     show("\n".join(f"[{i + 1}] {reply}" for i, reply in enumerate(replies)))
-  show(f"\n{summary(sum(len(speaker.tokenizer.encode(text)) for text in texts), found)}\n")
+  show(f"\n{summary(speaker, texts, found)}\n")
 
 
 def converse(speaker: Speaker, effort: str | None, ask: Callable[[], str], show: Callable[[str], None]) -> None:
@@ -165,7 +189,7 @@ def converse(speaker: Speaker, effort: str | None, ask: Callable[[], str], show:
     messages.append({"role": "user", "content": line})
     text = chat.encode(messages, reasoning_effort=effort, template=speaker.template)
     (reply,), found = speaker.reply([text], len(messages), effort, show)
-    show(f"\n{summary(len(speaker.tokenizer.encode(text)), found)}\n")
+    show(f"\n{summary(speaker, [text], found)}\n")
     try:
       messages.append(chat.parse(reply, reasoning_effort=effort, template=speaker.template))
     except ValueError:  # cut off by --max_new_tokens, or no such format: kept as it came
@@ -193,9 +217,11 @@ def main(argv: list[str]) -> None:
     if value("prompts") is not None:
       lines = Path(value("prompts")).read_text(encoding="utf-8").splitlines()
       prompts = [line for line in lines if line.strip()]
-    options = {name: value(name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "chunk_size")}
+    options = {name: value(name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "chunk_size",
+                                              "cache_storage")}
     options["speculative"] = value("drafts") if value("speculative") else False
-    speaker = load(value("checkpoint"), options, value("seed"))
+    speaker = load(value("checkpoint"), options, value("seed"), inference_rounding=value("inference_rounding"),
+                   drift=value("drift"))
     if value("chat"):
       converse(speaker, value("reasoning_effort"), _ask, show)
     else:

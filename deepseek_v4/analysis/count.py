@@ -14,6 +14,7 @@ from typing import Mapping
 
 from deepseek_v4.config import CSA, HASH, HCA, SLIDING, LayerSpec, ModelConfig
 from deepseek_v4.config_checks import refuse
+from deepseek_v4.model.formats import INDEX_BLOCK, KV_BLOCK
 
 STORAGES = ("compute", "mixed")
 # Operations in units of one FP8 operation, at the peak rates of a chip with twice the rate for half the width. Linear layers
@@ -21,7 +22,6 @@ STORAGES = ("compute", "mixed")
 EQUIVALENT = {"linear": 1.0, "routed_experts": 1.0, "exact_linear": 2.0, "hyper_connections": 2.0, "attention": 2.0,
               "indexer": 0.5, "head": 2.0}
 V32_INDEXER = 1.0  # V3.2's index scores are FP8
-E4M3_BLOCK, FP4_BLOCK = 64, 32  # channels per scale of a stored entry and of a stored index key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +205,9 @@ def cache_bytes(config: ModelConfig, context: int, storage: str, *, rewind: int 
   Args:
     config: the model; `compute_dtype` is what the storage "compute" keeps.
     context: tokens that the cache has room for.
-    storage: "compute", what `init_cache` allocates; or "mixed", the published layout, which it does not offer yet: per
-      entry and window key the plain channels in e4m3 and the rotary ones in BF16, index keys in FP4, one byte of scale for
-      every 64 e4m3 and every 32 FP4 channels. Pending tokens (values and gates) are kept in at least float32 by both.
+    storage: as in `init_cache`: "compute"; or "mixed", the published layout: per entry and window key the plain channels in
+      e4m3 and the rotary ones in BF16, index keys in FP4, one byte of scale for every 64 e4m3 and every 32 FP4 channels.
+      Pending tokens (values and gates) are kept in at least float32 by both.
     rewind: tokens that the cache can be taken back by.
   """
   c = config
@@ -218,8 +218,8 @@ def cache_bytes(config: ModelConfig, context: int, storage: str, *, rewind: int 
     entry, entry_scales, index_key, index_scales = width * c.head_dim, 0, width * c.index_head_dim, 0
   else:
     plain = c.head_dim - c.qk_rope_head_dim
-    entry, entry_scales = plain + 2 * c.qk_rope_head_dim, math.ceil(plain / E4M3_BLOCK)
-    index_key, index_scales = math.ceil(c.index_head_dim / 2), math.ceil(c.index_head_dim / FP4_BLOCK)
+    entry, entry_scales = plain + 2 * c.qk_rope_head_dim, math.ceil(plain / KV_BLOCK)
+    index_key, index_scales = math.ceil(c.index_head_dim / 2), math.ceil(c.index_head_dim / INDEX_BLOCK)
   rows = {kind: context // c.compress_rate(kind) for kind in (CSA, HCA)}
   layers = {kind: c.layer_types.count(kind) for kind in (CSA, HCA)}
   entries = sum(layers[kind] * rows[kind] for kind in rows)

@@ -13,8 +13,9 @@ import math
 import ml_dtypes
 import numpy as np
 
-SCALE_BIAS = 127
-NO_SCALE = 255  # the E8M0 code that is no number
+from deepseek_v4.model import formats
+from deepseek_v4.model.formats import NO_SCALE, SCALE_BIAS
+
 # Values of the E2M1 codes 0 to 15 and, for every byte, those of its low and its high half.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=-1)
@@ -23,12 +24,11 @@ _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.f
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """A quantised format: rows and columns of a block, the largest code's value as fraction * 2^exponent."""
+  """A quantised format: rows and columns of a block, and its codes."""
 
   name: str
   block: tuple[int, int]
-  fraction: float
-  exponent: int
+  element: formats.Element
 
   def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape of the scales of a matrix; blocks at the edges may be smaller."""
@@ -39,8 +39,8 @@ class Format:
     return shape[0], shape[1] if self is FP8 else math.ceil(shape[1] / 2)
 
 
-FP8 = Format("fp8", (128, 128), 0.875, 9)  # 448
-FP4 = Format("fp4", (1, 32), 0.75, 3)  # 6
+FP8 = Format("fp8", (128, 128), formats.E4M3)
+FP4 = Format("fp4", (1, 32), formats.E2M1)
 
 
 def decode(stored: np.ndarray, scales: np.ndarray, format: Format) -> np.ndarray:
@@ -131,6 +131,6 @@ def _derived_scales(values: np.ndarray, format: Format) -> np.ndarray:
   """2^ceil(log2(largest / largest code)) of each block, in whole numbers; 1 for a block of zeros."""
   largest = _over_blocks(np.maximum, np.abs(values), format)
   fraction, exponent = np.frexp(largest)
-  exponent = exponent - format.exponent + (fraction > format.fraction)
+  exponent = exponent - format.element.exponent + (fraction > format.element.fraction)
   exponent = np.where(largest == 0, 0, exponent)
   return (np.clip(exponent, -SCALE_BIAS, SCALE_BIAS) + SCALE_BIAS).astype(np.uint8)

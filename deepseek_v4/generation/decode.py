@@ -22,7 +22,7 @@ import numpy as np
 from deepseek_v4.config_checks import at_least, refuse, typed
 from deepseek_v4.generation import sample
 from deepseek_v4.generation.sample import Rows, Sampling
-from deepseek_v4.model.cache import Cache, init_cache
+from deepseek_v4.model.cache import STORAGES, Cache, init_cache
 from deepseek_v4.model.transformer import DeepseekV4
 
 _SMALLEST_REACH = 1024
@@ -148,7 +148,7 @@ def prefill(model: DeepseekV4, variables: Any, cache: Cache, prompts: Sequence[S
 def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, keys: jax.Array, max_new_tokens: int,
              temperature: Any = 1.0, top_p: Any = 1.0, top_k: Any = 0, min_p: Any = 0.0, stop_tokens: Sequence[int] = (),
              thinking_budget: ThinkingBudget | None = None, chunk_size: int = 512, speculative: bool | int = False,
-             on_token: Callable[[int, int], None] | None = None,
+             cache_storage: str = "compute", on_token: Callable[[int, int], None] | None = None,
              on_chunk: Callable[[int], None] | None = None) -> Generation:
   """Replies to prompts.
 
@@ -163,6 +163,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
     chunk_size: tokens of a prompt that are fed at a time.
     speculative: number of tokens that the prediction block guesses and one step verifies; True = 1, False = none. Greedy
       replies are the same tokens, drawn ones have the same distribution; see `speculative.py`.
+    cache_storage: see `init_cache`.
     on_token: called with (request, token) as tokens come.
     on_chunk: called during prefill; see `prefill`.
 
@@ -171,15 +172,17 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   """
   settings = _settings(len(prompts), temperature, top_p, top_k, min_p)
   _check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, thinking_budget)
+  if cache_storage not in STORAGES:
+    refuse("cache_storage", cache_storage, f"one of {', '.join(STORAGES)}")
   from deepseek_v4.generation import speculative as speculation  # it builds on this module
   drafts = speculation.check(model.config, variables, speculative)
   if drafts:
     return speculation.generate(model, variables, prompts, drafts=drafts, keys=keys, settings=settings,
                                 max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, thinking_budget=thinking_budget,
-                                chunk_size=chunk_size, on_token=on_token, on_chunk=on_chunk)
+                                chunk_size=chunk_size, cache_storage=cache_storage, on_token=on_token, on_chunk=on_chunk)
   longest = max(map(len, prompts))
   cache = init_cache(model.config, len(prompts),
-                     room_for(longest + max_new_tokens, model.config.max_position_embeddings))
+                     room_for(longest + max_new_tokens, model.config.max_position_embeddings), storage=cache_storage)
   size = sum(cache.bytes_by_kind.values())
   started = time.perf_counter()
   cache, logits = prefill(model, variables, cache, prompts, chunk_size=chunk_size, on_chunk=on_chunk)

@@ -250,12 +250,13 @@ def check(config: ModelConfig, variables: Any, speculative: Any) -> int:
 
 def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, drafts: int, keys: jax.Array,
              settings: Rows, max_new_tokens: int, stop_tokens: Sequence[int], thinking_budget: ThinkingBudget | None,
-             chunk_size: int, on_token: Callable[[int, int], None] | None,
+             chunk_size: int, cache_storage: str, on_token: Callable[[int, int], None] | None,
              on_chunk: Callable[[int], None] | None) -> Generation:
   """`decode.generate` with this many drafts a step; its arguments, which it has checked."""
   config, batch = model.config, len(prompts)
   room = decode.room_for(max(map(len, prompts)) + max_new_tokens, config.max_position_embeddings)
-  cache, draft_cache = (make(config, batch, room, rewind=drafts) for make in (init_cache, init_draft_cache))
+  cache, draft_cache = (make(config, batch, room, rewind=drafts, storage=cache_storage)
+                        for make in (init_cache, init_draft_cache))
   size = sum(cache.bytes_by_kind.values()) + sum(draft_cache.bytes_by_kind.values())
   started = time.perf_counter()
   # The last token of a prompt is the first step's, as that of a reply is the next one's.

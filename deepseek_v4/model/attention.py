@@ -9,6 +9,9 @@ Axis letters: B batch   S sequence   D hidden size   H heads   d head width   r 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 import pallas_kernels.sparse_attention
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, SLIDING, ModelConfig
-from deepseek_v4.model import indexer, rope, weights
+from deepseek_v4.model import indexer, quantize, rope, weights
 from deepseek_v4.model.cache import LayerCache, read_ring, write_ring
 from deepseek_v4.model.compression import Compressor, extend
 from deepseek_v4.model.context import Context
@@ -38,20 +41,22 @@ class Attention(nn.Module):
     config = self.config
     heads, width = config.num_attention_heads, config.head_dim
     cos, sin = context.phases[self.attention]
-    latent_BSr = RMSNorm(config, name="q_a_norm")(x_BSD @ weights.matrix(self, config, "q_a",
-                                                                        (config.hidden_size, config.q_lora_rank)))
+    in_BSD = quantize.linear_input(config, x_BSD)
+    latent_BSr = RMSNorm(config, name="q_a_norm")(in_BSD @ weights.matrix(self, config, "q_a",
+                                                                         (config.hidden_size, config.q_lora_rank)))
+    latent_BSr = quantize.linear_input(config, latent_BSr)
     q_b = weights.matrix(self, config, "q_b", (config.q_lora_rank, heads, width))
     q_BSHd = rms_norm(jnp.einsum("BSr,rHd->BSHd", latent_BSr, q_b), None, config.rms_norm_eps)
     q_BSHd = sharding.constrain(rope.rotate(q_BSHd, cos[:, :, None], sin[:, :, None]), ("batch", "sequence", "heads", None))
-    kv_BSd = RMSNorm(config, name="kv_norm")(x_BSD @ weights.matrix(self, config, "kv", (config.hidden_size, width)))
-    kv_BSd = rope.rotate(kv_BSd, cos, sin)
+    kv_BSd = RMSNorm(config, name="kv_norm")(in_BSD @ weights.matrix(self, config, "kv", (config.hidden_size, width)))
+    kv_BSd, stored = self._kept(rope.rotate(kv_BSd, cos, sin), cache)
     sink_H = weights.exact(self, config, "sink", (heads,), nn.initializers.zeros)
 
     entries_BTd, selection, index, new_cache = self._entries(x_BSD, latent_BSr, context, cache)
     past = ()
     if cache is not None:
       past = self._past(cache, context)
-      window = write_ring(cache.window, kv_BSd, context.chunk.start, context.chunk.count)
+      window = write_ring(cache.window, stored, context.chunk.start, context.chunk.count)
       new_cache = new_cache.replace(window=window)
     out_BSHd, lse_BSH = self._attend(q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context, past)
     loss = None
@@ -63,9 +68,18 @@ class Attention(nn.Module):
     out_BSHd = rope.rotate(out_BSHd, cos[:, :, None], sin[:, :, None], inverse=True)
     return self._project(out_BSHd), loss, new_cache
 
+  def _kept(self, x: jax.Array, cache: LayerCache | None) -> tuple[jax.Array, Any]:
+    """Keys = values [B, S or C, d] as attention reads them and as the cache keeps them."""
+    rotary = self.config.qk_rope_head_dim
+    if cache is not None and cache.packed:
+      stored = quantize.pack_kv(x, rotary)
+      return quantize.unpack(stored, x.dtype), stored
+    x = quantize.round_kv(x, rotary) if self.config.inference_rounding else x
+    return x, x
+
   def _entries(self, x_BSD, latent_BSr, context: Context, cache: LayerCache | None):
-    """Compressed entries of the sequence, which of them each query reads, the indexer's tensors, the cache with the new
-    entries."""
+    """Compressed entries of the sequence (as a packed cache holds them), which of them each query reads, the indexer's
+    tensors, the cache with the new entries."""
     config = self.config
     batch, length = context.positions.shape
     if self.attention == SLIDING:
@@ -73,12 +87,13 @@ class Attention(nn.Module):
     layout = context.entries[self.attention]
     compressor = Compressor(config, self.attention, config.head_dim, name="compressor")
     if cache is None:
-      entries_BTd, _ = compressor(x_BSD, layout)
+      entries_BTd, _ = self._kept(compressor(x_BSD, layout)[0], cache)
     else:
       entries, pending = extend(compressor, x_BSD, layout, context.chunk.start, context.chunk.count, cache.entries,
-                                cache.pending)
+                                cache.pending, lambda x: self._kept(x, cache)[1])
       cache = cache.replace(entries=entries, pending=pending)
-      entries_BTd = entries[:, :context.chunk.reach // layout.rate].astype(x_BSD.dtype)
+      entries_BTd = jax.tree.map(lambda x: x[:, :context.chunk.reach // layout.rate], entries)
+      entries_BTd = entries_BTd if cache.packed else entries_BTd.astype(x_BSD.dtype)
     if self.attention == HCA:
       return entries_BTd, Selection.all(batch, length), None, cache
     return entries_BTd, *indexer.Indexer(config, self.kernels, name="indexer")(x_BSD, latent_BSr, context, cache)
@@ -87,16 +102,20 @@ class Attention(nn.Module):
     """Keys of the window in front of the chunk [B, P, d], and their documents [B, P]."""
     count, start_B = self.config.sliding_window - 1, context.chunk.start
     exists_BP = start_B[:, None] + jnp.arange(-count, 0) >= 0
-    return read_ring(cache.window, start_B, count).astype(self.config.compute_dtype), exists_BP.astype(jnp.int32)
+    past_BPd = quantize.unpack(read_ring(cache.window, start_B, count), self.config.compute_dtype)
+    return past_BPd, exists_BP.astype(jnp.int32)
 
   def _attend(self, q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context: Context, past=()):
     config = self.config
+    unpack = None
+    if isinstance(entries_BTd, quantize.PackedKV):
+      unpack = functools.partial(quantize.unpack, dtype=kv_BSd.dtype)
 
     def run(q, kv, entries, selection, sink, positions, segment_ids, last, segment, *past):
       past = dict(zip(("past_kv", "past_segment"), past))
       return pallas_kernels.sparse_attention.attend(
           q, kv, entries, selection, sink, positions=positions, segment_ids=segment_ids, entry_last=last,
-          entry_segment=segment, window=config.sliding_window, scale=config.head_dim**-0.5, **past,
+          entry_segment=segment, window=config.sliding_window, scale=config.head_dim**-0.5, **past, unpack=unpack,
           implementation=self.kernels)
 
     tokens, rows, heads = ("batch", "sequence"), ("batch",), ("batch", "sequence", "heads")
@@ -114,7 +133,7 @@ class Attention(nn.Module):
     o_b = weights.matrix(self, config, "o_b", (groups * rank, config.hidden_size))
     out_BSGc = out_BSHd.reshape(*out_BSHd.shape[:2], groups, channels)
     low_BSGR = jnp.einsum("BSGc,GcR->BSGR", out_BSGc, o_a)
-    return low_BSGR.reshape(*out_BSHd.shape[:2], groups * rank) @ o_b
+    return quantize.linear_input(config, low_BSGR.reshape(*out_BSHd.shape[:2], groups * rank)) @ o_b
 
   def _trace(self, q_BSHd, kv_BSd, entries_BTd, selection, lse_BSH, context: Context) -> None:
     """Dense attention weights from lse, for `dsv4.trace` only: window [B, S, H, S], entries [B, S, H, T], sink [B, S, H]."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, Callable
 
 import flax.linen as nn
 import jax
@@ -168,10 +169,13 @@ class Compressor(nn.Module):
 
 
 def extend(compressor: Compressor, x_BSD: jax.Array, layout: EntryLayout, start_B: jax.Array, count_B: jax.Array,
-           entries: jax.Array, pending: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The entries and the pending tokens of a cache after the first `count_B` tokens of each row of x; see `chunk_layout`."""
+           entries: Any, pending: jax.Array, stored: Callable[[jax.Array], Any]) -> tuple[Any, jax.Array]:
+  """The entries and the pending tokens of a cache after the first `count_B` tokens of each row of x; see `chunk_layout`.
+
+  `stored` makes of new entries [B, C, d] what `entries` hold.
+  """
   earlier = cache.read_ring(pending, start_B, lookback(compressor.config, compressor.attention))
   new_BTd, raw = compressor(x_BSD, layout, earlier)
   write = sharding.per_shard(cache.write_entries, (("batch",),) * 4, ("batch",))
-  entries = write(entries, new_BTd, start_B // layout.rate, layout.segment > 0)
+  entries = write(entries, stored(new_BTd), start_B // layout.rate, layout.segment > 0)
   return entries, cache.write_ring(pending, raw, start_B, count_B)

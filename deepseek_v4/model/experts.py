@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Callable
 
 import flax.linen as nn
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import pallas_kernels.grouped_matmul as grouped_matmul
 from deepseek_v4 import sharding
 from deepseek_v4.config import LEARNED, ModelConfig
-from deepseek_v4.model import weights
+from deepseek_v4.model import quantize, weights
 from deepseek_v4.model.context import Context
 from deepseek_v4.model.router import Router, balance_loss, expert_load
 
@@ -122,7 +123,8 @@ combine_rows.defvjp(lambda *args: (combine_rows(*args), args), _combine_rows_bac
 
 
 def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit: float, kernels: str,
-           expert_axis: str | None = None, width_axis: str | None = None, wave: int = WAVE) -> jax.Array:
+           expert_axis: str | None = None, width_axis: str | None = None, wave: int = WAVE,
+           rounded: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
   """Sum over each token's experts of weight * expert(x), [B, S, D], on one device's part of the arrays.
 
   Nothing is dropped, so a device must have room for all picks of the tokens that it is shown, although about one in
@@ -133,8 +135,11 @@ def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit
     expert_axis: mesh axis over which experts and the batch are split: tokens are gathered over it and sums scattered back.
     width_axis: mesh axis over which F is split: partial sums are added over it.
     wave: the most tokens of all shards of `expert_axis` together that are worked on at a time, if it has several.
+    rounded: how the last matmul's input is rounded; a pick's weight then multiplies that input, as in DeepSeek's inference.
+      Of a split F each device's part is rounded for itself.
   """
-  run = functools.partial(_one_wave, limit=limit, kernels=kernels, expert_axis=expert_axis, width_axis=width_axis)
+  run = functools.partial(_one_wave, limit=limit, kernels=kernels, expert_axis=expert_axis, width_axis=width_axis,
+                          rounded=rounded)
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
   tokens = x_BSD.shape[0] * x_BSD.shape[1]
   waves = num_waves(tokens, shards, wave)
@@ -156,7 +161,7 @@ def num_waves(tokens: int, shards: int, wave: int) -> int:
   return 1 if shards == 1 else -(-tokens // max(wave // shards, 1))
 
 
-def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, kernels, expert_axis, width_axis):
+def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, kernels, expert_axis, width_axis, rounded):
   """`routed` for tokens that fit in memory; the token axes may be one or several."""
   if expert_axis is not None:
     gather = functools.partial(jax.lax.all_gather, axis_name=expert_axis, tiled=True)
@@ -166,9 +171,13 @@ def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
   plan = dispatch(experts_Tk.reshape(-1, top_k).T, gate_EDF.shape[0], shards, kernels)
   rows_MD = gather_rows(x_TD.reshape(-1, x_TD.shape[-1]), plan)
+  weights_kT, rounding = weights_Tk.reshape(-1, top_k).T, None
+  if rounded is not None:
+    rounding = rounded, jnp.append(weights_kT.reshape(-1), 0)[plan.pick]
+    weights_kT = jnp.ones_like(weights_kT)
   y_MD = grouped_matmul.expert_mlp(rows_MD, gate_EDF, up_EDF, down_EFD, plan.group_sizes, tile=plan.tile, limit=limit,
-                                   implementation=kernels)
-  out_TD = combine_rows(y_MD, weights_Tk.reshape(-1, top_k).T, plan).reshape(x_TD.shape)
+                                   rounding=rounding, implementation=kernels)
+  out_TD = combine_rows(y_MD, weights_kT, plan).reshape(x_TD.shape)
   out_TD = out_TD if width_axis is None else jax.lax.psum(out_TD, width_axis)
   out_TD = out_TD if expert_axis is None else jax.lax.psum_scatter(out_TD, expert_axis, tiled=True)
   return out_TD.astype(x_TD.dtype)
@@ -187,7 +196,8 @@ class Experts(nn.Module):
     matrices = [weights.matrix(self, config, name, shape) for name, shape in (
         ("gate", (count, d, f)), ("up", (count, d, f)), ("down", (count, f, d)))]
     run = functools.partial(routed, limit=config.swiglu_limit, kernels=self.kernels,
-                            expert_axis=sharding.axis_name("expert"), width_axis=sharding.axis_name("mlp"))
+                            expert_axis=sharding.axis_name("expert"), width_axis=sharding.axis_name("mlp"),
+                            rounded=functools.partial(quantize.linear_input, config) if config.inference_rounding else None)
     tokens = ("batch", "sequence")
     in_axes = (tokens, tokens, tokens, ("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None))
     return sharding.per_shard(run, in_axes, tokens)(x_BSD, experts_BSk, weights_BSk, *matrices)
@@ -204,7 +214,7 @@ class SharedExpert(nn.Module):
     d, f = config.hidden_size, config.moe_intermediate_size
     gate, up = x_BSD @ weights.matrix(self, config, "gate", (d, f)), x_BSD @ weights.matrix(self, config, "up", (d, f))
     hidden = jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
-    return hidden @ weights.matrix(self, config, "down", (f, d))
+    return quantize.linear_input(config, hidden) @ weights.matrix(self, config, "down", (f, d))
 
 
 class MoE(nn.Module):
@@ -219,8 +229,9 @@ class MoE(nn.Module):
     """Returns (output [B, S, D], experts int32 [B, S, k], load int32 [E], balance loss (sum, count) or None)."""
     config = self.config
     experts_BSk, weights_BSk, scores_BSE = Router(config, self.kind, name="router")(x_BSD, context, layer)
-    out_BSD = Experts(config, self.kernels, name="experts")(x_BSD, experts_BSk, weights_BSk)
-    out_BSD += SharedExpert(config, name="shared")(x_BSD)
+    in_BSD = quantize.linear_input(config, x_BSD)
+    out_BSD = Experts(config, self.kernels, name="experts")(in_BSD, experts_BSk, weights_BSk)
+    out_BSD += SharedExpert(config, name="shared")(in_BSD)
     loss = None
     if context.with_losses and self.kind == LEARNED:
       loss = balance_loss(scores_BSE, experts_BSk, context)

@@ -8,6 +8,9 @@ Axis letters: B batch   S sequence   D hidden size   T entries   h index heads  
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 import pallas_kernels.indexer
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, ModelConfig
-from deepseek_v4.model import rope, weights
+from deepseek_v4.model import quantize, rope, weights
 from deepseek_v4.model.cache import LayerCache
 from deepseek_v4.model.compression import Compressor, extend, sees_an_entry
 from deepseek_v4.model.context import Context
@@ -41,11 +44,12 @@ class Indexer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, latent_BSr: jax.Array, context: Context, cache: LayerCache | None = None):
-    """Returns (selection, (queries [B, S, h, c], weights [B, S, h], keys [B, T, c]), the cache with the new keys or None).
+    """Returns (selection, (queries [B, S, h, c], weights [B, S, h], keys [B, T, c]), the cache with the new keys or None);
+    keys of a packed cache as it holds them.
 
     Args:
       x_BSD: the attention sublayer's normalised input.
-      latent_BSr: the normalised query latent that the attention's queries come from.
+      latent_BSr: the normalised query latent that the attention's queries come from, rounded where they are.
       context: of the forward pass.
       cache: of the layer.
     """
@@ -54,16 +58,19 @@ class Indexer(nn.Module):
     heads, width = config.index_n_heads, config.index_head_dim
     compressor = Compressor(config, CSA, width, name="compressor")
     if cache is None:
-      keys_BTc, _ = compressor(x_BSD, context.entries[CSA])
+      keys_BTc = self._kept(compressor(x_BSD, context.entries[CSA])[0], cache)
     else:
       keys, pending = extend(compressor, x_BSD, context.entries[CSA], context.chunk.start, context.chunk.count,
-                             cache.index_keys, cache.index_pending)
+                             cache.index_keys, cache.index_pending, lambda keys: self._kept(keys, cache))
       cache = cache.replace(index_keys=keys, index_pending=pending)
-      keys_BTc = keys[:, :context.chunk.reach // config.csa_compress_rate].astype(x_BSD.dtype)
+      keys_BTc = jax.tree.map(lambda x: x[:, :context.chunk.reach // config.csa_compress_rate], keys)
+      keys_BTc = keys_BTc if cache.packed else keys_BTc.astype(x_BSD.dtype)
     q_b = weights.matrix(self, config, "q_b", (config.q_lora_rank, heads, width))
     queries_BShc = jnp.einsum("BSr,rhc->BShc", latent_BSr, q_b)
     cos, sin = context.phases[CSA]
     queries_BShc = rope.rotate(queries_BShc, cos[:, :, None], sin[:, :, None])
+    queries_BShc = quantize.hadamard(queries_BShc) if self._spreads(cache) else queries_BShc
+    queries_BShc = quantize.round_index(queries_BShc) if config.inference_rounding else queries_BShc
     head_weights = weights.matrix(self, config, "head_weights", (config.hidden_size, heads))
     weights_BSh = jnp.einsum("BSD,Dh->BSh", x_BSD, head_weights, preferred_element_type=weights.exact_dtype(config))
     weights_BSh = weights_BSh * (heads * width) ** -0.5
@@ -73,15 +80,29 @@ class Indexer(nn.Module):
       self._trace(index, selection, context)
     return selection, index, cache
 
+  def _spreads(self, cache: LayerCache | None) -> bool:
+    """Whether queries and keys go through the Hadamard matrix: where either is rounded."""
+    return self.config.inference_rounding or (cache is not None and cache.packed)
+
+  def _kept(self, keys_BTc: jax.Array, cache: LayerCache | None) -> Any:
+    """Keys as the cache keeps them, or without one as they are scored."""
+    keys_BTc = quantize.hadamard(keys_BTc) if self._spreads(cache) else keys_BTc
+    if cache is not None and cache.packed:
+      return quantize.pack_index(keys_BTc)
+    return quantize.round_index(keys_BTc) if self.config.inference_rounding else keys_BTc
+
   def _select(self, index, context: Context) -> Selection:
     config = self.config
+    unpack = None
+    if isinstance(index[2], quantize.PackedIndex):
+      unpack = functools.partial(quantize.unpack, dtype=index[0].dtype)
     if context.attention_mode == "dense":
       return Selection.all(*context.positions.shape)
 
     def run(queries, head_weights, keys, positions, segment_ids, last, segment):
       return pallas_kernels.indexer.select(queries, head_weights, keys, top_k=config.index_topk, positions=positions,
                                            segment_ids=segment_ids, entry_last=last, entry_segment=segment,
-                                           implementation=self.kernels)
+                                           unpack=unpack, implementation=self.kernels)
 
     index_axes, place_axes, query = _axes(context.positions.shape[1])
     places = (context.positions, context.segment_ids, *context.places(CSA))

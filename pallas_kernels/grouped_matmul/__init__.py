@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Callable
 
 import jax
 
@@ -11,7 +12,8 @@ from pallas_kernels.grouped_matmul import blockwise, kernel, reference
 
 
 def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array, *, tile: int,
-               limit: float, implementation: str = "auto") -> jax.Array:
+               limit: float, rounding: tuple[Callable[[jax.Array], jax.Array], jax.Array] | None = None,
+               implementation: str = "auto") -> jax.Array:
   """Each row through its expert: (silu(min(x gate, limit)) * clip(x up, -limit, limit)) down.
 
   Rows lie expert after expert. Each expert's rows start at a multiple of `tile`, so that a tile of rows has one expert:
@@ -23,15 +25,17 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
     gate, up: [E, D, F]; down: [E, F, D]; group_sizes: int32 [E].
     tile: rows per tile, static.
     limit: of the clamp, from above for the gate, both ways for up.
+    rounding: (function [..., F] -> [..., F], weights [M]): `down` then multiplies function(hidden * row weight) in place
+      of hidden, as a quantised model would round it; default: as it is.
 
   Returns:
-    [M, D] in x's dtype, differentiable in x and the three weights.
+    [M, D] in x's dtype, differentiable in x and the three weights where there is no rounding.
   """
   available = {"reference": reference.expert_mlp, "blockwise": blockwise.expert_mlp,
                "pallas": functools.partial(kernel.expert_mlp, interpret=False),
                "interpret": functools.partial(kernel.expert_mlp, interpret=True)}
   run = pick("grouped_matmul", implementation, available)
-  return run(x, gate, up, down, group_sizes, tile=tile, limit=limit)
+  return run(x, gate, up, down, group_sizes, tile=tile, limit=limit, rounding=rounding)
 
 
 def row_tile(rows: int, num_experts: int, implementation: str = "blockwise") -> int:

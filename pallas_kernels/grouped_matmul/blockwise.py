@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 
 
-def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit):
+def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, rounding=None):
   """See `pallas_kernels.grouped_matmul.expert_mlp`."""
   last_E = jnp.cumsum(-(-group_sizes_E // tile))
   first_E = last_E - -(-group_sizes_E // tile)
   tiles = x_MD.reshape(-1, tile, x_MD.shape[1])
-  return _tiles(tiles, gate_EDF, up_EDF, down_EFD, first_E, last_E, limit).reshape(x_MD.shape)
+  arrays = tiles, gate_EDF, up_EDF, down_EFD, first_E, last_E
+  return (_tiles(*arrays, limit) if rounding is None else _every_tile(*arrays, limit, rounding)).reshape(x_MD.shape)
 
 
 def _dot(a, b):
@@ -28,11 +29,20 @@ def _dot(a, b):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _tiles(x_XCD, gate_EDF, up_EDF, down_EFD, first_E, last_E, limit):
+  return _every_tile(x_XCD, gate_EDF, up_EDF, down_EFD, first_E, last_E, limit, None)
+
+
+def _every_tile(x_XCD, gate_EDF, up_EDF, down_EFD, first_E, last_E, limit, rounding):
   dtype, num_experts = x_XCD.dtype, gate_EDF.shape[0]
 
   def tile(i, out, gate, up, down):
     g, u = _dot(x_XCD[i], gate), _dot(x_XCD[i], up)
-    h = (jax.nn.silu(jnp.minimum(g, limit)) * jnp.clip(u, -limit, limit)).astype(dtype)
+    h = jax.nn.silu(jnp.minimum(g, limit)) * jnp.clip(u, -limit, limit)
+    if rounding is None:
+      h = h.astype(dtype)
+    else:
+      function, weights_M = rounding
+      h = function((h * weights_M.reshape(x_XCD.shape[:2])[i][:, None]).astype(dtype))
     return out.at[i].set(_dot(h, down).astype(dtype))
 
   if x_XCD.shape[0] < 2 * num_experts:

@@ -36,12 +36,14 @@ from pallas_kernels import tpu
 from pallas_kernels.grouped_matmul import kernel_calls as calls
 
 
-def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, interpret):
+def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, interpret, rounding=None):
   """See `pallas_kernels.grouped_matmul.expert_mlp`."""
   d, f = (tpu.round_up(size, tpu.LANES) for size in gate_EDF.shape[1:])
   pad = lambda w, rows, columns: tpu.pad_axis(tpu.pad_axis(w.astype(x_MD.dtype), 1, rows), 2, columns)
   weights = pad(gate_EDF, d, f), pad(up_EDF, d, f), pad(down_EFD, f, d)
-  return _mlp(tpu.pad_axis(x_MD, 1, d), *weights, group_sizes_E, (tile, limit, interpret))[:, :x_MD.shape[1]]
+  arrays, static = (tpu.pad_axis(x_MD, 1, d), *weights, group_sizes_E), (tile, limit, interpret)
+  y_MD = _mlp(*arrays, static) if rounding is None else _forward(*arrays, static, False, rounding)[0]
+  return y_MD[:, :x_MD.shape[1]]
 
 
 # ---- bodies -----------------------------------------------------------------------------------------------------------
@@ -86,12 +88,15 @@ def _d_rows(dg, du, gate, up, dx):
 
 
 # ---- the op -----------------------------------------------------------------------------------------------------------
-def _forward(x, gate, up, down, sizes, static, keep):
+def _forward(x, gate, up, down, sizes, static, keep, rounding=None):
   """-> y, and (g, u) if they are to be kept."""
   tile, limit, interpret = static
   plan = calls.row_map(sizes, x.shape[0], tile)
   h, *kept = calls.rows_call(functools.partial(_hidden, limit=limit), "experts_hidden", interpret, plan, tile, gate.shape[2],
                              (("rows", x), ("columns", gate), ("columns", up)), 3 if keep else 1)
+  if rounding is not None:
+    function, weights_M = rounding
+    h = function((h * weights_M[:, None]).astype(h.dtype))
   y = calls.rows_call(_down, "experts_down", interpret, plan, tile, down.shape[2], (("rows", h), ("columns", down)), 1, True)
   return y[0], tuple(kept)
 

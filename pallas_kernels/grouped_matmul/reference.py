@@ -14,13 +14,14 @@ def hidden(x, gate, up, limit):
   return jax.nn.silu(jnp.minimum(x @ gate, limit)) * jnp.clip(x @ up, -limit, limit)
 
 
-def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit):
+def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, rounding=None):
   """See `pallas_kernels.grouped_matmul.expert_mlp`."""
   last_tile_E = jnp.cumsum(-(-group_sizes_E // tile))
   expert_M = jnp.searchsorted(last_tile_E, jnp.arange(x_MD.shape[0]) // tile, side="right")
   expert_M = jnp.minimum(expert_M, gate_EDF.shape[0] - 1)  # nobody reads the rows behind the last group
 
-  def one(x_D, expert):
-    return hidden(x_D, gate_EDF[expert], up_EDF[expert], limit) @ down_EFD[expert]
-
-  return jax.vmap(one)(x_MD, expert_M).astype(x_MD.dtype)
+  hidden_MF = jax.vmap(lambda x_D, e: hidden(x_D, gate_EDF[e], up_EDF[e], limit))(x_MD, expert_M)
+  if rounding is not None:
+    function, weights_M = rounding
+    hidden_MF = function((hidden_MF * weights_M[:, None]).astype(x_MD.dtype))
+  return jax.vmap(lambda h_F, e: h_F @ down_EFD[e])(hidden_MF, expert_M).astype(x_MD.dtype)

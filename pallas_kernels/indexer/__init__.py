@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,9 @@ from pallas_kernels.indexer import blockwise, forms, kernel, kernel_loss, refere
 from pallas_kernels.selection import Selection
 
 
-def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: int, positions: jax.Array,
+def select(queries: jax.Array, weights: jax.Array, keys: Any, *, top_k: int, positions: jax.Array,
            segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array,
-           implementation: str = "auto") -> Selection:
+           unpack: Callable[[Any], jax.Array] | None = None, implementation: str = "auto") -> Selection:
   """The `top_k` visible entries with the highest score `sum_h weights_h * relu(queries_h . keys)`, exactly.
 
   Ties go to the lowest entry; +0 equals -0. Where a query sees fewer than `top_k` entries the rest of its picks is -1.
@@ -24,6 +25,8 @@ def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: in
     queries: [B, S, h, c]; weights: [B, S, h], all scale factors included; keys: [B, T, c].
     top_k: picks per query.
     positions, segment_ids: int32 [B, S]; entry_last, entry_segment: int32 [B, T]; as in `sparse_attention.attend`.
+    unpack: makes keys [..., c] of slices of `keys`, which are then a pytree of arrays [B, T, ...] in some packed form.
+      blockwise unpacks a tile of keys at a time, the others all of them at once.
     implementation: auto, reference, blockwise, pallas, interpret.
 
   Returns:
@@ -32,14 +35,14 @@ def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: in
   Raises:
     NotImplementedError: a named implementation that does not exist.
   """
-  if top_k >= keys.shape[1]:
+  if top_k >= entry_last.shape[1]:
     return Selection.all(*positions.shape)
+  whole = lambda run, **fixed: lambda q, w, keys, **options: run(q, w, unpack(keys) if unpack else keys, **options, **fixed)
   run = pick("indexer.select", implementation, {
-      "reference": reference.select, "blockwise": blockwise.select,
-      "pallas": functools.partial(kernel.select, interpret=False),
-      "interpret": functools.partial(kernel.select, interpret=True)})
+      "reference": whole(reference.select), "blockwise": functools.partial(blockwise.select, unpack=unpack),
+      "pallas": whole(kernel.select, interpret=False), "interpret": whole(kernel.select, interpret=True)})
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
-  chosen = run(*map(jax.lax.stop_gradient, (queries, weights, keys)), top_k=top_k,
+  chosen = run(*jax.lax.stop_gradient((queries, weights, keys)), top_k=top_k,
                **{name: jnp.asarray(x) for name, x in places.items()})
   return chosen if isinstance(chosen, Selection) else Selection.from_indices(chosen)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import blocks
 from pallas_kernels.blocks import MASKED, positive_zero
 
+_TILE_BYTES = 2**20  # of unpacked keys at a time
 
 def _block_scores(q_Chc, w_Ch, keys):
   """Scores [C, T] (keys [T, c]) or [C, K] (keys gathered per query [C, K, c]), at least float32.
@@ -31,15 +32,33 @@ def _block_scores(q_Chc, w_Ch, keys):
   return total
 
 
-def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids, entry_last, entry_segment):
+def _packed_scores(q_Chc, w_Ch, packed, row, unpack):
+  """Scores [C, T] of packed keys, a tile of them unpacked at a time: of floating-point keys no more than a tile exists."""
+  num_entries = jax.tree.leaves(packed)[0].shape[1]
+  tile = min(num_entries, max(_TILE_BYTES // (4 * q_Chc.shape[-1]), 1))
+  exact = jnp.promote_types(q_Chc.dtype, jnp.float32)
+
+  def one(i, scores_CT):
+    start = jnp.minimum(i * tile, num_entries - tile)  # the last tile begins early: what it repeats stays the same
+    part = lambda x: jax.lax.dynamic_slice(x, (row, start, *(0,) * (x.ndim - 2)), (1, tile, *x.shape[2:]))[0]
+    new_Ct = _block_scores(q_Chc, w_Ch, unpack(jax.tree.map(part, packed)))
+    return jax.lax.dynamic_update_slice(scores_CT, new_Ct, (0, start))
+
+  return jax.lax.fori_loop(0, -(-num_entries // tile), one, jnp.zeros((q_Chc.shape[0], num_entries), exact))
+
+
+def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids, entry_last, entry_segment, unpack=None):
   """See `pallas_kernels.indexer.select`; returns picks [B, S, K]."""
   batch, length = positions.shape
-  size = blocks.block_size(length, 4 * keys_BTc.shape[1] * (queries_BShc.shape[2] + 2))
+  size = blocks.block_size(length, 4 * entry_last.shape[1] * (queries_BShc.shape[2] + 2))
   row_N, _ = blocks.block_numbers(batch, length, size)
 
   def one(item):
     row, q_Chc, w_Ch, position_C, segment_C = item
-    scores_CT = _block_scores(q_Chc, w_Ch, keys_BTc[row])
+    if unpack is None:
+      scores_CT = _block_scores(q_Chc, w_Ch, keys_BTc[row])
+    else:
+      scores_CT = _packed_scores(q_Chc, w_Ch, keys_BTc, row, unpack)
     # Unused memory needs no zeros here: whatever its scores are, they are masked.
     visible = blocks.sees_entry(position_C, segment_C, entry_last[row], entry_segment[row])
     best, picks = jax.lax.top_k(jnp.where(visible, positive_zero(scores_CT), -jnp.inf), top_k)

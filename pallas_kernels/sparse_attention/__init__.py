@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import blockwise, forms, kernel, reference, sparse
 
 
-def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Selection, sink: jax.Array, *,
+def attend(q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selection, sink: jax.Array, *,
            positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array, window: int,
            scale: float, past_kv: jax.Array | None = None, past_segment: jax.Array | None = None,
+           unpack: Callable[[Any], jax.Array] | None = None,
            implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
   """Attention in which one vector per key is key and value of all heads.
 
@@ -38,6 +40,8 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Se
     past_kv: [B, P, d] keys of the tokens before the queries, in order, the last one next to the first query; of more than
       window - 1 only the last ones are read. Default: none.
     past_segment: int32 [B, P], their documents; 0 = no token.
+    unpack: makes entries [..., d] of rows of `entries`, which are then a pytree of arrays [B, T, ...] in some packed form;
+      there is no gradient then. Where single entries are gathered (blockwise), only those are unpacked.
     implementation: auto, reference, blockwise, pallas (the form that `forms.choose` names), interpret (the masked kernel).
 
   Returns:
@@ -53,9 +57,9 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Se
     shapes = [None if x is None else x.shape for x in (past_kv, past_segment)]
     raise ValueError(f"past_kv, past_segment = {shapes[0]}, {shapes[1]}: expected [batch, past, width], [batch, past]")
   run = pick("sparse_attention", implementation, {
-      "reference": reference.attend, "blockwise": blockwise.attend,
+      "reference": _unpacking(reference.attend), "blockwise": blockwise.attend,
       "pallas": _fastest,
-      "interpret": functools.partial(_with_past, functools.partial(kernel.attend, interpret=True))})
+      "interpret": _unpacking(functools.partial(_with_past, functools.partial(kernel.attend, interpret=True)))})
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   # A key of weight zero is still multiplied by it, and NaN times zero is NaN: what is unread must be finite.
   window_kv = window_kv if window else jnp.zeros_like(window_kv)
@@ -67,23 +71,31 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: jax.Array, selection: Se
     window_kv = jnp.concatenate([past_kv, window_kv], 1)
     key_segment = jnp.concatenate([past_segment, key_segment], 1)
   return run(q, window_kv, entries, selection, sink, window=window, scale=scale, key_segment=key_segment,
-             **{name: jnp.asarray(x) for name, x in places.items()})
+             unpack=unpack, **{name: jnp.asarray(x) for name, x in places.items()})
+
+
+def _unpacking(run):
+  """A form that knows no packed entries."""
+  def unpacked(q, window_kv, entries, selection, sink, *, unpack, **options):
+    return run(q, window_kv, unpack(entries) if unpack else entries, selection, sink, **options)
+  return unpacked
 
 
 def _fastest(q, window_kv, entries, selection, sink, **options):
   """The form that is fastest on the current TPU."""
-  return _form(q, entries, selection, tpu.current_chip(interpret=False))(q, window_kv, entries, selection, sink, **options)
+  num_entries = options["entry_last"].shape[1]
+  run = _form(q, num_entries, selection, tpu.current_chip(interpret=False))
+  return run(q, window_kv, entries, selection, sink, **options)
 
 
-def _form(q, entries, selection: Selection, chip: tpu.Chip):
+def _form(q, num_entries: int, selection: Selection, chip: tpu.Chip):
   """The function of the form that `forms.choose` names."""
-  num_entries = entries.shape[1]
   top_k = {"all": num_entries, "bits": selection.top_k, "indices": selection.picks.shape[2]}[selection.kind]
   form = forms.choose(q.shape[1], num_entries, top_k, chip.name)
   kernels = {"masked": kernel, "sparse": sparse}
   if form == "blockwise":
     return blockwise.attend
-  return functools.partial(_with_past, functools.partial(kernels[form].attend, interpret=False))
+  return _unpacking(functools.partial(_with_past, functools.partial(kernels[form].attend, interpret=False)))
 
 
 def _with_past(run, q, window_kv, entries, selection, sink, *, positions, segment_ids, key_segment, **fixed):

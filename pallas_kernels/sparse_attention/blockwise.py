@@ -20,21 +20,26 @@ from pallas_kernels.blocks import MASKED
 
 
 def attend(q_BSHd, window_kv_BXd, entries_BTd, selection, sink_H, *, positions, segment_ids, key_segment, entry_last,
-           entry_segment, window, scale):
+           entry_segment, window, scale, unpack=None):
   """See `pallas_kernels.sparse_attention.attend`; of the window keys the last S are the queries' own."""
   kind, selection = selection.kind, selection.listed()
+  places = (positions, segment_ids, entry_last, entry_segment, key_segment)
+  if unpack is not None and kind != "all":
+    static = (kind, False, window, scale, unpack)
+    return _attend_forward(q_BSHd, window_kv_BXd, entries_BTd, sink_H, selection.picks, places, static)[0]
+  entries_BTd = entries_BTd if unpack is None else unpack(entries_BTd)
   # Unused memory is cleared where less is read: in all entries, or, when decoding, in the few that are gathered.
   cleared = kind == "all" or selection.picks[0].size >= entries_BTd.shape[1]
   if cleared:
     entries_BTd = jnp.where((entry_segment > 0)[..., None], entries_BTd, 0)
-  places = (positions, segment_ids, entry_last, entry_segment, key_segment)
-  return _attend(q_BSHd, window_kv_BXd, entries_BTd, sink_H, selection.picks, places, (kind, cleared, window, scale))
+  static = (kind, cleared, window, scale, None)
+  return _attend(q_BSHd, window_kv_BXd, entries_BTd, sink_H, selection.picks, places, static)
 
 
-def _plan(q_BSHd, entries_BTd, picks_BSK, kind, window):
+def _plan(q_BSHd, num_entries, picks_BSK, kind, window):
   """Queries per block and window keys in front of a block, both static."""
   _, length, heads, width = q_BSHd.shape
-  reach = entries_BTd.shape[1] if kind == "all" else picks_BSK.shape[2]
+  reach = num_entries if kind == "all" else picks_BSK.shape[2]
   gathered = 0 if kind == "all" else reach * width
   size = blocks.block_size(length, 4 * (heads * (reach + 128 + window) + gathered))
   front = -(-max(window - 1, 0) // 8) * 8
@@ -58,7 +63,7 @@ def _front_padded(x_BX, queries, front, size):
 
 def _block_keys(item, kv_BXd, segment_BX, entries_BTd, places, static, size, front):
   """Window keys [W, d], entries [T, d] or [C, K, d], and the two masks of one block."""
-  kind, cleared, window, _ = static
+  kind, cleared, window, _, unpack = static
   row, start, _, picks_CK, position_C, segment_C = item
   entry_last, entry_segment = places[2:4]
   kv_Wd = jax.lax.dynamic_slice(kv_BXd, (row, start, 0), (1, size + front, kv_BXd.shape[2]))[0]
@@ -72,7 +77,9 @@ def _block_keys(item, kv_BXd, segment_BX, entries_BTd, places, static, size, fro
                                                                    entry_segment[row])
   if cleared:
     return kv_Wd, entries_BTd[row][jnp.maximum(picks_CK, 0)], near_CW, visible
-  entries = entries_BTd[row, jnp.maximum(picks_CK, 0)]  # and no copy of a whole row of the batch
+  # and no copy of a whole row of the batch
+  entries = jax.tree.map(lambda x: x[row, jnp.maximum(picks_CK, 0)], entries_BTd)
+  entries = entries if unpack is None else unpack(entries)
   return kv_Wd, jnp.where(visible[..., None], entries, 0), near_CW, visible
 
 
@@ -131,8 +138,8 @@ def _attend(q, kv, entries, sink, picks, places, static):
 
 
 def _attend_forward(q, kv, entries, sink, picks, places, static):
-  kind, _, window, scale = static
-  size, front = _plan(q, entries, picks, kind, window)
+  kind, _, window, scale, _ = static
+  size, front = _plan(q, places[2].shape[1], picks, kind, window)
   padded, segments = (_front_padded(x, q.shape[1], front, size) for x in (kv, places[4]))
 
   def one(item):
@@ -145,10 +152,10 @@ def _attend_forward(q, kv, entries, sink, picks, places, static):
 
 
 def _attend_backward(static, saved, gradients):
-  kind, _, window, scale = static
+  kind, _, window, scale, _ = static
   q, kv, entries, sink, picks, places, out, lse = saved
   d_out, d_lse = gradients
-  size, front = _plan(q, entries, picks, kind, window)
+  size, front = _plan(q, entries.shape[1], picks, kind, window)
   padded, segments = (_front_padded(x, q.shape[1], front, size) for x in (kv, places[4]))
   exact = lse.dtype
   delta = (out.astype(exact) * d_out.astype(exact)).sum(-1) - d_lse

@@ -134,6 +134,7 @@ def test_chunks_and_reaches_come_in_few_sizes():
   (dict(thinking_budget=ThinkingBudget(1, (97,))), "thinking_budget.close = 'ids from 97 to 97'"),
   (dict(max_new_tokens=0), "max_new_tokens = 0: expected a whole number, at least 1"),
   (dict(chunk_size=0), "chunk_size = 0: expected a whole number, at least 1"),
+  (dict(cache_storage="fp8"), "cache_storage = 'fp8': expected one of compute, mixed"),
   (dict(temperature=[1.0]), r"temperature = \[1.0\]: expected one value, or one for each of the 4 requests"),
   (dict(top_p=0.0), "top_p = 0.0: expected a number above 0"),
   (dict(keys=jnp.arange(4)), r"keys = .*: expected typed keys of shape \(4,\)"),

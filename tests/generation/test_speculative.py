@@ -79,6 +79,11 @@ def test_greedy_replies_are_those_of_plain_decoding():
   assert_greedy_equals_plain(3)
 
 
+def test_greedy_replies_from_a_mixed_cache():
+  found, want = (generate("sometimes", speculative=drafts, cache_storage="mixed") for drafts in (2, False))
+  assert found.tokens == want.tokens and found.cache_bytes > want.cache_bytes and 0.1 < found.acceptance < 0.95
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("drafts", [True, 2, 5])
 def test_greedy_replies_with_other_numbers_of_drafts(drafts):

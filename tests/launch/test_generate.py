@@ -11,13 +11,14 @@ import tokenizers
 import deepseek_v4 as dsv4
 from deepseek_v4 import config as config_lib
 from deepseek_v4.checkpoint.store import CheckpointStore
+from deepseek_v4.generation import drift
 from deepseek_v4.text import chat
 from deepseek_v4.text.tokenize import load_tokenizer
 from launch import generate as launch_generate
 from tests.model.small import T0, random_variables
 
 BYTES = dataclasses.replace(T0, vocab_size=262)
-OPTIONS = dict(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, chunk_size=32)
+OPTIONS = dict(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, chunk_size=32, cache_storage="compute")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_a_prompt_and_a_file_of_prompts(speaker):
   launch_generate.answer(speaker, ["hello"], None, shown.append)
   text = "".join(shown)
   assert text.startswith(reply_to(speaker, "hello") + "\nprompt 5 tokens, ")
-  assert "reply 6 tokens, " in text and "tokens/s; cache 0." in text and text.endswith("ended by length\n")
+  assert "reply 6 tokens, " in text and "MiB (compute); ended by" in text and text.endswith("ended by length\n")
   shown = []
   launch_generate.answer(speaker, ["hello", "a b"], None, shown.append)
   want = f"[1] {reply_to(speaker, 'hello')}\n[2] {reply_to(speaker, 'a b')}\nprompt 8 tokens, "
@@ -121,6 +122,23 @@ def test_pieces_of_text_are_whole_characters(speaker):
   assert pieces == ["a", "é", "€", "b"]
   stream.finish()
   assert "".join(pieces) == "aé€b\ufffd"
+
+
+def test_a_mixed_cache_and_its_drift(speaker, monkeypatch):
+  """The cache is as small as `count` says; the drift is asked for on prompt and reply."""
+  mixed = dataclasses.replace(speaker, options={**OPTIONS, "cache_storage": "mixed", "max_new_tokens": 1}, drift=True)
+  asked, shown = [], []
+  monkeypatch.setattr(drift, "storage_drift", lambda *args, **options: asked.append((args, options)) or drift.Drift(
+    6, 0.0123, 0.5, 1.5, 0.9, 0.001))
+  launch_generate.answer(mixed, ["hello"], None, shown.append)
+  text, size = "".join(shown), sum(dsv4.count(BYTES, 64).cache_bytes["mixed"].values()) / 2**20
+  (((model, _, (ids,)), options),) = asked
+  assert model is mixed.model and options == {"chunk_size": 32} and ids[:5] == mixed.tokenizer.encode("hello")
+  assert text.startswith(mixed.tokenizer.decode(ids[5:]) + "\n") and len(ids) == 6
+  assert text.endswith(f"cache {size:,.2f} MiB (mixed); ended by length\nmixed against compute cache, 6 tokens: logits "
+                       "0.012 apart, at most 0.5, of a spread of 1.5; 90.0% the same first choice; KL 0.001 nats\n")
+  with pytest.raises(ValueError, match="cache_storage = 'fp8': expected one of compute, mixed"):
+    dataclasses.replace(mixed, options={**OPTIONS, "cache_storage": "fp8"}).reply(["hello"], 0, None)
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):

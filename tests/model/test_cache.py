@@ -255,7 +255,7 @@ def test_a_row_taken_back_to_nothing_serves_another_sequence():
   (dict(max_length=4097), "max_length = 4097: expected at most max_position_embeddings = 4096"),
   (dict(rewind=-1), "rewind = -1: expected a whole number, at least 0"),
   (dict(rewind=True), "rewind = True: expected a whole number, at least 0"),
-  (dict(storage="mixed"), "storage = 'mixed': expected compute"),
+  (dict(storage="fp8"), "storage = 'fp8': expected one of compute, mixed"),
 ])
 def test_caches_that_cannot_be(arguments, message):
   with pytest.raises(ValueError, match=message):
