@@ -228,6 +228,11 @@ def test_stop_tokens_end_a_reply_in_the_middle_of_a_step():
       assert reply == (want[:ends[0] + 1] if ends else want)
       assert finish == ("stop" if ends else "length")
       assert [token for r, token in seen if r == row] == reply
+    # Of a step in which a reply ends only the drafts up to there count as accepted.
+    drafted = [number % 4 != 0 and number != NEW - 1 for number in range(NEW)]
+    kept = sum(sum(drafted[:len(reply)]) for reply in found.tokens)
+    offered = sum(min(3, NEW - first - 1) for reply in found.tokens for first in range(1, len(reply), 4))
+    assert found.acceptance == kept / offered
 
 
 @pytest.mark.parametrize("weights", ["always", "sometimes"])
