@@ -1,16 +1,23 @@
 """Selection and KL loss one block of queries at a time: scores of a block live only while the block is worked on.
 
 Axis letters: B batch   S queries   T entries   h index heads   c index width   H heads   d head width   K picks
-              C queries of a block
+              C queries of a block   G groups of entries
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import blocks
 from pallas_kernels.blocks import MASKED, positive_zero
+from pallas_kernels.indexer.largest import GROUP, group_maxima, largest
+
+_LARGEST_TILE, _SMALLEST_TILE = 8192, 512
+_BYTES_PER_TILE = 16 * 2**20  # of dot products
+_FEW_ROWS = 8
 
 
 def _block_scores(q_Chc, w_Ch, keys):
@@ -32,21 +39,77 @@ def _block_scores(q_Chc, w_Ch, keys):
 
 
 def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids, entry_last, entry_segment):
-  """See `pallas_kernels.indexer.select`; returns picks [B, S, K]."""
+  """See `pallas_kernels.indexer.select`; returns picks [B, S, K].
+
+  A block scores the entries tile by tile, from the first tile to the last in which one of its queries may see something.
+  How many these are is known at run time only: a cache costs what is in it, not what it has room for.
+  """
   batch, length = positions.shape
-  size = blocks.block_size(length, 4 * keys_BTc.shape[1] * (queries_BShc.shape[2] + 2))
-  row_N, _ = blocks.block_numbers(batch, length, size)
+  size = blocks.block_size(length, 4 * keys_BTc.shape[1])
+  tile = _tile(keys_BTc.shape[1], size * queries_BShc.shape[2])
+  padding = (0, -keys_BTc.shape[1] % tile)
+  keys_BTc = jnp.pad(keys_BTc, ((0, 0), padding, (0, 0)))
+  last_BT, own_BT = (jnp.pad(x, ((0, 0), padding)) for x in (entry_last, entry_segment))
 
-  def one(item):
+  def scores_of(item, j):
+    """[C, tile], -inf where the entry is not visible. Unused memory needs no zeros: whatever its scores are, they are
+    masked."""
     row, q_Chc, w_Ch, position_C, segment_C = item
-    scores_CT = _block_scores(q_Chc, w_Ch, keys_BTc[row])
-    # Unused memory needs no zeros here: whatever its scores are, they are masked.
-    visible = blocks.sees_entry(position_C, segment_C, entry_last[row], entry_segment[row])
-    best, picks = jax.lax.top_k(jnp.where(visible, positive_zero(scores_CT), -jnp.inf), top_k)
-    return jnp.where(best > -jnp.inf, picks, -1)
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x[row], j * tile, tile)
+    visible = blocks.sees_entry(position_C, segment_C, cut(last_BT), cut(own_BT))
+    return jnp.where(visible, positive_zero(_block_scores(q_Chc, w_Ch, cut(keys_BTc))), -jnp.inf)
 
+  def one(scores_CT, item):
+    if tile == keys_BTc.shape[1]:
+      best, picks = _best(scores_of(item, 0), top_k)
+    else:
+      tiles = _tiles_seen(*item[3:], last_BT[item[0]], own_BT[item[0]], tile)
+      scores_CT, maxima_CG = _scores_and_maxima(functools.partial(scores_of, item), *tiles, scores_CT)
+      best, picks = largest(scores_CT, top_k, maxima_CG)
+    return scores_CT, jnp.where(best > -jnp.inf, picks, -1)
+
+  row_N, _ = blocks.block_numbers(batch, length, size)
   items = (row_N, *(blocks.cut(x, size) for x in (queries_BShc, weights_BSh, positions, segment_ids)))
-  return blocks.join(jax.lax.map(one, items), batch, length)
+  # One array for the scores of all blocks, since a fresh one would have to be filled each time.
+  room = 0 if tile == keys_BTc.shape[1] else keys_BTc.shape[1]
+  scores_CT = jnp.zeros((size, room), jnp.promote_types(queries_BShc.dtype, jnp.float32))
+  return blocks.join(jax.lax.scan(one, scores_CT, items)[1], batch, length)
+
+
+def _tile(num_entries: int, rows: int) -> int:
+  """Entries whose scores are made at once, for `rows` pairs of a query and a head: all, or a power of two."""
+  tile = _LARGEST_TILE
+  while tile > _SMALLEST_TILE and 4 * rows * tile > _BYTES_PER_TILE:
+    tile //= 2
+  return min(tile, num_entries)
+
+
+def _tiles_seen(position_C, segment_C, last_T, own_T, tile):
+  """(first tile, the one after the last) that hold an entry which a query of the block may see; at times one too many."""
+  low = jnp.where(segment_C > 0, segment_C, jnp.iinfo(jnp.int32).max).min()
+  high = segment_C.max()
+  reach = jnp.where(segment_C == high, position_C, -1).max()
+  seen_T = (own_T >= low) & ((own_T < high) | ((own_T == high) & (last_T <= reach)))
+  seen = seen_T.reshape(-1, tile).any(-1)
+  return jnp.argmax(seen), jnp.where(seen.any(), len(seen) - jnp.argmax(seen[::-1]), 0)
+
+
+def _scores_and_maxima(scores_of, first, end, scores_CT):
+  """Scores [C, T] and their `group_maxima`. In tiles outside [first, end) the scores are an earlier block's, and maxima of
+  -inf say that nothing is there."""
+  def step(j, found):
+    # Else XLA makes the scores twice, once for each use.
+    tile_CT = jax.lax.optimization_barrier(scores_of(j))
+    return tuple(jax.lax.dynamic_update_slice_in_dim(x, new, j * new.shape[1], 1)
+                 for x, new in zip(found, (tile_CT, group_maxima(tile_CT))))
+
+  maxima_CG = jnp.full((scores_CT.shape[0], scores_CT.shape[1] // GROUP), -jnp.inf, scores_CT.dtype)
+  return jax.lax.fori_loop(first, end, step, (scores_CT, maxima_CG))
+
+
+def _best(scores_CT, k):
+  """`jax.lax.top_k`, in any order; few rows are faster sorted than counted."""
+  return jax.lax.top_k(scores_CT, k) if scores_CT.shape[0] < _FEW_ROWS else largest(scores_CT, k)
 
 
 def kl_loss(queries_BShc, weights_BSh, keys_BTc, attention_BSHd, entries_BTd, lse_BSH, selection, *, positions, segment_ids,
