@@ -49,7 +49,7 @@ def define_flags() -> None:
   flags.DEFINE_bool("others", True, "Of kernels and memory: also what else a user could run; --noothers is faster.")
   flags.DEFINE_string("checkpoint", None, "Of overlap: the checkpoints of a run.")
   flags.DEFINE_integer("tokens", 1_048_576, "Of context: how long it is.")
-  flags.DEFINE_list("chunks", ["4096", "3000"], "Of context: tokens that are fed at a time, in the first and the second run.")
+  flags.DEFINE_list("chunks", ["4096", "3000"], "Of context: tokens fed at a time, in the first and the second run.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
 

@@ -4,18 +4,18 @@ The model is small, so that two processor cores read a million tokens, but has e
 window, compression and selection. Its weights are random, the text is Python's standard library, byte by byte.
 
 What a token costs should grow with what it reads and with nothing else: the index keys it scores, the entries it selects of
-them, and all heavily compressed entries. So its seconds should be a line over the number of these entries; the line through
-two places in the first quarter predicts the end.
+them, and all heavily compressed entries. So its cost should be a line over the number of these entries; the line through two
+places in the first quarter predicts the end. Cost is here the time of the processor, summed over its cores, which does not
+depend on who else uses the machine; what a clock on the wall says stands beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import deepseek_v4 as dsv4
@@ -86,6 +86,20 @@ def entries_read(config: ModelConfig, position: float) -> float:
 
 
 # ---- one run ----------------------------------------------------------------------------------------------------------
+class Chunk(NamedTuple):
+  """Tokens before and after a chunk, what it took by the clock, and of the processor's time."""
+
+  start: int
+  end: int
+  seconds: float
+  processor_seconds: float
+
+  @property
+  def cost(self) -> float:
+    """Seconds of the processor per token."""
+    return self.processor_seconds / (self.end - self.start)
+
+
 @dataclasses.dataclass
 class Clock:
   """Seconds of the chunks of one prefill, and what is said meanwhile.
@@ -95,50 +109,59 @@ class Clock:
     name: of the run, for its lines.
     runs_after: runs of about the same length that come after this one, for the time left.
     say: prints a line.
-    chunks: (tokens before, tokens after, seconds) of each chunk.
-    steady: those of them that did not wait for a compilation: not the first one of its width and reach.
-    resident: bytes of the process in the middle of the prefill, with a peak that begins there.
+    chunks: all that are computed.
+    steady: those that did not wait for a compilation: not the first one of its width and reach.
+    resident: bytes of the process in the middle of the prefill.
+    temporary: bytes beside them that chunks took after that.
   """
 
   tokens: int
   name: str
   runs_after: int
   say: Callable[[str], None]
-  chunks: list[tuple[int, int, float]] = dataclasses.field(default_factory=list)
-  steady: list[tuple[int, int, float]] = dataclasses.field(default_factory=list)
+  chunks: list[Chunk] = dataclasses.field(default_factory=list)
+  steady: list[Chunk] = dataclasses.field(default_factory=list)
   resident: int | None = None
+  temporary: int | None = None
 
   def __post_init__(self):
     self._programs: set[tuple[int, int]] = set()
     self._started = self._last = self._said = time.perf_counter()
+    self._processor = time.process_time()
 
   def __call__(self, fed: int) -> None:
     """A chunk is computed."""
     now = time.perf_counter()
-    before = self.chunks[-1][1] if self.chunks else 0
-    chunk = (before, fed, now - self._last)
+    before = self.chunks[-1].end if self.chunks else 0
+    chunk = Chunk(before, fed, now - self._last, time.process_time() - self._processor)
     program = (fed - before, decode.reach_of(fed, CONFIG.max_position_embeddings))
     self.chunks.append(chunk)
     if program in self._programs:
       self.steady.append(chunk)
     self._programs.add(program)
-    if self.resident is None and fed >= self.tokens / 2 and self.steady[-1:] == [chunk]:
-      self.resident = settle()
+    if self.steady[-1:] == [chunk] and fed >= self.tokens / 2:
+      self._look_at_memory()
     if now - self._said >= _PAUSE or fed == self.tokens:
       self._said = now
       left = self.seconds_left()
       left += self.runs_after * (now - self._started + left)
-      self.say(f"{self.name}: {fed:,}/{self.tokens:,} tokens  {(fed - before) / chunk[2]:,.0f} tokens/s  "
+      self.say(f"{self.name}: {fed:,}/{self.tokens:,} tokens  {(fed - before) / chunk.seconds:,.0f} tokens/s  "
                f"{int(left) // 60:02d}:{int(left) % 60:02d} left")
-    self._last = time.perf_counter()
+    self._last, self._processor = time.perf_counter(), time.process_time()
+
+  def _look_at_memory(self) -> None:
+    if self.resident is None:
+      self.resident = settle()
+    elif (peak := memory("VmHWM")) is not None:
+      self.temporary = peak - self.resident
 
   def seconds_left(self) -> float:
     """Of this prefill, if the cost of a token goes on growing as it did."""
     chunks = self.steady or self.chunks
-    cost = lambda chunks: sorted(seconds / (end - start) for start, end, seconds in chunks)[len(chunks) // 2]
+    cost = lambda chunks: sorted(chunk.seconds / (chunk.end - chunk.start) for chunk in chunks)[len(chunks) // 2]
     early, late = chunks[:_WINDOW], chunks[-_WINDOW:]
-    slope = max(cost(late) - cost(early), 0) / max(late[-1][1] - early[-1][1], 1)
-    left = self.tokens - self.chunks[-1][1]
+    slope = max(cost(late) - cost(early), 0) / max(late[-1].end - early[-1].end, 1)
+    left = self.tokens - self.chunks[-1].end
     return left * (cost(late) + slope * left / 2)
 
 
@@ -169,25 +192,23 @@ def run(model: dsv4.DeepseekV4, variables: Any, ids: np.ndarray, chunk_size: int
 
 # ---- rows -------------------------------------------------------------------------------------------------------------
 def place_rows(config: ModelConfig, clock: Clock, tokens: int, chunk_size: int) -> list[Row]:
-  """A row per place: the fastest of the chunks before it, what it reads, and what the line through two places predicts."""
+  """A row per place: the cheapest of the chunks before it, what it reads, and what the line through two places predicts."""
   rows = []
   for share in PLACES:
-    before = [chunk for chunk in clock.steady if chunk[1] <= share * tokens][-_WINDOW:]
-    if not before:
+    before = [chunk for chunk in clock.steady if chunk.end <= share * tokens][-_WINDOW:]
+    chunk = min(before, key=lambda chunk: chunk.cost, default=None)
+    if chunk is None or (rows and rows[-1]["position"] == chunk.end):
       continue
-    start, end, seconds = min(before, key=lambda chunk: chunk[2] / (chunk[1] - chunk[0]))
-    if rows and rows[-1]["position"] == end:
-      continue
-    rows.append({"case": f"prefill at {share:.4g}", "side": "ours", "chunk_size": chunk_size, "share": share, "position": end,
-                 "entries_read": entries_read(config, (start + end) / 2), "seconds_per_token": seconds / (end - start)})
+    rows.append({"case": f"prefill at {share:.4g}", "side": "ours", "chunk_size": chunk_size, "share": share,
+                 "position": chunk.end, "entries_read": entries_read(config, (chunk.start + chunk.end) / 2),
+                 "seconds_per_token": chunk.seconds / (chunk.end - chunk.start), "processor_seconds_per_token": chunk.cost})
   fitted = [row for row in rows if row["share"] in FITTED]
-  if len(fitted) == len(FITTED) and fitted[0]["entries_read"] < fitted[1]["entries_read"]:
-    (x0, y0), (x1, y1) = ((row["entries_read"], row["seconds_per_token"]) for row in fitted)
+  if len(fitted) == len(FITTED):
+    (x0, y0), (x1, y1) = ((row["entries_read"], row["processor_seconds_per_token"]) for row in fitted)
     slope = max((y1 - y0) / (x1 - x0), 0.0)
     for row in rows:
-      row["predicted_seconds_per_token"] = y0 + slope * (row["entries_read"] - x0)
-      row["over_prediction"] = row["seconds_per_token"] / row["predicted_seconds_per_token"]
-      row["over_first"] = row["seconds_per_token"] / rows[0]["seconds_per_token"]
+      row["predicted_processor_seconds_per_token"] = y0 + slope * (row["entries_read"] - x0)
+      row["over_prediction"] = row["processor_seconds_per_token"] / row["predicted_processor_seconds_per_token"]
   return rows
 
 
@@ -212,8 +233,7 @@ def measure(tokens: int, chunks: Sequence[int], say: Callable[[str], None]) -> l
     decoded += seconds[1:]  # the first one compiles
     held = cache.bytes_by_kind
     del cache
-    if clock.resident is not None:
-      temporary.append(memory("VmHWM") - clock.resident)
+    temporary += [] if clock.temporary is None else [clock.temporary]
   apart = np.abs(logits[0] - logits[1]).max(-1)
   whole = {"case": "whole", "side": "ours", "tokens": tokens, "chunk_sizes": list(chunks),
            "seconds": time.perf_counter() - started, "decode_seconds_per_token": float(np.median(decoded)),
@@ -231,7 +251,7 @@ def targets(rows: Sequence[Row]) -> list[Row]:
   ends = [row for row in rows if row.get("share") == 1]
   growth = max((row["over_prediction"] for row in ends if "over_prediction" in row), default=None)
   apart = max(whole["logits_apart"], whole["logits_apart_after_decoding"])
-  found = [("seconds per token at the end over what the entries read predict", GROWTH, growth),
+  found = [("processor time of a token at the end over what the entries read predict", GROWTH, growth),
            ("minutes in all", MINUTES, whole["seconds"] / 60),
            (f"logits of two chunk sizes apart (standard deviation {whole['logits_standard_deviation']:.2f})", LOGITS_APART,
             apart),
@@ -242,12 +262,15 @@ def targets(rows: Sequence[Row]) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
   """The rows as text."""
-  lines = [f"{'chunks of':>10}{'tokens':>12}{'entries read':>14}{'us/token':>10}{'predicted':>11}{'over first':>12}"]
-  cell = lambda row, name, factor, form: format(row[name] * factor, form) if name in row else "-"
+  titles = ("chunks of", "tokens", "entries read", "us/token", "processor", "predicted", "over it")
+  lines = ["".join(title.rjust(14) for title in titles)]
   for row in rows[:-1]:
-    lines.append(f"{row['chunk_size']:>10,}{row['position']:>12,}{row['entries_read']:>14,.0f}"
-                 f"{row['seconds_per_token'] * 1e6:>10,.0f}{cell(row, 'predicted_seconds_per_token', 1e6, ',.0f'):>11}"
-                 f"{cell(row, 'over_first', 1, '.2f'):>12}")
+    micro = [None if row.get(name) is None else row[name] * 1e6 for name in (
+      "seconds_per_token", "processor_seconds_per_token", "predicted_processor_seconds_per_token")]
+    numbers = (row["chunk_size"], row["position"], row["entries_read"], *micro)
+    cells = ["-" if number is None else f"{number:,.0f}" for number in numbers]
+    cells.append(f"{row['over_prediction']:.2f}" if "over_prediction" in row else "-")
+    lines.append("".join(cell.rjust(14) for cell in cells))
   whole, mib = rows[-1], 2**20
   temporary = whole["temporary_bytes"]
   lines += [f"decoding: {whole['decode_seconds_per_token'] * 1e3:,.1f} ms a token",
@@ -259,6 +282,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 EXPLANATION = f"""\
-entries read: index keys scored + entries selected of them + heavily compressed entries, of the token in the chunk's middle.
-us/token: the fastest of {_WINDOW} chunks up to there, none that waited for a compilation. predicted: a fixed cost and a cost
-per entry read, from the rows at {FITTED[0]:.4g} and {FITTED[1]:.4g} of the tokens."""
+entries read: index keys scored, entries selected of them and heavily compressed entries, of the token in the chunk's middle.
+us/token: of the cheapest of the {_WINDOW} chunks up to there, none that waited for a compilation; processor: its time summed
+over the cores; predicted: a fixed cost and a cost per entry read, from the rows at {FITTED[0]:.4g} and {FITTED[1]:.4g} of all
+tokens."""
