@@ -283,6 +283,6 @@ def table(rows: Sequence[Row]) -> str:
 
 EXPLANATION = f"""\
 entries read: index keys scored, entries selected of them and heavily compressed entries, of the token in the chunk's middle.
-us/token: of the cheapest of the {_WINDOW} chunks up to there, none that waited for a compilation; processor: its time summed
-over the cores; predicted: a fixed cost and a cost per entry read, from the rows at {FITTED[0]:.4g} and {FITTED[1]:.4g} of all
+us/token: of the cheapest of the {_WINDOW} chunks up to there, none that waited for a compilation; processor: its time, all
+cores; predicted: a fixed cost and a cost per entry read, from the rows at {FITTED[0]:.4g} and {FITTED[1]:.4g} of the
 tokens."""
