@@ -288,6 +288,7 @@ class TrainingConfig:
 
   steps: int = 10_000
   seed: int = 0
+  init_from: str | None = None  # folder of a converted release or of a run with the weights to start with; None = random
   kernels: str = "auto"  # implementation of the ops: auto, reference, blockwise, pallas, interpret
   attention_mode: str = "sparse"  # "dense": CSA layers attend to every visible entry
   log_every: int = 10

@@ -4,6 +4,7 @@ python -m launch.bench forward|train [--against transformers] [--lengths 512,102
 python -m launch.bench kernels --topology v5p:2x2x1 [--ops attention,select] [--models flash,pro] [--noothers] [...]
 python -m launch.bench memory --topology v5p:2x2x2 [--lengths 65536] [--noothers] [--json FILE]
 python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
+python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
 
 forward: logits of all places. train: next-token loss, gradient, AdamW; also the full step with Muon. float32, one row,
 2 threads, the model of launch/benchmarks/bench_config.json with random weights, the same on both sides.
@@ -11,6 +12,7 @@ kernels: the ops of pallas_kernels at the released models' sizes, compiled for a
 final schedule beside the bounds of the chip, and beside what else a user could run.
 memory: what attention takes of a chip's HBM, forward and backward, heads split over the slice, from the same compiler.
 overlap: of a trained run, how much of its selection a query shares with its neighbours.
+context: a context of a million tokens read and gone on with by a small model; what a token costs along it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from launch.benchmarks import cases, overlap, report, run
+from launch import use_huge_pages
+from launch.benchmarks import cases, context, overlap, report, run, worker
 from launch.benchmarks.kernels import cases as kernel_cases
 from launch.benchmarks.kernels import chips
 from launch.benchmarks.kernels import report as kernel_report
@@ -29,8 +32,8 @@ from launch.benchmarks.kernels import run as kernel_run
 from launch.benchmarks.memory import cases as memory_cases
 from launch.benchmarks.memory import run as memory_run
 
-KERNELS, MEMORY, OVERLAP = "kernels", "memory", "overlap"
-KINDS = (*cases.KINDS, KERNELS, MEMORY, OVERLAP)
+KERNELS, MEMORY, OVERLAP, CONTEXT = "kernels", "memory", "overlap", "context"
+KINDS = (*cases.KINDS, KERNELS, MEMORY, OVERLAP, CONTEXT)
 
 
 def define_flags() -> None:
@@ -45,6 +48,8 @@ def define_flags() -> None:
   flags.DEFINE_list("models", list(kernel_cases.MODELS), "Of kernels: whose sizes.")
   flags.DEFINE_bool("others", True, "Of kernels and memory: also what else a user could run; --noothers is faster.")
   flags.DEFINE_string("checkpoint", None, "Of overlap: the checkpoints of a run.")
+  flags.DEFINE_integer("tokens", 1_048_576, "Of context: how long it is.")
+  flags.DEFINE_list("chunks", ["4096", "3000"], "Of context: tokens fed at a time, in the first and the second run.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
 
@@ -67,7 +72,7 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
   if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
     raise ValueError(f"--json = {path!r}: expected a file in a folder that exists")
   if kind not in cases.KINDS:
-    known = {KERNELS: (), MEMORY: (memory_cases.LENGTH,), OVERLAP: overlap.LENGTHS}[kind]
+    known = {KERNELS: (), MEMORY: (memory_cases.LENGTH,), OVERLAP: overlap.LENGTHS, CONTEXT: ()}[kind]
     return kind, kernel_cases.lengths_from(lengths or [str(length) for length in known])
   return kind, cases.lengths_from(lengths or [str(length) for length in cases.LENGTHS])
 
@@ -122,6 +127,19 @@ def bench_overlap(folder: str | None, lengths: tuple[int, ...], path: str | None
     report.write_json(path, rows, [])
 
 
+def bench_context(tokens: int, chunks: list[str], path: str | None) -> None:
+  """Prints and writes what a long context costs."""
+  if not all(chunk.isdigit() for chunk in chunks):
+    raise ValueError(f"--chunks = {','.join(chunks)}: expected two different numbers of tokens")
+  use_huge_pages()
+  worker.pin(cases.THREADS)
+  rows = context.measure(tokens, [int(chunk) for chunk in chunks], say)
+  found = context.targets(rows)
+  print("", context.table(rows), context.EXPLANATION, report.target_lines(found), sep="\n")
+  if path is not None:
+    report.write_json(path, rows, found)
+
+
 def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeats: int, path: str | None) -> None:
   """Measures, prints and writes the figures of the model; ends the program if a measurement of ours failed."""
   rows = run.measure(kind, lengths, against, repeats, say)
@@ -136,7 +154,8 @@ def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeat
 
 
 def main(argv: list[str]) -> None:
-  names = ("against", "json", "lengths", "topology", "ops", "models", "others", "repeats", "checkpoint")
+  names = ("against", "json", "lengths", "topology", "ops", "models", "others", "repeats", "checkpoint", "tokens",
+           "chunks")
   value = {name: flags.FLAGS[name].value for name in names}
   try:
     kind, lengths = check(argv[1:], value["lengths"], value["against"], value["json"])
@@ -144,6 +163,8 @@ def main(argv: list[str]) -> None:
       bench_kernels(value["topology"], value["ops"], value["models"], lengths, value["others"], value["json"])
     elif kind == MEMORY:
       bench_memory(value["topology"], lengths, value["others"], value["json"])
+    elif kind == CONTEXT:
+      bench_context(value["tokens"], value["chunks"], value["json"])
     elif kind == OVERLAP:
       bench_overlap(value["checkpoint"], lengths, value["json"])
     else:

@@ -1,6 +1,8 @@
 """Trains the run of a config file; goes on by itself if the workdir holds a run.
 
 python -m launch.train --config configs/tiny.py --workdir runs/tiny [--set training.steps=100]...
+
+With --set training.init_from=DIR a new run starts with the weights of a converted release or of another run.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def test_fewer_layers_by_number_alone():
 
 
 @pytest.mark.parametrize("setting, expected", [
-  ("training.step=5", r"TrainingConfig has no field 'training.step'; it has steps, seed, kernels"),
+  ("training.step=5", r"TrainingConfig has no field 'training.step'; it has steps, seed, init_from, kernels"),
   ("optimiser.momentum=0.9", r"RunConfig has no field 'optimiser'; it has model, optimizer"),
   ("training.steps", r"--set = 'training.steps': expected KEY=VALUE"),
   ("loss.mtp_weight=1e999", r"loss.mtp_weight = '1e999': expected float"),

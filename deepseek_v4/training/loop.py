@@ -5,6 +5,7 @@ anything follows. So a step that is not finite ends the run with the very state 
 
 A workdir holds
   config.json         the settings of the last start
+  release/            tokenizer and encoder, if the run began with the weights of a release
   checkpoints/        see checkpoint/store.py
   metrics.jsonl, tensorboard/, summary.json, loss_curves.png      see training/metrics.py
 """
@@ -29,6 +30,7 @@ from deepseek_v4.config import RunConfig, to_dict
 from deepseek_v4.sharding import batch_sharding
 from deepseek_v4.training import baselines, metrics
 from deepseek_v4.training.data import Batches, make_dataset
+from deepseek_v4.training.start import copy_release, state_from
 from deepseek_v4.training.state import abstract_state, init_state
 from deepseek_v4.training.step import find_non_finite, make_eval_step, make_train_step
 
@@ -41,7 +43,8 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
 
   Raises:
     ValueError, FileNotFoundError: `workdir` holds something that is not a run, one of another model or one that has more
-      steps, none of its checkpoints is usable, or the data cannot be used; before anything is compiled.
+      steps, none of its checkpoints is usable, `training.init_from` holds no checkpoint of this model, or the data cannot be
+      used; before the step is compiled.
     NotImplementedError: `training.kernels` names an implementation that does not exist for these devices.
     RuntimeError: a checkpoint could not be written.
     FloatingPointError: a loss, gradient or update was not finite; the message names the first such tensor.
@@ -57,7 +60,8 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     store = stack.enter_context(CheckpointStore(workdir / CHECKPOINTS, keep=training.keep_checkpoints,
                                                 config_dict=to_dict(run_config)))
 
-    # Start, in the order tried: 1. resume the newest sound checkpoint of this workdir, 2. from scratch.
+    # Start, in the order tried: 1. resume the newest sound checkpoint of this workdir, 2. the weights that
+    # training.init_from names, 3. from scratch.
     restored = store.restore_latest(abstract_state(run_config, mesh))
     if restored is not None:
       start, state, extra = restored
@@ -66,6 +70,8 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
       if start > training.steps:
         raise ValueError(f"training.steps = {training.steps}: expected at least {start}, the steps that the run in "
                          f"{workdir} has done")
+    elif training.init_from is not None:
+      start, state = 0, state_from(run_config, jax.random.key(training.seed), mesh, say)
     else:
       start, state = 0, init_state(run_config, jax.random.key(training.seed), mesh)
     for change in changed:
@@ -73,6 +79,8 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     if first_process:
       workdir.mkdir(parents=True, exist_ok=True)
       metrics.write_json(workdir / CONFIG, to_dict(run_config))
+      if restored is None:
+        copy_release(run_config, workdir)
     say(describe(state, mesh))
     for part in (train_data, held_out):
       say(part.describe())

@@ -51,6 +51,32 @@ def _new_state(run_config: RunConfig, mesh: Mesh | None, key: jax.Array) -> Trai
   return TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["router"], opt_state, run_key)
 
 
+def state_of(run_config: RunConfig, variables: dict[str, Any], key: jax.Array, mesh: Mesh | None = None) -> TrainState:
+  """A state at step 0 with these weights, which are given up: as `init_state` otherwise.
+
+  Args:
+    variables: {"params", "router"} in the layout of the run's model, in any floating type that float32 holds.
+
+  Raises:
+    ValueError: sizes that the mesh does not divide, or leaves that are not those of the run's model.
+  """
+  shapes = abstract_state(run_config, mesh)
+  given = {name: jax.tree.map(lambda x: x.shape, variables[name]) for name in ("params", "router")}
+  if given != {name: jax.tree.map(lambda x: x.shape, getattr(shapes, name)) for name in given}:
+    raise ValueError("variables: expected the leaves of the run's model, by name and shape")
+
+  def build(variables, key):
+    params, router = (jax.tree.map(lambda x, shape: x.astype(shape.dtype), variables[name], getattr(shapes, name))
+                      for name in ("params", "router"))
+    _, run_key = jax.random.split(key)
+    return TrainState(jnp.zeros((), jnp.int32), params, router, optimizer_of(run_config, params, mesh).init(params), run_key)
+
+  places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
+  variables = {name: variables[name] for name in given}
+  cast = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(variables))  # memory of another size cannot be handed on
+  return jax.jit(build, out_shardings=places, donate_argnums=() if cast else 0)(variables, key)
+
+
 def abstract_state(run_config: RunConfig, mesh: Mesh | None = None) -> TrainState:
   """The state's shapes, dtypes and, on a mesh, shardings; nothing is allocated.
 

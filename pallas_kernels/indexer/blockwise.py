@@ -1,18 +1,24 @@
 """Selection and KL loss one block of queries at a time: scores of a block live only while the block is worked on.
 
 Axis letters: B batch   S queries   T entries   h index heads   c index width   H heads   d head width   K picks
-              C queries of a block
+              C queries of a block   G groups of entries
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import blocks
 from pallas_kernels.blocks import MASKED, positive_zero
+from pallas_kernels.indexer.largest import GROUP, group_maxima, largest
 
-_TILE_BYTES = 2**20  # of unpacked keys at a time
+_LARGEST_TILE, _SMALLEST_TILE = 8192, 512
+_BYTES_PER_TILE = 16 * 2**20  # of dot products
+_FEW_ROWS = 8
+
 
 def _block_scores(q_Chc, w_Ch, keys):
   """Scores [C, T] (keys [T, c]) or [C, K] (keys gathered per query [C, K, c]), at least float32.
@@ -32,40 +38,80 @@ def _block_scores(q_Chc, w_Ch, keys):
   return total
 
 
-def _packed_scores(q_Chc, w_Ch, packed, row, unpack):
-  """Scores [C, T] of packed keys, a tile of them unpacked at a time: of floating-point keys no more than a tile exists."""
-  num_entries = jax.tree.leaves(packed)[0].shape[1]
-  tile = min(num_entries, max(_TILE_BYTES // (4 * q_Chc.shape[-1]), 1))
-  exact = jnp.promote_types(q_Chc.dtype, jnp.float32)
-
-  def one(i, scores_CT):
-    start = jnp.minimum(i * tile, num_entries - tile)  # the last tile begins early: what it repeats stays the same
-    part = lambda x: jax.lax.dynamic_slice(x, (row, start, *(0,) * (x.ndim - 2)), (1, tile, *x.shape[2:]))[0]
-    new_Ct = _block_scores(q_Chc, w_Ch, unpack(jax.tree.map(part, packed)))
-    return jax.lax.dynamic_update_slice(scores_CT, new_Ct, (0, start))
-
-  return jax.lax.fori_loop(0, -(-num_entries // tile), one, jnp.zeros((q_Chc.shape[0], num_entries), exact))
-
-
 def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids, entry_last, entry_segment, unpack=None):
-  """See `pallas_kernels.indexer.select`; returns picks [B, S, K]."""
-  batch, length = positions.shape
-  size = blocks.block_size(length, 4 * entry_last.shape[1] * (queries_BShc.shape[2] + 2))
-  row_N, _ = blocks.block_numbers(batch, length, size)
+  """See `pallas_kernels.indexer.select`; returns picks [B, S, K].
 
-  def one(item):
+  A block scores the entries tile by tile, from the first tile to the last in which one of its queries may see something.
+  How many these are is known at run time only: a cache costs what is in it, not what it has room for. Of packed keys no
+  more than a tile is unpacked.
+  """
+  (batch, length), num_entries = positions.shape, entry_last.shape[1]
+  size = blocks.block_size(length, 4 * num_entries)
+  tile = _tile(num_entries, size * queries_BShc.shape[2])
+  room = num_entries + -num_entries % tile
+  fill = lambda x: jnp.pad(x, ((0, 0), (0, room - num_entries), *((0, 0),) * (x.ndim - 2)))
+  keys, last_BT, own_BT = jax.tree.map(fill, (keys_BTc, entry_last, entry_segment))
+
+  def scores_of(item, j):
+    """[C, tile], -inf where the entry is not visible. Unused memory needs no zeros: whatever its scores are, they are
+    masked."""
     row, q_Chc, w_Ch, position_C, segment_C = item
-    if unpack is None:
-      scores_CT = _block_scores(q_Chc, w_Ch, keys_BTc[row])
-    else:
-      scores_CT = _packed_scores(q_Chc, w_Ch, keys_BTc, row, unpack)
-    # Unused memory needs no zeros here: whatever its scores are, they are masked.
-    visible = blocks.sees_entry(position_C, segment_C, entry_last[row], entry_segment[row])
-    best, picks = jax.lax.top_k(jnp.where(visible, positive_zero(scores_CT), -jnp.inf), top_k)
-    return jnp.where(best > -jnp.inf, picks, -1)
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x[row], j * tile, tile)
+    part = jax.tree.map(cut, keys)
+    scores_Ct = _block_scores(q_Chc, w_Ch, part if unpack is None else unpack(part))
+    visible = blocks.sees_entry(position_C, segment_C, cut(last_BT), cut(own_BT))
+    return jnp.where(visible, positive_zero(scores_Ct), -jnp.inf)
 
+  def one(scores_CT, item):
+    if tile == room:
+      best, picks = _best(scores_of(item, 0), top_k)
+    else:
+      tiles = _tiles_seen(*item[3:], last_BT[item[0]], own_BT[item[0]], tile)
+      scores_CT, maxima_CG = _scores_and_maxima(functools.partial(scores_of, item), *tiles, scores_CT)
+      best, picks = largest(scores_CT, top_k, maxima_CG)
+    return scores_CT, jnp.where(best > -jnp.inf, picks, -1)
+
+  row_N, _ = blocks.block_numbers(batch, length, size)
   items = (row_N, *(blocks.cut(x, size) for x in (queries_BShc, weights_BSh, positions, segment_ids)))
-  return blocks.join(jax.lax.map(one, items), batch, length)
+  # One array for the scores of all blocks, since a fresh one would have to be filled each time.
+  scores_CT = jnp.zeros((size, 0 if tile == room else room), jnp.promote_types(queries_BShc.dtype, jnp.float32))
+  return blocks.join(jax.lax.scan(one, scores_CT, items)[1], batch, length)
+
+
+def _tile(num_entries: int, rows: int) -> int:
+  """Entries whose scores are made at once, for `rows` pairs of a query and a head: all, or a power of two."""
+  tile = _LARGEST_TILE
+  while tile > _SMALLEST_TILE and 4 * rows * tile > _BYTES_PER_TILE:
+    tile //= 2
+  return min(tile, num_entries)
+
+
+def _tiles_seen(position_C, segment_C, last_T, own_T, tile):
+  """(first tile, the one after the last) that hold an entry which a query of the block may see; at times one too many."""
+  low = jnp.where(segment_C > 0, segment_C, jnp.iinfo(jnp.int32).max).min()
+  high = segment_C.max()
+  reach = jnp.where(segment_C == high, position_C, -1).max()
+  seen_T = (own_T >= low) & ((own_T < high) | ((own_T == high) & (last_T <= reach)))
+  seen = seen_T.reshape(-1, tile).any(-1)
+  return jnp.argmax(seen), jnp.where(seen.any(), len(seen) - jnp.argmax(seen[::-1]), 0)
+
+
+def _scores_and_maxima(scores_of, first, end, scores_CT):
+  """Scores [C, T] and their `group_maxima`. In tiles outside [first, end) the scores are an earlier block's, and maxima of
+  -inf say that nothing is there."""
+  def step(j, found):
+    # Else XLA makes the scores twice, once for each use.
+    tile_CT = jax.lax.optimization_barrier(scores_of(j))
+    return tuple(jax.lax.dynamic_update_slice_in_dim(x, new, j * new.shape[1], 1)
+                 for x, new in zip(found, (tile_CT, group_maxima(tile_CT))))
+
+  maxima_CG = jnp.full((scores_CT.shape[0], scores_CT.shape[1] // GROUP), -jnp.inf, scores_CT.dtype)
+  return jax.lax.fori_loop(first, end, step, (scores_CT, maxima_CG))
+
+
+def _best(scores_CT, k):
+  """`jax.lax.top_k`, in any order; few rows are faster sorted than counted."""
+  return jax.lax.top_k(scores_CT, k) if scores_CT.shape[0] < _FEW_ROWS else largest(scores_CT, k)
 
 
 def kl_loss(queries_BShc, weights_BSh, keys_BTc, attention_BSHd, entries_BTd, lse_BSH, selection, *, positions, segment_ids,

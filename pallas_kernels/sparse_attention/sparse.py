@@ -1,7 +1,8 @@
 """The sparse form of the attention: each query reads its selected entries and no others, however long the context is.
 
-Queries go by chunks, two in a turn of a loop. Of a chunk there are lists of its queries' entries (`sparse_lists`), their
-rows gathered by the SparseCore (`sparse_rows`), and attention over these rows (`sparse_forward`). The backward pass gathers
+The entries become a table of packed rows (`sparse_table`). Queries go by chunks, two in a turn of a loop. Of a chunk there
+are lists of its queries' entries (`sparse_lists`), their rows gathered by the SparseCore (`sparse_rows`), and attention over
+these rows and those that the kernel copies by itself (`sparse_forward`, `sparse_copies`). The backward pass gathers
 again, makes a gradient per gathered row (`sparse_backward`), and the SparseCore sums them by entry. Nothing held grows with
 queries x entries but the selection itself.
 
@@ -34,7 +35,7 @@ from pallas_kernels.sparse_attention import (
 
 ROWS = 2**18  # gathered together: with 1,024 of a query enough that each core of a chip has whole runs of a chunk
 FORWARD_STEP = {"v5p": (8, 1024), "v6e": (8, 1024), "tpu7x": (8, 1024)}  # queries, places of a tile
-DIRECT = {"v5p": 384, "v6e": 400, "tpu7x": 256}  # rows that the forward kernel copies by itself, per query of 128 heads
+DIRECT = {"v5p": 384, "v6e": 384, "tpu7x": 256}  # rows that the forward kernel copies by itself, per query of 128 heads
 BACKWARD_STEP = {"v5p": (4, 1024), "v6e": (8, 1024), "tpu7x": (4, 1024)}
 
 
@@ -102,8 +103,8 @@ def _readers(entries, chosen, plan, static):
       in the table of all batch rows, -1 in empty places.
     fetch: one of them -> the rows of the staged places, packed [C / queries, queries, K, w], anything in empty places. With
       sums of entries and a part to add to them (see `backward`) it does that as well and returns both.
-    direct: one of them -> the table of all rows, and row numbers of the places that the kernel reads from it by itself,
-      int32 [runs of a chunk, queries of a run, places].
+    direct: one of them -> the table in pieces, and row numbers of the places that the kernel reads from it by itself, int32
+      [runs of a chunk, queries of a run, places].
   """
   (options, kind, _), (chosen, seen) = static, chosen
   rows_of_each = max(plan.entries, 1)
@@ -120,15 +121,16 @@ def _readers(entries, chosen, plan, static):
     if kind == "indices":
       index = tpu.pad_axis(index, 1, plan.places, -1)
     else:
-      row = jnp.concatenate([chunk * plan.chunk_queries + jnp.arange(plan.chunk_queries) for chunk in chunks])
+      query = jnp.arange(plan.chunk_queries, dtype=jnp.int32)
+      row = jnp.concatenate([chunk * plan.chunk_queries + query for chunk in chunks])
       index = sparse_lists.from_words(index, plan.places, options, (all_words, row))
     return [jnp.where(x_CK < 0, -1, x_CK + sparse_plan.row_offsets(chunk, plan))
             for x_CK, chunk in zip(jnp.split(index, len(chunks)), chunks)]
 
   def safe(index_CK):
-    """An empty place reads an entry all the same, each another one: thousands of copies of one row would queue up."""
+    """Rows of the table. An empty place reads one, too, and each another: thousands of copies of one row would queue up."""
     query, place = (lax.broadcasted_iota(jnp.int32, index_CK.shape, axis) for axis in (0, 1))
-    return jnp.where(index_CK < 0, lax.rem(query * 61 + place, table.shape[0]), index_CK)
+    return jnp.where((index_CK < 0) | (index_CK >= table.shape[0]), lax.rem(query * 61 + place, table.shape[0]), index_CK)
 
   def fetch(index_CK, sums=None, part=None):
     safe_CK = safe(index_CK[:, :plan.staged])
@@ -228,6 +230,7 @@ def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, 
   dq, d_near, d_sink = gradients
   sums = sparse_rows.add_rows(sums, *left, options.chip, options.interpret)
   d_entries = units.table(sums, num_rows).reshape(plan.batch, -1, plan.width)
+  d_entries = jnp.where(tpu.pad_axis(chosen[1], 1, max(plan.entries, 1))[..., None], d_entries, 0)
   cut = lambda gradient, x: gradient[:, :x.shape[1], :x.shape[2]].astype(x.dtype)
   return (sparse_plan.from_steps(dq, q.shape, plan), cut(tiles.from_near_keys(d_near), window_kv), cut(d_entries, entries),
           (-tpu.LOG2E * d_sink[:sink.shape[0]]).astype(sink.dtype))

@@ -18,8 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import LANES, SUBLANES
 
+PARTS = 4  # a query's starts come in parts between its matmuls and the steps of its softmax
 
-def scratch(plan, table=None, numbers=None):
+
+def scratch(plan, table=None):
   """Where the rows land, for this step and the next one, in the order of the vector registers; and who has arrived."""
   if not plan.direct:
     return []
@@ -27,9 +29,9 @@ def scratch(plan, table=None, numbers=None):
   return [pltpu.VMEM(landing, table.dtype), pltpu.SemaphoreType.DMA((2,))]
 
 
-def unchecked(params):
+def params(plan, params):
   """Compiler parameters without a check of each copy's address, which would take most of its time; all numbers are rows."""
-  return dataclasses.replace(params, disable_bounds_checks=True)
+  return dataclasses.replace(params, disable_bounds_checks=plan.direct > 0)
 
 
 def of(plan, table=None, numbers=None, landing=None, arrived=None):
@@ -46,8 +48,8 @@ class NoCopies:
   def wait(self):
     """Until the rows of this step are here."""
 
-  def start_next(self, query, part, parts):
-    """Starts a part of the copies for a query of the next step."""
+  def start_next(self, query, part):
+    """Starts one of `PARTS` parts of the copies for a query of the next step."""
 
   def join(self, staged_Kw, query):
     """Staged rows and those of the copies behind them."""
@@ -85,9 +87,9 @@ class Copies(NoCopies):
   def wait(self):
     self._wait(self.slot)
 
-  def start_next(self, query, part, parts):
+  def start_next(self, query, part):
     """Without a condition, so that the compiler can put it between the matmuls: the last step copies its own rows again."""
-    self._start(jnp.minimum(self.step + 1, self.plan.run - 1), 1 - self.slot, query, part, parts)
+    self._start(jnp.minimum(self.step + 1, self.plan.run - 1), 1 - self.slot, query, part, PARTS)
 
   def join(self, staged_Kw, query):
     columns = [self.landing[self.slot, query, :, column] for column in range(self.landing.shape[3])]

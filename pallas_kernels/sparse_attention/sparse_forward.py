@@ -41,11 +41,11 @@ def attend_rows(chunk, rows, words, operands, direct, results, plan, options):
                 spec["near_words"], spec["sink"], *[anywhere, spec["direct"]][:len(direct)], anywhere, anywhere],
       out_specs=[spec["steps"], spec["statistics"]],
       scratch_shapes=[vector(plan.width, operands[0].dtype), vector(LANES), vector(LANES), vector(plan.width),
-                      *sparse_copies.scratch(plan, *direct)])
+                      *sparse_copies.scratch(plan, *direct[:1])])
   return pl.pallas_call(
       functools.partial(_body, plan=plan, window=options.window, scale=options.scale), grid_spec=grid_spec,
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results], input_output_aliases={first: 0, first + 1: 1},
-      compiler_params=sparse_copies.unchecked(tpu.compiler_params(options.chip, "parallel", "arbitrary", "arbitrary")),
+      compiler_params=sparse_copies.params(plan, tpu.compiler_params(options.chip, "parallel", "arbitrary", "arbitrary")),
       interpret=options.interpret, name="attend_rows",
   )(jnp.reshape(chunk, 1), rows, words, *operands, *direct, *results)
 
@@ -81,14 +81,14 @@ def _body(_, rows, words, q, near_keys, near_words, sink, *refs, plan, window, s
       r = pl.ds(query * plan.heads, plan.heads)
       keys = sparse_table.unpack(copies.join(rows[query], query))
       s = tiles.hide(matmul_t(qs[r], keys), tiles.key_mask(words[pl.ds(query, 1)], tile, plan.tile))
-      copies.start_next(query, 0, 4)
+      copies.start_next(query, 0)
       new = jnp.maximum(top[r], s.max(-1, keepdims=True))
-      copies.start_next(query, 1, 4)
+      copies.start_next(query, 1)
       p, keep = jnp.exp2(s - widen(new, plan.tile)), jnp.exp2(top[r] - new)
-      copies.start_next(query, 2, 4)
+      copies.start_next(query, 2)
       sums = keep * total[r] + tpu.lane_sums(p)
       values = acc[r] * widen(keep, plan.width) + matmul(p.astype(keys.dtype), keys)
-      copies.start_next(query, 3, 4)
+      copies.start_next(query, 3)
       if last:
         sums = sums.sum(-1, keepdims=True)
         out[r] = (values * (1 / sums)).astype(out.dtype)

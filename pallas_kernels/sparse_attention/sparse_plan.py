@@ -21,7 +21,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import bits, tpu
 from pallas_kernels.sparse_attention import tiles
-from pallas_kernels.tpu import LANES, SUBLANES
+from pallas_kernels.tpu import LANES
+
+GRANULE = 64  # direct places come in groups of this size: 128 queries x 64 are whole batches of 64 subcores
+_FEW_STEPS = 4
+_NUMBER_BYTES = 2**18  # of row numbers of one run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +102,9 @@ def make_plan(q_shape: tuple[int, ...], num_entries: int, top_k: int, itemsize: 
     q_shape: [B, S, H, d].
     top_k: most entries of a query.
     itemsize: bytes of an operand's number; of float32 a tile holds half as many places.
-    cores: that share the runs of a chunk, evenly if that is possible.
-    direct: rows that the kernel may copy by itself for a query of 128 heads, fewer for fewer; at most half of its places,
-      and only where these are one tile.
+    cores: that share the runs of a chunk, evenly unless that makes chunks much smaller.
+    direct: rows that the kernel may copy by itself for a query of 128 heads, fewer for fewer; only where the places of a
+      list are one tile.
 
   Raises:
     ValueError: a window beyond what a step can read at once.
@@ -114,15 +118,28 @@ def make_plan(q_shape: tuple[int, ...], num_entries: int, top_k: int, itemsize: 
   places = tpu.round_up(max(top_k, 1), LANES)
   tile = max(tile * 2 // itemsize, LANES)
   tile = places if places <= tile else tile
-  direct = min(direct * heads // LANES, places // 2) // SUBLANES * SUBLANES if places == tile else 0
   blocks = math.ceil(length / queries)
   run = min(max(reach // queries, 1), blocks)
   runs = math.ceil(blocks / run)
   most = max(rows // (run * queries * places), 1)
+  direct = _direct(direct * heads // LANES, run, run * queries, places) if places == tile else 0
   sizes = [size for size in range(1, min(most, batch * runs) + 1) if batch * runs % size == 0]
-  chunk = max(sizes, key=lambda size: (size % cores == 0, size))
+  even = [size for size in sizes if size % cores == 0 and 2 * size >= sizes[-1]]  # a chunk costs something by itself
+  chunk = (even or sizes)[-1]
   return Plan(batch, heads, tpu.round_up(width, LANES * (4 // itemsize)), queries, run, runs, chunk, num_entries,
               tpu.round_up(places, tile), tile, reach, direct)
+
+
+def _direct(wanted: int, run: int, queries: int, places: int) -> int:
+  """Places that the kernel copies by itself, of the wanted ones.
+
+  Few steps a run have no step before them that hides the starts; a run's numbers must fit SMEM, two runs at a time; and the
+  staged rows must be whole batches of all subcores, else their array is copied once more.
+  """
+  if run < _FEW_STEPS:
+    return 0
+  most = _NUMBER_BYTES // (4 * queries) // LANES * LANES
+  return min(wanted, places // 2, most) // GRANULE * GRANULE
 
 
 # ---- arrays as the kernels read them -----------------------------------------------------------------------------------

@@ -80,9 +80,9 @@ def _gather_job(table_Tw, index_n, buffer_bytes):
 
 def sections(rows: int, batch: int) -> tuple[int, int]:
   """(row numbers that a subcore reads at once, in all), whole batches; in all as few more than `rows` as possible."""
-  batches, most = -(-rows // batch), max(_SECTION // batch, 1)
-  sizes = range(min((most + 1) // 2, batches), min(most, batches) + 1)
-  best = min(sizes, key=lambda size: (-batches % size, -size))
+  batches = -(-rows // batch)
+  sizes = range(1, min(max(_SECTION // batch, 1), batches) + 1)
+  best = min(sizes, key=lambda size: (-batches % size if size > 3 else batches, -size))
   return best * batch, (batches + -batches % best) * batch
 
 

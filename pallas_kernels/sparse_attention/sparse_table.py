@@ -1,8 +1,8 @@
 """The entries as rows of 32-bit numbers, which the SparseCore and single copies move: two bfloat16 numbers to a word.
 
-The same rows lie in HBM twice. The SparseCore reads and writes [T, w] in the usual tiles of 8 rows, as the attention wants
-its staged rows. The attention's own copies read [T, w / 128, 128], where a row is one piece. One kernel reads the entries
-once and writes both; left to XLA that is three passes.
+For the forward pass the same rows lie in HBM twice. The SparseCore reads and writes [T, w] in the usual tiles of 8 rows, as
+the attention wants its staged rows. The attention's own copies read [T, w / 128, 128], where a row is one piece. One kernel
+reads the entries once and writes both; left to XLA that is three passes.
 
 Axis letters: B batch   T entries   d head width   R rows of all batch rows   w words of a row   N rows of a block
 """

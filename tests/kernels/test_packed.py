@@ -35,8 +35,8 @@ def places(rng, batch, length, entries):
 
 @pytest.mark.parametrize("num_entries", [7, 64, 100])
 def test_selection_from_packed_keys(num_entries, monkeypatch):
-  """Tiles of 32 keys: fewer than a tile, whole tiles, a last one that overlaps."""
-  monkeypatch.setattr(blockwise, "_TILE_BYTES", 32 * 4 * 16)
+  """Tiles of 32 keys: fewer than a tile, whole tiles, a last one that is filled up."""
+  monkeypatch.setattr(blockwise, "_LARGEST_TILE", 32)
   rng = np.random.default_rng(num_entries)
   keys, where = packed_like(rng, 2, num_entries, 16), places(rng, 2, 9, num_entries)
   queries, weights = rng.normal(size=(2, 9, 4, 16)).astype(np.float32), rng.normal(size=(2, 9, 4)).astype(np.float32)

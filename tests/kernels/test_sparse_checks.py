@@ -30,7 +30,8 @@ def small_steps(monkeypatch):
   """As in `test_sparse_form`, but three times 128 queries a chunk."""
   monkeypatch.setitem(sparse.FORWARD_STEP, "v5p", (1, 128))
   monkeypatch.setitem(sparse.BACKWARD_STEP, "v5p", (1, 128))
-  monkeypatch.setitem(sparse.DIRECT, "v5p", 64)
+  monkeypatch.setitem(sparse.DIRECT, "v5p", 128)
+  monkeypatch.setattr(sparse_plan, "GRANULE", 8)
   monkeypatch.setattr(sparse, "ROWS", 3 * RUN)
 
 

@@ -170,7 +170,7 @@ def test_a_decoded_token_unpacks_what_it_reads_and_no_more():
               if jnp.issubdtype(x.aval.dtype, jnp.floating) and x.aval.dtype != jnp.bfloat16]
     found[storage] = max(math.prod(aval.shape) for aval in floats)
   assert found["compute"] == entries * 64
-  assert found["mixed"] < entries * 64 / 2
+  assert found["mixed"] <= entries * 64 / 2  # a tile of 8,192 keys
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------------

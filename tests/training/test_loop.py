@@ -229,6 +229,29 @@ def test_resumed_equals_uninterrupted(world, tmp_path, capsys):
   assert final[0] == final[1]
 
 
+def test_weights_of_another_run_are_where_a_new_run_starts(world, tmp_path, monkeypatch, capsys):
+  """And only a new one: one that has a checkpoint goes on from its own, whatever the setting says."""
+  asked = []
+
+  def state_from(run_config, key, mesh, say):
+    asked.append(run_config.training.init_from)
+    return State(0, {"w": np.float64(64.0)})
+
+  monkeypatch.setattr(loop, "state_from", state_from)
+  (tmp_path / "other" / "release").mkdir(parents=True)
+  (tmp_path / "other" / "release" / "tokenizer.json").write_text("{}")
+  training = dataclasses.replace(RUN.training, init_from=str(tmp_path / "other"))
+  run = dataclasses.replace(RUN, training=dataclasses.replace(training, steps=3))
+  loop.train(run, tmp_path / "run")
+  assert lines(tmp_path / "run")[0]["loss"] == 0.5 * 64 + 1
+  assert (tmp_path / "run" / "release" / "tokenizer.json").read_text() == "{}"
+  (tmp_path / "run" / "release" / "tokenizer.json").write_text("kept")
+  loop.train(dataclasses.replace(run, training=training), tmp_path / "run")
+  assert "resumed at step 3" in capsys.readouterr().out
+  assert asked == [str(tmp_path / "other")] and lines(tmp_path / "run")[-1]["step"] == 10
+  assert (tmp_path / "run" / "release" / "tokenizer.json").read_text() == "kept"
+
+
 def test_a_finished_run_is_only_evaluated_again(world, tmp_path):
   loop.train(RUN, tmp_path / "run")
   before = lines(tmp_path / "run")

@@ -163,7 +163,7 @@ def _sparse_attention(case: Case, call: Call, chip: Chip) -> Plan:
   """
   places = call.blocks[7][2] if len(call.blocks) == 12 else 0
   listed = lambda steps, runs: (steps, runs, steps, steps, steps)
-  plan = _sparse_steps(call, 2, ("first copies",) if places else (), listed, places)
+  plan = _sparse_steps(call, 2, ("first copies?",) if places else (), listed, places)
   _, queries, _, words = call.blocks[0]
   return dataclasses.replace(plan, copied=(plan.steps + call.grid[0]) * queries * places * words * 4.0)
 

@@ -1,0 +1,56 @@
+"""The first state of a run that goes on from finished weights: those of a converted release, or of another run."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Callable
+
+import jax
+import numpy as np
+
+from deepseek_v4.checkpoint import manifest as manifest_lib
+from deepseek_v4.checkpoint.convert import CHECKPOINTS, RELEASE
+from deepseek_v4.checkpoint.store import newest_manifest, restore_variables
+from deepseek_v4.config import RunConfig, to_dict
+from deepseek_v4.training.state import TrainState, state_of
+
+SETTING = "training.init_from"
+
+
+def state_from(run_config: RunConfig, key: jax.Array, mesh: jax.sharding.Mesh | None,
+               say: Callable[[str], None]) -> TrainState:
+  """A state at step 0 with the weights and the router's state of the newest usable checkpoint in `training.init_from`.
+
+  The optimizer starts afresh, whatever the weights were trained with, and so does the data's order.
+
+  Raises:
+    FileNotFoundError: no such folder, or no usable checkpoint in it.
+    ValueError: its model is another one than `run_config.model`, or sizes that the mesh does not divide.
+  """
+  folder = Path(run_config.training.init_from or "")
+  if not (folder / CHECKPOINTS).is_dir():
+    released = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    hint = f"; a release is converted first: python -m launch.convert --source {folder} --to orbax --target ..."
+    raise FileNotFoundError(f"{SETTING} = {str(folder)!r}: expected the folder of a run or of a converted release, with a "
+                            f"folder {CHECKPOINTS!r} in it{hint if released else ''}")
+  path, manifest = newest_manifest(folder / CHECKPOINTS)
+  manifest_lib.refuse_other_model(manifest["config"], to_dict(run_config), f"{folder} ({SETTING})")
+  size = sum(math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize for name, entry in manifest["leaves"].items()
+             if name.split("/")[0] in ("params", "router"))
+  say(f"reading {size / 2**20:,.1f} MiB of weights from {path}")
+  started = time.perf_counter()
+  variables, _, step = restore_variables(folder / CHECKPOINTS, scan_layers=run_config.model.scan_layers, mesh=mesh)
+  state = state_of(run_config, variables, key, mesh)
+  say(f"starting from the weights of step {step} in {folder}, read in {time.perf_counter() - started:.1f} s")
+  return state
+
+
+def copy_release(run_config: RunConfig, workdir: Path) -> None:
+  """Copies config.json, tokenizer and encoder of the release that the weights came from, if they came from one, so that the
+  run can be talked to and exported as the release could."""
+  source = Path(run_config.training.init_from or "") / RELEASE
+  if source.is_dir() and source.resolve() != (workdir / RELEASE).resolve():
+    shutil.copytree(source, workdir / RELEASE, dirs_exist_ok=True)
