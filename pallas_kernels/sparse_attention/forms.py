@@ -23,9 +23,9 @@ from __future__ import annotations
 FEW_QUERIES = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # from here on the masked kernel
 
 # Up to 64K tokens the masked kernel, whose schedule is known to the last cycle. By that schedule the sparse form is cheaper
-# beyond 2,200 / 6,800 / 4,100 visible entries (v5p / v6e / TPU7x), at 64K tokens, forward and backward, about 3.8, 1.2 and
-# 1.8 times; but its gather runs on the SparseCore, of which no schedule and no time is known, and it takes ten times the
-# memory. Beyond about 85K tokens (v6e: 170K) the masked backward pass does not fit VMEM.
+# beyond 1,700 / 5,300 / 3,700 visible entries (v5p / v6e / TPU7x) forward; at 64K tokens, forward and backward, about 4.1,
+# 1.3 and 1.9 times. But most of its rows are gathered by the SparseCore, of which no schedule and no time is known, and it
+# takes ten times the memory. Beyond about 85K tokens (v6e: 170K) the masked backward pass does not fit VMEM.
 MOST_MASKED = 16384
 # Entries whose gradient fits VMEM, with 128 heads in bfloat16 and room to spare.
 MASKED_GRADIENT = {"v5p": 20480, "v6e": 40960, "tpu7x": 20480}
