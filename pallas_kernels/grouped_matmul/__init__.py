@@ -43,6 +43,8 @@ def row_tile(rows: int, num_experts: int, implementation: str = "blockwise") -> 
 
   A matrix unit takes as long for 8 rows as for 128, so for the TPU kernels a few rows of an expert are one tile.
   """
+  if rows < num_experts and implementation not in ("pallas", "interpret"):
+    return 1
   tile, least = 8, min(rows // num_experts, 128) if implementation in ("pallas", "interpret") else 0
   while tile < 256 and (tile * 2 * num_experts * 4 <= rows or tile < least):
     tile *= 2

@@ -47,9 +47,11 @@ def _every_tile(x_XCD, gate_EDF, up_EDF, down_EFD, first_E, last_E, limit, round
 
   if x_XCD.shape[0] < 2 * num_experts:
     # Few rows, as in decoding: most experts have none, and only those that do are read.
+    expert_X = (last_E <= jnp.arange(x_XCD.shape[0])[:, None]).sum(1)
+
     def chosen(i, out):
-      e = (last_E <= i).sum()
-      return tile(i, out, gate_EDF[e], up_EDF[e], down_EFD[e])
+      of_expert = lambda w: jax.lax.dynamic_index_in_dim(w, expert_X[i], keepdims=False)
+      return tile(i, out, *map(of_expert, (gate_EDF, up_EDF, down_EFD)))
 
     return jax.lax.fori_loop(0, last_E[-1], chosen, jnp.zeros_like(x_XCD))
 

@@ -102,6 +102,8 @@ _collapse.defvjp(lambda *args: (_collapse(*args), args[:4]), _collapse_backward)
 def _expand_block(streams_CND, update_CD, post_CN, comb_CNN):
   exact, n = comb_CNN.dtype, streams_CND.shape[1]
   x, y = streams_CND.astype(exact), update_CD.astype(exact)
+  if streams_CND.shape[0] < 8:
+    return (post_CN[..., None] * y[:, None] + jnp.einsum("Cjk,CjD->CkD", comb_CNN, x, precision="highest")).astype(streams_CND.dtype)
   new = [post_CN[:, k, None] * y + sum(comb_CNN[:, j, k, None] * x[:, j] for j in range(n)) for k in range(n)]
   return jnp.stack(new, 1).astype(streams_CND.dtype)
 
