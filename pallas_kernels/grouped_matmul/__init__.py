@@ -38,13 +38,28 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
   return run(x, gate, up, down, group_sizes, tile=tile, limit=limit, rounding=rounding)
 
 
+def few_picks(x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, *,
+              limit: float, rounded: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+  """Sum over each row's picks of weight * expert(row), without sorting: one pick after another, each a vector's product.
+
+  In plain JAX, for fewer picks than experts, as when one sequence is decoded.
+
+  Args:
+    x: [T, D]; experts: int32 [T, k], none that is outside [0, E) counts; weights: [T, k].
+    gate, up, down, limit: as in `expert_mlp`.
+    rounded: see `rounding` there; the weights are these.
+
+  Returns:
+    [T, D] in the weights' dtype if that is wider.
+  """
+  return blockwise.few_picks(x, experts, weights, gate, up, down, limit=limit, rounded=rounded)
+
+
 def row_tile(rows: int, num_experts: int, implementation: str = "blockwise") -> int:
   """Rows per tile so that padding costs about an eighth of the work with evenly loaded experts: 8 to 256.
 
   A matrix unit takes as long for 8 rows as for 128, so for the TPU kernels a few rows of an expert are one tile.
   """
-  if rows < num_experts and implementation not in ("pallas", "interpret"):
-    return 1
   tile, least = 8, min(rows // num_experts, 128) if implementation in ("pallas", "interpret") else 0
   while tile < 256 and (tile * 2 * num_experts * 4 <= rows or tile < least):
     tile *= 2

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import blocks
 
 _TOKENS_PER_BLOCK = 256
+_FEW_TOKENS = 8  # below this, XLA's CPU code for streams side by side takes longer than a matmul of each token
 
 
 def _cut(x_BS: jax.Array) -> jax.Array:
@@ -102,8 +103,9 @@ _collapse.defvjp(lambda *args: (_collapse(*args), args[:4]), _collapse_backward)
 def _expand_block(streams_CND, update_CD, post_CN, comb_CNN):
   exact, n = comb_CNN.dtype, streams_CND.shape[1]
   x, y = streams_CND.astype(exact), update_CD.astype(exact)
-  if streams_CND.shape[0] < 8:
-    return (post_CN[..., None] * y[:, None] + jnp.einsum("Cjk,CjD->CkD", comb_CNN, x, precision="highest")).astype(streams_CND.dtype)
+  if streams_CND.shape[0] < _FEW_TOKENS:
+    mixed_CND = jnp.einsum("Cjk,CjD->CkD", comb_CNN, x, precision="highest")
+    return (post_CN[..., None] * y[:, None] + mixed_CND).astype(streams_CND.dtype)
   new = [post_CN[:, k, None] * y + sum(comb_CNN[:, j, k, None] * x[:, j] for j in range(n)) for k in range(n)]
   return jnp.stack(new, 1).astype(streams_CND.dtype)
 
