@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -151,3 +153,14 @@ def test_the_same_seed_gives_the_same_text(speaker):
   texts = [hot.reply(["hello"], number, None)[0][0] for number in (0, 0, 1)]
   assert texts[0] == texts[1] != texts[2]
   assert np.unique(texts).size == 2
+
+
+@pytest.mark.parametrize("more, expected", [
+    (["--drafts", "2"], "--drafts = 2: expected --speculative with it"),
+    (["--drift", "--inference_rounding"], "--drift with --inference_rounding: expected one of them"),
+    (["--cache_storage", "fp8"], "fp8")])
+def test_options_that_do_not_go_together(more, expected):
+  """Before anything is read: the checkpoint need not be there."""
+  command = [sys.executable, "-m", "launch.generate", "--checkpoint", "nowhere", "--prompt", "x", *more]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert result.returncode and expected in result.stderr and "Traceback" not in result.stderr
