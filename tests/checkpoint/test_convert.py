@@ -173,6 +173,7 @@ def damage(folder):
 
 
 def test_everything_that_does_not_fit_in_one_error_before_anything_is_written(tmp_path):
+  """CHECKS A10.5."""
   make_release(tmp_path / "release", max_file_bytes=60_000)
   expected = damage(tmp_path / "release")
   with pytest.raises(ValueError) as error:

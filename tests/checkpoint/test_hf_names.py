@@ -12,6 +12,7 @@ from deepseek_v4.checkpoint import hf_names
 from deepseek_v4.checkpoint.hf_trees import from_hf_names, to_hf_names
 from deepseek_v4.checkpoint.trees import flatten, restack
 from deepseek_v4.config import ModelConfig
+from pallas_kernels.grouped_matmul import expert_mlp
 
 
 def without_mtp(config):
@@ -75,6 +76,24 @@ def test_where_single_elements_go(tiny):
   assert release["mtp.0.attn.wq_a.weight"][1, 2] == variables["params"]["mtp"]["block"]["attention"]["q_a"][2, 1]
   assert hf["model.layers.0.mlp.gate.tid2eid"].dtype == np.int64
   assert not any(name.startswith("mtp") for name in hf)
+
+
+def test_gate_and_up_are_not_exchanged(tiny):
+  """CHECKS A10.6: w1 = 1, w3 = 2 and x = 1 make silu(1) * 2 = 1.462117 before the down projection; exchanged, 1.761594."""
+  config = tiny.config
+  named = dict(to_hf_names(restack(tiny.variables(config), config, True), config, "release"))
+  for name, x in named.items():
+    for part, number in (("w1", 1), ("w3", 2), ("w2", 1)):
+      if f".{part}." in name:  # one channel in, one between, one out
+        named[name] = np.zeros_like(x)
+        named[name][0, 0] = number
+  experts = from_hf_names(named, config)["params"]["layers"]["layer_00"]["moe"]["experts"]
+  one = np.zeros((config.n_routed_experts, config.hidden_size), np.float32)
+  one[:, 0] = 1  # a row for each expert
+  for implementation in ("reference", "blockwise"):
+    out = expert_mlp(jnp.asarray(one), *(experts[name] for name in ("gate", "up", "down")), jnp.ones(len(one), jnp.int32),
+                     tile=1, limit=10.0, implementation=implementation)
+    np.testing.assert_allclose(out[:, 0], 1.462117, atol=1e-6)
 
 
 def test_gradients_and_moments(tiny):

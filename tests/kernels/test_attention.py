@@ -44,6 +44,7 @@ def inputs():
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise", "interpret"])
 def test_minus_one_anywhere_and_unused_memory(inputs, implementation):
+  """A4.1 to 4 and 6."""
   arrays, picks = inputs
 
   @jax.jit
@@ -69,6 +70,19 @@ def test_minus_one_anywhere_and_unused_memory(inputs, implementation):
   # the order of the picks means nothing
   shuffled, _ = both(moving, fixed, picks[:, :, np.random.default_rng(2).permutation(PICKS)])[0]
   np.testing.assert_allclose(shuffled, out, atol=1e-6)
+
+
+def test_one_query_with_minus_one_anywhere(inputs):
+  """A4 as in decoding: so few entries are picked that only these are cleared, not all memory."""
+  arrays, picks = inputs
+  arrays = {name: x[:, 3:4] if x.shape[1:2] == (QUERIES,) else x for name, x in arrays.items()}
+  run = jax.jit(lambda arrays, picks: attend(**arrays, selection=Selection.from_indices(picks), window=0, scale=0.25,
+                                             implementation="blockwise"))
+  want_out, want_lse = oracles.attend(**arrays, selection=Selection.from_indices(jnp.asarray(picks[:, 3:4])), window=0,
+                                      scale=0.25)
+  out, lse = run(arrays, picks[:, 3:4])
+  np.testing.assert_allclose(out, want_out, atol=1e-5)
+  np.testing.assert_allclose(lse, want_lse, atol=1e-5)
 
 
 def test_selection_is_a_set_of_entries():

@@ -78,7 +78,7 @@ SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 40)
 
 
 def test_rows_in_chunks_of_any_size_in_one_batch():
-  """SPEC_MODEL 8: eleven rows, each in chunks of its own size, padded left and right in turn, equal the full pass."""
+  """A3.2: eleven rows, each in chunks of its own size, padded left and right in turn, equal the full pass."""
   rows = [IDS[0]] * len(SIZES)
   found, cache = in_chunks(cached(), empty(), rows, SIZES, LENGTH)
   for size, logits in zip(SIZES, found, strict=True):
@@ -88,7 +88,7 @@ def test_rows_in_chunks_of_any_size_in_one_batch():
 
 @pytest.mark.parametrize("kernels, width", [("blockwise", 1), ("blockwise", 7)])
 def test_plain_chunks(kernels, width):
-  """Without segment ids; entries are counted as they close, in attention and indexer alike."""
+  """A3.5: without segment ids; entries are counted as they close, in attention and indexer alike."""
   cache, logits = dsv4.init_cache(T0, 1, ROOM), []
   for start in range(0, LENGTH - LENGTH % width, width):
     out, cache = cached(kernels)(cache, IDS[:, start:start + width])
@@ -106,6 +106,7 @@ def test_plain_chunks(kernels, width):
 
 
 def test_any_prefill_then_token_by_token():
+  """A3.3."""
   sizes = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33)
   first, cache = feed(cached(), empty(), [IDS[0, :n] for n in sizes], LENGTH)
   rest, cache = in_chunks(cached(), cache, [IDS[0, n:] for n in sizes], [1] * len(sizes), 1)
@@ -114,6 +115,7 @@ def test_any_prefill_then_token_by_token():
 
 
 def test_prompts_shorter_than_any_rate():
+  """A3.4."""
   lengths = range(1, 10)
   found, _ = feed(cached(), empty(), [IDS[0, :n] for n in lengths], 9, ["left"] * BATCH)
   for n, logits in zip(lengths, found, strict=True):
@@ -166,7 +168,7 @@ def test_last_logits_hidden_and_experts_lie_where_the_tokens_lie():
 
 # ---- memory -----------------------------------------------------------------------------------------------------------
 def test_unused_memory_is_never_read():
-  """Everything NaN before the first token: the same numbers, in every implementation that runs here."""
+  """A4.6: everything NaN before the first token, the same numbers, in every implementation that runs here."""
   for kernels in ("blockwise", "reference"):
     clean = empty()
     dirty = clean.replace(layers=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), clean.layers))
@@ -184,7 +186,7 @@ def test_a_row_without_tokens_keeps_its_bits():
 
 
 def test_an_entry_mixes_its_window_and_the_one_before():
-  """CSA's entry w changes with any token of windows w - 1 and w and no other; HCA's with its own only."""
+  """A3.6: CSA's entry w changes with any token of windows w - 1 and w and no other; HCA's with its own only."""
   _, base = feed(cached(), empty(), [IDS[0]], LENGTH)
   changed = IDS[0].copy()
   changed[9] = changed[9] % 96 + 1
