@@ -187,11 +187,11 @@ def write_entries(entries: jax.Array, new: jax.Array, first: jax.Array, used: ja
 
   def row(b, entries):
     at = jnp.minimum(first[b], entries.shape[1] - count)
-    b, zero = b.astype(at.dtype), jnp.zeros_like(at)  # of one type, also with 64-bit numbers
+    corner = tuple(map(jnp.int32, (b, at, 0)))
     number_C = at + jnp.arange(count) - first[b]
     written_C = (number_C >= 0) & used[b, jnp.maximum(number_C, 0)]
     rows = jnp.where(written_C[:, None], new[b, jnp.maximum(number_C, 0)].astype(entries.dtype),
-                     jax.lax.dynamic_slice(entries, (b, at, zero), (1, count, entries.shape[2]))[0])
-    return jax.lax.dynamic_update_slice(entries, rows[None], (b, at, zero))
+                     jax.lax.dynamic_slice(entries, corner, (1, count, entries.shape[2]))[0])
+    return jax.lax.dynamic_update_slice(entries, rows[None], corner)
 
   return jax.lax.fori_loop(0, entries.shape[0], row, entries) if count else entries
