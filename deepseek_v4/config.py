@@ -299,6 +299,8 @@ class TrainingConfig:
 
   def __post_init__(self):
     typed(self)
+    if self.init_from == "":
+      refuse("init_from", self.init_from, "a folder, or None")
     at_least(self, 1, "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
     one_of(self, "kernels", ("auto", "reference", "blockwise", "pallas", "interpret"))
     one_of(self, "attention_mode", ("sparse", "dense"))

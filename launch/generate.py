@@ -36,8 +36,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("seed", 0, "Of the drawn tokens.")
   flags.DEFINE_integer("chunk_size", 512, "Tokens of a prompt that are fed at a time.")
   flags.DEFINE_bool("speculative", False, "Let the prediction block guess tokens that one step verifies.")
-  flags.DEFINE_integer("drafts", 1, "With --speculative: tokens guessed at a time.", lower_bound=1)
-  flags.DEFINE_string("cache_storage", "compute", "What the cache keeps: compute, or mixed (FP8, BF16 and FP4).")
+  flags.DEFINE_integer("drafts", None, "With --speculative: tokens guessed at a time, one if not given.", lower_bound=1)
+  flags.DEFINE_enum("cache_storage", "compute", ["compute", "mixed"],
+                    "What the cache keeps: compute, or mixed (FP8, BF16 and FP4).")
   flags.DEFINE_bool("inference_rounding", False, "Round what DeepSeek's own inference rounds.")
   flags.DEFINE_bool("drift", False, "Compare the logits of both storages on prompt and reply.")
 
@@ -219,7 +220,11 @@ def main(argv: list[str]) -> None:
       prompts = [line for line in lines if line.strip()]
     options = {name: value(name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "chunk_size",
                                               "cache_storage")}
-    options["speculative"] = value("drafts") if value("speculative") else False
+    if value("drafts") and not value("speculative"):
+      raise ValueError(f"--drafts = {value('drafts')}: expected --speculative with it")
+    if value("drift") and value("inference_rounding"):
+      raise ValueError("--drift with --inference_rounding: expected one of them, since both storages round the same then")
+    options["speculative"] = (value("drafts") or 1) if value("speculative") else False
     speaker = load(value("checkpoint"), options, value("seed"), inference_rounding=value("inference_rounding"),
                    drift=value("drift"))
     if value("chat"):

@@ -79,7 +79,7 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     if first_process:
       workdir.mkdir(parents=True, exist_ok=True)
       metrics.write_json(workdir / CONFIG, to_dict(run_config))
-      if restored is None:
+      if restored is None and training.init_from is not None:
         copy_release(run_config, workdir)
     say(describe(state, mesh))
     for part in (train_data, held_out):

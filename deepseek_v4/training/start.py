@@ -30,7 +30,7 @@ def state_from(run_config: RunConfig, key: jax.Array, mesh: jax.sharding.Mesh | 
     FileNotFoundError: no such folder, or no usable checkpoint in it.
     ValueError: its model is another one than `run_config.model`, or sizes that the mesh does not divide.
   """
-  folder = Path(run_config.training.init_from or "")
+  folder = Path(run_config.training.init_from)
   if not (folder / CHECKPOINTS).is_dir():
     released = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
     hint = f"; a release is converted first: python -m launch.convert --source {folder} --to orbax --target ..."
@@ -45,12 +45,16 @@ def state_from(run_config: RunConfig, key: jax.Array, mesh: jax.sharding.Mesh | 
   variables, _, step = restore_variables(folder / CHECKPOINTS, scan_layers=run_config.model.scan_layers, mesh=mesh)
   state = state_of(run_config, variables, key, mesh)
   say(f"starting from the weights of step {step} in {folder}, read in {time.perf_counter() - started:.1f} s")
+  tokenizer = folder / RELEASE / "tokenizer.json"
+  if run_config.data.tokenizer is None and tokenizer.is_file():
+    say(f"warning: data.tokenizer = None trains on bytes, but the weights came with another vocabulary: expected "
+        f"--set data.tokenizer={tokenizer}")
   return state
 
 
 def copy_release(run_config: RunConfig, workdir: Path) -> None:
   """Copies config.json, tokenizer and encoder of the release that the weights came from, if they came from one, so that the
   run can be talked to and exported as the release could."""
-  source = Path(run_config.training.init_from or "") / RELEASE
+  source = Path(run_config.training.init_from) / RELEASE
   if source.is_dir() and source.resolve() != (workdir / RELEASE).resolve():
     shutil.copytree(source, workdir / RELEASE, dirs_exist_ok=True)

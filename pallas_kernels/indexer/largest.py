@@ -42,7 +42,7 @@ def largest(x_CT: jax.Array, k: int, maxima_CG: jax.Array | None = None) -> tupl
     return _by_threshold(x_CT, k)
   best_CK, groups_CK = largest(group_maxima(x_CT) if maxima_CG is None else maxima_CG, k)
   numbers_CKg = jnp.take_along_axis(x_CT.reshape(rows, -1, GROUP), groups_CK[..., None], 1)
-  numbers_CKg = jnp.where(best_CK[..., None] > -jnp.inf, numbers_CKg, -jnp.inf)
+  numbers_CKg = jnp.where(best_CK[..., None] != -jnp.inf, numbers_CKg, -jnp.inf)
   found_CK, places_CK = _by_threshold(numbers_CKg.reshape(rows, k * GROUP), k)
   return found_CK, jnp.take_along_axis(groups_CK, places_CK // GROUP, 1) * GROUP + places_CK % GROUP
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -22,13 +24,18 @@ OPTIONS = dict(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0,
 
 
 @pytest.fixture(scope="module")
-def speaker(tmp_path_factory):
-  """What `load` makes of a folder as a run leaves it."""
+def folder(tmp_path_factory):
+  """A folder as a run leaves it."""
   run = tmp_path_factory.mktemp("run")
   stored = config_lib.to_dict(dataclasses.replace(config_lib.RunConfig(), model=BYTES))
   with CheckpointStore(run / "checkpoints", keep=1, config_dict=stored) as store:
     store.save(3, jax.tree.map(jax.numpy.asarray, random_variables(BYTES)), {})
-  return launch_generate.load(str(run), OPTIONS, 0)
+  return str(run)
+
+
+@pytest.fixture(scope="module")
+def speaker(folder):
+  return launch_generate.load(folder, OPTIONS, 0)
 
 
 def reply_to(speaker, text):
@@ -124,7 +131,7 @@ def test_pieces_of_text_are_whole_characters(speaker):
   assert "".join(pieces) == "aé€b\ufffd"
 
 
-def test_a_mixed_cache_and_its_drift(speaker, monkeypatch):
+def test_a_mixed_cache_and_its_drift(folder, speaker, monkeypatch):
   """The cache is as small as `count` says; the drift is asked for on prompt and reply."""
   mixed = dataclasses.replace(speaker, options={**OPTIONS, "cache_storage": "mixed", "max_new_tokens": 1}, drift=True)
   asked, shown = [], []
@@ -137,6 +144,8 @@ def test_a_mixed_cache_and_its_drift(speaker, monkeypatch):
   assert text.startswith(mixed.tokenizer.decode(ids[5:]) + "\n") and len(ids) == 6
   assert text.endswith(f"cache {size:,.2f} MiB (mixed); ended by length\nmixed against compute cache, 6 tokens: logits "
                        "0.012 apart, at most 0.5, of a spread of 1.5; 90.0% the same first choice; KL 0.001 nats\n")
+  rounded = launch_generate.load(folder, OPTIONS, 0, inference_rounding=True)
+  assert rounded.model.config == dataclasses.replace(speaker.model.config, inference_rounding=True)
   with pytest.raises(ValueError, match="cache_storage = 'fp8': expected one of compute, mixed"):
     dataclasses.replace(mixed, options={**OPTIONS, "cache_storage": "fp8"}).reply(["hello"], 0, None)
 
@@ -151,3 +160,14 @@ def test_the_same_seed_gives_the_same_text(speaker):
   texts = [hot.reply(["hello"], number, None)[0][0] for number in (0, 0, 1)]
   assert texts[0] == texts[1] != texts[2]
   assert np.unique(texts).size == 2
+
+
+@pytest.mark.parametrize("more, expected", [
+    (["--drafts", "2"], "--drafts = 2: expected --speculative with it"),
+    (["--drift", "--inference_rounding"], "--drift with --inference_rounding: expected one of them"),
+    (["--cache_storage", "fp8"], "fp8")])
+def test_options_that_do_not_go_together(more, expected):
+  """Before anything is read: the checkpoint need not be there."""
+  command = [sys.executable, "-m", "launch.generate", "--checkpoint", "nowhere", "--prompt", "x", *more]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert result.returncode and expected in result.stderr and "Traceback" not in result.stderr

@@ -66,7 +66,7 @@ def test_emulated_devices_are_cpu_devices(monkeypatch):
 
 @pytest.mark.parametrize("arguments, said", [
   (["--config", "configs/none.py", "--workdir", "x"], "error: --config = 'configs/none.py': expected a Python file"),
-  (["--config", "configs/debug.py", "--workdir", "x", "--set", "training.step=5"], "it has steps, seed, kernels"),
+  (["--config", "configs/debug.py", "--workdir", "x", "--set", "training.step=5"], "it has steps, seed, init_from, kernels"),
   (["--config", "configs/debug.py"], "--workdir"),
   (["--config", "configs/debug.py", "--workdir", "x", "training.steps=5"], "unknown arguments: training.steps=5"),
 ])

@@ -11,12 +11,12 @@ import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING
 from tests.model.small import T0, abstract_variables, equations
 
-LENGTH = 2048
+LENGTH = 8192  # at which selection already goes tile by tile, as at twice the length
 # the released rates and window; a vocabulary wider than anything else that a token has
 CONFIG = dataclasses.replace(
     T0, num_hidden_layers=2, layer_types=(CSA, HCA), mlp_layer_types=(LEARNED,) * 2, hca_compress_rate=128,
     sliding_window=128, index_topk=64, hidden_size=16, num_attention_heads=2, head_dim=8, index_n_heads=2, hc_mult=2,
-    vocab_size=5003, loss_chunk_size=256, num_nextn_predict_layers=0)
+    vocab_size=5003, loss_chunk_size=256, num_nextn_predict_layers=0, max_position_embeddings=2 * LENGTH)
 
 
 def traced(length, kernels="blockwise", backward=True, config=CONFIG, **arguments):

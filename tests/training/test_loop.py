@@ -181,6 +181,13 @@ def test_a_run_writes_its_files(world, tmp_path, capsys):
   assert "compiled the step in" in printed and "WORSE than zlib" in printed and "1 parameters" in printed
 
 
+def test_a_folder_release_beside_a_run_from_scratch_stays_where_it_is(world, tmp_path, monkeypatch):
+  (tmp_path / "release").mkdir()
+  monkeypatch.chdir(tmp_path)
+  loop.train(RUN, tmp_path / "run")
+  assert not (tmp_path / "run" / "release").exists()
+
+
 def test_log_every(world, tmp_path):
   run = dataclasses.replace(RUN, training=dataclasses.replace(RUN.training, steps=7, log_every=3, eval_every=100))
   loop.train(run, tmp_path / "run")

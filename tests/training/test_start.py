@@ -42,6 +42,8 @@ def test_weights_are_the_release_s_and_all_else_is_fresh(converted):
   assert not differing({"step": state.step, "opt_state": state.opt_state},
                        {"step": np.int32(0), "opt_state": random_state().opt_state})
   assert "MiB of weights from" in said[0] and "starting from the weights of step 0 in" in said[1]
+  expected = f"another vocabulary: expected --set data.tokenizer={ours / 'release' / 'tokenizer.json'}"
+  assert len(said) == 3 and said[2].startswith("warning: data.tokenizer = None") and said[2].endswith(expected)
 
 
 def test_bfloat16_weights_and_a_mesh(converted, tmp_path):
@@ -94,3 +96,8 @@ def test_the_release_s_companions_go_with_the_run(converted, tmp_path):
   start.copy_release(run_of(tmp_path), tmp_path)  # a run that begins with its own weights
   start.copy_release(run_of(release), tmp_path / "plain")  # no release beside the weights
   assert not (tmp_path / "plain").exists()
+
+
+def test_an_empty_name_is_no_folder():
+  with pytest.raises(ValueError, match="init_from = '': expected a folder, or None"):
+    run_of("")
