@@ -19,6 +19,7 @@ from typing import Any, Callable
 
 from absl import app, flags, logging
 
+from deepseek_v4.model.formats import STORAGES
 from launch import use_huge_pages
 
 
@@ -37,7 +38,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("chunk_size", 512, "Tokens of a prompt that are fed at a time.")
   flags.DEFINE_bool("speculative", False, "Let the prediction block guess tokens that one step verifies.")
   flags.DEFINE_integer("drafts", None, "With --speculative: tokens guessed at a time, one if not given.", lower_bound=1)
-  flags.DEFINE_enum("cache_storage", "compute", ["compute", "mixed"],
+  flags.DEFINE_enum("cache_storage", "compute", STORAGES,
                     "What the cache keeps: compute, or mixed (FP8, BF16 and FP4).")
   flags.DEFINE_bool("inference_rounding", False, "Round what DeepSeek's own inference rounds.")
   flags.DEFINE_bool("drift", False, "Compare the logits of both storages on prompt and reply.")

@@ -14,9 +14,8 @@ from typing import Mapping
 
 from deepseek_v4.config import CSA, HASH, HCA, SLIDING, LayerSpec, ModelConfig
 from deepseek_v4.config_checks import refuse
-from deepseek_v4.model.formats import INDEX_BLOCK, KV_BLOCK
+from deepseek_v4.model.formats import INDEX_BLOCK, KV_BLOCK, STORAGES
 
-STORAGES = ("compute", "mixed")
 # Operations in units of one FP8 operation, at the peak rates of a chip with twice the rate for half the width. Linear layers
 # and experts count as FP8 (FP4 weights are multiplied at that rate today), index scores of V4 as FP4, the rest as BF16.
 EQUIVALENT = {"linear": 1.0, "routed_experts": 1.0, "exact_linear": 2.0, "hyper_connections": 2.0, "attention": 2.0,

@@ -22,7 +22,8 @@ import numpy as np
 from deepseek_v4.config_checks import at_least, refuse, typed
 from deepseek_v4.generation import sample
 from deepseek_v4.generation.sample import Rows, Sampling
-from deepseek_v4.model.cache import STORAGES, Cache, init_cache
+from deepseek_v4.model.cache import Cache, init_cache
+from deepseek_v4.model.formats import STORAGES
 from deepseek_v4.model.transformer import DeepseekV4
 
 _SMALLEST_REACH = 1024

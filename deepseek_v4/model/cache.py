@@ -27,10 +27,9 @@ import numpy as np
 from deepseek_v4.config import CSA, HCA, SLIDING, ModelConfig
 from deepseek_v4.config_checks import refuse
 from deepseek_v4.model import quantize
+from deepseek_v4.model.formats import STORAGES
 from deepseek_v4.model.groups import LayerGroups, group_layers
 from deepseek_v4.model.quantize import PackedIndex, PackedKV
-
-STORAGES = ("compute", "mixed")
 
 
 @flax.struct.dataclass

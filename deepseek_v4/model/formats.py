@@ -1,4 +1,4 @@
-"""Facts about the 8- and 4-bit numbers of the releases' weights and of DeepSeek's inference; no JAX here.
+"""Facts about the 8- and 4-bit numbers of the releases' weights, of DeepSeek's inference and of caches; no JAX here.
 
 A block of numbers shares a scale, a power of two stored as one byte b for 2^(b - 127) (E8M0; 255 is no number). E4M3 has
 four bits of exponent and three of fraction, E2M1 two and one; neither has an infinity.
@@ -10,6 +10,9 @@ import dataclasses
 
 SCALE_BIAS = 127
 NO_SCALE = 255  # the E8M0 code that is no number
+
+# What a cache may keep: everything as it was computed, or the published FP8, BF16 and FP4 (`init_cache`).
+STORAGES = ("compute", "mixed")
 
 # Channels that share a scale in DeepSeek's inference (report 2.3.4, 3.6.1 and the release's own code).
 KV_BLOCK = 64  # of window keys and compressed entries, their rotary channels left out

@@ -15,7 +15,6 @@ import dataclasses
 import time
 from typing import Any, Callable, NamedTuple, Sequence
 
-import jax
 import numpy as np
 
 import deepseek_v4 as dsv4
@@ -24,7 +23,7 @@ from deepseek_v4.generation import decode
 from deepseek_v4.model.cache import init_cache
 from deepseek_v4.text.tokenize import BYTE_VOCABULARY, ByteTokenizer
 from deepseek_v4.training.sources import read_texts
-from deepseek_v4.training.state import init_variables
+from launch.benchmarks import ours
 from launch.benchmarks.report import Row
 from launch.benchmarks.worker import memory, settle
 
@@ -63,18 +62,6 @@ def text(tokens: int) -> np.ndarray:
   files = tokenizer.encode_documents(read_texts(DataConfig(), "train").texts)
   ids = np.concatenate([part for file in files for part in (file, [tokenizer.document_end])])
   return np.resize(ids.astype(np.int32), tokens)
-
-
-def random_variables(config: ModelConfig) -> dict[str, Any]:
-  """Weights with which every term matters: what starts at zero is drawn, too."""
-  variables = jax.jit(lambda key: init_variables(config, key))(jax.random.key(0))
-  rng = np.random.default_rng(0)
-
-  def disturbed(path, x):
-    small = path[-1].key in ("scale", "base", "sink", "position_bias")
-    return x + 0.2 * rng.standard_normal(x.shape, np.float32) if small else x
-
-  return variables | {"params": jax.tree_util.tree_map_with_path(disturbed, variables["params"])}
 
 
 def entries_read(config: ModelConfig, position: float) -> float:
@@ -220,7 +207,7 @@ def measure(tokens: int, chunks: Sequence[int], say: Callable[[str], None]) -> l
   """
   check_tokens(tokens, chunks)
   started = time.perf_counter()
-  model, variables, ids = dsv4.DeepseekV4(CONFIG), random_variables(CONFIG), text(tokens)
+  model, variables, ids = dsv4.DeepseekV4(CONFIG), ours.random_variables(CONFIG), text(tokens)
   predicted = dsv4.count(CONFIG, tokens).cache_bytes["compute"]
   say(f"{dsv4.count(CONFIG, tokens).parameters.total:,} parameters, {tokens:,} tokens, "
       f"cache {sum(predicted.values()) / 2**20:,.1f} MiB by the formula")

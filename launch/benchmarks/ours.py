@@ -53,18 +53,21 @@ def prepare(case: Case, folder: Path) -> tuple[Callable[[], Any], Callable[[int]
   return run, lambda n: multiply[n](), compile_seconds
 
 
-def write_weights(config: ModelConfig, folder: Path) -> None:
-  """Random weights that make every term matter, under transformers' names; hash tables from the model's own hash."""
+def random_variables(config: ModelConfig) -> dict[str, Any]:
+  """Random weights that make every term matter: what starts at zero is drawn, too. Hash tables from the model's own hash."""
   variables = jax.jit(lambda key: init_variables(config, key))(jax.random.key(0))
   rng = np.random.default_rng(0)
 
   def disturbed(path, x):
-    x = np.asarray(x)
     small = path[-1].key in ("scale", "base", "sink", "position_bias")
     return x + 0.2 * rng.standard_normal(x.shape, np.float32) if small else x
 
-  variables["params"] = jax.tree_util.tree_map_with_path(disturbed, variables["params"])
-  np.savez(folder / WEIGHTS, **dsv4.to_hf_names(variables, config))
+  return variables | {"params": jax.tree_util.tree_map_with_path(disturbed, variables["params"])}
+
+
+def write_weights(config: ModelConfig, folder: Path) -> None:
+  """`random_variables` under transformers' names."""
+  np.savez(folder / WEIGHTS, **dsv4.to_hf_names(random_variables(config), config))
 
 
 def _compile(step: Callable, *arguments, **options) -> tuple[Any, float]:

@@ -29,7 +29,7 @@ def scratch(plan, table=None):
   return [pltpu.VMEM(landing, table.dtype), pltpu.SemaphoreType.DMA((2,))]
 
 
-def params(plan, params):
+def compiler_params(plan, params):
   """Compiler parameters without a check of each copy's address, which would take most of its time; all numbers are rows."""
   return dataclasses.replace(params, disable_bounds_checks=plan.direct > 0)
 

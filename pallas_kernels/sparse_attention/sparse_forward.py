@@ -45,7 +45,8 @@ def attend_rows(chunk, rows, words, operands, direct, results, plan, options):
   return pl.pallas_call(
       functools.partial(_body, plan=plan, window=options.window, scale=options.scale), grid_spec=grid_spec,
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results], input_output_aliases={first: 0, first + 1: 1},
-      compiler_params=sparse_copies.params(plan, tpu.compiler_params(options.chip, "parallel", "arbitrary", "arbitrary")),
+      compiler_params=sparse_copies.compiler_params(
+          plan, tpu.compiler_params(options.chip, "parallel", "arbitrary", "arbitrary")),
       interpret=options.interpret, name="attend_rows",
   )(jnp.reshape(chunk, 1), rows, words, *operands, *direct, *results)
 

@@ -79,7 +79,8 @@ def _gather_job(table_Tw, index_n, buffer_bytes):
 
 
 def sections(rows: int, batch: int) -> tuple[int, int]:
-  """(row numbers that a subcore reads at once, in all), whole batches; in all as few more than `rows` as possible."""
+  """(row numbers that a subcore reads at once, in all), whole batches; in all as few more than `rows` as possible, but not
+  three batches or less at once where more could be: each reading waits."""
   batches = -(-rows // batch)
   sizes = range(1, min(max(_SECTION // batch, 1), batches) + 1)
   best = min(sizes, key=lambda size: (-batches % size if size > 3 else batches, -size))

@@ -4,7 +4,7 @@ For the forward pass the same rows lie in HBM twice. The SparseCore reads and wr
 the attention wants its staged rows. The attention's own copies read [T, w / 128, 128], where a row is one piece. One kernel
 reads the entries once and writes both; left to XLA that is three passes.
 
-Axis letters: B batch   T entries   d head width   R rows of all batch rows   w words of a row   N rows of a block
+Axis letters: B batch   T entries   d head width   R rows of all batch rows   w words of a row
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def make_tables(entries_BTd: jax.Array, seen_BT: jax.Array, options, pieces: boo
   """The rows of all entries, zeros where nobody may see one: [R, w], and with `pieces` also [R, w / 128, 128].
 
   Args:
-    entries_BTd: bfloat16 or float32, d a multiple of 256 or 128.
+    entries_BTd: bfloat16 with d a multiple of 256, or float32 with one of 128.
     seen_BT: bool.
 
   Returns:
