@@ -27,7 +27,7 @@ def per_token(config: ModelConfig, length: int, kind: str) -> float:
                for spec in config.layer_specs)
   n, d = config.hc_mult, config.hidden_size
   head = 2 * d * config.vocab_size / (length if kind == "prefill" else 1)
-  return (3 if kind == "train" else 1) * (layers + 2 * n * d * n + head)
+  return float((3 if kind == "train" else 1) * (layers + 2 * n * d * n + head))
 
 
 def entries_per_token(config: ModelConfig, length: int) -> int:
