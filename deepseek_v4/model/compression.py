@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, ModelConfig
 from deepseek_v4.model import cache, rope, weights
-from deepseek_v4.model.norm import RMSNorm
+from deepseek_v4.model.norm import RMSNorm, rms_norm
 
 SERIES = {CSA: 2, HCA: 1}  # overlapping windows of an entry
 
@@ -135,11 +135,11 @@ class Compressor(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, layout: EntryLayout, earlier: jax.Array | None = None):
+  def __call__(self, x_BSD: jax.Array, layout: EntryLayout, earlier: Callable[[], jax.Array] | None = None):
     """Returns (entries [B, T, d], normalised and rotated, and the tokens' values and gates [B, S, 2, o, d] for a cache).
 
-    Unused entries hold finite values without meaning. `earlier` [B, P, 2, o, d]: values and gates of the tokens before, for
-    a `chunk_layout`; without it there is nothing to cache, and the second result is None.
+    Unused entries hold finite values without meaning. `earlier` gives values and gates [B, P, 2, o, d] of the tokens before,
+    for a `chunk_layout`; without it there is nothing to cache, and the second result is None.
 
     entry = sum over slots of softmax(gate + position bias) * value; CSA's slots are the previous window's series 0 and
     the own window's series 1, and the first entry of a document has only the latter (report eqs. 9-12, 20-23).
@@ -150,22 +150,41 @@ class Compressor(nn.Module):
     kv_oDd = weights.matrix(self, config, "kv", shape)
     gate_oDd = weights.matrix(self, config, "gate", shape)
     bias_omd = weights.exact(self, config, "position_bias", (series, m, self.width), nn.initializers.zeros)
-    values, gates, raw = [], [], []
-    for o in range(series):
-      offset = series - 1 - o
-      value, gate = x_BSD @ kv_oDd[o], x_BSD @ gate_oDd[o]
-      if earlier is not None:
-        raw.append(jnp.stack([value, gate], 2))
-        value = jnp.concatenate([earlier[:, :, 0, o].astype(value.dtype), value], 1)
-        gate = jnp.concatenate([earlier[:, :, 1, o].astype(gate.dtype), gate], 1)
-      values.append(_windows(value, layout, offset))
-      gate = _windows(gate, layout, offset).astype(bias_omd.dtype) + bias_omd[o]
-      gates.append(jnp.where(layout.has_previous[..., None, None], gate, -jnp.inf) if offset else gate)
-    value, gate = (jnp.concatenate(parts, 2) if series > 1 else parts[0] for parts in (values, gates))
-    weight = jax.nn.softmax(gate, 2)
-    entries_BTd = (weight * value.astype(weight.dtype)).sum(2).astype(x_BSD.dtype)
-    entries_BTd = RMSNorm(config, name="norm")(entries_BTd)
-    return rope.rotate(entries_BTd, layout.cos, layout.sin), jnp.stack(raw, 3) if raw else None
+    norm_d = RMSNorm(config, name="norm").weight(self.width)
+    raw = [(x_BSD @ kv_oDd[o], x_BSD @ gate_oDd[o]) for o in range(series)]
+
+    def entries():
+      entries_BTd = _pooled(raw, None if earlier is None else earlier(), bias_omd, layout).astype(x_BSD.dtype)
+      return rope.rotate(rms_norm(entries_BTd, norm_d, config.rms_norm_eps), layout.cos, layout.sin)
+
+    if earlier is None:
+      return entries(), None
+    stacked = jnp.stack([jnp.stack(pair, 2) for pair in raw], 3)
+    if x_BSD.shape[1] >= m:
+      return entries(), stacked
+    # Most chunks of few tokens close no entry.
+    shape = jax.eval_shape(entries)
+    return jax.lax.cond((layout.segment > 0).any(), entries, lambda: jnp.zeros(shape.shape, shape.dtype)), stacked
+
+
+def _pooled(raw, earlier, bias_omd: jax.Array, layout: EntryLayout) -> jax.Array:
+  """[B, T, d], at least float32: the weighted sum of each entry's slots.
+
+  Args:
+    raw: (values, gates) [B, S, d] of each series; earlier: as in `Compressor`, or None.
+  """
+  values, gates, series = [], [], len(raw)
+  for o, (value, gate) in enumerate(raw):
+    offset = series - 1 - o
+    if earlier is not None:
+      value = jnp.concatenate([earlier[:, :, 0, o].astype(value.dtype), value], 1)
+      gate = jnp.concatenate([earlier[:, :, 1, o].astype(gate.dtype), gate], 1)
+    values.append(_windows(value, layout, offset))
+    gate = _windows(gate, layout, offset).astype(bias_omd.dtype) + bias_omd[o]
+    gates.append(jnp.where(layout.has_previous[..., None, None], gate, -jnp.inf) if offset else gate)
+  value, gate = (jnp.concatenate(parts, 2) if series > 1 else parts[0] for parts in (values, gates))
+  weight = jax.nn.softmax(gate, 2)
+  return (weight * value.astype(weight.dtype)).sum(2)
 
 
 def extend(compressor: Compressor, x_BSD: jax.Array, layout: EntryLayout, start_B: jax.Array, count_B: jax.Array,
@@ -174,7 +193,8 @@ def extend(compressor: Compressor, x_BSD: jax.Array, layout: EntryLayout, start_
 
   `stored` makes of new entries [B, C, d] what `entries` hold.
   """
-  earlier = cache.read_ring(pending, start_B, lookback(compressor.config, compressor.attention))
+  count = lookback(compressor.config, compressor.attention)
+  earlier = functools.partial(cache.read_ring, pending, start_B, count)
   new_BTd, raw = compressor(x_BSD, layout, earlier)
   write = sharding.per_shard(cache.write_entries, (("batch",),) * 4, ("batch",))
   entries = write(entries, stored(new_BTd), start_B // layout.rate, layout.segment > 0)
