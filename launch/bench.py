@@ -25,7 +25,7 @@ from pathlib import Path
 from absl import app, flags
 
 from launch import use_huge_pages
-from launch.benchmarks import cases, context, overlap, report, run, worker
+from launch.benchmarks import cases, context, context_rows, overlap, report, run, worker
 from launch.benchmarks.kernels import cases as kernel_cases
 from launch.benchmarks.kernels import chips
 from launch.benchmarks.kernels import report as kernel_report
@@ -137,8 +137,8 @@ def bench_context(tokens: int, chunks: list[str], path: str | None) -> None:
   use_huge_pages()
   worker.pin(cases.THREADS)
   rows = context.measure(tokens, [int(chunk) for chunk in chunks], say)
-  found = context.targets(rows)
-  print("", context.table(rows), context.EXPLANATION, report.target_lines(found), sep="\n")
+  found = context_rows.targets(rows)
+  print("", context_rows.table(rows), context_rows.EXPLANATION, report.target_lines(found), sep="\n")
   if path is not None:
     report.write_json(path, rows, found)
 
