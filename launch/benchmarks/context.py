@@ -71,7 +71,7 @@ class Clock:
     say: prints a line.
     chunks: all that are computed.
     steady: those that did not wait for a compilation: not the first one of its width and reach.
-    resident: bytes of the process in the middle of the prefill.
+    resident: bytes of the process once the program of the last chunks is compiled.
     temporary: bytes beside them that each steady chunk took after that.
     peak: bytes of the process at most.
   """
@@ -106,8 +106,9 @@ class Clock:
     if program in self._programs:
       self.steady.append(chunk)
     self._programs.add(program)
-    if self.steady[-1:] == [chunk] and fed >= self.tokens / 2:
-      self._look_at_memory()
+    room = self.tokens + DECODED
+    if self.steady[-1:] == [chunk] and program[1] == decode.reach_of(room, room):
+      self._look_at_memory()  # nothing more is compiled in between, and all chunks plan the same
     if now - self._said >= _PAUSE or fed == self.tokens:
       self._said = now
       left = self.seconds_left()

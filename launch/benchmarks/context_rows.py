@@ -203,5 +203,5 @@ entries of a token, over all layers; seen: what the formulas need; read: what th
 included; k mult-adds: what those take, in thousands. us/token: by the clock on the wall; processor: time of all its cores.
 predicted: a fixed part (projections, experts, the window) and a part per multiply-add of the entries read, a line through
 all chunks of the first {FITTED:.4g} of the tokens (Theil and Sen's medians), the same for every row. Memory beside the
-cache: median over the chunks of the second half, and the most; at times a chunk begins before the memory of the one before
-is given back."""
+cache: median over the chunks with the last one's program, and the most; at times a chunk begins before the memory of the one
+before is given back."""
