@@ -6,8 +6,10 @@ window, compression and selection. Its weights are random, the text is Python's 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
@@ -69,8 +71,8 @@ class Clock:
     say: prints a line.
     chunks: all that are computed.
     steady: those that did not wait for a compilation: not the first one of its width and reach.
-    resident: bytes of the process in the middle of the prefill.
-    temporary: bytes beside them that chunks took after that.
+    resident: bytes of the process once the program of the last chunks is compiled.
+    temporary: bytes beside them that each steady chunk took after that.
     peak: bytes of the process at most.
   """
 
@@ -81,7 +83,7 @@ class Clock:
   chunks: list[Chunk] = dataclasses.field(default_factory=list)
   steady: list[Chunk] = dataclasses.field(default_factory=list)
   resident: int | None = None
-  temporary: int | None = None
+  temporary: list[int] = dataclasses.field(default_factory=list)
   peak: int | None = None
 
   def __post_init__(self):
@@ -104,8 +106,9 @@ class Clock:
     if program in self._programs:
       self.steady.append(chunk)
     self._programs.add(program)
-    if self.steady[-1:] == [chunk] and fed >= self.tokens / 2:
-      self._look_at_memory()
+    room = self.tokens + DECODED
+    if self.steady[-1:] == [chunk] and program[1] == decode.reach_of(room, room):
+      self._look_at_memory()  # nothing more is compiled in between, and all chunks plan the same
     if now - self._said >= _PAUSE or fed == self.tokens:
       self._said = now
       left = self.seconds_left()
@@ -122,7 +125,9 @@ class Clock:
     if self.resident is None:
       self.resident = settle()
     else:
-      self.temporary = peak - self.resident
+      self.temporary.append(peak - self.resident)
+      with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
 
   def seconds_left(self) -> float:
     """Of this prefill, if the cost of a token goes on growing as it did."""
@@ -221,7 +226,8 @@ def measure(tokens: int, chunks: Sequence[int], say: Callable[[str], None]) -> l
            "logits_standard_deviation": float(runs[0].logits.std()), "cache_bytes": sum(runs[-1].cache_bytes.values()),
            "cache_bytes_predicted": sum(predicted.values()), "cache_bytes_by_kind": runs[-1].cache_bytes,
            "cache_bytes_by_kind_predicted": dict(predicted), "cache_resident_bytes": most(found.grown for found in runs),
-           "temporary_bytes": most(clock.temporary for clock in clocks),
+           "temporary_bytes": most(float(np.median(clock.temporary)) for clock in clocks if clock.temporary),
+           "temporary_bytes_most": most(size for clock in clocks for size in clock.temporary),
            "temporary_bytes_predicted": max(found.temporary for found in runs),
            "peak_bytes": most([memory("VmHWM"), *(clock.peak for clock in clocks)])}
   return [*rows, whole]

@@ -1,9 +1,9 @@
 """The figures of a long context: what a token reads along it, what it costs, and what the reading predicts.
 
 What a token costs should grow with what it reads and with nothing else: the index keys it scores, the entries it selects of
-them, and all heavily compressed entries. So its cost should be a line over the number of these entries, a fixed part and a
-part per entry; the line through the chunks of the first quarter predicts the end. Cost is the time on the wall and, beside
-it, that of the processor summed over its cores, which depends less on who else uses the machine.
+them, and all heavily compressed entries. So its cost should be a line over the multiply-adds that these entries take, a
+fixed part and a part per entry; the line through the chunks of the first quarter predicts the end. Cost is the time on the
+wall and, beside it, that of the processor summed over its cores, which depends less on who else uses the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launch.benchmarks.report import Row
 from pallas_kernels.indexer import blockwise
 
 PLACES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of all tokens, where rows are made
-FITTED = (1 / 16, 1 / 4)  # the chunks between these shares of the tokens predict the others
+FITTED = 1 / 4  # the chunks up to this share of the tokens predict the others
 NEIGHBOURS = 7  # chunks whose median is a row: others use the machine, too
 COSTS = ("seconds_per_token", "processor_seconds_per_token")
 _FEWEST = 4  # chunks that make a line
@@ -33,8 +33,20 @@ def entries_seen(config: ModelConfig, position: float) -> float:
   return sum(seen[kind] for kind in config.layer_types)
 
 
-def entries_read(config: ModelConfig, start: int, end: int, max_length: int) -> float:
-  """What the program of a chunk reads for a token, the mean over the chunk and the sum over all layers.
+class Reading(NamedTuple):
+  """What a token reads, summed over all layers: index keys that are scored, and entries that are attended to."""
+
+  index_keys: float
+  entries: float
+
+  def multiply_adds(self, config: ModelConfig) -> float:
+    """Of index scores, and of entries as keys and as values."""
+    return (self.index_keys * config.index_n_heads * config.index_head_dim
+            + self.entries * 2 * config.num_attention_heads * config.head_dim)
+
+
+def reading_of(config: ModelConfig, start: int, end: int, max_length: int) -> Reading:
+  """What the program of a chunk reads for a token, the mean over the chunk.
 
   That is more than `entries_seen`. A program is made for a reach and reads all heavily compressed entries inside it, masked
   ones as well; a block of queries scores whole tiles of index keys, up to its last query's; `index_topk` entries are
@@ -47,14 +59,15 @@ def entries_read(config: ModelConfig, start: int, end: int, max_length: int) -> 
   """
   reach = decode.reach_of(end, max_length)
   entries = reach // config.csa_compress_rate
-  read = {SLIDING: 0.0, CSA: float(entries), HCA: float(reach // config.hca_compress_rate)}
+  keys, chosen = 0.0, entries
   if config.index_topk < entries:
     size, tile = blockwise.sizes_of(end - start, entries, config.index_n_heads)
     blocks = np.arange(start, end, size)
     tiles = -(-(np.minimum(blocks + size, end) // config.csa_compress_rate) // tile)
     tokens = np.minimum(blocks + size, end) - blocks
-    read[CSA] = float(np.average(np.minimum(tiles * tile, entries), weights=tokens)) + config.index_topk
-  return sum(read[kind] for kind in config.layer_types)
+    keys, chosen = float(np.average(np.minimum(tiles * tile, entries), weights=tokens)), config.index_topk
+  layers = {kind: config.layer_types.count(kind) for kind in (CSA, HCA)}
+  return Reading(layers[CSA] * keys, layers[CSA] * chosen + layers[HCA] * (reach // config.hca_compress_rate))
 
 
 class Chunk(NamedTuple):
@@ -75,16 +88,18 @@ class Chunk(NamedTuple):
 def _row(config: ModelConfig, name: str, chunks: Sequence[Chunk], chunk_size: int, tokens: int) -> Row:
   """Medians over chunks."""
   median = lambda of: float(np.median([of(chunk) for chunk in chunks]))
+  reading = lambda chunk: reading_of(config, chunk.start, chunk.end, tokens)
   return {"case": name, "side": "ours", "chunk_size": chunk_size, "chunks": len(chunks), "position": chunks[-1].end,
           "entries_seen": median(lambda chunk: entries_seen(config, (chunk.start + chunk.end) / 2)),
-          "entries_read": median(lambda chunk: entries_read(config, chunk.start, chunk.end, tokens)),
+          "entries_read": median(lambda chunk: sum(reading(chunk))),
+          "multiply_adds": median(lambda chunk: reading(chunk).multiply_adds(config)),
           **{cost: median(lambda chunk, cost=cost: chunk.cost(cost)) for cost in COSTS}}
 
 
-def line(entries: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
-  """(fixed cost, cost of an entry) of the line through these points, whatever a few of them do: Theil and Sen's medians, of
-  the slopes between all pairs and then of what is left."""
-  x, y = np.asarray(entries), np.asarray(costs)
+def line(work: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
+  """(fixed cost, cost of a unit of work) of the line through these points, whatever a few of them do: Theil and Sen's
+  medians, of the slopes between all pairs and then of what is left."""
+  x, y = np.asarray(work), np.asarray(costs)
   i, j = np.triu_indices(len(x), 1)
   apart = x[j] - x[i]
   slope = max(float(np.median((y[j] - y[i])[apart != 0] / apart[apart != 0])), 0.0)
@@ -104,14 +119,14 @@ def place_rows(config: ModelConfig, steady: Sequence[Chunk], tokens: int, chunk_
   for share in PLACES:
     groups["last chunks" if share == 1 else f"at {share:.4g}"] = [c for c in steady if c.end <= share * tokens][-NEIGHBOURS:]
   rows = [_row(config, name, chunks, chunk_size, tokens) for name, chunks in groups.items() if chunks]
-  fitted = [chunk for chunk in steady if FITTED[0] * tokens <= chunk.start and chunk.end <= FITTED[1] * tokens]
-  entries = [entries_read(config, chunk.start, chunk.end, tokens) for chunk in fitted]
-  if len(fitted) < _FEWEST or len(set(entries)) < 2:
+  fitted = [chunk for chunk in steady if chunk.end <= FITTED * tokens]
+  work = [reading_of(config, chunk.start, chunk.end, tokens).multiply_adds(config) for chunk in fitted]
+  if len(fitted) < _FEWEST or len(set(work)) < 2:
     return rows
   for cost in COSTS:
-    fixed, slope = line(entries, [chunk.cost(cost) for chunk in fitted])
+    fixed, slope = line(work, [chunk.cost(cost) for chunk in fitted])
     for row in rows:
-      row[f"predicted_{cost}"] = fixed + slope * row["entries_read"]
+      row[f"predicted_{cost}"] = fixed + slope * row["multiply_adds"]
       row[f"over_predicted_{cost}"] = row[cost] / row[f"predicted_{cost}"]
   return rows
 
@@ -152,6 +167,7 @@ def targets(rows: Sequence[Row]) -> list[Row]:
 _COLUMNS = (  # title, figure, unit's factor, format
     ("chunks of", "chunk_size", 1, ",d"), ("median of", "chunks", 1, ",d"), ("tokens", "position", 1, ",d"),
     ("entries seen", "entries_seen", 1, ",.0f"), ("read", "entries_read", 1, ",.0f"),
+    ("k mult-adds", "multiply_adds", 1e-3, ",.0f"),
     *(column for cost, title in zip(COSTS, ("us/token", "processor")) for column in (
         (title, cost, 1e6, ",.0f"), ("predicted", f"predicted_{cost}", 1e6, ",.0f"),
         ("over it", f"over_predicted_{cost}", 1, ".2f"))))
@@ -174,7 +190,7 @@ def table(rows: Sequence[Row]) -> str:
             f"cache: {mib('cache_bytes')}, {mib('cache_bytes_predicted')} by dsv4.count; the process grew by "
             f"{mib('cache_resident_bytes')} for it",
             f"beside it while a chunk is read: {mib('temporary_bytes')}, {mib('temporary_bytes_predicted')} by the "
-            f"compiler; the process at most {mib('peak_bytes')}, compiling included",
+            f"compiler, at most {mib('temporary_bytes_most')}; the process at most {mib('peak_bytes')}, compiling included",
             f"both runs: {whole['seconds'] / 60:.1f} minutes; logits at most "
             f"{max(whole['logits_apart'], whole['logits_apart_after_decoding']):.1e} apart"]
   return "\n".join(lines)
@@ -184,6 +200,8 @@ EXPLANATION = f"""\
 Rows are medians over so many neighbouring chunks that waited for no compilation, up to {NEIGHBOURS}; the very first chunk,
 whose program was compiled before, stands alone. entries: index keys scored, entries selected of them and heavily compressed
 entries of a token, over all layers; seen: what the formulas need; read: what the program reads, masked ones and whole tiles
-included. us/token: by the clock on the wall; processor: time of all its cores. predicted: a fixed part (projections,
-experts, the window) and a part per entry read, a line through all chunks between {FITTED[0]:.4g} and {FITTED[1]:.4g} of the
-tokens (Theil and Sen's medians), the same line for every row."""
+included; k mult-adds: what those take, in thousands. us/token: by the clock on the wall; processor: time of all its cores.
+predicted: a fixed part (projections, experts, the window) and a part per multiply-add of the entries read, a line through
+all chunks of the first {FITTED:.4g} of the tokens (Theil and Sen's medians), the same for every row. Memory beside the
+cache: median over the chunks with the last one's program, and the most; at times a chunk begins before the memory of the one
+before is given back."""

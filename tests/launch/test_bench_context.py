@@ -14,14 +14,15 @@ def test_what_a_token_reads():
   seen = lambda position: context_rows.entries_seen(context.CONFIG, position)
   assert seen(1000) == 250 + 250 + 1000 / 128  # all index keys are selected
   assert seen(1_048_576) == 262_144 + 512 + 8192
-  read = lambda start, end: context_rows.entries_read(context.CONFIG, start, end, 1_048_576)
-  assert read(0, 1024) == 256 + 8  # a reach of 1,024 tokens: all of its entries, and no keys
+  read = lambda start, end: context_rows.reading_of(context.CONFIG, start, end, 1_048_576)
+  assert read(0, 1024) == (0, 256 + 8)  # a reach of 1,024 tokens: all of its entries, and no keys
   # A reach of 4,096: 1,024 keys, which are one tile. Of 262,144: one tile of 8,192 keys up to token 32,768, then two, and
   # the 2,048 heavily compressed entries of the reach from its first quarter on.
-  assert read(1024, 4096) == 1024 + 512 + 32
-  assert read(65_536, 69_632) == 3 * 8192 + 512 + 2048
-  assert read(94_208, 102_400) == (4096 * 3 + 4096 * 4) / 8192 * 8192 + 512 + 2048
-  assert read(1_044_480, 1_048_576) == seen(1_048_576)  # at the end nothing is masked
+  assert read(1024, 4096) == (1024, 512 + 32)
+  assert read(65_536, 69_632) == (3 * 8192, 512 + 2048)
+  assert read(94_208, 102_400) == ((4096 * 3 + 4096 * 4) / 8192 * 8192, 512 + 2048)
+  assert sum(read(1_044_480, 1_048_576)) == seen(1_048_576)  # at the end nothing is masked
+  assert context_rows.Reading(10, 3).multiply_adds(context.CONFIG) == 10 * 2 * 16 + 3 * 2 * 4 * 32
 
 
 def test_the_line_through_disturbed_points():
@@ -33,11 +34,12 @@ def test_the_line_through_disturbed_points():
 
 
 def clock_of(cost, tokens=1_048_576, size=4096, disturbed=0):
-  """A clock after a prefill whose tokens cost what `cost` says of the entries they read; every `disturbed`-th chunk took
-  longer."""
+  """A clock after a prefill whose tokens cost what `cost` says of the multiply-adds of what they read; every
+  `disturbed`-th chunk took longer."""
   clock = context.Clock(tokens, "test", 0, lambda text: None)
   for number, start in enumerate(range(0, tokens, size)):
-    seconds = size * cost(context_rows.entries_read(context.CONFIG, start, start + size, tokens))
+    read = context_rows.reading_of(context.CONFIG, start, start + size, tokens)
+    seconds = size * cost(read.multiply_adds(context.CONFIG))
     more = 1 + 5 * (disturbed and number % disturbed == 0)
     clock.steady.append(context_rows.Chunk(start, start + size, seconds * more, 2 * seconds))
   clock.chunks = list(clock.steady)
@@ -45,15 +47,16 @@ def clock_of(cost, tokens=1_048_576, size=4096, disturbed=0):
 
 
 WHOLE = {"case": "whole", "chunk_sizes": [4096], "seconds": 600.0, "logits_apart": 1e-5, "logits_apart_after_decoding": 2e-3,
-         "logits_standard_deviation": 1.0, "cache_bytes": 500, "cache_bytes_predicted": 500, "temporary_bytes": 110,
-         "temporary_bytes_predicted": 100, "cache_resident_bytes": 600, "peak_bytes": 900, "decode_seconds_per_token": 0.01}
+         "logits_standard_deviation": 1.0, "cache_bytes": 500, "cache_bytes_predicted": 500, "cache_resident_bytes": 600,
+         "temporary_bytes": 110, "temporary_bytes_most": 200, "temporary_bytes_predicted": 100, "peak_bytes": 900,
+         "decode_seconds_per_token": 0.01}
 
 
 @pytest.mark.parametrize("disturbed", [0, 4])
 def test_predictions_follow_the_entries(disturbed):
   """A line over the entries is predicted, whatever disturbs single chunks; a cost that grows faster shows."""
   tokens = 1_048_576
-  clock = clock_of(lambda read: 1e-4 + 2e-9 * read, disturbed=disturbed)
+  clock = clock_of(lambda work: 1e-4 + 6e-11 * work, disturbed=disturbed)
   rows = context_rows.place_rows(context.CONFIG, clock.steady, tokens, 4096)
   assert [row["case"] for row in rows] == ["very first chunk", "first chunks", "at 0.0625", "at 0.125", "at 0.25", "at 0.5",
                                            "at 0.75", "last chunks"]
@@ -71,7 +74,7 @@ def test_predictions_follow_the_entries(disturbed):
 
 
 def test_what_grows_faster_than_the_entries_shows():
-  clock = clock_of(lambda read: 1e-4 + 1e-14 * read**2)
+  clock = clock_of(lambda work: 1e-4 + 1e-17 * work**2)
   rows = context_rows.place_rows(context.CONFIG, clock.steady, 1_048_576, 4096)
   assert rows[-1]["over_predicted_seconds_per_token"] > 1.5
   whole = WHOLE | {"temporary_bytes": 500, "cache_bytes": 501}
@@ -79,13 +82,13 @@ def test_what_grows_faster_than_the_entries_shows():
 
 
 def test_time_left_counts_that_tokens_get_dearer():
-  """Half of the tokens are read; their cost has grown in a line and will go on so."""
-  cost = lambda read: 1e-4 + 2e-9 * read
+  """Half of the tokens are read; their cost has grown and will go on so, though in steps where the reach grows."""
+  cost = lambda work: 1e-4 + 6e-11 * work
   clock = clock_of(cost)
   whole = sum(chunk.seconds for chunk in clock.chunks)
   clock.steady = clock.chunks = clock.chunks[:128]
   left = whole - sum(chunk.seconds for chunk in clock.chunks)
-  assert clock.seconds_left() == pytest.approx(left, rel=0.05)
+  assert clock.seconds_left() == pytest.approx(left, rel=0.12)
 
 
 def test_text_is_the_standard_library():

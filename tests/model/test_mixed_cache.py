@@ -83,12 +83,14 @@ def test_chunks_of_any_size_equal_the_full_pass():
     np.testing.assert_allclose(logits, truth(IDS[0]), atol=TOLERANCE, err_msg=f"chunks of {size}")
 
 
-def test_prefill_then_token_by_token_then_back_and_on():
-  """Rows of different lengths; taken back by up to five tokens and fed others, they never saw the first."""
+@pytest.mark.parametrize("width", [LENGTH, pytest.param(1, marks=pytest.mark.long)])
+def test_prefill_then_token_by_token_then_back_and_on(width):
+  """Rows of different lengths; taken back by up to five tokens and fed others, they never saw the first. Single tokens go
+  through the program of whole rows; in the long tests, through one of their own."""
   prefix = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33)
   with jax.enable_x64(True):
     first, cache = feed(empty(), [IDS[0, :n] for n in prefix], LENGTH)
-    rest, cache = in_chunks(cache, [IDS[0, n:n + 7] for n in prefix], [1] * BATCH, 1)
+    rest, cache = in_chunks(cache, [IDS[0, n:n + 7] for n in prefix], [1] * BATCH, width)
     back = [n + 7 - i % (REWIND + 1) for i, n in enumerate(prefix)]
     cache = dsv4.rewind(cache, np.array(back))
     last, _ = feed(cache, [IDS[1 + i % 3, :3] for i in range(BATCH)], LENGTH)
