@@ -250,12 +250,13 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
   forced = lambda: np.array([forced_token(tokens[i], closed[i], budget) for i in rows], np.int32)
   last, logprob = jax.device_get(_draw(logits, keys, 0, settings, forced()))
   take(last, logprob)
-  number, seconds = 1, _PATIENCE  # tokens so far, and what one takes
+  number, seconds = 1, _PATIENCE  # tokens so far, and what one takes: not known yet, so the first comes alone
   while number < max_new_tokens and not stopped.all():
     # Nobody has to look at tokens before the first that a budget may force.
     free = [budget.tokens - number for i in rows if budget is not None and not closed[i] and not stopped[i]]
-    count = max(1, min(_TOGETHER, max_new_tokens - number, int(_PATIENCE / seconds), *free))
-    reach, begun = reach_of(longest + number + count - 1, cache.max_length), time.perf_counter()
+    reach, begun = reach_of(longest + number, cache.max_length), time.perf_counter()
+    # A token is computed in one reach only, so that no clock has a say in its bits.
+    count = max(1, min(_TOGETHER, max_new_tokens - number, reach - longest - number + 1, int(_PATIENCE / seconds), *free))
     cache, logits, *found = _go_on(model, variables, cache, logits, last, stopped, stop, keys, number, count, settings,
                                    forced(), reach=reach)
     drawn, logprob = jax.device_get(found)

@@ -60,6 +60,9 @@ def test_a_request_draws_the_same_tokens_in_any_batch_and_row():
     assert shuffled.tokens[place] == together.tokens[i]
     np.testing.assert_allclose(shuffled.logprobs[place], together.logprobs[i], atol=1e-3)
   assert together.tokens != greedy()
+  alone = generate(PROMPTS[3:], seeds=[1], **hot)  # other programs: a batch of one
+  assert alone.tokens == together.tokens[3:]
+  np.testing.assert_allclose(alone.logprobs, together.logprobs[3:], atol=1e-3)
   # one greedy request among sampled ones
   mixed = generate(seeds=[3, 1, 4, 1], **{**hot, "temperature": [1.5, 0.0, 1.5, 0.0]})
   assert [mixed.tokens[i] for i in (0, 2)] == [together.tokens[i] for i in (0, 2)]
@@ -104,11 +107,34 @@ def test_a_thinking_budget_closes_the_thought():
   assert generate(thinking_budget=ThinkingBudget(0, close)).tokens[3][:3] == [90, 91, 92]
 
 
+def test_how_many_tokens_come_from_one_call_changes_nothing(monkeypatch):
+  """One by one, as on a slow machine, and up to 16 at a time: stops and budgets in the middle of a call, replies that end
+  before the others, more tokens than a call gives."""
+  arguments = dict(max_new_tokens=24, seeds=[3, 1, 4, 1], temperature=[0.0, 1.5, 0.0, 1.5], top_p=0.9)
+  plain = generate(**arguments).tokens
+  stop = {plain[0][9], plain[1][19]}
+  own = {token for reply in plain for token in reply[:6]}
+  close = tuple(sorted(set(range(97)) - own - stop)[:2])
+  calls, go_on = [], decode._go_on
+  monkeypatch.setattr(decode, "_go_on", lambda *args, **options: calls.append(int(args[9])) or go_on(*args, **options))
+  for extra in ({}, dict(stop_tokens=tuple(stop)), dict(thinking_budget=ThinkingBudget(6, close))):
+    results = []
+    for patience in (1e-9, 1e9):
+      monkeypatch.setattr(decode, "_PATIENCE", patience)
+      seen = []
+      found = generate(**arguments, **extra, on_token=lambda *token, seen=seen: seen.append(token))
+      results.append((found.tokens, found.logprobs, found.finish, seen))
+    assert results[0] == results[1]
+  assert results[0][0][0][6:8] == list(close)
+  assert 1 in calls and max(calls) == 16
+
+
 def test_no_length_compiles_anything_and_the_cache_is_given_up():
   generate()
-  programs = decode.advance._cache_size()
+  sizes = lambda: [program._cache_size() for program in (decode.advance, decode._go_on, decode._draw)]
+  programs = sizes()
   generate([p[:n] for p, n in zip(PROMPTS, (1, 4, 11, 22))], max_new_tokens=12, temperature=0.7)
-  assert decode.advance._cache_size() == programs
+  assert sizes() == programs
   cache = init_cache(T0, 4, 64)
   arrays = jax.tree.leaves(cache)
   new, _ = decode.prefill(MODEL, variables(), cache, PROMPTS, chunk_size=8)
