@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pallas_kernels.indexer
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, ModelConfig
-from deepseek_v4.model import quantize, rope, weights
+from deepseek_v4.model import quantize, rope, sequence, weights
 from deepseek_v4.model.cache import LayerCache
 from deepseek_v4.model.compression import Compressor, extend, sees_an_entry
 from deepseek_v4.model.context import Context
@@ -58,7 +58,7 @@ class Indexer(nn.Module):
     heads, width = config.index_n_heads, config.index_head_dim
     compressor = Compressor(config, CSA, width, name="compressor")
     if cache is None:
-      keys_BTc = self._kept(compressor(x_BSD, context.entries[CSA])[0], cache)
+      keys_BTc = sequence.whole(self._kept(compressor(x_BSD, context.entries[CSA])[0], cache))
     else:
       keys, pending = extend(compressor, x_BSD, context.entries[CSA], context.chunk.start, context.chunk.count,
                              cache.index_keys, cache.index_pending, lambda keys: self._kept(keys, cache))
