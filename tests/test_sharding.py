@@ -115,6 +115,7 @@ def test_an_unknown_axis_is_refused_with_the_known_ones():
   (dict(data=-1, fsdp=2, tensor=2), (2, 2, 1, 1, 2)),
   (dict(data=2, expert=-1), (2, 1, 4, 1, 1)),
   (dict(data=2, fsdp=2, expert=2, tensor=-1), (2, 2, 2, 1, 1)),
+  (dict(data=2, context=-1), (2, 1, 1, 4, 1)),
 ])
 def test_meshes(sizes, expected):
   mesh = sharding.make_mesh(c.MeshConfig(**sizes))
@@ -128,8 +129,7 @@ def test_meshes(sizes, expected):
   (dict(data=16), "the product must be the number of devices, 8"),
   (dict(data=-1, fsdp=3), "8 devices are not a multiple of 3"),
   (dict(data=-1, tensor=16), "8 devices are not a multiple of 16"),
-  (dict(data=4, context=2), "mesh.context = 2: expected 1; context parallelism does not exist yet"),
-  (dict(data=1, context=-1), "mesh.context = -1: expected 1"),
+  (dict(data=4, context=4), "the product must be the number of devices, 8"),
 ])
 def test_meshes_that_do_not_fit_are_refused(sizes, message):
   with pytest.raises(ValueError, match=re.escape(message)):
@@ -169,6 +169,27 @@ def test_batches_that_a_mesh_does_not_divide_are_refused(batch_size, accumulatio
   with pytest.raises(ValueError, match=re.escape(message)):
     sharding.check_divides(run, mesh_of(**sizes))
   sharding.check_divides(run, mesh_of(tensor=2))  # tensor does not split a batch
+
+
+@pytest.mark.parametrize("length, context, message", [
+  (30, 4, "data.sequence_length = 30: expected a multiple of mesh.context = 4"),
+  (32, 8, "data.sequence_length / mesh.context = 4: expected at least 7, the tokens before a part"),
+])
+def test_sequences_that_a_mesh_cannot_split_are_refused(length, context, message):
+  """Seven tokens are read by the window of 8, by HCA's windows of 8, and by CSA's two of 4."""
+  run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, sequence_length=length))
+  for check in (sharding.check_divides, abstract_state):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      check(run, mesh_of(context=context))
+  sharding.check_divides(run, mesh_of())
+  sharding.check_divides(RUN, mesh_of(context=4))
+
+
+@pytest.mark.parametrize("changes, reach", [
+  (dict(), 7), (dict(sliding_window=12), 11), (dict(csa_compress_rate=5), 9), (dict(hca_compress_rate=9), 8),
+  (dict(layer_types=(c.HCA,) * 4, csa_compress_rate=5), 7), (dict(layer_types=(c.SLIDING,) * 4, sliding_window=1), 1)])
+def test_how_far_a_layer_reads_back(changes, reach):
+  assert dataclasses.replace(RUN.model, **changes).local_reach == reach
 
 
 # ---- layouts in a traced function --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from deepseek_v4 import sharding
 from deepseek_v4.config import HASH, ModelConfig
 from deepseek_v4.model import sequence, weights
 from deepseek_v4.model.context import Context
@@ -134,7 +135,9 @@ class Router(nn.Module):
       experts_BSk = table[context.tokens]
     else:
       bias_E = self.variable("router", "bias", jnp.zeros, (num_experts,), jnp.float32).value
-      _, experts_BSk = jax.lax.top_k(jax.lax.stop_gradient(scores_BSE) + bias_E, top_k)
+      best = lambda biased_BSE: jax.lax.top_k(biased_BSE, top_k)[1]
+      # XLA would gather the scores of all devices.
+      experts_BSk = sharding.per_shard(best, (sequence.TOKENS,), sequence.TOKENS)(jax.lax.stop_gradient(scores_BSE) + bias_E)
     self.sow("intermediates", "scores", scores_BSE)
     self.sow("intermediates", "experts", experts_BSk)
     return experts_BSk, combine_weights(scores_BSE, experts_BSk, config.routed_scaling_factor), scores_BSE
