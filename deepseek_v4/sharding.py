@@ -1,9 +1,9 @@
 """From meaning to mesh: the one table logical axis -> mesh axis, the mesh itself, and the one shard_map wrapper for ops.
 
 Mesh axes: data (copies), fsdp (weights split, gathered where they are used), expert (experts split; all other weights as by
-fsdp), context (contiguous parts of the sequence, see `model/sequence.py`), tensor (heads, expert width, vocabulary). A batch
-is split over data, fsdp and expert together: `tokens[B_(data,fsdp,expert), S_context]`. The ambient mesh is the one of
-`jax.set_mesh`; without one everything here is the identity, so that modules need not ask.
+fsdp), context (contiguous parts of the sequence, see `model/sequence.py`; weights as by fsdp), tensor (heads, expert width,
+vocabulary). A batch is split over data, fsdp and expert together: `tokens[B_(data,fsdp,expert), S_context]`. The ambient
+mesh is the one of `jax.set_mesh`; without one everything here is the identity, so that modules need not ask.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ BATCH_AXES = ("data", "fsdp", "expert")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES, "sequence": "context", "shards": (*BATCH_AXES, "context"),
     "heads": "tensor", "index_heads": "tensor", "groups": "tensor", "vocab": "tensor", "mlp": "tensor",
-    "expert": "expert", **{name: ("fsdp", "expert") for name in ("embed", "lora")}, "expert_embed": "fsdp",
+    "expert": "expert", **{name: ("fsdp", "expert", "context") for name in ("embed", "lora")},
+    "expert_embed": ("fsdp", "context"),
     "queries": ("context", "tensor"),
 }
 # Axes along which weights are split for memory only: made whole where they are used.
@@ -167,10 +168,13 @@ def path_names(path: Sequence[Any]) -> tuple[str, ...]:
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
   """NamedSharding of every leaf of a `params` or `router` tree (arrays or shapes).
 
-  An axis that fsdp x expert does not divide is split over fsdp alone.
+  An axis that fsdp x expert x context does not divide is split over the first two or over fsdp alone.
   """
   def fitting(size, axes):
-    return axes if not isinstance(axes, tuple) or size % math.prod(mesh.shape[a] for a in axes) == 0 else axes[0]
+    if not isinstance(axes, tuple):
+      return axes
+    fits = [axes[:n] for n in range(len(axes), 1, -1) if size % math.prod(mesh.shape[a] for a in axes[:n]) == 0]
+    return fits[0] if fits else axes[0]
 
   def one(path, leaf):
     axes = spec(parameter_axes(path_names(path), len(leaf.shape)))
