@@ -28,29 +28,38 @@ from tests.training.small import (
   with_model,
 )
 
-# Mesh, remat, accumulation. Every axis, and every pair but data x fsdp, which split a batch alike. One mesh recomputes
-# layers in the backward pass and one takes the batch in two passes, as pods do: that changes no number either.
+# Mesh, remat, accumulation. Every axis; the pairs that these leave out are in the long tier, but for data x fsdp, which split a
+# batch alike. One mesh recomputes layers in the backward pass and one takes the batch in two passes, as pods do: that changes
+# no number either.
 TOGETHER = {
-  "tensor=2 fsdp=4": (c.MeshConfig(data=1, fsdp=4, tensor=2), "none", 2),
+  "fsdp=2 context=2 tensor=2": (c.MeshConfig(data=1, fsdp=2, context=2, tensor=2), "none", 2),
   "data=2 expert=2 tensor=2": (c.MeshConfig(data=2, expert=2, tensor=2), "none", 1),
   "fsdp=2 expert=4": (c.MeshConfig(data=1, fsdp=2, expert=4), "block", 1),
 }
 ALONE = {"data=8": (c.MeshConfig(data=8), "none", 1), "fsdp=8": (c.MeshConfig(data=1, fsdp=8), "none", 1),
-         "expert=8": (c.MeshConfig(data=1, expert=8), "none", 1)}
-MESHES = [*TOGETHER, *(pytest.param(name, marks=pytest.mark.long) for name in ALONE)]
+         "expert=8": (c.MeshConfig(data=1, expert=8), "none", 1), "context=4": (c.MeshConfig(data=1, context=4), "block", 1)}
+PAIRS = {f"{axis}=2 context=4": (c.MeshConfig(**{"data": 1, axis: 2, "context": 4}), "none", 1)
+         for axis in ("data", "fsdp", "expert", "tensor")}
+ALL = TOGETHER | ALONE | PAIRS
+MESHES = [*TOGETHER, *(pytest.param(name, marks=pytest.mark.long) for name in ALONE | PAIRS)]
 RATE = 5e-3  # of the first update
 COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?"
 
 
 @functools.cache
 def mesh_step(name):
-  mesh_config, remat, accumulation = (TOGETHER | ALONE)[name]
+  _, remat, accumulation = ALL[name]
   run = dataclasses.replace(with_model(RUN, remat=remat), data=dataclasses.replace(RUN.data, accumulation=accumulation))
-  return Step(run, sharding.make_mesh(mesh_config))
+  return Step(run, mesh_of(name))
+
+
+def mesh_of(name):
+  config = ALL[name][0]
+  return sharding.make_mesh(config, jax.devices()[:np.prod([getattr(config, axis) for axis in sharding.MESH_AXES])])
 
 
 def batch_for(name, seed=0):
-  return random_batch((TOGETHER | ALONE)[name][2], seed=seed)
+  return random_batch(ALL[name][2], seed=seed)
 
 
 @functools.cache
@@ -129,7 +138,7 @@ def test_the_next_step_takes_the_state_as_it_comes_back(name):
   """The compiled step refuses other shardings than its own. Noise directions (see `tolerance`) blur the second loss."""
   state = stepped(name)[0]
   state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state), may_alias=False)  # a copy that may be consumed
-  batch = jax.device_put(batch_for(name, seed=1), sharding.batch_sharding(sharding.make_mesh((TOGETHER | ALONE)[name][0])))
+  batch = jax.device_put(batch_for(name, seed=1), sharding.batch_sharding(mesh_of(name)))
   state, metrics = mesh_step(name).compiled(state, batch)
   _, expected = single_step().compiled(single_step().put(reference()[0]), random_batch(seed=1))
   assert int(state.step) == 2
@@ -150,9 +159,9 @@ def test_not_finite_gives_the_old_state_back(name):
 @pytest.mark.parametrize("name", MESHES)
 def test_every_device_holds_its_part(name):
   """Before and after the step, moments included: the sizes of the shards are those that the table of axes promises."""
-  sizes = {axis: getattr((TOGETHER | ALONE)[name][0], axis) for axis in ("fsdp", "expert", "tensor")}
-  both = sizes["fsdp"] * sizes["expert"]
-  parts = {"embed": both, "lora": both, "expert_embed": sizes["fsdp"], "expert": sizes["expert"],
+  sizes = {axis: getattr(ALL[name][0], axis) for axis in ("fsdp", "expert", "context", "tensor")}
+  memory = sizes["fsdp"] * sizes["context"]
+  parts = {"embed": memory * sizes["expert"], "lora": memory * sizes["expert"], "expert_embed": memory, "expert": sizes["expert"],
            **dict.fromkeys(("heads", "index_heads", "groups", "vocab", "mlp"), sizes["tensor"])}
   new = stepped(name)[0]
   (places, _), _ = mesh_step(name).compiled.input_shardings
