@@ -44,7 +44,7 @@ class Attention(nn.Module):
     in_BSD = quantize.linear_input(config, x_BSD)
     latent_BSr = RMSNorm(config, name="q_a_norm")(in_BSD @ weights.matrix(self, config, "q_a",
                                                                          (config.hidden_size, config.q_lora_rank)))
-    latent_BSr = quantize.linear_input(config, latent_BSr)
+    latent_BSr = sharding.constrain(quantize.linear_input(config, latent_BSr), ("batch", "sequence", None))
     q_b = weights.matrix(self, config, "q_b", (config.q_lora_rank, heads, width))
     q_BSHd = rms_norm(jnp.einsum("BSr,rHd->BSHd", latent_BSr, q_b), None, config.rms_norm_eps)
     q_BSHd = sharding.constrain(rope.rotate(q_BSHd, cos[:, :, None], sin[:, :, None]), ("batch", "sequence", "heads", None))

@@ -101,6 +101,8 @@ def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | 
   if segment_ids is None:
     segment_ids = jnp.ones_like(tokens) if positions is None else document_numbers(positions)
   positions = document_positions(segment_ids) if positions is None else positions
+  # Where the indexer splits its queries over more devices, these and what is made of them stay as they are.
+  tokens, positions, segment_ids = (sharding.constrain(x, sequence.TOKENS) for x in (tokens, positions, segment_ids))
   kinds = dict.fromkeys(config.layer_types)
   phases = {kind: rope.angles(config, kind, positions) for kind in (*kinds, SLIDING)}
   entries = {kind: entry_layout(config, kind, positions, segment_ids, contiguous) for kind in kinds if kind in (CSA, HCA)}

@@ -71,9 +71,10 @@ class Indexer(nn.Module):
     queries_BShc = rope.rotate(queries_BShc, cos[:, :, None], sin[:, :, None])
     queries_BShc = quantize.hadamard(queries_BShc) if self._spreads(cache) else queries_BShc
     queries_BShc = quantize.round_index(queries_BShc) if config.inference_rounding else queries_BShc
+    queries_BShc = sharding.constrain(queries_BShc, ("batch", "sequence", "index_heads", None))
     head_weights = weights.matrix(self, config, "head_weights", (config.hidden_size, heads))
     weights_BSh = jnp.einsum("BSD,Dh->BSh", x_BSD, head_weights, preferred_element_type=weights.exact_dtype(config))
-    weights_BSh = weights_BSh * (heads * width) ** -0.5
+    weights_BSh = sharding.constrain(weights_BSh * (heads * width) ** -0.5, ("batch", "sequence", "index_heads"))
     index = (queries_BShc, weights_BSh, keys_BTc)
     selection = self._select(index, context)
     if self.is_mutable_collection("intermediates"):
