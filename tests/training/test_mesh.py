@@ -205,3 +205,57 @@ def test_expert_weights_stay_and_newton_schulz_is_alone():
   newton_schulz = {name for name in inside if "RC,...SC->...RS" in computations[name]}
   communicates = [name for name in newton_schulz if re.search(rf" (?:{COLLECTIVES})\(", computations[name])]
   assert newton_schulz and communicates == []
+
+
+# ---- what travels along a split sequence -------------------------------------------------------------------------------
+def groups_of(line):
+  """Device numbers [groups, size] of a collective, in each of the ways in which XLA writes them."""
+  if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):
+    return np.array([list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1])])
+  numbers = lambda text: tuple(map(int, text.split(",")))
+  order = lambda sizes, turned: np.arange(np.prod(sizes)).reshape(sizes).transpose(turned or range(len(sizes)))
+  if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+    return order(numbers(found[2]), found[3] and numbers(found[3])).reshape(numbers(found[1]))
+  axes, ids, turned, names = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line).groups()
+  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+  devices = order(numbers(ids), turned and numbers(turned)) if ids else np.arange(np.prod(list(sizes.values())))
+  inner = re.findall(r"'(\w+)'", names)
+  devices = devices.reshape(tuple(sizes.values()))
+  devices = np.moveaxis(devices, [list(sizes).index(name) for name in inner], range(-len(inner), 0))
+  return devices.reshape(-1, np.prod([sizes[name] for name in inner]))
+
+
+def collectives(text, mesh):
+  """[(kind, mesh axes, [(dtype, shape) of each result])] of a compiled step; those of single devices are left out."""
+  found = []
+  for line in text.splitlines():
+    if match := re.search(rf"= (\(?\w+\[.*?) ({COLLECTIVES})\(", line):
+      places = np.array(np.unravel_index(groups_of(line)[0], mesh.devices.shape))
+      axes = frozenset(axis for axis, at in zip(mesh.axis_names, places) if len(set(at)) > 1)
+      arrays = [(dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape in re.findall(
+        r"(\w+)\[([\d,]*)\]", match[1])]
+      found += [(match[2], axes, arrays)] if axes else []
+  return found
+
+
+def test_what_travels_along_a_split_sequence():
+  """Over context: entries, index keys and the ends of documents are gathered, places are sent to neighbours, forward and back,
+  once in each kind of layer. Nothing as large as the streams or one of their projections moves."""
+  name, rows, model = "fsdp=2 context=2 tensor=2", 2, MODEL  # rows of a device in a pass
+  parts, length, d = 2, RUN.data.sequence_length, MODEL.head_dim
+  moved = collectives(mesh_step(name).compiled.as_text(), mesh_of(name))
+  of = lambda kind: [array for k, axes, arrays in moved if k == kind and axes == {"context"} for array in arrays]
+  floats = lambda arrays: sorted(shape for dtype, shape in arrays if dtype == "f32")
+  csa, hca = (rows, length // 4, d), (rows, length // 8, d)
+  ends = (parts, rows, 2, model.n_routed_experts + 1)  # of the balance loss: in HCA's layers and the prediction block
+  assert floats(of("all-gather")) == sorted([csa, csa[:2] + (model.index_head_dim,), hca, ends, ends])
+  window, pending = (rows, 7, d), lambda series: (rows, 7, 2, series, d)
+  once = [window, pending(2), pending(2), window, pending(1), window, (rows, 1, model.hidden_size)]  # CSA, HCA, prediction
+  assert floats(of("collective-permute")) == sorted(2 * once)
+  # Integers: where the entries lie, documents at the borders. Never those of a row's tokens.
+  integers = [shape for kind in ("all-gather", "collective-permute") for dtype, shape in of(kind) if dtype != "f32"]
+  assert integers and max(np.prod(shape) for shape in integers) <= rows * length // 4
+  # Weights travel over context and fsdp together, tokens over context never: each of these is split over fsdp as well.
+  others = {axes for kind, axes, _ in moved if kind in ("all-gather", "all-to-all") and "context" in axes} - {frozenset(["context"])}
+  assert others == {frozenset(["fsdp", "context"])}
