@@ -146,8 +146,8 @@ def check_parts(model: ModelConfig, name: str, length: int, parts: int) -> None:
   if length % parts:
     raise ValueError(f"{name} = {length}: expected a multiple of mesh.context = {parts}")
   if length // parts < model.local_reach:
-    raise ValueError(f"{name} / mesh.context = {length // parts}: expected at least {model.local_reach}, the tokens before a "
-                     f"part that its sliding window and compressor windows read")
+    raise ValueError(f"{name} / mesh.context = {length // parts}: expected at least {model.local_reach}, the tokens before "
+                     "a part that its sliding window and compressor windows read")
 
 
 def check_model_divides(model: ModelConfig, mesh: Mesh) -> None:

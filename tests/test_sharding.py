@@ -65,8 +65,9 @@ def test_big_matrices_are_split(shapes):
 
 
 @pytest.mark.parametrize("leaf, size, expected", [
-  ("attention/q_a", 24, ("fsdp", "expert", "context")), ("attention/q_a", 20, ("fsdp", "expert")), ("attention/q_a", 18, "fsdp"),
-  ("moe/experts/gate", 8, ("fsdp", "context")), ("moe/experts/gate", 6, "fsdp")])
+  ("attention/q_a", 24, ("fsdp", "expert", "context")), ("attention/q_a", 20, ("fsdp", "expert")),
+  ("attention/q_a", 18, "fsdp"), ("moe/experts/gate", 8, ("fsdp", "context")),
+  ("moe/experts/gate", 6, "fsdp")])
 def test_an_axis_that_all_do_not_divide_is_split_over_the_first_of_them(leaf, size, expected):
   first, *names = leaf.split("/")
   shape = (2, size, 6) if first == "moe" else (size, 6)

@@ -26,7 +26,7 @@ def is_split() -> bool:
 
 
 def by_part(fn: Callable) -> Callable:
-  """`fn` of arrays [B, S, ...] (or pytrees of them), applied to each part of a split sequence; its results are split alike."""
+  """`fn` of arrays [B, S, ...] (or pytrees of them), on each part of a split sequence by itself; results are split alike."""
   if not is_split():
     return fn
   return lambda *args: sharding.per_shard(fn, (TOKENS,) * len(args), TOKENS)(*args)
@@ -79,7 +79,7 @@ def document_sums(sums_BLC: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
 
 # ---- of the whole row -----------------------------------------------------------------------------------------------
 def before_parts(x_BS: jax.Array, count: int) -> jax.Array:
-  """[B, N count, ...], split like the sequence: of each part the `count` places in front of it; zeros in front of the row."""
+  """[B, N count, ...], split like the sequence: the `count` places in front of each part; zeros in front of the row."""
   return by_part(functools.partial(last_of_previous, count=count))(x_BS)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -12,14 +13,14 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4 import config as c
 from deepseek_v4 import sharding
-from deepseek_v4.config import CSA, HCA, SLIDING
+from deepseek_v4.config import CSA, HCA
 from deepseek_v4.model import router, sequence
 from deepseek_v4.model.attention import Attention
 from deepseek_v4.model.compression import entry_layout, sees_an_entry
 from deepseek_v4.model.context import make_context
 from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from deepseek_v4.model.mtp import next_embeddings
-from tests.model.small import T0, abstract_variables
+from tests.model.small import T0, abstract_variables, random_tokens
 
 # The rates and the window of the released models, in parts that are as short as they may be; everything else is tiny.
 REAL = dataclasses.replace(
@@ -58,7 +59,7 @@ def random_documents(rows, length, seed=0):
 
 
 def cut_documents(offsets):
-  """(positions, segment_ids): the second document of each row lies over two borders or three, at these offsets modulo 128."""
+  """(positions, segment_ids): a row's second document lies over two or three borders, at these offsets modulo 128."""
   positions, segments = np.zeros((2, len(offsets), PART * PARTS), np.int32)
   for row, offset in enumerate(offsets):
     first = -offset % PART
@@ -110,6 +111,21 @@ def test_parts_find_the_entries_of_the_row(kind, context, length):
   assert (found.segment > 0).sum() > 48
 
 
+# ---- what is refused ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape, arguments, message", [
+  ((1, 30), {}, "length of tokens = 30: expected a multiple of mesh.context = 4"),
+  ((1, 24), {}, "length of tokens / mesh.context = 6: expected at least 7, the tokens before a part"),
+  ((1, 32), {"cache": True}, "cache: expected a mesh with context = 1, not 4"),
+], ids=["not equal", "too short", "with a cache"])
+def test_what_cannot_be_split_is_refused(shape, arguments, message):
+  """While the program is traced; nothing is compiled."""
+  if arguments:
+    arguments = {"cache": dsv4.init_cache(T0, 1, 64)}
+  with jax.set_mesh(mesh_of(context=4)), pytest.raises(ValueError, match=re.escape(message)):
+    jax.eval_shape(lambda v: dsv4.DeepseekV4(T0, "reference").apply(v, np.ones(shape, np.int32), **arguments),
+                   abstract_variables(T0))
+
+
 # ---- attention ---------------------------------------------------------------------------------------------------------
 class Layer(nn.Module):
   """Attention under the name that the table of logical axes knows."""
@@ -135,7 +151,7 @@ def attention_inputs(rows, config):
 
 
 def attention(config, kernels):
-  """(variables, x, cotangents, positions, segment_ids) -> outputs, the indexer's loss, gradients of both by variables and x."""
+  """(variables, x, cotangents, positions, segment_ids) -> outputs with the indexer's loss, gradients by variables and x."""
   def objective(variables, x, cotangents, positions, segment_ids):
     context = make_context(config, jnp.zeros_like(positions), positions, segment_ids, "sparse", with_losses=True)
     outputs, total = {}, 0.0
@@ -193,3 +209,24 @@ def test_attention_of_every_kind_wherever_documents_are_cut(offsets, sizes):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11), (outputs, gradients),
                (expected, wanted))
   assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(wanted))
+
+
+# ---- the whole model ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("changes, given", [
+  (dict(sliding_window=1), True), pytest.param(dict(csa_compress_rate=3, hca_compress_rate=7), False, marks=pytest.mark.long)],
+  ids=["a window of one, packed rows", "rates that divide no part, plain rows"])
+def test_logits(changes, given):
+  """The head's logits of all places, with documents or as one document per row, whose windows are then no reshape."""
+  config = dataclasses.replace(T0, **changes)
+  tokens, (positions, segments) = random_tokens(2, 64), random_documents(2, 64)
+  shapes = abstract_variables(config)
+  rng = np.random.default_rng(3)
+  table = rng.permuted(np.tile(np.arange(4, dtype=np.int32), (97, 1)), axis=1)[:, :2]
+  variables = jax.tree.map(lambda leaf: table if leaf.dtype == np.int32 else (
+      rng.normal(size=leaf.shape) * 0.3).astype(leaf.dtype), shapes)
+  documents = (positions, segments) if given else ()
+  run = lambda *arguments: dsv4.DeepseekV4(config, "blockwise").apply(*arguments).logits
+  found, expected = (on_mesh(run, s, variables, tokens, *documents) for s in (dict(context=4), None))
+  real = (segments > 0)[..., None] if given else True
+  np.testing.assert_allclose(found * real, expected * real, atol=2e-4)
+  assert np.abs(expected).max() > 1
