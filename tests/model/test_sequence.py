@@ -119,11 +119,11 @@ def test_parts_find_the_entries_of_the_row(kind, context, length):
 ], ids=["not equal", "too short", "with a cache"])
 def test_what_cannot_be_split_is_refused(shape, arguments, message):
   """While the program is traced; nothing is compiled."""
+  shapes = abstract_variables(T0)
   if arguments:
     arguments = {"cache": dsv4.init_cache(T0, 1, 64)}
   with jax.set_mesh(mesh_of(context=4)), pytest.raises(ValueError, match=re.escape(message)):
-    jax.eval_shape(lambda v: dsv4.DeepseekV4(T0, "reference").apply(v, np.ones(shape, np.int32), **arguments),
-                   abstract_variables(T0))
+    jax.eval_shape(lambda v: dsv4.DeepseekV4(T0, "reference").apply(v, np.ones(shape, np.int32), **arguments), shapes)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------------
@@ -213,7 +213,8 @@ def test_attention_of_every_kind_wherever_documents_are_cut(offsets, sizes):
 
 # ---- the whole model ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("changes, given", [
-  (dict(sliding_window=1), True), pytest.param(dict(csa_compress_rate=3, hca_compress_rate=7), False, marks=pytest.mark.long)],
+  (dict(sliding_window=1), True),
+  pytest.param(dict(csa_compress_rate=3, hca_compress_rate=7), False, marks=pytest.mark.long)],
   ids=["a window of one, packed rows", "rates that divide no part, plain rows"])
 def test_logits(changes, given):
   """The head's logits of all places, with documents or as one document per row, whose windows are then no reshape."""
