@@ -153,6 +153,15 @@ class ModelConfig:
     """Tokens per compressed entry of a layer of this attention kind; 0 for a sliding layer."""
     return {SLIDING: 0, CSA: self.csa_compress_rate, HCA: self.hca_compress_rate}[attention]
 
+  def lookback(self, attention: str) -> int:
+    """Tokens before a token that the entry which closes with it can be made of; CSA's windows overlap."""
+    return {SLIDING: 0, CSA: 2 * self.csa_compress_rate - 1, HCA: self.hca_compress_rate - 1}[attention]
+
+  @property
+  def local_reach(self) -> int:
+    """Tokens before a token that some layer reads as they are: of the sliding window, and of an entry's windows."""
+    return max(1, self.sliding_window - 1, *map(self.lookback, self.layer_types))
+
   def check_hadamard(self, reason: str) -> None:
     """Refuses an index width for which there is no Hadamard matrix of Sylvester's, if any layer has an indexer."""
     if CSA in self.layer_types and self.index_head_dim.bit_count() != 1:

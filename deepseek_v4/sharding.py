@@ -1,9 +1,9 @@
 """From meaning to mesh: the one table logical axis -> mesh axis, the mesh itself, and the one shard_map wrapper for ops.
 
 Mesh axes: data (copies), fsdp (weights split, gathered where they are used), expert (experts split; all other weights as by
-fsdp), context (sequence, refused until context parallelism exists), tensor (heads, expert width, vocabulary). A batch is
-split over data, fsdp and expert together: `tokens[B_(data,fsdp,expert), S_context]`. The ambient mesh is the one of
-`jax.set_mesh`; without one everything here is the identity, so that modules need not ask.
+fsdp), context (contiguous parts of the sequence, see `model/sequence.py`; weights as by fsdp), tensor (heads, expert width,
+vocabulary). A batch is split over data, fsdp and expert together: `tokens[B_(data,fsdp,expert), S_context]`. The ambient
+mesh is the one of `jax.set_mesh`; without one everything here is the identity, so that modules need not ask.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ BATCH_AXES = ("data", "fsdp", "expert")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES, "sequence": "context", "shards": (*BATCH_AXES, "context"),
     "heads": "tensor", "index_heads": "tensor", "groups": "tensor", "vocab": "tensor", "mlp": "tensor",
-    "expert": "expert", **{name: ("fsdp", "expert") for name in ("embed", "lora")}, "expert_embed": "fsdp",
+    "expert": "expert", **{name: ("fsdp", "expert", "context") for name in ("embed", "lora")},
+    "expert_embed": ("fsdp", "context"),
     "queries": ("context", "tensor"),
 }
 # Axes along which weights are split for memory only: made whole where they are used.
@@ -104,12 +105,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   """The mesh of a run over all devices; every axis exists, most have size 1.
 
   Raises:
-    ValueError: sizes that do not multiply to the number of devices, or a context axis above 1.
+    ValueError: sizes that do not multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = {name: getattr(config, name) for name in MESH_AXES}
-  if sizes["context"] != 1:
-    raise ValueError(f"mesh.context = {sizes['context']}: expected 1; context parallelism does not exist yet")
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if -1 in sizes.values():
     if len(devices) % fixed:
@@ -130,6 +129,25 @@ def check_divides(config: RunConfig, mesh: Mesh) -> None:
   rows, shards = config.data.batch_size // config.data.accumulation, math.prod(mesh.shape[a] for a in BATCH_AXES)
   if rows % shards:
     raise ValueError(f"data.batch_size / data.accumulation = {rows}: expected a multiple of data x fsdp x expert = {shards}")
+  check_parts(config.model, "data.sequence_length", config.data.sequence_length, mesh.shape["context"])
+
+
+def check_parts(model: ModelConfig, name: str, length: int, parts: int) -> None:
+  """Refuses a sequence that `parts` devices of the axis `context` cannot share.
+
+  Args:
+    name, length: what the number of tokens is called, and the number.
+
+  Raises:
+    ValueError: the parts are not equal, or shorter than what a place may read of its neighbour.
+  """
+  if parts == 1:
+    return
+  if length % parts:
+    raise ValueError(f"{name} = {length}: expected a multiple of mesh.context = {parts}")
+  if length // parts < model.local_reach:
+    raise ValueError(f"{name} / mesh.context = {length // parts}: expected at least {model.local_reach}, the tokens before "
+                     "a part that its sliding window and compressor windows read")
 
 
 def check_model_divides(model: ModelConfig, mesh: Mesh) -> None:
@@ -150,10 +168,13 @@ def path_names(path: Sequence[Any]) -> tuple[str, ...]:
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
   """NamedSharding of every leaf of a `params` or `router` tree (arrays or shapes).
 
-  An axis that fsdp x expert does not divide is split over fsdp alone.
+  An axis that fsdp x expert x context does not divide is split over the first two or over fsdp alone.
   """
   def fitting(size, axes):
-    return axes if not isinstance(axes, tuple) or size % math.prod(mesh.shape[a] for a in axes) == 0 else axes[0]
+    if not isinstance(axes, tuple):
+      return axes
+    fits = [axes[:n] for n in range(len(axes), 1, -1) if size % math.prod(mesh.shape[a] for a in axes[:n]) == 0]
+    return fits[0] if fits else axes[0]
 
   def one(path, leaf):
     axes = spec(parameter_axes(path_names(path), len(leaf.shape)))
@@ -176,6 +197,12 @@ def batch_shards() -> int:
   """Into how many parts the ambient mesh splits the rows of a batch; 1 without a mesh."""
   mesh = _ambient()
   return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def sequence_parts() -> int:
+  """Into how many parts the ambient mesh splits a sequence; 1 without a mesh."""
+  mesh = _ambient()
+  return 1 if mesh is None else mesh.shape[RULES["sequence"]]
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:

@@ -54,21 +54,28 @@ def test_every_parameter_is_in_the_table_and_divides(shapes):
 
 
 def test_big_matrices_are_split(shapes):
-  """What a pod cannot hold whole: all above a megabyte of the real models is split over fsdp and expert."""
+  """What a pod cannot hold whole: all above a megabyte of the real models is split over fsdp, expert and context."""
   _, named = shapes
   for name, shape in named.items():  # of a small model no matrix is that large, and the experts' rule holds all the same
     targets = [sharding.RULES[axis] for axis in sharding.parameter_axes(name.split("/"), len(shape)) if axis]
     layers = 1 if "unit_" not in name else shape[0]
     if np.prod(shape) / layers * 4 > 1 << 20 and not name.startswith("router/"):
-      assert ("fsdp", "expert") in targets or {"fsdp", "expert"} <= set(targets), name
+      assert ("fsdp", "expert", "context") in targets or {("fsdp", "context"), "expert"} <= set(targets), name
     assert ("expert" in targets) == ("moe/experts/" in name), name
 
 
-@pytest.mark.parametrize("size, expected", [(24, P(("fsdp", "expert"))), (20, P("fsdp"))])
-def test_an_axis_that_both_do_not_divide_is_split_over_fsdp_alone(size, expected):
-  tree = {"layers": {"layer_00": {"attention": {"q_a": jax.ShapeDtypeStruct((size, 6), np.float32)}}}}
-  placed = sharding.parameter_shardings(tree, mesh_of(fsdp=4, expert=2))["layers"]["layer_00"]["attention"]["q_a"]
-  assert placed.spec == P(*expected, None)
+@pytest.mark.parametrize("leaf, size, expected", [
+  ("attention/q_a", 24, ("fsdp", "expert", "context")), ("attention/q_a", 20, ("fsdp", "expert")),
+  ("attention/q_a", 18, "fsdp"), ("moe/experts/gate", 8, ("fsdp", "context")),
+  ("moe/experts/gate", 6, "fsdp")])
+def test_an_axis_that_all_do_not_divide_is_split_over_the_first_of_them(leaf, size, expected):
+  first, *names = leaf.split("/")
+  shape = (2, size, 6) if first == "moe" else (size, 6)
+  tree = jax.ShapeDtypeStruct(shape, np.float32)
+  for name in ("layers", "layer_00", first, *names)[::-1]:
+    tree = {name: tree}
+  (placed,) = jax.tree.leaves(sharding.parameter_shardings(tree, mesh_of(fsdp=2, expert=2, context=2)))
+  assert placed.spec == (P("expert", expected, "tensor") if first == "moe" else P(expected, None))
 
 
 def test_names():
@@ -90,14 +97,15 @@ def test_axes_of_scanned_and_single_layers():
 
 
 def test_specs():
-  assert sharding.spec(("expert", "expert_embed", "mlp")) == P("expert", "fsdp", "tensor")
-  assert sharding.spec(("embed", "vocab")) == P(("fsdp", "expert"), "tensor")
+  assert sharding.spec(("expert", "expert_embed", "mlp")) == P("expert", ("fsdp", "context"), "tensor")
+  assert sharding.spec(("embed", "vocab")) == P(("fsdp", "expert", "context"), "tensor")
   assert sharding.spec((None, "batch", "sequence")) == P(None, ("data", "fsdp", "expert"), "context")
   assert sharding.spec(()) == P()
 
 
 @pytest.mark.parametrize("axes", [("embed", "lora"), ("heads", "vocab"), ("batch", "embed"), ("expert", "batch"),
-                                  ("expert", "embed"), ("shards", "sequence"), ("heads", None, "heads")])
+                                  ("expert", "embed"), ("shards", "sequence"), ("sequence", "embed"),
+                                  ("heads", None, "heads")])
 def test_two_axes_on_one_mesh_axis_are_refused(axes):
   with pytest.raises(ValueError, match=re.escape(f"logical axes {axes}: two of them lie on one mesh axis")):
     sharding.spec(axes)
@@ -115,6 +123,7 @@ def test_an_unknown_axis_is_refused_with_the_known_ones():
   (dict(data=-1, fsdp=2, tensor=2), (2, 2, 1, 1, 2)),
   (dict(data=2, expert=-1), (2, 1, 4, 1, 1)),
   (dict(data=2, fsdp=2, expert=2, tensor=-1), (2, 2, 2, 1, 1)),
+  (dict(data=2, context=-1), (2, 1, 1, 4, 1)),
 ])
 def test_meshes(sizes, expected):
   mesh = sharding.make_mesh(c.MeshConfig(**sizes))
@@ -128,8 +137,7 @@ def test_meshes(sizes, expected):
   (dict(data=16), "the product must be the number of devices, 8"),
   (dict(data=-1, fsdp=3), "8 devices are not a multiple of 3"),
   (dict(data=-1, tensor=16), "8 devices are not a multiple of 16"),
-  (dict(data=4, context=2), "mesh.context = 2: expected 1; context parallelism does not exist yet"),
-  (dict(data=1, context=-1), "mesh.context = -1: expected 1"),
+  (dict(data=4, context=4), "the product must be the number of devices, 8"),
 ])
 def test_meshes_that_do_not_fit_are_refused(sizes, message):
   with pytest.raises(ValueError, match=re.escape(message)):
@@ -169,6 +177,27 @@ def test_batches_that_a_mesh_does_not_divide_are_refused(batch_size, accumulatio
   with pytest.raises(ValueError, match=re.escape(message)):
     sharding.check_divides(run, mesh_of(**sizes))
   sharding.check_divides(run, mesh_of(tensor=2))  # tensor does not split a batch
+
+
+@pytest.mark.parametrize("length, context, message", [
+  (30, 4, "data.sequence_length = 30: expected a multiple of mesh.context = 4"),
+  (32, 8, "data.sequence_length / mesh.context = 4: expected at least 7, the tokens before a part"),
+])
+def test_sequences_that_a_mesh_cannot_split_are_refused(length, context, message):
+  """Seven tokens are read by the window of 8, by HCA's windows of 8, and by CSA's two of 4."""
+  run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, sequence_length=length))
+  for check in (sharding.check_divides, abstract_state):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      check(run, mesh_of(context=context))
+  sharding.check_divides(run, mesh_of())
+  sharding.check_divides(RUN, mesh_of(context=4))
+
+
+@pytest.mark.parametrize("changes, reach", [
+  (dict(), 7), (dict(sliding_window=12), 11), (dict(csa_compress_rate=5), 9), (dict(hca_compress_rate=9), 8),
+  (dict(layer_types=(c.HCA,) * 4, csa_compress_rate=5), 7), (dict(layer_types=(c.SLIDING,) * 4, sliding_window=1), 1)])
+def test_how_far_a_layer_reads_back(changes, reach):
+  assert dataclasses.replace(RUN.model, **changes).local_reach == reach
 
 
 # ---- layouts in a traced function --------------------------------------------------------------------------------------
@@ -211,8 +240,8 @@ def test_per_shard_gives_each_device_its_part_and_sums_gradients_of_what_is_whol
 
 
 @pytest.mark.parametrize("leaf, shape, placed, whole", [
-  ("experts", (4, 6, 8), P("expert", "fsdp", "tensor"), (2, 6, 4)),
-  ("shared", (8, 6), P(("fsdp", "expert"), "tensor"), (8, 3)),
+  ("experts", (4, 6, 8), P("expert", ("fsdp", "context"), "tensor"), (2, 6, 4)),
+  ("shared", (8, 6), P(("fsdp", "expert", "context"), "tensor"), (8, 3)),
 ], ids=["of an expert", "of all others"])
 def test_a_gathered_weight_is_whole_but_for_tensor_and_its_experts(leaf, shape, placed, whole):
   mesh = mesh_of(fsdp=2, expert=2, tensor=2)

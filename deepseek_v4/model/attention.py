@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import pallas_kernels.sparse_attention
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, SLIDING, ModelConfig
-from deepseek_v4.model import indexer, quantize, rope, weights
+from deepseek_v4.model import indexer, quantize, rope, sequence, weights
 from deepseek_v4.model.cache import LayerCache, read_ring, write_ring
 from deepseek_v4.model.compression import Compressor, extend
 from deepseek_v4.model.context import Context
@@ -44,7 +44,7 @@ class Attention(nn.Module):
     in_BSD = quantize.linear_input(config, x_BSD)
     latent_BSr = RMSNorm(config, name="q_a_norm")(in_BSD @ weights.matrix(self, config, "q_a",
                                                                          (config.hidden_size, config.q_lora_rank)))
-    latent_BSr = quantize.linear_input(config, latent_BSr)
+    latent_BSr = sharding.constrain(quantize.linear_input(config, latent_BSr), ("batch", "sequence", None))
     q_b = weights.matrix(self, config, "q_b", (config.q_lora_rank, heads, width))
     q_BSHd = rms_norm(jnp.einsum("BSr,rHd->BSHd", latent_BSr, q_b), None, config.rms_norm_eps)
     q_BSHd = sharding.constrain(rope.rotate(q_BSHd, cos[:, :, None], sin[:, :, None]), ("batch", "sequence", "heads", None))
@@ -54,6 +54,8 @@ class Attention(nn.Module):
 
     entries_BTd, selection, index, new_cache = self._entries(x_BSD, latent_BSr, context, cache)
     past = ()
+    if context.past_segment is not None:
+      past = sequence.before_parts(kv_BSd, config.sliding_window - 1), context.past_segment
     if cache is not None:
       past = self._past(cache, context)
       window = write_ring(cache.window, stored, context.chunk.start, context.chunk.count)
@@ -88,6 +90,7 @@ class Attention(nn.Module):
     compressor = Compressor(config, self.attention, config.head_dim, name="compressor")
     if cache is None:
       entries_BTd, _ = self._kept(compressor(x_BSD, layout)[0], cache)
+      entries_BTd = sequence.whole(entries_BTd)
     else:
       entries, pending = extend(compressor, x_BSD, layout, context.chunk.start, context.chunk.count, cache.entries,
                                 cache.pending, lambda x: self._kept(x, cache)[1])
@@ -119,7 +122,7 @@ class Attention(nn.Module):
           implementation=self.kernels)
 
     tokens, rows, heads = ("batch", "sequence"), ("batch",), ("batch", "sequence", "heads")
-    in_axes = (heads, tokens, rows, tokens, ("heads",), tokens, tokens, rows, rows, *(rows for _ in past))
+    in_axes = (heads, tokens, rows, tokens, ("heads",), tokens, tokens, rows, rows, *(tokens for _ in past))
     return sharding.per_shard(run, in_axes, (heads, heads))(
         q_BSHd, kv_BSd, entries_BTd, selection, sink_H, context.positions, context.segment_ids,
         *context.places(self.attention), *past)

@@ -58,12 +58,14 @@ class Block(nn.Module):
     streams_BSND = sharding.constrain(streams_BSND, ("batch", "sequence", None, None))
     streams_BSND, z_BSD, post, comb = HyperConnection(config, kernels, name="attn_hc")(streams_BSND)
     attention = Attention(config, self.spec.attention, kernels, name="attention")
-    y_BSD, indexer_loss, cache = attention(RMSNorm(config, name="attn_norm")(z_BSD), context, cache)
+    x_BSD = sharding.constrain(RMSNorm(config, name="attn_norm")(z_BSD), ("batch", "sequence", None))
+    y_BSD, indexer_loss, cache = attention(x_BSD, context, cache)
 
     ffn_hc = HyperConnection(config, kernels, name="ffn_hc")
     streams_BSND, z_BSD, post, comb = ffn_hc(streams_BSND, (y_BSD, post, comb))
     moe = MoE(config, self.spec.router, kernels, name="moe")
-    y_BSD, experts, load, balance_loss = moe(RMSNorm(config, name="ffn_norm")(z_BSD), context, layer)
+    x_BSD = sharding.constrain(RMSNorm(config, name="ffn_norm")(z_BSD), ("batch", "sequence", None))
+    y_BSD, experts, load, balance_loss = moe(x_BSD, context, layer)
     streams_BSND = expand(streams_BSND, y_BSD, post, comb, kernels=kernels)
     self.sow("intermediates", "streams", streams_BSND)
     nothing = (jnp.zeros((), weights.exact_dtype(config)),) * 2

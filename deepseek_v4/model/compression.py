@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, ModelConfig
-from deepseek_v4.model import cache, rope, weights
+from deepseek_v4.model import cache, rope, sequence, weights
 from deepseek_v4.model.norm import RMSNorm, rms_norm
 
 SERIES = {CSA: 2, HCA: 1}  # overlapping windows of an entry
@@ -32,7 +32,8 @@ class EntryLayout:
   """Where the entries of a row lie, for one rate; the same for every layer of that rate.
 
   Attributes:
-    closing: int32 [B, T], place in the row of the token that closes the entry's window.
+    closing: int32 [B, T], place in the row of the token that closes the entry's window; in a split sequence, whose entries
+      lie with the part that holds this token, the place in that part behind the `lookback` tokens before it.
     has_previous: bool [B, T], the document has a whole window before this one.
     last: int32 [B, T], position inside the document of that token.
     segment: int32 [B, T], the entry's document; 0 = the row has fewer entries and this one is unused.
@@ -62,6 +63,20 @@ def _closes_window(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: int
 
 def sees_an_entry(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: int) -> jax.Array:
   """bool [B, S]: at least one entry of `rate` tokens of the token's document is closed when it comes."""
+  if not sequence.is_split():
+    return _sees_own_entry(positions_BS, segment_ids_BS, rate)
+
+  def sees(positions, segment_ids):
+    rows = [jnp.concatenate([sequence.last_of_previous(x, rate - 1), x], 1) for x in (positions, segment_ids)]
+    here = _sees_own_entry(*rows, rate)[:, rate - 1:]
+    # Of an entry in an earlier part the last token of that part's last document knows.
+    earlier = sequence.any_earlier(segment_ids[:, -1], here[:, -1], segment_ids[:, 0])
+    return here | ((segment_ids == segment_ids[:, :1]) & (segment_ids > 0) & earlier[:, None])
+  return sequence.by_part(sees)(positions_BS, segment_ids_BS)
+
+
+def _sees_own_entry(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: int) -> jax.Array:
+  """`sees_an_entry` among the entries that close in these places."""
   place = jnp.arange(positions_BS.shape[1])
   last_close = jax.lax.cummax(jnp.where(_closes_window(positions_BS, segment_ids_BS, rate), place, -1), axis=1)
   own = jnp.take_along_axis(segment_ids_BS, jnp.maximum(last_close, 0), 1) == segment_ids_BS
@@ -70,15 +85,34 @@ def sees_an_entry(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: int)
 
 def entry_layout(config: ModelConfig, attention: str, positions_BS: jax.Array, segment_ids_BS: jax.Array,
                  contiguous: bool) -> EntryLayout:
-  """Finds the entries of each row: windows of `rate` tokens of one document, counted from the document's start."""
+  """Finds the entries of each row: windows of `rate` tokens of one document, counted from the document's start.
+
+  A part of a split sequence has room for as many entries as can close in it, whatever its documents; so T is the same
+  as in one piece if the rate divides the part.
+  """
+  if not sequence.is_split():
+    return _row_layout(config, attention, positions_BS, segment_ids_BS, contiguous, 0)
+  front = config.lookback(attention)
+
+  def find(positions, segment_ids):
+    rows = (jnp.concatenate([sequence.last_of_previous(x, front), x], 1) for x in (positions, segment_ids))
+    return _row_layout(config, attention, *rows, False, front)
+
+  layout = sequence.by_part(find)(positions_BS, segment_ids_BS)
+  return dataclasses.replace(layout, last=sequence.whole(layout.last), segment=sequence.whole(layout.segment))
+
+
+def _row_layout(config: ModelConfig, attention: str, positions_BS: jax.Array, segment_ids_BS: jax.Array, contiguous: bool,
+                front: int) -> EntryLayout:
+  """The entries that close in rows behind their first `front` places; see `entry_layout`."""
   rate = config.compress_rate(attention)
   batch, length = positions_BS.shape
-  count = length // rate
+  count = (length - front + min(front, rate - 1)) // rate
   if contiguous:
     closing = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32) * rate + rate - 1, (batch, count))
     segment = jnp.ones_like(closing)
   else:
-    closes_BS = _closes_window(positions_BS, segment_ids_BS, rate)
+    closes_BS = _closes_window(positions_BS, segment_ids_BS, rate) & (jnp.arange(length) >= front)
     closing = jax.vmap(lambda c: jnp.nonzero(c, size=count, fill_value=0)[0])(closes_BS).astype(jnp.int32)
     used = jnp.arange(count) < closes_BS.sum(1, keepdims=True)
     segment = jnp.where(used, jnp.take_along_axis(segment_ids_BS, closing, 1), 0)
@@ -100,15 +134,10 @@ def chunk_layout(config: ModelConfig, attention: str, start_B: jax.Array, count_
   number_BT = start_B[:, None] // rate + jnp.arange(-(-length // rate))
   last_BT = number_BT * rate + rate - 1
   segment = (last_BT < (start_B + count_B)[:, None]).astype(jnp.int32)
-  places = lookback(config, attention) + length
-  closing = jnp.minimum(last_BT - start_B[:, None] + lookback(config, attention), places - 1)
+  places = config.lookback(attention) + length
+  closing = jnp.minimum(last_BT - start_B[:, None] + config.lookback(attention), places - 1)
   cos, sin = rope.angles(config, attention, number_BT * rate)
   return EntryLayout(closing, number_BT > 0, last_BT, segment, cos, sin, rate, contiguous=False)
-
-
-def lookback(config: ModelConfig, attention: str) -> int:
-  """Tokens before a chunk that an entry closed inside the chunk can be made of."""
-  return SERIES[attention] * config.compress_rate(attention) - 1
 
 
 def _windows(x_BSd: jax.Array, layout: EntryLayout, offset: int) -> jax.Array:
@@ -154,8 +183,12 @@ class Compressor(nn.Module):
     raw = [(x_BSD @ kv_oDd[o], x_BSD @ gate_oDd[o]) for o in range(series)]
 
     def entries():
-      entries_BTd = _pooled(raw, None if earlier is None else earlier(), bias_omd, layout).astype(x_BSD.dtype)
-      return rope.rotate(rms_norm(entries_BTd, norm_d, config.rms_norm_eps), layout.cos, layout.sin)
+      if earlier is None and sequence.is_split():
+        pooled_BTd = _pooled_by_part(raw, bias_omd, layout)
+      else:
+        pooled_BTd = _pooled(raw, None if earlier is None else earlier(), bias_omd, layout)
+      entries_BTd = rms_norm(pooled_BTd.astype(x_BSD.dtype), norm_d, config.rms_norm_eps)
+      return rope.rotate(entries_BTd, layout.cos, layout.sin)
 
     if earlier is None:
       return entries(), None
@@ -187,13 +220,25 @@ def _pooled(raw, earlier, bias_omd: jax.Array, layout: EntryLayout) -> jax.Array
   return (weight * value.astype(weight.dtype)).sum(2)
 
 
+def _pooled_by_part(raw, bias_omd: jax.Array, layout: EntryLayout) -> jax.Array:
+  """`_pooled` of a split sequence: the part before hands over values and gates of its last tokens."""
+  count = len(raw) * layout.rate - 1
+
+  def run(raw, layout, bias_omd):
+    last = jnp.stack([jnp.stack([x[:, x.shape[1] - count:] for x in pair], 2) for pair in raw], 3)
+    return _pooled(raw, sequence.last_of_previous(last, count), bias_omd, layout)
+
+  layout = dataclasses.replace(layout, last=None, segment=None)  # these are whole already and not needed
+  return sharding.per_shard(run, (sequence.TOKENS, sequence.TOKENS, ()), sequence.TOKENS)(raw, layout, bias_omd)
+
+
 def extend(compressor: Compressor, x_BSD: jax.Array, layout: EntryLayout, start_B: jax.Array, count_B: jax.Array,
            entries: Any, pending: jax.Array, stored: Callable[[jax.Array], Any]) -> tuple[Any, jax.Array]:
   """The entries and the pending tokens of a cache after the first `count_B` tokens of each row of x; see `chunk_layout`.
 
   `stored` makes of new entries [B, C, d] what `entries` hold.
   """
-  count = lookback(compressor.config, compressor.attention)
+  count = compressor.config.lookback(compressor.attention)
   earlier = functools.partial(cache.read_ring, pending, start_B, count)
   new_BTd, raw = compressor(x_BSD, layout, earlier)
   write = sharding.per_shard(cache.write_entries, (("batch",),) * 4, ("batch",))

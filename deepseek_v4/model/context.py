@@ -8,8 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, SLIDING, ModelConfig
-from deepseek_v4.model import rope
+from deepseek_v4.model import rope, sequence
 from deepseek_v4.model.cache import Cache
 from deepseek_v4.model.compression import EntryLayout, chunk_layout, entry_layout
 
@@ -28,7 +29,7 @@ class Chunk:
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=["attention_mode", "contiguous", "with_losses"],
-                   data_fields=["tokens", "positions", "segment_ids", "phases", "entries", "chunk"])
+                   data_fields=["tokens", "positions", "segment_ids", "phases", "entries", "chunk", "past_segment"])
 @dataclasses.dataclass(frozen=True)
 class Context:
   """Inputs that layers read beside the residual streams.
@@ -41,6 +42,7 @@ class Context:
     contiguous: each row is one document that starts at place 0.
     with_losses: layers compute their own losses (balance, indexer).
     chunk: with a cache; `entries` are then those that the new tokens can close.
+    past_segment: in a split sequence, documents of the window keys in front of each part, [B, N (window - 1)] for N parts.
   """
 
   tokens: jax.Array
@@ -52,6 +54,7 @@ class Context:
   contiguous: bool
   with_losses: bool
   chunk: Chunk | None = None
+  past_segment: jax.Array | None = None
 
   def places(self, attention: str) -> tuple[jax.Array, jax.Array]:
     """(position of the last token, document) int32 [B, T] of all entries that attention of this kind may read."""
@@ -86,17 +89,25 @@ def check_inputs(config: ModelConfig, tokens: jax.Array, positions: jax.Array | 
 
 def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None,
                  attention_mode: str, with_losses: bool) -> Context:
-  """Checks the inputs of a forward pass (see `check_inputs`) and computes what its layers share."""
+  """Checks the inputs of a forward pass (see `check_inputs`) and computes what its layers share.
+
+  Raises:
+    ValueError: also a sequence that the ambient mesh cannot split.
+  """
   check_inputs(config, tokens, positions, segment_ids, attention_mode)
+  sharding.check_parts(config, "length of tokens", tokens.shape[1], sharding.sequence_parts())
   tokens, positions, segment_ids = (None if x is None else jnp.asarray(x) for x in (tokens, positions, segment_ids))
-  contiguous = positions is None and segment_ids is None
+  contiguous = positions is None and segment_ids is None and not sequence.is_split()
   if segment_ids is None:
     segment_ids = jnp.ones_like(tokens) if positions is None else document_numbers(positions)
   positions = document_positions(segment_ids) if positions is None else positions
+  # Where the indexer splits its queries over more devices, these and what is made of them stay as they are.
+  tokens, positions, segment_ids = (sharding.constrain(x, sequence.TOKENS) for x in (tokens, positions, segment_ids))
   kinds = dict.fromkeys(config.layer_types)
   phases = {kind: rope.angles(config, kind, positions) for kind in (*kinds, SLIDING)}
   entries = {kind: entry_layout(config, kind, positions, segment_ids, contiguous) for kind in kinds if kind in (CSA, HCA)}
-  return Context(tokens, positions, segment_ids, phases, entries, attention_mode, contiguous, with_losses)
+  past = sequence.before_parts(segment_ids, config.sliding_window - 1) if sequence.is_split() else None
+  return Context(tokens, positions, segment_ids, phases, entries, attention_mode, contiguous, with_losses, past_segment=past)
 
 
 def make_chunk_context(config: ModelConfig, tokens: jax.Array, segment_ids: jax.Array | None, cache: Cache,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pallas_kernels.indexer
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, ModelConfig
-from deepseek_v4.model import quantize, rope, weights
+from deepseek_v4.model import quantize, rope, sequence, weights
 from deepseek_v4.model.cache import LayerCache
 from deepseek_v4.model.compression import Compressor, extend, sees_an_entry
 from deepseek_v4.model.context import Context
@@ -58,7 +58,7 @@ class Indexer(nn.Module):
     heads, width = config.index_n_heads, config.index_head_dim
     compressor = Compressor(config, CSA, width, name="compressor")
     if cache is None:
-      keys_BTc = self._kept(compressor(x_BSD, context.entries[CSA])[0], cache)
+      keys_BTc = sequence.whole(self._kept(compressor(x_BSD, context.entries[CSA])[0], cache))
     else:
       keys, pending = extend(compressor, x_BSD, context.entries[CSA], context.chunk.start, context.chunk.count,
                              cache.index_keys, cache.index_pending, lambda keys: self._kept(keys, cache))
@@ -71,9 +71,10 @@ class Indexer(nn.Module):
     queries_BShc = rope.rotate(queries_BShc, cos[:, :, None], sin[:, :, None])
     queries_BShc = quantize.hadamard(queries_BShc) if self._spreads(cache) else queries_BShc
     queries_BShc = quantize.round_index(queries_BShc) if config.inference_rounding else queries_BShc
+    queries_BShc = sharding.constrain(queries_BShc, ("batch", "sequence", "index_heads", None))
     head_weights = weights.matrix(self, config, "head_weights", (config.hidden_size, heads))
     weights_BSh = jnp.einsum("BSD,Dh->BSh", x_BSD, head_weights, preferred_element_type=weights.exact_dtype(config))
-    weights_BSh = weights_BSh * (heads * width) ** -0.5
+    weights_BSh = sharding.constrain(weights_BSh * (heads * width) ** -0.5, ("batch", "sequence", "index_heads"))
     index = (queries_BShc, weights_BSh, keys_BTc)
     selection = self._select(index, context)
     if self.is_mutable_collection("intermediates"):

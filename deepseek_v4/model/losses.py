@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_v4 import sharding
+from deepseek_v4.model import sequence
 
 
 def cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, chunk_size: int):
@@ -97,12 +98,11 @@ _sum.defvjp(_sum_forward, _sum_backward)
 
 def next_token_targets(tokens_BS: jax.Array, segment_ids_BS: jax.Array, loss_mask_BS: jax.Array) -> jax.Array:
   """Target of each place: the next token of the same document where that token counts; -1 elsewhere."""
-  shift = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
-  counts = (shift(loss_mask_BS) > 0) & (shift(segment_ids_BS) == segment_ids_BS) & (segment_ids_BS > 0)
-  return jnp.where(counts, shift(tokens_BS), -1)
+  mask_BS, next_BS, token_BS = map(sequence.following, (loss_mask_BS, segment_ids_BS, tokens_BS))
+  return jnp.where((mask_BS > 0) & (next_BS == segment_ids_BS) & (segment_ids_BS > 0), token_BS, -1)
 
 
 def mtp_targets(targets_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
   """Target of the prediction block at each place: the token after next of the same document; -1 elsewhere."""
-  same = jnp.pad(segment_ids_BS[:, 1:] == segment_ids_BS[:, :-1], ((0, 0), (0, 1)))
-  return jnp.where(same, jnp.pad(targets_BS[:, 1:], ((0, 0), (0, 1)), constant_values=-1), -1)
+  same_BS = sequence.following(segment_ids_BS) == segment_ids_BS
+  return jnp.where(same_BS, sequence.following(targets_BS + 1) - 1, -1)  # behind a row stands 0, which becomes -1

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_v4.config import ModelConfig
-from deepseek_v4.model import quantize, weights
+from deepseek_v4.model import quantize, sequence, weights
 from deepseek_v4.model.block import Block, LayerOutput
 from deepseek_v4.model.cache import LayerCache
 from deepseek_v4.model.context import Context
@@ -50,5 +50,5 @@ class MTP(nn.Module):
 def next_embeddings(embedded_BSD: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
   """What stands at each place's right, of the same document; zero behind a document's last token, which keeps a packed
   row equal to its documents alone."""
-  same_BS = jnp.pad(segment_ids_BS[:, 1:] == segment_ids_BS[:, :-1], ((0, 0), (0, 1)))
-  return jnp.where(same_BS[..., None], jnp.roll(embedded_BSD, -1, axis=1), 0)
+  same_BS = sequence.following(segment_ids_BS) == segment_ids_BS
+  return jnp.where(same_BS[..., None], sequence.following(embedded_BSD), 0)

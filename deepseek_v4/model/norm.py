@@ -43,8 +43,10 @@ def _scaled_norm_backward(eps, saved, g):
   normed, gs = exact * inverse, g * scale
   d_x = inverse * (gs - normed * (gs * normed).mean(-1, keepdims=True))
   # A matmul with ones sums over tokens: XLA's CPU compiler does column sums ten times slower.
-  products = (g * normed).reshape(-1, scale.shape[0])
-  d_scale = jnp.matmul(jnp.ones((1, products.shape[0]), products.dtype), products, precision="highest")[0]
+  # Its axes stay apart: a mesh may split each of them, and tokens in one axis would have to be gathered.
+  products, axes = g * normed, tuple(range(g.ndim - 1))
+  ones = jnp.ones((1, *products.shape[:-1]), products.dtype)
+  d_scale = jax.lax.dot_general(ones, products, ((tuple(a + 1 for a in axes), axes), ((), ())), precision="highest")[0]
   return d_x.astype(x.dtype), d_scale
 
 

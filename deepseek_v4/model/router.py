@@ -9,8 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from deepseek_v4 import sharding
 from deepseek_v4.config import HASH, ModelConfig
-from deepseek_v4.model import weights
+from deepseek_v4.model import sequence, weights
 from deepseek_v4.model.context import Context
 
 _LINEAR_BELOW = -40.0  # softplus(x) = exp(x) to the last bit there, and its square root has a finite gradient
@@ -81,18 +82,26 @@ def balance_loss(scores_BSE: jax.Array, experts_BSk: jax.Array, context: Context
   if context.contiguous:
     picks_of_document, tokens_of_document = picks_BSE.sum(1, keepdims=True), float(picks_BSE.shape[1])
   else:
-    start_BS, end_BS = _document_bounds(context)
-    summed_BSE = jnp.cumsum(picks_BSE, 1)
-    at = lambda place: jnp.take_along_axis(summed_BSE, jnp.maximum(place, 0)[..., None], 1)
-    picks_of_document = at(end_BS) - jnp.where((start_BS > 0)[..., None], at(start_BS - 1), 0)
-    tokens_of_document = (end_BS - start_BS + 1).astype(scores_BSE.dtype)
+    picks_of_document, tokens_of_document = sequence.by_part(_document_sums)(picks_BSE, context.segment_ids)
   terms_BS = (jax.lax.stop_gradient(picks_of_document) * share_BSE).sum(-1) / tokens_of_document
   return (terms_BS * token_BS).sum() * (num_experts / top_k), token_BS.sum()
 
 
-def _document_bounds(context: Context) -> tuple[jax.Array, jax.Array]:
-  """First and last place [B, S] in the row of each token's document."""
-  segment_ids = context.segment_ids
+def _document_sums(picks_BSE: jax.Array, segment_ids_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """For each token the picks [B, S, E] of its document and how many tokens [B, S] that has."""
+  start_BS, end_BS = _document_bounds(segment_ids_BS)
+  summed_BSE = jnp.cumsum(picks_BSE, 1)
+  at = lambda place: jnp.take_along_axis(summed_BSE, jnp.maximum(place, 0)[..., None], 1)
+  picks_BSE = at(end_BS) - jnp.where((start_BS > 0)[..., None], at(start_BS - 1), 0)
+  tokens_BS = (end_BS - start_BS + 1).astype(picks_BSE.dtype)
+  if sequence.is_split():
+    both = sequence.document_sums(jnp.concatenate([picks_BSE, tokens_BS[..., None]], -1), segment_ids_BS)
+    picks_BSE, tokens_BS = both[..., :-1], both[..., -1]
+  return picks_BSE, tokens_BS
+
+
+def _document_bounds(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """First and last place [B, S] in the row, or in a part of it, of each token's document."""
   place = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
   changes = segment_ids[:, 1:] != segment_ids[:, :-1]
   starts = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
@@ -126,7 +135,9 @@ class Router(nn.Module):
       experts_BSk = table[context.tokens]
     else:
       bias_E = self.variable("router", "bias", jnp.zeros, (num_experts,), jnp.float32).value
-      _, experts_BSk = jax.lax.top_k(jax.lax.stop_gradient(scores_BSE) + bias_E, top_k)
+      best = lambda biased_BSE: jax.lax.top_k(biased_BSE, top_k)[1]
+      # XLA would gather the scores of all devices.
+      experts_BSk = sharding.per_shard(best, (sequence.TOKENS,), sequence.TOKENS)(jax.lax.stop_gradient(scores_BSE) + bias_E)
     self.sow("intermediates", "scores", scores_BSE)
     self.sow("intermediates", "experts", experts_BSk)
     return experts_BSk, combine_weights(scores_BSE, experts_BSk, config.routed_scaling_factor), scores_BSE

@@ -209,6 +209,8 @@ class DeepseekV4(nn.Module):
     check_inputs(self.config, tokens, positions, segment_ids, attention_mode)
     if positions is not None:
       raise ValueError("positions: expected None beside a cache, whose lengths they follow")
+    if sharding.sequence_parts() > 1:
+      raise ValueError(f"cache: expected a mesh with context = 1, not {sharding.sequence_parts()}")
     if more or self.is_mutable_collection("intermediates"):
       raise ValueError("cache: expected None with targets, mtp or in a trace")
     if cache.groups != group_layers(self.config) or cache.lengths.shape != tokens.shape[:1]:

@@ -35,7 +35,9 @@ class TrainState:
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Fresh variables {"params", "router"}; no shape depends on the tokens they are initialised with."""
-  return DeepseekV4(config, kernels="reference").init(key, jnp.zeros((sharding.batch_shards(), 2), jnp.int32))
+  parts = sharding.sequence_parts()
+  shape = (sharding.batch_shards(), parts * config.local_reach if parts > 1 else 2)
+  return DeepseekV4(config, kernels="reference").init(key, jnp.zeros(shape, jnp.int32))
 
 
 def optimizer_of(run_config: RunConfig, params: Any, mesh: Mesh | None):

@@ -28,29 +28,38 @@ from tests.training.small import (
   with_model,
 )
 
-# Mesh, remat, accumulation. Every axis, and every pair but data x fsdp, which split a batch alike. One mesh recomputes
-# layers in the backward pass and one takes the batch in two passes, as pods do: that changes no number either.
+# Mesh, remat, accumulation. Every axis; of the pairs that these leave out, those with context are in the long tier. One mesh
+# recomputes layers in the backward pass and one takes the batch in two passes, as pods do: that changes no number either.
 TOGETHER = {
-  "tensor=2 fsdp=4": (c.MeshConfig(data=1, fsdp=4, tensor=2), "none", 2),
+  "fsdp=2 context=2 tensor=2": (c.MeshConfig(data=1, fsdp=2, context=2, tensor=2), "none", 2),
   "data=2 expert=2 tensor=2": (c.MeshConfig(data=2, expert=2, tensor=2), "none", 1),
   "fsdp=2 expert=4": (c.MeshConfig(data=1, fsdp=2, expert=4), "block", 1),
 }
 ALONE = {"data=8": (c.MeshConfig(data=8), "none", 1), "fsdp=8": (c.MeshConfig(data=1, fsdp=8), "none", 1),
-         "expert=8": (c.MeshConfig(data=1, expert=8), "none", 1)}
-MESHES = [*TOGETHER, *(pytest.param(name, marks=pytest.mark.long) for name in ALONE)]
+         "expert=8": (c.MeshConfig(data=1, expert=8), "none", 1),
+         "context=4": (c.MeshConfig(data=1, context=4), "block", 1)}
+PAIRS = {f"{axis}=2 context=4": (c.MeshConfig(**{"data": 1, axis: 2, "context": 4}), "none", 1)
+         for axis in ("data", "fsdp", "expert", "tensor")}
+ALL = TOGETHER | ALONE | PAIRS
+MESHES = [*TOGETHER, *(pytest.param(name, marks=pytest.mark.long) for name in ALONE | PAIRS)]
 RATE = 5e-3  # of the first update
 COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?"
 
 
 @functools.cache
 def mesh_step(name):
-  mesh_config, remat, accumulation = (TOGETHER | ALONE)[name]
+  _, remat, accumulation = ALL[name]
   run = dataclasses.replace(with_model(RUN, remat=remat), data=dataclasses.replace(RUN.data, accumulation=accumulation))
-  return Step(run, sharding.make_mesh(mesh_config))
+  return Step(run, mesh_of(name))
+
+
+def mesh_of(name):
+  config = ALL[name][0]
+  return sharding.make_mesh(config, jax.devices()[:np.prod([getattr(config, axis) for axis in sharding.MESH_AXES])])
 
 
 def batch_for(name, seed=0):
-  return random_batch((TOGETHER | ALONE)[name][2], seed=seed)
+  return random_batch(ALL[name][2], seed=seed)
 
 
 @functools.cache
@@ -129,7 +138,7 @@ def test_the_next_step_takes_the_state_as_it_comes_back(name):
   """The compiled step refuses other shardings than its own. Noise directions (see `tolerance`) blur the second loss."""
   state = stepped(name)[0]
   state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state), may_alias=False)  # a copy that may be consumed
-  batch = jax.device_put(batch_for(name, seed=1), sharding.batch_sharding(sharding.make_mesh((TOGETHER | ALONE)[name][0])))
+  batch = jax.device_put(batch_for(name, seed=1), sharding.batch_sharding(mesh_of(name)))
   state, metrics = mesh_step(name).compiled(state, batch)
   _, expected = single_step().compiled(single_step().put(reference()[0]), random_batch(seed=1))
   assert int(state.step) == 2
@@ -150,9 +159,9 @@ def test_not_finite_gives_the_old_state_back(name):
 @pytest.mark.parametrize("name", MESHES)
 def test_every_device_holds_its_part(name):
   """Before and after the step, moments included: the sizes of the shards are those that the table of axes promises."""
-  sizes = {axis: getattr((TOGETHER | ALONE)[name][0], axis) for axis in ("fsdp", "expert", "tensor")}
-  both = sizes["fsdp"] * sizes["expert"]
-  parts = {"embed": both, "lora": both, "expert_embed": sizes["fsdp"], "expert": sizes["expert"],
+  sizes = {axis: getattr(ALL[name][0], axis) for axis in ("fsdp", "expert", "context", "tensor")}
+  memory = sizes["fsdp"] * sizes["context"]
+  parts = {"expert": sizes["expert"], "expert_embed": memory, **dict.fromkeys(("embed", "lora"), memory * sizes["expert"]),
            **dict.fromkeys(("heads", "index_heads", "groups", "vocab", "mlp"), sizes["tensor"])}
   new = stepped(name)[0]
   (places, _), _ = mesh_step(name).compiled.input_shardings
@@ -196,3 +205,57 @@ def test_expert_weights_stay_and_newton_schulz_is_alone():
   newton_schulz = {name for name in inside if "RC,...SC->...RS" in computations[name]}
   communicates = [name for name in newton_schulz if re.search(rf" (?:{COLLECTIVES})\(", computations[name])]
   assert newton_schulz and communicates == []
+
+
+# ---- what travels along a split sequence -------------------------------------------------------------------------------
+def groups_of(line):
+  """Device numbers [groups, size] of a collective, in each of the ways in which XLA writes them."""
+  if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):
+    return np.array([list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1])])
+  numbers = lambda text: tuple(map(int, text.split(",")))
+  order = lambda sizes, turned: np.arange(np.prod(sizes)).reshape(sizes).transpose(turned or range(len(sizes)))
+  if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+    return order(numbers(found[2]), found[3] and numbers(found[3])).reshape(numbers(found[1]))
+  axes, ids, turned, names = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line).groups()
+  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+  devices = order(numbers(ids), turned and numbers(turned)) if ids else np.arange(np.prod(list(sizes.values())))
+  inner = re.findall(r"'(\w+)'", names)
+  devices = devices.reshape(tuple(sizes.values()))
+  devices = np.moveaxis(devices, [list(sizes).index(name) for name in inner], range(-len(inner), 0))
+  return devices.reshape(-1, np.prod([sizes[name] for name in inner]))
+
+
+def collectives(text, mesh):
+  """[(kind, mesh axes, [(dtype, shape) of each result])] of a compiled step; those of single devices are left out."""
+  found = []
+  for line in text.splitlines():
+    if match := re.search(rf"= (\(?\w+\[.*?) ({COLLECTIVES})\(", line):
+      places = np.array(np.unravel_index(groups_of(line)[0], mesh.devices.shape))
+      axes = frozenset(axis for axis, at in zip(mesh.axis_names, places) if len(set(at)) > 1)
+      arrays = [(dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape in re.findall(
+        r"(\w+)\[([\d,]*)\]", match[1])]
+      found += [(match[2], axes, arrays)] if axes else []
+  return found
+
+
+def test_what_travels_along_a_split_sequence():
+  """Over context entries, index keys and the ends of documents are gathered, and a few places are sent to neighbours,
+  forward and back, once in each kind of layer. Nothing as large as the streams or one of their projections moves."""
+  name, rows, model = "fsdp=2 context=2 tensor=2", 2, MODEL  # rows of a device in a pass
+  parts, length, d = 2, RUN.data.sequence_length, MODEL.head_dim
+  moved = collectives(mesh_step(name).compiled.as_text(), mesh_of(name))
+  of = lambda kind: [array for k, axes, arrays in moved if k == kind and axes == {"context"} for array in arrays]
+  floats = lambda arrays: sorted(shape for dtype, shape in arrays if dtype == "f32")
+  csa, hca = (rows, length // 4, d), (rows, length // 8, d)
+  ends = (parts, rows, 2, model.n_routed_experts + 1)  # of the balance loss: in HCA's layers and the prediction block
+  assert floats(of("all-gather")) == sorted([csa, csa[:2] + (model.index_head_dim,), hca, ends, ends])
+  window, pending = (rows, 7, d), lambda series: (rows, 7, 2, series, d)
+  once = [window, pending(2), pending(2), window, pending(1), window, (rows, 1, model.hidden_size)]  # CSA, HCA, prediction
+  assert floats(of("collective-permute")) == sorted(2 * once)
+  # Integers: where the entries lie, documents at the borders. Never those of a row's tokens.
+  integers = [shape for kind in ("all-gather", "collective-permute") for dtype, shape in of(kind) if dtype != "f32"]
+  assert integers and max(np.prod(shape) for shape in integers) <= rows * length // 4
+  # Weights travel over context and fsdp together, tokens over context never: each of these is split over fsdp as well.
+  gathered = {axes for kind, axes, _ in moved if kind == "all-gather" and "context" in axes}
+  assert gathered == {frozenset(["context"]), frozenset(["fsdp", "context"])}
