@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 
 STOPPED, INTERRUPTED, OUT_OF_TIME = 75, 130, 143
 SIGNALS = {signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}
-_ORDERLY = 2.0  # seconds that a process with nothing left to save may take to leave by itself
+_ORDERLY = 5.0  # seconds that a process with nothing left to save may take to leave by itself
 
 
 class Stopped(Exception):

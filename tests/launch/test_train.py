@@ -107,7 +107,7 @@ def test_sigterm_while_it_compiles(tmp_path):
   process.terminate()
   sent = time.monotonic()
   assert process.wait(60) == 75
-  assert time.monotonic() - sent < 20  # 2 s, on a machine with something to spare
+  assert time.monotonic() - sent < 20  # 5 s, on a machine with something to spare
   text = log.read_text()
   assert "compiled" not in text and "SIGTERM: nothing is unsaved; the process ends in 60 s at the latest" in text
   assert "Traceback" not in text and not (tmp_path / "run" / "checkpoints").exists()
