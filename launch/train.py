@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
   except Stopped as stopped:
     print(stopped)
     sys.exit(stop.exit_code)
-  except (ValueError, FileNotFoundError, NotImplementedError, FloatingPointError) as error:  # nearly always a mistake in a setting, too
+  except (ValueError, FileNotFoundError, NotImplementedError, FloatingPointError) as error:  # mostly in a setting
     if logging.get_verbosity() >= logging.DEBUG:
       raise
     sys.exit(f"error: {error}\n(--verbosity=1 shows where)")

@@ -144,9 +144,11 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     # Compile for the shapes of a batch; no batch is taken yet. Nothing is compiled while a step is unsaved.
     clock, shapes = time.perf_counter(), abstract_batch(run_config, mesh)
     step = make_train_step(run_config, mesh).lower(place.state, shapes).compile()
-    scorer = make_eval_step(run_config, mesh).lower(place.state, shapes).compile()
     compile_seconds = time.perf_counter() - clock
-    say(f"compiled the steps of training and evaluation in {compile_seconds:.1f} s")
+    say(f"compiled the step in {compile_seconds:.1f} s")
+    clock = time.perf_counter()
+    scorer = make_eval_step(run_config, mesh).lower(place.state, shapes).compile()
+    say(f"compiled the evaluation in {time.perf_counter() - clock:.1f} s")
     score = lambda state, count=None: evaluate(scorer, held_out, mesh, stop, state, count)
     progress = stack.enter_context(contextlib.closing(metrics.Progress(place.step, training.steps, first_process)))
     tools = Tools(run_config, mesh, step, score, go_back, batches, store, writer, progress, stop)

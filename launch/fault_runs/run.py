@@ -239,7 +239,7 @@ class Disturbed:
       start.wait_until(lambda: time.monotonic() > until)
       return "while it starts"
     # When it has compiled, it has dropped the lines behind the checkpoint that it goes on from.
-    start.wait_until(lambda: " steps of training " in start.output())
+    start.wait_until(lambda: "compiled the evaluation" in start.output())
     last = steps_done(self.workdir) + self._rng.randrange(3 * self._rhythm.every)
     start.wait_until(lambda: steps_done(self.workdir) >= last)
     until = time.monotonic() + self._rng.uniform(0, self._rhythm.step)

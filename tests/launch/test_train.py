@@ -87,8 +87,9 @@ def start(workdir, log, *settings):
   environment = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name}
   arguments = ["--config", "configs/debug.py", "--workdir", str(workdir)]
   arguments += [part for setting in overrides for part in ("--set", setting)]
-  return subprocess.Popen([sys.executable, "-u", "-m", "launch.train", *arguments], cwd=ROOT, env=environment,
-                          stdout=log.open("wb"), stderr=subprocess.STDOUT)
+  with log.open("wb") as output:
+    return subprocess.Popen([sys.executable, "-u", "-m", "launch.train", *arguments], cwd=ROOT, env=environment,
+                            stdout=output, stderr=subprocess.STDOUT)
 
 
 def wait_for_text(process, log, text):
