@@ -207,29 +207,31 @@ class Disturbed:
     Returns:
       {"case", "moment", "step", "seconds", "problem"}: what happened when, and what was wrong then ("" = nothing).
     """
-    expected, moment = self.disk.expected(), "at a save"
+    expected = self.disk.expected()
     start = Start(self._settings, self.workdir, FILE_BYTES if fault.kind == FULL else None)
-    if fault.kind != FULL:
-      moment = self._wait_for_moment(start)
-      sent = time.monotonic()
-      number, wanted = STOPS.get(fault.kind, (signal.SIGKILL, -signal.SIGKILL))
-      start.process.send_signal(number)
-    code = start.wait()
+    moment, code, problem = self._strike(start, fault)
     if code == 0:
       return None
-    output = start.output()
-    if fault.kind == FULL:
-      problem = full_disk_problem(code, output, self.disk.checkpoints)
-    elif code != wanted:
-      problem = f"expected exit code {wanted}, got {code}: {output[-2000:]}"
-    else:
-      problem = self._stop_problem(output, time.monotonic() - sent) if fault.kind in STOPS else ""
-    problem = problem or expected.problem(output)
     row = {"case": fault.name, "moment": moment, "step": steps_done(self.workdir),
-           "seconds": time.monotonic() - start.began, "problem": problem}
-    if not problem and fault.damage and not self.disk.damage(fault.damage, self._rng):
+           "seconds": time.monotonic() - start.began, "problem": problem or expected.problem(start.output())}
+    if not row["problem"] and fault.damage and not self.disk.damage(fault.damage, self._rng):
       return row | {"case": KILL, "postponed": fault.damage}
     return row
+
+  def _strike(self, start: Start, fault: Fault) -> tuple[str, int, str]:
+    """Lets the fault happen; returns when, the exit code, and what is wrong with how the process ended."""
+    if fault.kind == FULL:
+      code = start.wait()
+      return "at a save", code, full_disk_problem(code, start.output(), self.disk.checkpoints)
+    moment = self._wait_for_moment(start)
+    number, wanted = STOPS.get(fault.kind, (signal.SIGKILL, -signal.SIGKILL))
+    start.process.send_signal(number)
+    sent = time.monotonic()
+    code, output = start.wait(), start.output()
+    too_early = code == -number and re.match(r"$|Traceback", output)  # Python did not listen yet
+    if code != wanted and not too_early:
+      return moment, code, f"expected exit code {wanted}, got {code}: {output[-2000:]}"
+    return moment, code, self._stop_problem(output, time.monotonic() - sent) if fault.kind in STOPS else ""
 
   def _wait_for_moment(self, start: Start) -> str:
     """Waits for a random moment: three times in ten while the run starts, else within the steps and saves after it."""
