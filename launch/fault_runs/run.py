@@ -75,7 +75,8 @@ class Start:
 
   def __init__(self, settings: Settings, workdir: Path, file_bytes: int | None = None):
     self.workdir, self._patience = workdir, settings.patience
-    self.log = workdir.with_name(f"{workdir.name}.log")
+    earlier = len(list(workdir.parent.glob(f"{workdir.name}.*.log")))
+    self.log = workdir.with_name(f"{workdir.name}.{earlier:03d}.log")
     arguments = ["-m", "launch.train", "--config", settings.config, "--workdir", str(workdir)]
     arguments += [part for override in settings.overrides for part in ("--set", override)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
@@ -343,7 +344,7 @@ def measure(settings: Settings, kills: int, stops: int, full_disks: int, say: Ca
       spent = time.monotonic() - began
       rate, left = len(rows) / spent, (total - len(rows)) * spent / max(1, len(rows))
       say(f"{len(rows)}/{total} faults, {60 * rate:.1f} a minute, {left / 60:.1f} min left: {row['case']} {row['moment']}, "
-          f"step {row['step']}{': ' + row['problem'] if row['problem'] else ''}")
+          f"step {row['step']}{': ' + row['problem'].splitlines()[0] if row['problem'] else ''}")
     _, problem = through(settings, disturbed.workdir)
     problem = problem or difference(disturbed.workdir, settings.folder / "undisturbed")
     rows.append({"case": "end of a disturbed run", "run": number, "step": steps_done(disturbed.workdir), "problem": problem})
