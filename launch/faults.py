@@ -26,7 +26,7 @@ OVERRIDES = ("data.source=text", f"data.path={run.ROOT / 'deepseek_v4'}", "data.
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer("kills", 10, "SIGKILLs; at least two for every kind of damage happen.", lower_bound=0)
+  flags.DEFINE_integer("kills", 10, "SIGKILLs; if any, then at least two for every kind of damage.", lower_bound=0)
   flags.DEFINE_integer("stops", 4, "SIGTERMs and SIGINTs, in turn.", lower_bound=0)
   flags.DEFINE_integer("full_disks", 1, "Starts that cannot write a checkpoint.", lower_bound=0)
   flags.DEFINE_integer("seed", 0, "Decides which fault happens when.")

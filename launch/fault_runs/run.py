@@ -62,7 +62,7 @@ class Fault:
 def plan(kills: int, stops: int, full_disks: int, rng: random.Random) -> list[Fault]:
   """The faults in random order: as many of each as asked for, every kind of damage in turn after every other kill."""
   kinds = list(damage.KINDS)
-  kinds = [kinds[i // 2 % len(kinds)] if i % 2 else None for i in range(max(kills, 2 * len(kinds)))]
+  kinds = [kinds[i // 2 % len(kinds)] if i % 2 else None for i in range(max(kills, 2 * len(kinds)) if kills else 0)]
   faults = [Fault(KILL, kind) for kind in kinds] + [Fault(FULL)] * full_disks
   faults += [Fault(list(STOPS)[i % len(STOPS)]) for i in range(stops)]
   rng.shuffle(faults)
@@ -151,12 +151,18 @@ class Expected:
     return f"expected it to name what it passed over, and why: {', '.join(silent)}" if silent else ""
 
 
+def _identity(folder: Path) -> tuple[int, int]:
+  """Differs once a folder was written anew, under the same name and perhaps with the same number."""
+  status = folder.stat()
+  return status.st_ino, status.st_ctime_ns
+
+
 class Disk:
   """The checkpoints of a workdir, and which of them were damaged here and not written again since."""
 
   def __init__(self, workdir: Path):
     self.checkpoints = workdir / CHECKPOINTS
-    self._damaged: dict[int, tuple[int, str]] = {}  # step -> number of its folder in the file system, kind
+    self._damaged: dict[int, tuple[Any, str]] = {}  # step -> which folder that was, kind
 
   def damage(self, kind: str, rng: random.Random) -> bool:
     """Damages the newest sound step; returns False, and does nothing, if there is no other one to fall back on."""
@@ -166,11 +172,11 @@ class Disk:
       return False
     path = damage.KINDS[kind](self.checkpoints, max(damage.steps(self.checkpoints)) if apart else sound[-1], rng)
     if path.name.isdigit():
-      self._damaged[int(path.name)] = (path.stat().st_ino, kind)
+      self._damaged[int(path.name)] = (_identity(path), kind)
     return True
 
   def _is_damaged(self, step: int) -> bool:
-    return step in self._damaged and (self.checkpoints / str(step)).stat().st_ino == self._damaged[step][0]
+    return step in self._damaged and _identity(self.checkpoints / str(step)) == self._damaged[step][0]
 
   def _sound(self) -> list[int]:
     return [step for step in damage.steps(self.checkpoints) if not self._is_damaged(step)]

@@ -24,6 +24,7 @@ def test_the_plan_holds_all_that_is_asked_for():
   assert run.plan(50, 8, 3, random.Random(0)) == faults != run.plan(50, 8, 3, random.Random(1))
   few = run.plan(2, 0, 0, random.Random(0))
   assert {fault.damage for fault in few} == {None, *damage.KINDS}  # every kind, however few kills are asked for
+  assert {fault.kind for fault in run.plan(0, 2, 1, random.Random(0))} == {"SIGTERM", "SIGINT", "full disk"}
 
 
 @pytest.fixture
