@@ -86,13 +86,17 @@ class Start:
     limit = None if file_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     self.began = time.monotonic()
     with self.log.open("wb") as log:
-      self.process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log,
-                                      preexec_fn=limit)
+      # Under a limit, what it says comes through a pipe: the limit holds for that file, too.
+      self.process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, preexec_fn=limit,
+                                      stdout=log if limit is None else subprocess.PIPE, stderr=subprocess.STDOUT)
 
   def wait(self) -> int:
     """The exit code."""
     try:
-      return self.process.wait(self._patience)
+      said, _ = self.process.communicate(timeout=self._patience)
+      if said is not None:
+        self.log.write_bytes(said)
+      return self.process.returncode
     except subprocess.TimeoutExpired:
       self.process.kill()
       self.process.wait()
