@@ -197,11 +197,12 @@ class Disk:
 # ---- faults ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Rhythm:
-  """How long the undisturbed run takes: seconds until its first step, seconds per step, steps from save to save."""
+  """How the undisturbed run goes: seconds until its first step, seconds per step, steps from save to save, steps in all."""
 
   start: float
   step: float
   every: int
+  steps: int
 
 
 class Disturbed:
@@ -219,6 +220,8 @@ class Disturbed:
       {"case", "moment", "step", "seconds", "problem"}: what happened when, and what was wrong then ("" = nothing).
     """
     expected = self.disk.expected()
+    if fault.kind == FULL and expected.step == self._rhythm.steps:
+      return None  # there is nothing left to save
     start = Start(self._settings, self.workdir, FILE_BYTES if fault.kind == FULL else None)
     moment, code, problem = self._strike(start, fault)
     if code == 0:
@@ -295,7 +298,7 @@ def undisturbed(settings: Settings) -> Rhythm:
       raise RuntimeError(f"the undisturbed run failed (exit code {code}):\n{start.output()[-3000:]}")
   training = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["training"]
   seconds = (time.monotonic() - began) / training["steps"]
-  return Rhythm(began - start.began, seconds, training["checkpoint_every"])
+  return Rhythm(began - start.began, seconds, training["checkpoint_every"], training["steps"])
 
 
 def difference(workdir: Path, other: Path) -> str:
@@ -351,10 +354,11 @@ def measure(settings: Settings, kills: int, stops: int, full_disks: int, say: Ca
         faults.append(Fault(KILL, kind))
         total += 1
       rows.append(row | {"run": number})
-      spent = time.monotonic() - began
-      rate, left = len(rows) / spent, (total - len(rows)) * spent / max(1, len(rows))
-      say(f"{len(rows)}/{total} faults, {60 * rate:.1f} a minute, {left / 60:.1f} min left: {row['case']} {row['moment']}, "
-          f"step {row['step']}{': ' + row['problem'].splitlines()[0] if row['problem'] else ''}")
+      spent, happened = time.monotonic() - began, total - len(faults)
+      left = len(faults) * spent / happened
+      progress = f"{happened}/{total} faults, {60 * happened / spent:.1f} a minute, {left / 60:.1f} min left"
+      problem = ": " + row["problem"].splitlines()[0] if row["problem"] else ""
+      say(f"{progress}: {row['case']} {row['moment']}, step {row['step']}{problem}")
     _, problem = through(settings, disturbed.workdir)
     problem = problem or difference(disturbed.workdir, settings.folder / "undisturbed")
     rows.append({"case": "end of a disturbed run", "run": number, "step": steps_done(disturbed.workdir), "problem": problem})
