@@ -155,18 +155,12 @@ class Expected:
     return f"expected it to name what it passed over, and why: {', '.join(silent)}" if silent else ""
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-  """Differs once a folder was written anew, under the same name and perhaps with the same number."""
-  status = folder.stat()
-  return status.st_ino, status.st_ctime_ns
-
-
 class Disk:
   """The checkpoints of a workdir, and which of them were damaged here and not written again since."""
 
   def __init__(self, workdir: Path):
     self.checkpoints = workdir / CHECKPOINTS
-    self._damaged: dict[int, tuple[Any, str]] = {}  # step -> which folder that was, kind
+    self._damaged: dict[int, tuple[int, str]] = {}  # step -> when, in ns, and what kind
 
   def damage(self, kind: str, rng: random.Random) -> bool:
     """Damages the newest sound step; returns False, and does nothing, if there is no other one to fall back on."""
@@ -176,11 +170,13 @@ class Disk:
       return False
     path = damage.KINDS[kind](self.checkpoints, max(damage.steps(self.checkpoints)) if apart else sound[-1], rng)
     if path.name.isdigit():
-      self._damaged[int(path.name)] = (_identity(path), kind)
+      self._damaged[int(path.name)] = (time.time_ns(), kind)
     return True
 
   def _is_damaged(self, step: int) -> bool:
-    return step in self._damaged and _identity(self.checkpoints / str(step)) == self._damaged[step][0]
+    # Whole again once it has a newer manifest; a save that was killed may only have begun to delete the damaged one.
+    manifest = self.checkpoints / str(step) / "manifest" / "manifest.json"
+    return step in self._damaged and not (manifest.is_file() and manifest.stat().st_mtime_ns > self._damaged[step][0])
 
   def _sound(self) -> list[int]:
     return [step for step in damage.steps(self.checkpoints) if not self._is_damaged(step)]
