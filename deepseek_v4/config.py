@@ -292,6 +292,31 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AnomalyConfig:
+  """What counts as a step that went wrong, and what is done about it (`training/anomalies.py`).
+
+  A policy other than "stop" goes back to the last sound state: after a step that was not finite that is the state it was
+  given, after a spike that of the newest checkpoint, from which the steps in between are computed again. Then
+    skip    leaves the batch out for good
+    repeat  computes it again; a spike that comes again counts, what is not finite again ends the run
+    log     (does not go back) writes it down and goes on; a step that was not finite changes nothing
+    stop    ends the run
+  """
+
+  policy: str = "skip"
+  window: int = 128  # steps whose losses say what is normal; fewer say nothing about spikes
+  deviations: float = 6.0  # a spike is a loss above their mean + this many standard deviations
+  limit: int = 8  # more anomalies than this within the window end the run
+
+  def __post_init__(self):
+    typed(self)
+    one_of(self, "policy", ("skip", "repeat", "log", "stop"))
+    at_least(self, 2, "window")
+    positive(self, "deviations")
+    at_least(self, 1, "limit")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingConfig:
   """Length, rhythm and seeds of a run."""
 
@@ -305,12 +330,14 @@ class TrainingConfig:
   eval_batches: int = 8
   checkpoint_every: int = 200
   keep_checkpoints: int = 2
+  grace_seconds: float = 25.0  # within which the process ends after SIGTERM; Kubernetes kills after 30
 
   def __post_init__(self):
     typed(self)
     if self.init_from == "":
       refuse("init_from", self.init_from, "a folder, or None")
     at_least(self, 1, "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
+    positive(self, "grace_seconds")
     one_of(self, "kernels", ("auto", "reference", "blockwise", "pallas", "interpret"))
     one_of(self, "attention_mode", ("sparse", "dense"))
 
@@ -325,6 +352,7 @@ class RunConfig:
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
   training: TrainingConfig = TrainingConfig()
+  anomalies: AnomalyConfig = AnomalyConfig()
 
   def __post_init__(self):
     typed(self)

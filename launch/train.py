@@ -3,10 +3,20 @@
 python -m launch.train --config configs/tiny.py --workdir runs/tiny [--set training.steps=100]...
 
 With --set training.init_from=DIR a new run starts with the weights of a converted release or of another run.
+
+After SIGTERM (as a preemption sends) or Ctrl-C the step in hand is finished and saved, within training.grace_seconds.
+Exit codes:
+  0     all steps are done
+  75    stopped by SIGTERM, and every finished step is saved: the same command goes on from there
+  130   stopped by Ctrl-C, and every finished step is saved
+  143   stopped by SIGTERM, but there was no time to save the last step: the next start goes on from an earlier one
+  1     an error, which is said
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -23,6 +33,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):  # until Stopping listens, there is nothing to save
+    signal.signal(number, lambda *_, code=code: os._exit(code))
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells at INFO level how it saves
   from deepseek_v4 import config
@@ -33,9 +45,15 @@ def main(argv: list[str]) -> None:
   emulate_devices(run_config.mesh.emulated_devices)
   from deepseek_v4.sharding import make_mesh
   from deepseek_v4.training import loop
+  from deepseek_v4.training.stopping import Stopped, Stopping
+  stop = Stopping(run_config.training.grace_seconds)
   try:
-    loop.train(run_config, flags.FLAGS["workdir"].value, make_mesh(run_config.mesh))
-  except (ValueError, FileNotFoundError, NotImplementedError) as error:  # nearly always a mistake in a setting, too
+    with stop:
+      loop.train(run_config, flags.FLAGS["workdir"].value, make_mesh(run_config.mesh), stop)
+  except Stopped as stopped:
+    print(stopped)
+    sys.exit(stop.exit_code)
+  except (ValueError, FileNotFoundError, NotImplementedError, FloatingPointError) as error:  # mostly in a setting
     if logging.get_verbosity() >= logging.DEBUG:
       raise
     sys.exit(f"error: {error}\n(--verbosity=1 shows where)")

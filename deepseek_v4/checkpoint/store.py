@@ -3,7 +3,8 @@
 A step is a folder `<directory>/<step>/` with the arrays (`state/`) and a manifest (`manifest/manifest.json`: config, data
 position, versions, a checksum for every leaf). On disk every leaf is one layer's (`params/layers/03/attention/q_a`, experts
 stacked), so any mesh and any grouping of layers reads any checkpoint. A step counts only if Orbax finished it and every leaf
-that is read has the bytes the manifest says; others are named in a warning and passed over.
+that is read has the bytes the manifest says; others are named in a warning and passed over. While the very first one is
+being written, a file `.first` lies beside it: only then does a directory with nothing usable count as empty.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from deepseek_v4.checkpoint.trees import disk_parts, groups_of, named_leaves, re
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _MANIFEST_FILE = "manifest.json"
+_FIRST = ".first"  # the first checkpoint of the directory is not finished yet
 
 
 class CheckpointStore:
@@ -73,6 +75,7 @@ class CheckpointStore:
       raise ValueError(f"extra = {extra!r}: expected what JSON can hold ({error})") from error
     leaves, impls = _to_disk(tree)
     manifest = manifest_lib.build(self._config, extra, leaves, impls)
+    self._guard(step, self._mark_first)
     self._guard(step, lambda: self._orbax.save(
       path, force=True,  # only a damaged or an unfinished step can lie there
       args=ocp.args.Composite(state=ocp.args.PyTreeSave(unflatten(leaves)), manifest=ocp.args.JsonSave(manifest))))
@@ -94,6 +97,8 @@ class CheckpointStore:
     self._usable.add(step)
     self._damaged.discard(step)
     self._prune(step)
+    if jax.process_index() == 0:
+      (self.directory / _FIRST).unlink(missing_ok=True)
 
   def close(self) -> None:
     """Waits for the write in the background and frees Orbax; raises RuntimeError if the write failed."""
@@ -119,7 +124,8 @@ class CheckpointStore:
       abstract_tree: pytree of arrays or jax.ShapeDtypeStruct; a leaf with a sharding is born with it.
 
     Returns:
-      (step, tree, extra), or None if the directory does not exist or is empty.
+      (step, tree, extra), or None if the directory does not exist or is empty; one that holds nothing but its first
+      checkpoint, unfinished, counts as empty.
 
     Raises:
       ValueError: another model; or, in one message, leaves that this tree wants and the checkpoint lacks, leaves it holds
@@ -144,6 +150,11 @@ class CheckpointStore:
     except Exception as error:
       self._writing = None
       raise RuntimeError(f"checkpoint of step {step}: {self.directory / str(step)} could not be written: {error}") from error
+
+  def _mark_first(self) -> None:
+    if jax.process_index() == 0 and _is_empty(self.directory):
+      self.directory.mkdir(parents=True, exist_ok=True)
+      (self.directory / _FIRST).touch()
 
   def _prune(self, newest: int) -> None:
     """Keeps the newest `keep` whole steps up to `newest`; drops what is older, and what never got finished."""
@@ -243,6 +254,14 @@ def _handler() -> ocp.CompositeCheckpointHandler:
                                         manifest=ocp.JsonCheckpointHandler(_MANIFEST_FILE))
 
 
+def _visible(directory: epath.Path) -> list[str]:
+  return [p.name for p in directory.iterdir() if not p.name.startswith(".")] if directory.exists() else []
+
+
+def _is_empty(directory: epath.Path) -> bool:
+  return not _visible(directory)
+
+
 def _candidates(directory: epath.Path) -> tuple[list[int], list[str]]:
   """Steps with a folder, and names of folders that Orbax did not finish."""
   names = [p.name for p in directory.iterdir()] if directory.exists() else []
@@ -254,9 +273,14 @@ def _newest(directory: epath.Path, read: Callable[[int, dict[str, Any]], Any], d
 
   Steps passed over are named in a warning and added to `damaged`; if none is usable, all are named in the error.
   """
-  if not directory.exists() or not any(not p.name.startswith(".") for p in directory.iterdir()):
+  if _is_empty(directory):
     return None
   steps, unfinished = _candidates(directory)
+  if len(unfinished) == len(_visible(directory)) and (directory / _FIRST).exists():
+    for name in unfinished:
+      warnings.warn(f"checkpoint passed over: {directory / name}: never finished; it was the first, nothing was saved "
+                    "before", stacklevel=3)
+    return None
   reasons = [f"{directory / name}: never finished" for name in sorted(unfinished)]
   for step in sorted(steps, reverse=True):
     path = directory / str(step)

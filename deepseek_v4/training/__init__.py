@@ -7,7 +7,8 @@
 import importlib
 
 _NAMES = {"TrainState": "state", "init_state": "state", "abstract_state": "state", "make_train_step": "step",
-          "make_eval_step": "step", "find_non_finite": "step", "make_dataset": "data", "train": "loop"}
+          "make_eval_step": "step", "find_non_finite": "step", "make_dataset": "data", "train": "loop",
+          "Stopping": "stopping", "Stopped": "stopping"}
 
 __all__ = [*_NAMES]
 

@@ -1,7 +1,8 @@
-"""The training loop on one page: start, compile, then next batch, step, log, evaluate, save.
+"""The training loop on one page: start, compile, then next batch, step, look, log, evaluate, save.
 
-While the device computes step n, the host prepares batch n + 1; then it waits for step n's metrics and looks at them before
-anything follows. So a step that is not finite ends the run with the very state and batch that it had.
+While the device computes step n, a thread prepares batch n + 1; then the loop waits for step n's metrics and looks at them
+before anything follows. So a step that went wrong is met with the very state and batch that it had (`anomalies.py`), and a
+run that is told to stop saves the step in hand (`stopping.py`).
 
 A workdir holds
   config.json         the settings of the last start
@@ -13,13 +14,14 @@ A workdir holds
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import numpy as np
@@ -28,30 +30,75 @@ from deepseek_v4.analysis import plots
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.config import RunConfig, to_dict
 from deepseek_v4.sharding import batch_sharding
-from deepseek_v4.training import baselines, metrics
-from deepseek_v4.training.data import Batches, make_dataset
+from deepseek_v4.training import anomalies, baselines, metrics
+from deepseek_v4.training.ahead import Ahead
+from deepseek_v4.training.data import Batches, BatchIterator, make_dataset
 from deepseek_v4.training.start import check_source, copy_release, state_from
 from deepseek_v4.training.state import abstract_state, init_state
 from deepseek_v4.training.step import find_non_finite, make_eval_step, make_train_step
+from deepseek_v4.training.stopping import Stopped, Stopping
+from deepseek_v4.training.workdir import CHECKPOINTS, CONFIG, changes, check_workdir, refuse_lost_checkpoints
 
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 BATCH_ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")
 
 
-def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a run stands between two steps; what a checkpoint holds.
+
+  Attributes:
+    step: optimizer steps done.
+    state: the TrainState after them.
+    data: position in the data, from which the next batch comes.
+    record: of losses and anomalies.
+    unscored: whether held-out text was to be scored here and was not yet.
+  """
+
+  step: int
+  state: Any
+  data: Mapping[str, Any]
+  record: anomalies.Record = anomalies.Record()
+  unscored: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+  """What the loop works with."""
+
+  run_config: RunConfig
+  mesh: jax.sharding.Mesh | None
+  step: Callable[..., Any]
+  score: Callable[..., dict[str, float] | None]
+  go_back: Callable[[], Place]
+  batches: BatchIterator
+  store: CheckpointStore
+  writer: metrics.MetricsWriter
+  progress: metrics.Progress
+  stop: Stopping
+
+
+def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | None = None,
+          stop: Stopping | None = None) -> dict[str, Any]:
   """Trains to `training.steps`, going on from the newest sound checkpoint if `workdir` holds a run; returns the summary.
+
+  Args:
+    run_config, workdir, mesh: what is trained, where its files go, and the devices (None: the default one alone).
+    stop: who may tell the run to stop; None = nobody.
 
   Raises:
     ValueError, FileNotFoundError: `workdir` holds something that is not a run, one of another model or one that has more
-      steps, none of its checkpoints is usable, `training.init_from` holds no checkpoint of this model, or the data cannot be
-      used; before the step is compiled.
+      steps, its checkpoints are gone or none is usable, `training.init_from` holds no checkpoint of this model, or the data
+      cannot be used; before the step is compiled.
     NotImplementedError: `training.kernels` names an implementation that does not exist for these devices.
     RuntimeError: a checkpoint could not be written.
-    FloatingPointError: a loss, gradient or update was not finite; the message names the first such tensor.
+    FloatingPointError: a loss, gradient or update was not finite, or a loss spiked, and `anomalies.policy` or its limit says
+      stop; the message names the step, its data and the first tensor that is not finite.
+    Stopped: the run was told to stop, and what it had done is saved.
   """
   training, workdir, first_process = run_config.training, Path(workdir), jax.process_index() == 0
-  say = print if first_process else lambda text: None
-  changed = check_workdir(workdir, run_config)
+  say, stop = print if first_process else lambda text: None, stop or Stopping()
+  stored = check_workdir(workdir)
+  changed = changes(stored, json.loads(json.dumps(to_dict(run_config)))) if stored else []
   with contextlib.ExitStack() as stack:
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))
@@ -61,60 +108,60 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
       check_source(run_config, mesh)  # before text is tokenised
     held_out, train_data = dataset(run_config, "held_out"), dataset(run_config, "train")
     batches = stack.enter_context(contextlib.closing(iter(train_data)))
+    beginning = batches.get_state()
 
-    # Start, in the order tried: 1. resume the newest sound checkpoint of this workdir, 2. the weights that
-    # training.init_from names, 3. from scratch.
-    restored = store.restore_latest(abstract_state(run_config, mesh))
-    if restored is not None:
-      start, state, extra = restored
-      batches.set_state(extra["data"])
-      say(f"resumed at step {start}")
-      if start > training.steps:
-        raise ValueError(f"training.steps = {training.steps}: expected at least {start}, the steps that the run in "
-                         f"{workdir} has done")
-    elif training.init_from is not None:
-      start, state = 0, state_from(run_config, jax.random.key(training.seed), mesh, say)
-    else:
-      start, state = 0, init_state(run_config, jax.random.key(training.seed), mesh)
+    def go_back() -> Place:
+      """Where to go on, in the order tried: 1. the newest sound checkpoint of this workdir, 2. the weights that
+      training.init_from names, 3. from scratch."""
+      restored = store.restore_latest(abstract_state(run_config, mesh))
+      if restored is not None:
+        step, state, extra = restored
+        return Place(step, state, extra["data"], anomalies.Record.from_dict(extra.get("anomalies", {})),
+                     extra.get("unscored", False))
+      refuse_lost_checkpoints(workdir, stored)
+      key = jax.random.key(training.seed)
+      return Place(0, init_state(run_config, key, mesh) if training.init_from is None else
+                   state_from(run_config, key, mesh, say), beginning)
+
+    place = go_back()
+    batches.set_state(place.data)
+    if place.step:
+      say(f"resumed at step {place.step}")
+    if place.step > training.steps:
+      raise ValueError(f"training.steps = {training.steps}: expected at least {place.step}, the steps that the run in "
+                       f"{workdir} has done")
     for change in changed:
       say(f"changed since the last start: {change}")
     if first_process:
       workdir.mkdir(parents=True, exist_ok=True)
       metrics.write_json(workdir / CONFIG, to_dict(run_config))
-      if restored is None and training.init_from is not None:
+      if not place.step and training.init_from is not None:
         copy_release(run_config, workdir)
-    say(describe(state, mesh))
+    say(describe(place.state, mesh))
     for part in (train_data, held_out):
       say(part.describe())
     known = baselines.measure(run_config.data) if first_process and held_out.text_bytes is not None else {}
-    writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(workdir, start, first_process)))
+    writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(workdir, place.step, first_process)))
 
-    # Compile for the shapes of a batch; no batch is taken yet.
-    clock = time.perf_counter()
-    step = make_train_step(run_config, mesh).lower(state, abstract_batch(run_config, mesh)).compile()
+    # Compile for the shapes of a batch; no batch is taken yet. Nothing is compiled while a step is unsaved.
+    clock, shapes = time.perf_counter(), abstract_batch(run_config, mesh)
+    step = make_train_step(run_config, mesh).lower(place.state, shapes).compile()
     compile_seconds = time.perf_counter() - clock
     say(f"compiled the step in {compile_seconds:.1f} s")
-    score = functools.partial(evaluate, make_eval_step(run_config, mesh), held_out, mesh)
-    progress = stack.enter_context(contextlib.closing(metrics.Progress(start, training.steps, first_process)))
-    settle = functools.partial(check_and_log, run_config, mesh, writer, progress)
-    upcoming, position = None, batches.get_state()
-    for n in range(start + 1, training.steps + 1):
-      store.check_errors()
-      batch = to_device(next(batches), mesh) if upcoming is None else upcoming
-      state, values = step(state, batch)
-      position, last = batches.get_state(), n == training.steps
-      upcoming = None if last else to_device(next(batches), mesh)  # while the device works
-      settle(state, n, batch, values)
-      if n % training.eval_every == 0 and not last:
-        writer.write("held_out", n, found := score(state, training.eval_batches))
-        progress.say(f"step {n}/{training.steps}  held-out loss {found['next_token']:.4f}")
-        progress.restart_clock()
-      if n % training.checkpoint_every == 0 or last:
-        store.save(n, state, {"data": position})
-        progress.restart_clock()
+    clock = time.perf_counter()
+    scorer = make_eval_step(run_config, mesh).lower(place.state, shapes).compile()
+    say(f"compiled the evaluation in {time.perf_counter() - clock:.1f} s")
+    score = lambda state, count=None: evaluate(scorer, held_out, mesh, stop, state, count)
+    progress = stack.enter_context(contextlib.closing(metrics.Progress(place.step, training.steps, first_process)))
+    tools = Tools(run_config, mesh, step, score, go_back, batches, store, writer, progress, stop)
+    place = run_steps(tools, place)
 
     progress.say("scoring all held-out text")
-    writer.write("held_out", training.steps, found := score(state))
+    if (found := score(place.state)) is None:
+      leave(tools, place)
+    writer.write("held_out", training.steps, found)
+    store.wait()
+    stop.unsaved = False
     summary = {"steps": training.steps, "compile_seconds": compile_seconds, "tokens_per_second": progress.tokens_per_second,
                "held_out": found, "baselines": known}
   if first_process:
@@ -122,34 +169,134 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
   return summary
 
 
-# ---- a workdir -----------------------------------------------------------------------------------------------------------
-def check_workdir(workdir: Path, run_config: RunConfig) -> list[str]:
-  """The settings that changed since the last start in `workdir`; none if it is new or empty.
+# ---- steps ---------------------------------------------------------------------------------------------------------------
+def run_steps(tools: Tools, place: Place) -> Place:
+  """Step after step from `place` to the last one, which is being saved when this returns."""
+  training, stop = tools.run_config.training, tools.stop
+  ahead = batches_from(tools, place)
+  if place.unscored:
+    place = score_some(tools, place)
+  while place.step < training.steps:
+    tools.store.check_errors()
+    taken = ahead.get(lambda: stop.asked)
+    if stop.agreed():
+      leave(tools, place)
+    stop.unsaved = True
+    state, values = tools.step(place.state, taken.batch)
+    n, last = place.step + 1, place.step + 1 == training.steps
+    if not last:
+      ahead.start()  # while the device works
+    numbers = {name: np.asarray(value).item() for name, value in jax.device_get(values).items()}
+    finite = numbers.pop("finite")
+    anomaly = anomalies.judge(place.record, tools.run_config.anomalies, n, taken.rows, numbers["loss"], finite)
+    done = Place(n, state, taken.after, place.record)
+    if anomaly is not None:
+      ahead.forget()
+      done = recover(tools, dataclasses.replace(place, state=None), done, taken, anomaly)
+      ahead = batches_from(tools, done)
+      if done.step < n:
+        place = done
+        continue
+    elif (first := anomalies.repeated_loss(place.record, taken.rows)) is not None:
+      tools.progress.say(f"warning: step {n} repeated: loss {numbers['loss']}, before {first[0]}; suspect the hardware")
+    place = dataclasses.replace(done, record=anomalies.accepted(done.record, tools.run_config.anomalies, n, numbers["loss"]))
+    log(tools, n, numbers)
+    if n % training.eval_every == 0 and not last:
+      place = score_some(tools, place)
+    if n % training.checkpoint_every == 0 or last:
+      save(tools, place)
+      tools.progress.restart_clock()
+  return place
+
+
+def log(tools: Tools, n: int, numbers: dict[str, float]) -> None:
+  """Counts step n, and writes its numbers where they are due."""
+  training = tools.run_config.training
+  tools.progress.step(numbers["tokens"])
+  if n % training.log_every == 0 or n == training.steps:
+    numbers["tokens_per_second"] = tools.progress.report(n, numbers["loss"])
+    tools.writer.write("train", n, numbers)
+
+
+def score_some(tools: Tools, place: Place) -> Place:
+  """Scores `eval_batches` of held-out text; leaves if told to stop meanwhile."""
+  training = tools.run_config.training
+  if (found := tools.score(place.state, training.eval_batches)) is None:
+    leave(tools, dataclasses.replace(place, unscored=True))
+  tools.writer.write("held_out", place.step, found)
+  tools.progress.say(f"step {place.step}/{training.steps}  held-out loss {found['next_token']:.4f}")
+  tools.progress.restart_clock()
+  return dataclasses.replace(place, unscored=False)
+
+
+def save(tools: Tools, place: Place) -> None:
+  """Starts writing a checkpoint; nothing happens if there is a whole one of this step."""
+  extra = {"data": place.data, "anomalies": place.record.to_dict()}
+  tools.store.save(place.step, place.state, extra | ({"unscored": True} if place.unscored else {}))
+
+
+def leave(tools: Tools, place: Place) -> None:
+  """Saves the place and raises Stopped."""
+  if place.step:
+    save(tools, place)
+  tools.store.wait()
+  tools.stop.unsaved = False
+  saved = ", which is saved; the same command goes on from there" if place.step else "; nothing was there to save"
+  raise Stopped(f"stopped after step {place.step}{saved}")
+
+
+# ---- steps that went wrong -----------------------------------------------------------------------------------------------
+def recover(tools: Tools, before: Place, after: Place, taken: Taken, anomaly: anomalies.Anomaly) -> Place:
+  """Where a run goes on when a step went wrong: after it, or before it, from a sound state.
+
+  This is where a way of training that calms a run, such as anticipatory routing, would begin.
+
+  Args:
+    before, after: the places around the step; the first has no state any more. If the step was not finite, the second has
+      the state of the first.
+    taken: its batch.
+    anomaly: what is wrong with it.
 
   Raises:
-    ValueError: the folder holds files, but no run.
+    FloatingPointError: the run ends here.
   """
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f"workdir = {str(workdir)!r}: expected a folder")
-  content = sorted(path.name for path in workdir.iterdir()) if workdir.is_dir() else []
-  if content and not {CONFIG, CHECKPOINTS} & set(content):
-    raise ValueError(f"workdir = {str(workdir)!r}: expected a new or an empty folder, or one that holds a run ({CONFIG}, "
-                     f"{CHECKPOINTS}/); it holds {', '.join(content[:5])}{', ...' if content[5:] else ''}")
-  if CONFIG not in content:
-    return []
-  return changes(json.loads((workdir / CONFIG).read_text(encoding="utf-8")), json.loads(json.dumps(to_dict(run_config))))
+  config = tools.run_config.anomalies
+  again = anomalies.repeated_loss(before.record, taken.rows)
+  record = anomalies.noted(before.record, anomaly)
+  finite = anomaly.kind == anomalies.SPIKE
+  if config.policy == "stop" or anomalies.too_many(record, config) or (again is not None and not finite):
+    reasons = {"stop": "anomalies.policy = 'stop'", "repeat": "it came again"}
+    why = (f"more than anomalies.limit = {config.limit} anomalies within {config.window} steps"
+           if anomalies.too_many(record, config) else reasons[config.policy])
+    end(tools, after.state, taken, anomaly, why)
+  goes_on = config.policy == "log" or again is not None
+  tools.writer.add("anomaly", anomaly.step, {
+    "kind": anomaly.kind, "loss": anomaly.loss, "limit": anomaly.limit, "first_row": anomaly.rows[0],
+    "end_row": anomaly.rows[1], "action": "log" if goes_on else config.policy})
+  tools.progress.say(f"warning: {anomaly}; {'it counts' if goes_on and finite else config.policy}")
+  if goes_on and finite:
+    return dataclasses.replace(after, record=record)
+  if goes_on:  # as if there had been no such batch
+    return Place(before.step, after.state, after.data, record)
+  if finite:
+    for x in jax.tree.leaves(after.state):  # make room for the older ones
+      if isinstance(x, jax.Array):
+        x.delete()
+    earlier = tools.go_back()
+  else:
+    earlier = Place(before.step, after.state, taken.before, before.record)
+  tools.progress.back_to(earlier.step)
+  return dataclasses.replace(earlier, record=anomalies.rolled_back(record, earlier.record, anomaly, config.policy))
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-  """The settings that differ between two nested dictionaries, as 'name: old -> new'."""
-  found = []
-  for name in sorted({*before, *now}):
-    old, new = before.get(name), now.get(name)
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-      found += changes(old, new, f"{prefix}{name}.")
-    elif old != new:
-      found.append(f"{prefix}{name}: {old} -> {new}")
-  return found
+def end(tools: Tools, state: Any, taken: Taken, anomaly: anomalies.Anomaly, why: str) -> None:
+  """Ends a run at an anomaly, with the name of the first tensor that is not finite."""
+  name = ""
+  if anomaly.kind == anomalies.NOT_FINITE:
+    found = find_non_finite(tools.run_config, tools.mesh)(state, taken.batch)
+    name = f": {found or 'no tensor when the step is repeated'}"
+  raise FloatingPointError(f"{anomaly}{name}. The run ends: {why}. Nothing of this step was saved; the next start goes on "
+                           f"from the newest checkpoint")
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------------
@@ -174,6 +321,32 @@ def to_device(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh | None) -
   return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), x) for name, x in batch.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Taken:
+  """A batch on the devices, the rows of the data that it is made of, and the positions before and after it."""
+
+  batch: Mapping[str, jax.Array]
+  rows: anomalies.Rows
+  before: Mapping[str, Any]
+  after: Mapping[str, Any]
+
+
+def batches_from(tools: Tools, place: Place) -> Ahead:
+  """The batches from a place on, without those that are left out."""
+  tools.batches.set_state(place.data)
+
+  def take() -> Taken:
+    while True:
+      before = tools.batches.get_state()
+      batch = next(tools.batches)
+      after = tools.batches.get_state()
+      rows = (before["row"], after["row"])
+      if not anomalies.is_left_out(place.record, rows):
+        return Taken(to_device(batch, tools.mesh), rows, before, after)
+
+  return Ahead(take)
+
+
 # ---- numbers -------------------------------------------------------------------------------------------------------------
 def describe(state: Any, mesh: jax.sharding.Mesh | None) -> str:
   """Number of parameters and of devices, in a line."""
@@ -184,31 +357,27 @@ def describe(state: Any, mesh: jax.sharding.Mesh | None) -> str:
   return f"{parameters:,} parameters on {count} {kind} device{'s' if count > 1 else ''}{layout}"
 
 
-def check_and_log(run_config: RunConfig, mesh: jax.sharding.Mesh | None, writer: metrics.MetricsWriter,
-                  progress: metrics.Progress, state: Any, n: int, batch: Mapping[str, jax.Array],
-                  values: Mapping[str, jax.Array]) -> None:
-  """Waits for step n and logs it; if something was not finite, `state` is the one that step n was given."""
-  numbers = {name: np.asarray(value).item() for name, value in jax.device_get(values).items()}
-  if not numbers.pop("finite"):
-    name = find_non_finite(run_config, mesh)(state, batch) or "no tensor when the step is repeated"
-    raise FloatingPointError(f"step {n}: not finite: {name}. Nothing of this step was kept or saved; the next start goes on "
-                             f"from the newest checkpoint")
-  progress.step(numbers["tokens"])
-  if n % run_config.training.log_every == 0 or n == run_config.training.steps:
-    numbers["tokens_per_second"] = progress.report(n, numbers["loss"])
-    writer.write("train", n, numbers)
-
-
-def evaluate(eval_step: Any, held_out: Batches, mesh: jax.sharding.Mesh | None, state: Any,
-             batches: int | None = None) -> dict[str, float]:
+def evaluate(eval_step: Any, held_out: Batches, mesh: jax.sharding.Mesh | None, stop: Stopping, state: Any,
+             batches: int | None = None) -> dict[str, float] | None:
   """Scores the first `batches` held-out batches, or all of them.
 
   Returns:
-    `next_token` (nats per predicted token), `tokens` (how many), `bits_per_token`, and of text also `bits_per_byte`.
+    `next_token` (nats per predicted token), `tokens` (how many), `bits_per_token`, and of text also `bits_per_byte`; None if
+    the run was told to stop meanwhile.
   """
+  found: list[dict[str, float]] = []
   with contextlib.closing(iter(held_out)) as rows:
-    found = [eval_step(state, to_device(batch, mesh)) for batch in itertools.islice(rows, batches)]
-  total, count = (math.fsum(np.asarray(x[name]).item() for x in found) for name in ("next_token_sum", "next_token_count"))
+    ahead = Ahead(functools.partial(next, itertools.islice(rows, batches), {}))
+    while True:
+      batch = ahead.get(lambda: stop.asked)
+      if stop.agreed():
+        return None
+      if not batch:
+        break
+      ahead.start()
+      values = eval_step(state, to_device(batch, mesh))
+      found.append({name: np.asarray(value).item() for name, value in values.items()})
+  total, count = (math.fsum(x[name] for x in found) for name in ("next_token_sum", "next_token_count"))
   numbers = {"next_token": total / count, "tokens": int(count), "bits_per_token": total / count / math.log(2)}
   if held_out.tokens_per_byte is not None:
     # Document ends are predicted too and cost bits; they stand for no byte of text. The first token of each piece of a

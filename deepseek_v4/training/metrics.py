@@ -1,7 +1,8 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard event files, a progress bar, the closing table.
 
-Every line of metrics.jsonl is one JSON object with `split` ("train" or "held_out") and `step`, the number of optimizer steps
-done. A step has at most one line per split, also after a run was interrupted and resumed from an earlier checkpoint.
+Every line of metrics.jsonl is one JSON object with `split` ("train", "held_out" or "anomaly") and `step`, the number of
+optimizer steps done. A step has at most one line of training and one of held-out text, also after a run was interrupted and
+resumed from an earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class MetricsWriter:
   def __init__(self, workdir: str | Path, last_step: int = 0, active: bool = True):
     """Opens the files; lines beyond `last_step`, the step that the run goes on from, are dropped."""
     self.active = active
+    self._written: set[tuple[str, int]] = set()
     if not active:
       return
     path = Path(workdir) / LINES
@@ -76,14 +78,19 @@ class MetricsWriter:
 
   def write(self, split: str, step: int, values: Mapping[str, Any]) -> None:
     """Adds one line; a second one for the same split and step (a finished run evaluated again) is left out."""
-    if not self.active or (split, step) in self._written:
+    if (split, step) not in self._written:
+      self.add(split, step, values)
+
+  def add(self, split: str, step: int, values: Mapping[str, Any]) -> None:
+    """Adds one line, whatever is there already; TensorBoard gets the numbers in it."""
+    if not self.active:
       return
     self._written.add((split, step))
     line = _plain({"split": split, "step": step, **values})
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
     for name, value in line.items():
-      if name not in ("split", "step") and value is not None:
+      if name not in ("split", "step") and isinstance(value, (int, float)):
         self._events.add_scalar(f"{split}/{name}", float(value), step)
 
   def close(self) -> None:
@@ -112,6 +119,11 @@ class Progress:
     self._since_report += tokens, now - self._clock
     self._clock = now
     self._bar.update(1)
+
+  def back_to(self, step: int) -> None:
+    """The run goes on from an earlier step."""
+    self._bar.n = step
+    self.restart_clock()
 
   def report(self, step: int, loss: float) -> float:
     """Shows the loss and returns the tokens per second since the last report."""

@@ -2,14 +2,17 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import pytest
 
 import launch
+from deepseek_v4.training.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,3 +78,52 @@ def test_mistakes_are_told_without_a_traceback(arguments, said):
   assert done.returncode != 0
   assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
   assert not (ROOT / "x").exists()
+
+
+# ---- being told to stop ------------------------------------------------------------------------------------------------
+def start(workdir, log, *settings):
+  """The training command on a few files of this repository, without a compilation cache; its output goes to `log`."""
+  overrides = ("data.source=text", f"data.path={ROOT / 'launch'}", "data.held_out_percent=20", *settings)
+  environment = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name}
+  arguments = ["--config", "configs/debug.py", "--workdir", str(workdir)]
+  arguments += [part for setting in overrides for part in ("--set", setting)]
+  with log.open("wb") as output:
+    return subprocess.Popen([sys.executable, "-u", "-m", "launch.train", *arguments], cwd=ROOT, env=environment,
+                            stdout=output, stderr=subprocess.STDOUT)
+
+
+def wait_for_text(process, log, text):
+  deadline = time.monotonic() + 300
+  while text not in log.read_text():
+    assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+    time.sleep(0.02)
+
+
+def test_sigterm_while_it_compiles(tmp_path):
+  """XLA does not return to Python before it is done; the signal is heard all the same, and nothing is left half done."""
+  log = tmp_path / "log"
+  process = start(tmp_path / "run", log, "training.grace_seconds=60")
+  wait_for_text(process, log, "held-out data:")
+  time.sleep(1)  # into the compilation, which takes several seconds
+  process.terminate()
+  sent = time.monotonic()
+  assert process.wait(60) == 75
+  assert time.monotonic() - sent < 20  # 5 s, on a machine with something to spare
+  text = log.read_text()
+  assert "compiled" not in text and "SIGTERM: nothing is unsaved; the process ends in 60 s at the latest" in text
+  assert "Traceback" not in text and not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_it_trains(tmp_path, number, code):
+  log = tmp_path / "log"
+  process = start(tmp_path / "run", log, "training.steps=100000", "optimizer.decay_steps=10")
+  wait_for_text(process, log, "step 7/")
+  process.send_signal(number)
+  assert process.wait(60) == code
+  lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+  done = max(line["step"] for line in lines)
+  assert f"stopped after step {done}, which is saved; the same command goes on from there" in log.read_text()
+  assert (tmp_path / "run" / "checkpoints" / str(done) / "manifest" / "manifest.json").is_file()
+  assert "Traceback" not in log.read_text()

@@ -1,164 +1,21 @@
-"""The loop with a fake step, fake data and a fake store: order of work, resuming, what is written, what stops it."""
+"""The loop with the fakes of fakes.py: order of work, resuming, what is written, what stops it."""
 
 import dataclasses
 import json
 import math
 import pickle
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
-from deepseek_v4.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from deepseek_v4.config import AnomalyConfig
 from deepseek_v4.training import loop, metrics
-
-RUN = RunConfig(
-  model=ModelConfig(vocab_size=320, num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",)),
-  optimizer=OptimizerConfig(warmup_steps=0),
-  data=DataConfig(sequence_length=4, batch_size=4, accumulation=2),
-  training=TrainingConfig(steps=10, log_every=1, eval_every=4, eval_batches=2, checkpoint_every=3),
-)
-HELD_OUT_BATCHES = 5
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-  step: int
-  params: dict
-
-
-class Scalar:
-  """A number that notes when it is fetched."""
-
-  def __init__(self, value, note):
-    self.value, self.note = value, note
-
-  def __array__(self, dtype=None, copy=None):
-    self.note()
-    return np.asarray(self.value, dtype)
-
-
-class FakeData:
-  """Batch i holds the number i everywhere, so that a batch tells its place in the data."""
-
-  text_bytes, tokens_per_byte = 100, 1.25
-  describe = staticmethod(lambda: "data: a few numbers")
-
-  def __init__(self, length=None):
-    self.length = length
-
-  def __iter__(self):
-    return FakeIterator(self.length)
-
-
-class FakeIterator:
-  def __init__(self, length):
-    self.place, self.length = 0, length
-
-  def __iter__(self):
-    return self
-
-  def __next__(self):
-    if self.place == self.length:
-      raise StopIteration
-    self.place += 1
-    return {name: np.full((2, 2, 4), self.place, np.int32) for name in loop.BATCH_ARRAYS}
-
-  def get_state(self):
-    return {"row": self.place}
-
-  def set_state(self, state):
-    self.place = state["row"]
-
-  def close(self):
-    pass
-
-
-class FakeStore:
-  def __init__(self, directory, *, keep, config_dict):
-    self.directory = directory
-    assert keep == RUN.training.keep_checkpoints and config_dict["model"]["vocab_size"] == 320
-    directory.mkdir(parents=True, exist_ok=True)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exception):
-    pass
-
-  def save(self, step, tree, extra):
-    (self.directory / f"{step:04d}").write_bytes(pickle.dumps((step, tree, extra)))
-
-  def restore_latest(self, abstract_tree):
-    assert abstract_tree == "abstract"
-    files = sorted(self.directory.iterdir())
-    return pickle.loads(files[-1].read_bytes()) if files else None
-
-  def check_errors(self):
-    pass
-
-
-class World:
-  """The fakes, and a diary of what the loop did with them."""
-
-  def __init__(self, monkeypatch):
-    self.diary, self.not_finite_at, self.killed_at = [], None, None
-    self.searched = None
-    replace = lambda name, value: monkeypatch.setattr(loop, name, value)
-    lengths = {"train": None, "held_out": HELD_OUT_BATCHES}
-    replace("make_dataset", lambda config, vocab_size, *, split, **_: FakeData(lengths[split]))
-    replace("CheckpointStore", FakeStore)
-    replace("baselines", SimpleNamespace(measure=lambda config: {"bigram": 3.5, "zlib": 1.5}))
-    # test_metrics.py looks at the picture itself
-    replace("plots", SimpleNamespace(loss_curves=lambda lines, path, baselines: path.write_text(f"{len(lines)} lines")))
-    replace("abstract_state", lambda run_config, mesh: "abstract")
-    replace("init_state", lambda run_config, key, mesh: State(0, {"w": np.float64(1.0)}))
-    replace("make_train_step", lambda run_config, mesh: self)
-    replace("make_eval_step", lambda run_config, mesh: self.eval_step)
-    replace("find_non_finite", lambda run_config, mesh: self.find_non_finite)
-
-  def lower(self, state, batch):
-    assert {x.shape for x in batch.values()} == {(2, 2, 4)}
-    return SimpleNamespace(compile=lambda: self.step)
-
-  def step(self, state, batch):
-    n, place = state.step + 1, int(batch["tokens"][0, 0, 0])
-    if n == self.killed_at:
-      raise KeyboardInterrupt
-    self.diary.append(f"step {n} on batch {place}")
-    finite = n != self.not_finite_at
-    if finite:
-      state = State(n, {"w": 0.5 * state.params["w"] + place})
-    values = {"loss": state.params["w"], "next_token": state.params["w"], "grad_norm": float(n), "tokens": 16}
-    note = lambda: self.diary.append(f"fetch {n}")
-    return state, values | {"finite": Scalar(finite, note)}
-
-  def eval_step(self, state, batch):
-    self.diary.append(f"evaluate after {state.step}")
-    return {"next_token_sum": 8 * math.log(2), "next_token_count": 4}
-
-  def find_non_finite(self, state, batch):
-    self.searched = (state, int(batch["tokens"][0, 0, 0]))
-    return "gradient of layers/03/attention/q_b"
+from tests.training.fakes import HELD_OUT_BATCHES, RUN, State, World, lines, saved, without_times
 
 
 @pytest.fixture
 def world(monkeypatch):
   return World(monkeypatch)
-
-
-def lines(workdir):
-  return metrics.read_lines(workdir / metrics.LINES)
-
-
-def without_times(found):
-  return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in found]
-
-
-def saved(workdir):
-  return [int(path.name) for path in sorted((workdir / loop.CHECKPOINTS).iterdir())]
 
 
 def test_a_run_writes_its_files(world, tmp_path, capsys):
@@ -178,7 +35,8 @@ def test_a_run_writes_its_files(world, tmp_path, capsys):
   assert (workdir / metrics.CURVES).read_text() == "13 lines"
   assert list((workdir / metrics.EVENTS).glob("events*"))
   printed = capsys.readouterr().out
-  assert "compiled the step in" in printed and "WORSE than zlib" in printed and "1 parameters" in printed
+  assert "compiled the step in" in printed and "compiled the evaluation in" in printed
+  assert "WORSE than zlib" in printed and "1 parameters" in printed
 
 
 def test_a_folder_release_beside_a_run_from_scratch_stays_where_it_is(world, tmp_path, monkeypatch):
@@ -205,7 +63,8 @@ def test_a_saved_position_is_that_of_the_saved_step(world, tmp_path):
   loop.train(RUN, tmp_path / "run")
   for path in (tmp_path / "run" / loop.CHECKPOINTS).iterdir():
     step, _, extra = pickle.loads(path.read_bytes())
-    assert extra == {"data": {"row": step}}
+    assert extra["data"] == {"row": step}
+    assert len(extra["anomalies"]["losses"]) == step
 
 
 def test_fewer_steps_than_were_done_are_refused(world, tmp_path):
@@ -245,6 +104,7 @@ def test_weights_of_another_run_are_where_a_new_run_starts(world, tmp_path, monk
     return State(0, {"w": np.float64(64.0)})
 
   monkeypatch.setattr(loop, "state_from", state_from)
+  monkeypatch.setattr(loop, "check_source", lambda run_config, mesh: asked.append("fits?"))
   (tmp_path / "other" / "release").mkdir(parents=True)
   (tmp_path / "other" / "release" / "tokenizer.json").write_text("{}")
   training = dataclasses.replace(RUN.training, init_from=str(tmp_path / "other"))
@@ -255,7 +115,7 @@ def test_weights_of_another_run_are_where_a_new_run_starts(world, tmp_path, monk
   (tmp_path / "run" / "release" / "tokenizer.json").write_text("kept")
   loop.train(dataclasses.replace(run, training=training), tmp_path / "run")
   assert "resumed at step 3" in capsys.readouterr().out
-  assert asked == [str(tmp_path / "other")] and lines(tmp_path / "run")[-1]["step"] == 10
+  assert asked == ["fits?", str(tmp_path / "other")] and lines(tmp_path / "run")[-1]["step"] == 10
   assert (tmp_path / "run" / "release" / "tokenizer.json").read_text() == "kept"
 
 
@@ -281,8 +141,11 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(world, tmp_path)
 @pytest.mark.parametrize("bad, saved_before", [(5, [3]), (6, [3]), (7, [3, 6])])
 def test_not_finite_stops_with_the_name_and_saves_nothing(world, tmp_path, bad, saved_before):
   world.not_finite_at = bad
-  with pytest.raises(FloatingPointError, match=rf"step {bad}: not finite: gradient of layers/03/attention/q_b\. Nothing"):
-    loop.train(RUN, tmp_path / "run")
+  run = dataclasses.replace(RUN, anomalies=AnomalyConfig(policy="stop"))
+  said = (rf"step {bad}: not finite \(loss .*\) on rows {bad - 1} to {bad - 1} of the data: "
+          r"gradient of layers/03/attention/q_b\. The run ends: anomalies.policy = 'stop'\. Nothing")
+  with pytest.raises(FloatingPointError, match=said):
+    loop.train(run, tmp_path / "run")
   state, place = world.searched
   assert place == bad  # the batch of the step that failed
   assert state.step == bad - 1  # and the state that step was given
@@ -294,8 +157,8 @@ def test_not_finite_stops_with_the_name_and_saves_nothing(world, tmp_path, bad, 
 def test_a_search_that_finds_nothing_says_so(world, tmp_path, monkeypatch):
   world.not_finite_at = 2
   monkeypatch.setattr(loop, "find_non_finite", lambda run_config, mesh: lambda state, batch: None)
-  with pytest.raises(FloatingPointError, match="step 2: not finite: no tensor when the step is repeated"):
-    loop.train(RUN, tmp_path / "run")
+  with pytest.raises(FloatingPointError, match="step 2: not finite .*: no tensor when the step is repeated"):
+    loop.train(dataclasses.replace(RUN, anomalies=AnomalyConfig(policy="stop")), tmp_path / "run")
 
 
 def test_a_folder_that_is_no_run_is_refused(world, tmp_path):

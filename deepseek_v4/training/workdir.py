@@ -1,0 +1,54 @@
+"""The folder of a run: whether there is one in it, with which settings, and whether it lost its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any, Mapping
+
+from deepseek_v4.training import metrics
+
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+
+
+def check_workdir(workdir: Path) -> dict[str, Any]:
+  """The settings of the last start in `workdir`; none if it is new or empty.
+
+  Raises:
+    ValueError: the folder holds files, but no run.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"workdir = {str(workdir)!r}: expected a folder")
+  content = sorted(path.name for path in workdir.iterdir()) if workdir.is_dir() else []
+  if content and not {CONFIG, CHECKPOINTS} & set(content):
+    raise ValueError(f"workdir = {str(workdir)!r}: expected a new or an empty folder, or one that holds a run ({CONFIG}, "
+                     f"{CHECKPOINTS}/); it holds {', '.join(content[:5])}{', ...' if content[5:] else ''}")
+  try:
+    return json.loads((workdir / CONFIG).read_text(encoding="utf-8")) if CONFIG in content else {}
+  except ValueError as error:
+    warnings.warn(f"{workdir / CONFIG}: unreadable, written anew ({error}); every checkpoint has its own copy", stacklevel=3)
+    return {}
+
+
+def refuse_lost_checkpoints(workdir: Path, stored: Mapping[str, Any]) -> None:
+  """Raises FileNotFoundError if the run in `workdir` has had a checkpoint; called when there is none."""
+  every = stored.get("training", {}).get("checkpoint_every", math.inf)
+  done = max((line["step"] for line in metrics.read_lines(workdir / metrics.LINES)), default=0)
+  # A save waits for the one before, so behind the second the first was whole.
+  if done > 2 * every:
+    raise FileNotFoundError(f"{workdir} holds a run of {done} steps, and a checkpoint was due every {every}, but there is "
+                            f"none in {CHECKPOINTS}/: expected it back, or another folder to start over in")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+  """The settings that differ between two nested dictionaries, as 'name: old -> new'."""
+  found = []
+  for name in sorted({*before, *now}):
+    old, new = before.get(name), now.get(name)
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+      found += changes(old, new, f"{prefix}{name}.")
+    elif old != new:
+      found.append(f"{prefix}{name}: {old} -> {new}")
+  return found
