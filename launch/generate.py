@@ -13,9 +13,10 @@ whatever DeepSeek's own inference does, `--drift` tells what the mixed cache doe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
 from absl import app, flags, logging
 
@@ -29,7 +30,8 @@ def define_flags() -> None:
   flags.DEFINE_string("prompts", None, "File with a prompt on each line; all are one batch.")
   flags.DEFINE_bool("chat", False, "Conversation on the terminal; an empty line or end of input ends it.")
   flags.DEFINE_string("reasoning_effort", None, "none, high, max, or another level of the release; default its own.")
-  flags.DEFINE_integer("max_new_tokens", 256, "Of each reply.", lower_bound=1)
+  flags.DEFINE_integer("max_new_tokens", 256, "Of each reply. A thought is closed in time to leave a quarter of them, "
+                       "or where the effort's own budget ends, if that is less.", lower_bound=1)
   flags.DEFINE_float("temperature", 1.0, "0 = greedy.")
   flags.DEFINE_float("top_p", 1.0, "Keep the most probable tokens up to this probability.")
   flags.DEFINE_integer("top_k", 0, "Keep so many of the most probable tokens; 0 = all.")
@@ -51,7 +53,7 @@ class Speaker:
   Attributes:
     model, variables: the network.
     tokenizer: see `text.tokenize`.
-    template: wording of its chat format.
+    template: wording of its chat format; None = not read, since only plain text is gone on with.
     options: of `generate` (sampling, lengths, speculation).
     seed: of the first reply.
     drift: whether a reply comes with the drift of the mixed cache.
@@ -65,6 +67,39 @@ class Speaker:
   seed: int
   drift: bool = False
 
+  def thinking_budget(self, effort: str | None):
+    """The `ThinkingBudget` of replies with this effort, None without a thought: the effort's own, but no more than leaves
+    room for the closing and for an answer of a quarter of `max_new_tokens`.
+
+    Raises:
+      ValueError: no such effort, or `max_new_tokens` has no room for a closing and an answer.
+    """
+    from deepseek_v4.generation.decode import ThinkingBudget
+    from deepseek_v4.text.chat_template import NONE, THINK_END
+    if effort is None or self.template.check_effort(effort) == NONE:
+      return None
+    close, most = tuple(self.tokenizer.encode(THINK_END)), self.options["max_new_tokens"]
+    room = most - len(close) - max(1, most // 4)
+    if room < 0:
+      least = next(n for n in itertools.count(most) if n - len(close) - max(1, n // 4) >= 0)
+      raise ValueError(f"--max_new_tokens = {most}: expected at least {least} with --reasoning_effort = {effort}, whose "
+                       f"thought takes {len(close)} tokens to close; or --reasoning_effort = {NONE}")
+    own = self.template.budget(effort)
+    return ThinkingBudget(room if own is None else min(own, room), close)
+
+  def check_texts(self, texts: list[str]) -> None:
+    """Refuses texts that the model cannot reply to. Ids beyond its vocabulary no tokenizer has that `load_tokenizer` gives.
+
+    Raises:
+      ValueError: an empty or too long text.
+    """
+    config, new = self.model.config, self.options["max_new_tokens"]
+    for i, text in enumerate(texts):
+      tokens = len(self.tokenizer.encode(text))
+      if not 1 <= tokens <= config.max_position_embeddings - new:
+        raise ValueError(f"prompt {i + 1} of {len(texts)}: {tokens} tokens; expected from 1 to max_position_embeddings - "
+                         f"max_new_tokens = {config.max_position_embeddings} - {new}")
+
   def reply(self, texts: list[str], number: int, effort: str | None, on_text: Callable[[str], None] | None = None):
     """Replies to encoded texts in one batch, `number` being how many came before.
 
@@ -77,11 +112,8 @@ class Speaker:
     """
     import jax
 
-    from deepseek_v4.generation.decode import ThinkingBudget, generate
-    from deepseek_v4.text.chat_template import NONE, THINK_END
-    budget = None
-    if effort is not None and effort != NONE and self.template.budget(effort) is not None:
-      budget = ThinkingBudget(self.template.budget(effort), tuple(self.tokenizer.encode(THINK_END)))
+    from deepseek_v4.generation.decode import generate
+    budget = self.thinking_budget(effort)
     stream = None if on_text is None else _Stream(self.tokenizer, on_text)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), number), len(texts))
     found = generate(self.model, self.variables, [self.tokenizer.encode(text) for text in texts], keys=keys,
@@ -97,26 +129,35 @@ def _text(tokenizer: Any, reply: list[int]) -> str:
 
 
 class _Stream:
-  """Tokens of one reply -> pieces of text, each as soon as its characters are whole."""
+  """Tokens of one reply -> pieces of text, each as soon as its characters are whole.
+
+  Only the last few tokens are decoded: those of an unfinished character and one before them, since a tokenizer may write a
+  first token in another way. The first bytes of a character read as one U+FFFD, however many there are.
+  """
 
   def __init__(self, tokenizer, on_text):
     self._tokenizer, self._on_text = tokenizer, on_text
     self._tokens: list[int] = []
-    self._shown = ""
+    self._text, self._shown = "", 0  # of these tokens, and how many of its characters have been shown
 
   def __call__(self, _, token: int) -> None:
-    self._tokens.append(token)
-    text = _text(self._tokenizer, self._tokens)
-    if not text.endswith("\ufffd"):  # perhaps the first bytes of a character
-      self._show(text)
+    alone, text = _text(self._tokenizer, [token]), _text(self._tokenizer, [*self._tokens, token])
+    if not alone and text == self._text:
+      return
+    finished = not text.endswith("\ufffd")
+    separate = bool(alone) and text == self._text + alone  # it does not go on with the character before
+    self._tokens, self._text = [*self._tokens, token], text
+    self._show(len(text) - (not finished))
+    if finished or separate:
+      self._tokens, self._text, self._shown = [token], alone, len(alone) - (not finished)
 
   def finish(self) -> None:
-    self._show(_text(self._tokenizer, self._tokens))
+    self._show(len(self._text))
 
-  def _show(self, text: str) -> None:
-    if len(text) > len(self._shown):
-      self._on_text(text[len(self._shown):])
-      self._shown = text
+  def _show(self, end: int) -> None:
+    if end > self._shown:
+      self._on_text(self._text[self._shown:end])
+      self._shown = end
 
 
 def check_options(model_config: Any, leaves: Iterable[str], options: dict[str, Any], drift: bool) -> None:
@@ -141,19 +182,22 @@ def check_options(model_config: Any, leaves: Iterable[str], options: dict[str, A
                      f"max_position_embeddings = {model_config.max_position_embeddings}")
 
 
-def load(checkpoint: str, options: dict[str, Any], seed: int, *, effort: str | None = None,
-         inference_rounding: bool = False, drift: bool = False) -> Speaker:
+def load(checkpoint: str, options: dict[str, Any], seed: int, *, prompts: Sequence[str] = (), effort: str | None = None,
+         chat: bool = False, inference_rounding: bool = False, drift: bool = False) -> Speaker:
   """Reads chat wording, tokenizer and weights, the weights last: of a release they take minutes.
 
   Args:
     checkpoint: folder of a run or of a converted release.
     options, seed, drift: see `Speaker`.
-    effort: that replies will be asked for; None = any.
+    prompts: that `answer` will be asked for, to be checked.
+    effort: that replies will be asked for.
+    chat: whether `converse` will be called, for which the effort None is the release's default. With neither a chat nor an
+      effort no wording is read, and plain text needs none.
     inference_rounding: the field of `ModelConfig`.
 
   Raises:
-    FileNotFoundError, ValueError: no usable checkpoint or tokenizer there, or options that do not fit it; see
-      `check_options`.
+    FileNotFoundError, ValueError: no usable checkpoint or tokenizer there, or options or prompts that do not fit it; see
+      `check_options`, `Speaker.thinking_budget` and `Speaker.check_texts`.
   """
   from deepseek_v4 import config
   from deepseek_v4.checkpoint.convert import CHECKPOINTS, RELEASE
@@ -168,25 +212,45 @@ def load(checkpoint: str, options: dict[str, Any], seed: int, *, effort: str | N
   check_options(model_config, manifest["leaves"], options, drift)
   release = Path(checkpoint) / RELEASE
   source = release if (release / "tokenizer.json").is_file() else stored.get("data", {}).get("tokenizer")
-  template = chat_template.DEFAULT
-  if (release / "encoding").is_dir():
-    template = chat_template.ChatTemplate.from_checkpoint(release)
-  if effort is not None:
-    template.check_effort(effort)
+  template = None
+  if chat or effort is not None:
+    template = chat_template.DEFAULT
+    if (release / "encoding").is_dir():
+      template = chat_template.ChatTemplate.from_checkpoint(release)
+    effort = template.check_effort(effort)
   tokenizer = load_tokenizer(source, model_config.vocab_size)
+  speaker = Speaker(DeepseekV4(model_config), None, tokenizer, template, options, seed, drift)
+  speaker.thinking_budget(effort)
+  speaker.check_texts(encoded(speaker, prompts, effort))
   # Layers that are not scanned update their caches in place.
   variables, _, _ = restore_variables(Path(checkpoint) / CHECKPOINTS, scan_layers=False)
-  return Speaker(DeepseekV4(model_config), variables, tokenizer, template, options, seed, drift)
+  return dataclasses.replace(speaker, variables=variables)
 
 
-def summary(speaker: Speaker, texts: list[str], found) -> str:
-  """Speeds and sizes in a line; times include compilation. With `speaker.drift` a second line on the mixed cache."""
+def encoded(speaker: Speaker, prompts: Sequence[str], effort: str | None) -> list[str]:
+  """The texts that replies to prompts go on from: the prompts themselves, or with an effort a user's messages.
+
+  Raises:
+    ValueError: no such effort.
+  """
+  from deepseek_v4.text import chat
+  if effort is None:
+    return list(prompts)
+  return [chat.encode([{"role": "user", "content": prompt}], reasoning_effort=effort, template=speaker.template)
+          for prompt in prompts]
+
+
+def summary(speaker: Speaker, texts: list[str], found, effort: str | None = None) -> str:
+  """Speeds, sizes and the budget of a thought in a line; times include compilation. With `speaker.drift` a second line on
+  the mixed cache."""
   prompts = [speaker.tokenizer.encode(text) for text in texts]
   prompt_tokens, replies = sum(map(len, prompts)), sum(map(len, found.tokens))
   accepted = "" if found.acceptance is None else f"{found.acceptance:.1%} of the drafts accepted; "
+  budget = speaker.thinking_budget(effort)
+  thought = "" if budget is None else f"thought of at most {budget.tokens:,} tokens; "
   line = (f"prompt {prompt_tokens:,} tokens, {prompt_tokens / found.prefill_seconds:,.1f} tokens/s; "
           f"reply {replies:,} tokens, {replies / max(found.decode_seconds, 1e-9):,.1f} tokens/s; "
-          f"{accepted}cache {found.cache_bytes / 2**20:,.2f} MiB ({speaker.options['cache_storage']}); "
+          f"{thought}{accepted}cache {found.cache_bytes / 2**20:,.2f} MiB ({speaker.options['cache_storage']}); "
           f"ended by {', '.join(sorted(set(found.finish)))}")
   if not speaker.drift:
     return line
@@ -200,15 +264,11 @@ def summary(speaker: Speaker, texts: list[str], found) -> str:
 
 def answer(speaker: Speaker, prompts: list[str], effort: str | None, show: Callable[[str], None]) -> None:
   """Shows the replies to prompts: a single one as it comes, several when all are there."""
-  from deepseek_v4.text import chat
-  texts = prompts
-  if effort is not None:
-    texts = [chat.encode([{"role": "user", "content": prompt}], reasoning_effort=effort, template=speaker.template)
-             for prompt in prompts]
+  texts = encoded(speaker, prompts, effort)
   replies, found = speaker.reply(texts, 0, effort, show if len(texts) == 1 else None)
   if len(texts) > 1:
     show("\n".join(f"[{i + 1}] {reply}" for i, reply in enumerate(replies)))
-  show(f"\n{summary(speaker, texts, found)}\n")
+  show(f"\n{summary(speaker, texts, found, effort)}\n")
 
 
 def converse(speaker: Speaker, effort: str | None, ask: Callable[[], str], show: Callable[[str], None]) -> None:
@@ -220,11 +280,20 @@ def converse(speaker: Speaker, effort: str | None, ask: Callable[[], str], show:
     messages.append({"role": "user", "content": line})
     text = chat.encode(messages, reasoning_effort=effort, template=speaker.template)
     (reply,), found = speaker.reply([text], len(messages), effort, show)
-    show(f"\n{summary(speaker, [text], found)}\n")
-    try:
-      messages.append(chat.parse(reply, reasoning_effort=effort, template=speaker.template))
-    except ValueError:  # cut off by --max_new_tokens, or no such format: kept as it came
-      messages.append({"role": "assistant", "content": reply})
+    show(f"\n{summary(speaker, [text], found, effort)}\n")
+    messages.append(message(reply, effort, speaker.template))
+
+
+def message(reply: str, effort: str, template: Any) -> dict[str, Any]:
+  """The assistant's message of a reply, also of one that was cut off or has no such format: what comes before the end of a
+  thought, or without an end all of it, stays reasoning, and the rest is kept as it came."""
+  from deepseek_v4.text import chat
+  from deepseek_v4.text.chat_template import NONE, THINK_END
+  try:
+    return chat.parse(reply, reasoning_effort=effort, template=template)
+  except ValueError:
+    reasoning, _, content = ("", "", reply) if effort == NONE else reply.partition(THINK_END)
+    return {"role": "assistant", "content": content, "reasoning_content": reasoning}
 
 
 def _ask() -> str:
@@ -258,6 +327,7 @@ def main(argv: list[str]) -> None:
       raise ValueError("--drift with --inference_rounding: expected one of them, since both storages round the same then")
     options["speculative"] = (value("drafts") or 1) if value("speculative") else False
     speaker = load(value("checkpoint"), options, value("seed"), effort=value("reasoning_effort"),
+                   prompts=() if value("chat") else prompts, chat=value("chat"),
                    inference_rounding=value("inference_rounding"), drift=value("drift"))
     if value("chat"):
       converse(speaker, value("reasoning_effort"), _ask, show)

@@ -82,8 +82,8 @@ def storage_drift(model: DeepseekV4, variables: Any, sequences: Sequence[Sequenc
     chunk_size: tokens of a sequence that are fed at a time.
 
   Raises:
-    ValueError: no sequences, an empty or too long one, ids beyond the vocabulary, no such chunk size, or a model that the
-      mixed storage does not fit; before anything is computed.
+    ValueError: no sequences, an empty or too long one, ids beyond the vocabulary, no such chunk size, a model that the mixed
+      storage does not fit, or one that rounds in both storages alike; before anything is computed.
   """
   _check(model.config, sequences, chunk_size)
   room = room_for(max(map(len, sequences)), model.config.max_position_embeddings)
@@ -108,3 +108,5 @@ def _check(config: ModelConfig, sequences: Sequence[Sequence[int]], chunk_size: 
     if not 0 <= min(ids) <= max(ids) < config.vocab_size:
       refuse(f"sequences[{i}]", f"ids from {min(ids)} to {max(ids)}", f"ids below vocab_size = {config.vocab_size}")
   config.check_hadamard("storage_drift")
+  if config.inference_rounding:
+    refuse("inference_rounding", True, "False with storage_drift: it rounds whatever mixed storage does, in either storage")

@@ -109,7 +109,7 @@ class Progress:
   """One line per measurement, with the time left: the expected seconds of what is left, scaled by what the rest took."""
 
   def __init__(self, groups: Sequence[Sequence[Case]], repeats: int, say: Callable[[str], None]):
-    self._say, self._total = say, sum((1 + repeats) * len(group) for group in groups)
+    self.say, self._total = say, sum((1 + repeats) * len(group) for group in groups)
     self._left, self._expected, self._count = seconds_of(groups, repeats), seconds_of(groups, repeats), 0
     self._start = time.monotonic()
 
@@ -120,7 +120,7 @@ class Progress:
     left = (time.monotonic() - self._start) / finished * self._left
     minutes = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
     number = f"[{self._count:>{len(str(self._total))}}/{self._total}]"
-    self._say(f"{number} {case.name:13} {case.label}: {text}, about {minutes} left")
+    self.say(f"{number} {case.name:13} {case.label}: {text}, about {minutes} left")
 
 
 def check_logits(folder: Path, against: str, kind: str) -> str:
@@ -182,12 +182,14 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
         compiled = f", compiled in {answer['compile_seconds']:.1f} s" if answer["compile_seconds"] else ""
         progress.done(case, f"ready{compiled}", expected)
     check_losses(ready)
-    for _ in range(repeats):
+    for turn in range(repeats):
       for case in [case for case in group if case not in rows]:
         expected = turn_seconds(case, group)
         if answer := ask(case, functools.partial(workers[case].measure, warm), expected):
           samples[case].append(answer)
           progress.done(case, report.speed(case, answer), expected)
+      for line in compare_tokens({case: samples[case][0] for case in group if samples[case]}) if turn == 0 else ():
+        progress.say(line)
   made = [[rows[case]] if case in rows else report.make_rows(case, ready[case], samples[case]) for case in group]
   return sum(made, [])
 
@@ -201,6 +203,30 @@ def check_losses(ready: dict[Case, dict[str, Any]]) -> None:
   losses = {case: answer["first_loss"] for case, answer in ready.items() if answer.get("first_loss") is not None}
   if not all(abs(loss - next(iter(losses.values()))) <= _LOSS_TOLERANCE for loss in losses.values()):
     raise WorkerFailed("first losses differ: " + ", ".join(f"{case.label} {loss:.5f}" for case, loss in losses.items()))
+
+
+def compare_tokens(passes: dict[Case, dict[str, Any]]) -> list[str]:
+  """What to print of the replies of timed passes that decode: how far those of the other side equal ours.
+
+  Which of two tokens with nearly equal logits comes first is each side's own affair, and so is all that follows it.
+
+  Raises:
+    WorkerFailed: the first tokens differ, which follow the same prompt.
+  """
+  replies = {case: parts["tokens"] for case, parts in passes.items() if "tokens" in parts}
+  ours = next((reply for case, reply in replies.items() if case.side == OURS), None)
+  lines = []
+  for case, reply in replies.items():
+    if ours is None or case.side == OURS:
+      continue
+    same = next((i for i, pair in enumerate(zip(ours, reply)) if pair[0] != pair[1]), min(len(ours), len(reply)))
+    if not same:
+      raise WorkerFailed(f"{case.name}: the first token of {case.label} is {reply[:1]}, of ours {ours[:1]}: the two sides "
+                         "do not compute the same, a comparison of their speed means nothing")
+    whole = same == len(ours) == len(reply)
+    lines.append(f"{case.name}: {case.label} replies " + (f"the same {same} tokens as ours" if whole else
+                 f"other tokens than ours from number {same + 1} of {len(ours)} on"))
+  return lines
 
 
 def measure(kind: str, lengths: Sequence[int], against: str | None, repeats: int,

@@ -66,29 +66,32 @@ def _forward(model, tokens):
 
 def _decode(model, tokens):
   """A greedy reply to a prompt; logits of the last place only."""
-  def run() -> dict[str, float]:
+  def run() -> dict[str, Any]:
     cache, start = DynamicCache(config=model.config), time.perf_counter()
     with torch.inference_mode():
       for chunk in tokens.split(CHUNK, 1):
         logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-      prefilled = time.perf_counter()
+      prefilled, reply = time.perf_counter(), []
       for _ in range(NEW_TOKENS):
-        token = logits[:, -1:].argmax(-1)
-        logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-      logits[:, -1].argmax(-1).tolist()
-    return {"prefill_seconds": prefilled - start, "decode_seconds": time.perf_counter() - prefilled}
+        reply.append(logits[:, -1:].argmax(-1))
+        logits = model(reply[-1], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+      found = torch.cat([*reply, logits[:, -1:].argmax(-1)], 1)[0].tolist()
+    return {"prefill_seconds": prefilled - start, "decode_seconds": time.perf_counter() - prefilled, "tokens": found}
 
   return run
 
 
 def _cached_logits(model, tokens):
-  """Logits of all places through the cache: most tokens in chunks, the last ones one by one."""
+  """Logits of all places through the cache: most tokens in chunks, the last ones one by one; each row alone."""
+  def logits_of(row):
+    cache, single = DynamicCache(config=model.config), row.shape[1] - LOGITS_SINGLE
+    parts = (*row[:, :single].split(LOGITS_CHUNK, 1), *row[:, single:].split(1, 1))
+    return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in parts], 1)
+
   def run(keep: bool = False):
-    cache, single = DynamicCache(config=model.config), tokens.shape[1] - LOGITS_SINGLE
-    parts = (*tokens[:, :single].split(LOGITS_CHUNK, 1), *tokens[:, single:].split(1, 1))
     with torch.no_grad():
-      found = [model(part, past_key_values=cache, use_cache=True).logits for part in parts]
-    return torch.cat(found, 1) if keep else None
+      logits = torch.cat([logits_of(row) for row in tokens.split(1)])
+    return logits if keep else None
 
   return run
 

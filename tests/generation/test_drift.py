@@ -58,6 +58,13 @@ def test_what_is_refused(sequences, chunk_size, message):
     storage_drift(dsv4.DeepseekV4(CONFIG, "blockwise"), {}, sequences, chunk_size=chunk_size)
 
 
+def test_a_model_that_rounds_by_itself():
+  """Both storages would then keep the same, and a drift of zero tell nothing."""
+  config = dataclasses.replace(CONFIG, inference_rounding=True)
+  with pytest.raises(ValueError, match="inference_rounding = True: expected False with storage_drift"):
+    storage_drift(dsv4.DeepseekV4(config, "blockwise"), {}, [[1]])
+
+
 def test_a_model_that_the_mixed_storage_does_not_fit():
   config = dataclasses.replace(CONFIG, index_head_dim=12)
   with pytest.raises(ValueError, match="index_head_dim = 12: expected a power of two with storage_drift"):

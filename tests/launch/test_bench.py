@@ -242,6 +242,18 @@ def test_logits_agree_if_one_whole_row_does():
       run.agreement(wrong, theirs, TRANSFORMERS)
 
 
+def test_replies_may_part_after_the_first_token():
+  of = lambda ours, theirs: {Case(DECODE, side, 8): {"tokens": reply} for side, reply in (
+      (OURS, ours), (TRANSFORMERS, theirs))}
+  assert run.compare_tokens(of([3, 4, 5], [3, 4, 5])) == ["decode 8: transformers replies the same 3 tokens as ours"]
+  assert run.compare_tokens(of([3, 4, 5], [3, 4, 6])) == [
+      "decode 8: transformers replies other tokens than ours from number 3 of 3 on"]
+  assert run.compare_tokens({Case("forward", OURS, 8): {}, Case(DECODE, TRANSFORMERS, 8): {"tokens": [1]}}) == []
+  for reply in ([4, 4, 5], []):
+    with pytest.raises(run.WorkerFailed, match=r"decode 8: the first token of transformers is .*, of ours \[3\]"):
+      run.compare_tokens(of([3, 4, 5], reply))
+
+
 def test_first_losses_must_be_equal():
   of = lambda ours, theirs: {case: {"first_loss": loss} for case, loss in (
       (Case("train", OURS, 8), ours), (Case("train", TRANSFORMERS, 8), theirs))}
@@ -279,7 +291,7 @@ def test_sides_take_turns_and_a_dead_worker_says_why(monkeypatch, tmp_path):
 
 
 def test_passes_that_time_their_parts(monkeypatch, tmp_path):
-  timed = "say(seconds=3.0, prefill_seconds=1.0, decode_seconds=2.0, "
+  timed = "say(seconds=3.0, prefill_seconds=1.0, decode_seconds=2.0, tokens=[7, 8 + (case['variant'] == 'loop')], "
   monkeypatch.setattr(run, "PROGRAM", (sys.executable, "-c", FAKE.replace(
       'say(seconds=turn + (1.0 if case["side"] == "ours" else 2.0), ', timed)))
   group = cases.cases_of(DECODE, (512,), TRANSFORMERS)[0]
@@ -288,6 +300,9 @@ def test_passes_that_time_their_parts(monkeypatch, tmp_path):
   assert [(r["case"], r["side"], r["seconds_median"]) for r in rows] == [
       (name, case.label, seconds) for case in group for name, seconds in (("prefill 512", 1.0), ("decode 512", 2.0))]
   assert "512 tokens/s prefill, 16.0 decode" in lines[-1] and lines[-1].startswith("[9/9]")
+  assert [line for line in lines if "replies" in line] == [
+      "decode 512: transformers replies the same 2 tokens as ours",
+      "decode 512: transformers, loop over experts replies other tokens than ours from number 2 of 2 on"]
 
 
 def test_a_pass_of_ours_decodes(monkeypatch, tmp_path):
@@ -297,8 +312,9 @@ def test_a_pass_of_ours_decodes(monkeypatch, tmp_path):
   ours.prepare(Case("weights", OURS, 0), tmp_path)
   measure, _, compile_seconds = ours.prepare(Case(DECODE, OURS, 20), tmp_path)
   parts = measure()
-  assert set(parts) == {"prefill_seconds", "decode_seconds"} and min(parts.values()) > 0
-  assert compile_seconds > sum(parts.values())
+  seconds = [parts.pop(name) for name in ("prefill_seconds", "decode_seconds")]
+  assert set(parts) == {"tokens"} and len(parts["tokens"]) == cases.NEW_TOKENS + 1 and min(seconds) > 0
+  assert compile_seconds > sum(seconds)
 
 
 def test_a_worker_that_needs_too_much_memory_is_stopped(monkeypatch, tmp_path):

@@ -14,7 +14,9 @@ import deepseek_v4 as dsv4
 from deepseek_v4 import config as config_lib
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.generation import drift
+from deepseek_v4.generation.decode import ThinkingBudget
 from deepseek_v4.text import chat
+from deepseek_v4.text.chat_template import DSML
 from deepseek_v4.text.tokenize import load_tokenizer
 from launch import generate as launch_generate
 from tests.model.small import T0, random_variables
@@ -35,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def speaker(folder):
-  return launch_generate.load(folder, OPTIONS, 0)
+  return launch_generate.load(folder, OPTIONS, 0, effort="none")
 
 
 def reply_to(speaker, text):
@@ -71,7 +73,7 @@ def test_a_conversation_remembers(speaker):
 
 def test_a_thought_is_closed_when_its_budget_is_spent(speaker):
   template = dataclasses.replace(speaker.template, thinking_budget={"high": 2})
-  thinking = dataclasses.replace(speaker, template=template, options={**OPTIONS, "max_new_tokens": 12})
+  thinking = dataclasses.replace(speaker, template=template, options={**OPTIONS, "max_new_tokens": 16})
   text = chat.encode([{"role": "user", "content": "hi"}], reasoning_effort="high")
   (reply,), found = thinking.reply([text], 0, "high")
   assert speaker.tokenizer.decode(found.tokens[0][2:10]) == "</think>"
@@ -79,16 +81,37 @@ def test_a_thought_is_closed_when_its_budget_is_spent(speaker):
     launch_generate.answer(speaker, ["hi"], "huge", print)
 
 
+def test_a_thought_leaves_room_for_an_answer(speaker):
+  """The closing takes 8 bytes, and a quarter of the tokens are the answer's, whatever the effort allows."""
+  budget_of = lambda most, effort="max", **changes: dataclasses.replace(
+    speaker, template=dataclasses.replace(speaker.template, **changes), options={**OPTIONS, "max_new_tokens": most}
+  ).thinking_budget(effort)
+  close = tuple(speaker.tokenizer.encode("</think>"))
+  assert budget_of(256) == ThinkingBudget(256 - 64 - 8, close) == budget_of(256, thinking_budget={})
+  assert budget_of(1 << 20).tokens == 393_216 and budget_of(10).tokens == 0
+  assert budget_of(256, None) is None and budget_of(256, "none") is None
+  with pytest.raises(ValueError, match="--max_new_tokens = 9: expected at least 10 with --reasoning_effort = max, w"):
+    budget_of(9)
+  # 16 of them: at most four of thought, and four of an answer
+  asked, shown = iter(["hi", ""]), []
+  thinking = dataclasses.replace(speaker, options={**OPTIONS, "max_new_tokens": 16})
+  launch_generate.converse(thinking, "max", lambda: next(asked), shown.append)
+  text = "".join(shown)
+  assert "</think>" in text and "thought of at most 4 tokens; cache" in text
+
+
+def test_a_thought_that_is_cut_stays_a_thought(speaker):
+  of = lambda reply, effort="high": launch_generate.message(reply, effort, speaker.template)
+  assert of("I wonder") == {"role": "assistant", "content": "", "reasoning_content": "I wonder"}
+  assert of("so</think>yes") == {"role": "assistant", "content": "yes", "reasoning_content": "so"}
+  broken = f"so</think>\n\n<{DSML}tool_calls>\n<{DSML}inv"
+  assert of(broken) == {"role": "assistant", "content": broken.removeprefix("so</think>"), "reasoning_content": "so"}
+  assert of(broken, "none") == {"role": "assistant", "content": broken, "reasoning_content": ""}
+
+
 def test_a_thought_is_closed_by_a_token_that_is_special(speaker, tmp_path):
   """With a tokenizer.json the closing is one token; it stays in the text, and the one that ends the reply does not."""
-  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  bpe.decoder = tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(vocab_size=260, special_tokens=[chat.EOS, "</think>"], show_progress=False,
-                                           initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  bpe.train_from_iterator(["a b"], trainer)
-  bpe.save(str(tmp_path / "tokenizer.json"))
-  tokenizer = load_tokenizer(tmp_path, BYTES.vocab_size)
+  tokenizer = byte_pairs(tmp_path, BYTES.vocab_size, [chat.EOS, "</think>"])
   template = dataclasses.replace(speaker.template, thinking_budget={"high": 2})
   thinking = dataclasses.replace(speaker, template=template, tokenizer=tokenizer,
                                  options={**OPTIONS, "max_new_tokens": 12})
@@ -131,6 +154,49 @@ def test_pieces_of_text_are_whole_characters(speaker):
   assert "".join(pieces) == "aé€b\ufffd"
 
 
+class Counted:
+  """A tokenizer that counts the tokens it decodes."""
+
+  def __init__(self, tokenizer):
+    self._tokenizer, self.document_end, self.count = tokenizer, tokenizer.document_end, 0
+
+  def decode(self, tokens, **options):
+    self.count += len(tokens)
+    return self._tokenizer.decode(tokens, **options)
+
+
+def byte_pairs(folder, vocab_size, special):
+  """A tokenizer.json of bytes and of pairs of bytes, among them parts of characters."""
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
+                                           initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  bpe.train_from_iterator(["a b 日本語本日 é日 €uro 🙂🙃 本🙂"] * 3, trainer)
+  folder.mkdir(exist_ok=True)
+  bpe.save(str(folder / "tokenizer.json"))
+  return load_tokenizer(folder, vocab_size)
+
+
+@pytest.mark.parametrize("source", ["bytes", "pairs"])
+def test_a_reply_is_decoded_once(source, tmp_path):
+  """The pieces are the text of all tokens, of real text as of any tokens; each token is decoded a few times at most."""
+  tokenizer = load_tokenizer(None, 262) if source == "bytes" else byte_pairs(tmp_path, 290, [chat.EOS, "</think>"])
+  rng = np.random.default_rng(0)
+  texts = [tokenizer.encode("日本 🙂🙃é€ a</think>b" * 40)]
+  texts += [rng.integers(0, tokenizer.vocab_size, 2000).tolist() for _ in range(3)]
+  texts.append(rng.choice(tokenizer.encode("日🙂é€") + [0, 1], 2000).tolist())
+  texts.append([tokenizer.encode("日")[0]] + [tokenizer.document_end] * 2000)
+  for tokens in texts:
+    pieces, counted = [], Counted(tokenizer)
+    stream = launch_generate._Stream(counted, pieces.append)
+    for token in tokens:
+      stream(0, token)
+    stream.finish()
+    assert "".join(pieces) == launch_generate._text(tokenizer, tokens)
+    assert counted.count <= 6 * len(tokens) and all(pieces)
+
+
 def test_a_mixed_cache_and_its_drift(folder, speaker, monkeypatch):
   """The cache is as small as `count` says; the drift is asked for on prompt and reply."""
   mixed = dataclasses.replace(speaker, options={**OPTIONS, "cache_storage": "mixed", "max_new_tokens": 1}, drift=True)
@@ -168,6 +234,11 @@ def test_the_same_seed_gives_the_same_text(speaker):
   (dict(min_p=2.0), {}, r"min_p = 2.0: expected a number from 0 to 1"),
   (dict(max_new_tokens=10**7), {}, r"--max_new_tokens = 10000000: expected at least 1 and less than max_position_embed"),
   ({}, dict(effort="huge"), r"reasoning_effort = 'huge': expected one of none, high"),
+  ({}, dict(effort="max"), r"--max_new_tokens = 6: expected at least 10 with --reasoning_effort = max"),
+  ({}, dict(chat=True), r"--max_new_tokens = 6: expected at least 10 with --reasoning_effort = high"),
+  ({}, dict(prompts=[""]), r"prompt 1 of 1: 0 tokens; expected from 1 to max_position_embeddings - max_new_t"),
+  ({}, dict(prompts=["a", "b" * 4091]), r"prompt 2 of 2: 4091 tokens; expected from 1 to max_position_embeddings"),
+  ({}, dict(prompts=["b" * 4090], effort="none"), r"prompt 1 of 1: \d+ tokens; expected from 1 to"),  # with its message
 ])
 def test_options_are_refused_before_the_weights_are_read(folder, monkeypatch, options, more, expected):
   monkeypatch.setattr("deepseek_v4.checkpoint.store.restore_variables", lambda *_, **__: pytest.fail("weights were read"))
