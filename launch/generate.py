@@ -13,6 +13,7 @@ whatever DeepSeek's own inference does, `--drift` tells what the mixed cache doe
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any, Callable
@@ -20,7 +21,7 @@ from typing import Any, Callable
 from absl import app, flags, logging
 
 from deepseek_v4.model.formats import STORAGES
-from launch import use_huge_pages
+from launch import processes, use_huge_pages
 
 
 def define_flags() -> None:
@@ -215,6 +216,7 @@ def main(argv: list[str]) -> None:
     sys.exit("error: expected one of --prompt, --prompts and --chat")
   show = lambda text: print(text, end="", flush=True)
   try:
+    processes.refuse_several("launch.generate", os.environ)
     prompts = [value("prompt")]
     if value("prompts") is not None:
       lines = Path(value("prompts")).read_text(encoding="utf-8").splitlines()
