@@ -58,11 +58,11 @@ def _gke_hosts(environment: Mapping[str, str]) -> int:
 CLUSTERS = (
   Cluster("Slurm", lambda environment: _number(environment.get("SLURM_NTASKS")) if "SLURM_JOB_ID" in environment else 0,
           ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"),
-          "all of these variables, which srun sets in each task"),
+          "SLURM_JOB_ID, SLURM_NTASKS, SLURM_STEP_NODELIST, SLURM_PROCID and SLURM_LOCALID, which srun sets in each task"),
   Cluster("GKE with TPUs", _gke_hosts,
           ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_ID", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID",
            "MEGASCALE_COORDINATOR_ADDRESS"),
-          "the host names and TPU_WORKER_ID, the chips themselves and libtpu (pip install 'jax[tpu]')"),
+          "TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, the chips themselves and libtpu (pip install 'jax[tpu]')"),
 )
 CLOUD_TPU = "Cloud TPU: the chips, libtpu (pip install 'jax[tpu]') and the VM's metadata"
 
