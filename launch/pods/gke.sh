@@ -8,8 +8,8 @@ set -euo pipefail
 # ---- to be filled in: here and nowhere else ----
 export NAME=flash
 export IMAGE=us-docker.pkg.dev/my-project/dsv4/train:latest   # the checkout in its working folder, with jax[tpu] and its packages
-export ACCELERATOR=tpu-v5p-slice TOPOLOGY=4x4x4               # of the node pool
-export HOSTS=16 CHIPS=4                                       # VMs of that slice, and chips of each
+export ACCELERATOR=tpu-v5p-slice TOPOLOGY=4x4x8               # of the node pool
+export HOSTS=32 CHIPS=4                                       # VMs of that slice, and chips of each
 export CLAIM=shared                                           # PersistentVolumeClaim, ReadWriteMany, mounted as /mnt/shared
 export CONFIG=configs/v4_flash.py WORKDIR=/mnt/shared/runs/flash DATA=/mnt/shared/data
 export CRASHES=10                                             # after so many the run ends; preemptions do not count
