@@ -26,7 +26,7 @@ OVERRIDES = ("data.source=text", f"data.path={run.ROOT / 'deepseek_v4'}", "data.
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer("kills", 10, "SIGKILLs; at least two for every kind of damage happen.", lower_bound=0)
+  flags.DEFINE_integer("kills", 10, "SIGKILLs; if any, then at least two for every kind of damage.", lower_bound=0)
   flags.DEFINE_integer("stops", 4, "SIGTERMs and SIGINTs, in turn.", lower_bound=0)
   flags.DEFINE_integer("full_disks", 1, "Starts that cannot write a checkpoint.", lower_bound=0)
   flags.DEFINE_integer("seed", 0, "Decides which fault happens when.")
@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
   value = {name: flags.FLAGS[name].value for name in names}
   if value["json"] is not None and not Path(value["json"]).absolute().parent.is_dir():
     sys.exit(f"error: --json = {value['json']!r}: expected a file in a folder that exists")
+  if not value["kills"] + value["stops"] + value["full_disks"]:
+    sys.exit("error: --kills, --stops, --full_disks = 0: expected one of them above 0")
   if value["workdir"] is not None and Path(value["workdir"]).exists():
     sys.exit(f"error: --workdir = {value['workdir']!r}: expected a folder that does not exist yet")
   with tempfile.TemporaryDirectory(prefix="faults_") as scratch:

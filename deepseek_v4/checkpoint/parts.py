@@ -53,9 +53,18 @@ def _read_part(folder: epath.Path, manifest: dict[str, Any], shardings: Mapping[
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone) as reader:
       restored = reader.restore(folder, args=ocp.args.PyTreeRestore(
         item=tree, restore_args=unflatten({n: arguments(n) for n in shardings}), partial_restore=True))
-  except (OSError, ValueError, KeyError) as error:  # what Orbax and TensorStore raise for absent and broken files
-    raise DamagedError(f"{type(error).__name__}: {str(error).split(' [tensorstore_spec')[0]}") from error
+  except (MemoryError, jax.errors.JaxRuntimeError):  # nothing is wrong with the files
+    raise
+  except Exception as error:  # for absent and broken files Orbax and TensorStore raise many kinds, this plain one among them
+    raise DamagedError(_reason(error)) from error
   return {name: x for name, x in named_leaves(restored)[0]}
+
+
+def _reason(error: BaseException) -> str:
+  """Kind and message of an error and of what caused it, without TensorStore's specifications."""
+  text = str(error).split(" [tensorstore_spec")[0].split(" See full TensorStore details")[0]
+  cause = error.__cause__
+  return f"{type(error).__name__}: {text}" + (f" ({_reason(cause)})" if cause is not None else "")
 
 
 def write_part(folder: epath.Path, leaves: Mapping[str, np.ndarray]) -> None:

@@ -62,7 +62,7 @@ class Fault:
 def plan(kills: int, stops: int, full_disks: int, rng: random.Random) -> list[Fault]:
   """The faults in random order: as many of each as asked for, every kind of damage in turn after every other kill."""
   kinds = list(damage.KINDS)
-  kinds = [kinds[i // 2 % len(kinds)] if i % 2 else None for i in range(max(kills, 2 * len(kinds)))]
+  kinds = [kinds[i // 2 % len(kinds)] if i % 2 else None for i in range(max(kills, 2 * len(kinds)) if kills else 0)]
   faults = [Fault(KILL, kind) for kind in kinds] + [Fault(FULL)] * full_disks
   faults += [Fault(list(STOPS)[i % len(STOPS)]) for i in range(stops)]
   rng.shuffle(faults)
@@ -75,7 +75,8 @@ class Start:
 
   def __init__(self, settings: Settings, workdir: Path, file_bytes: int | None = None):
     self.workdir, self._patience = workdir, settings.patience
-    self.log = workdir.with_name(f"{workdir.name}.log")
+    earlier = len(list(workdir.parent.glob(f"{workdir.name}.*.log")))
+    self.log = workdir.with_name(f"{workdir.name}.{earlier:03d}.log")
     arguments = ["-m", "launch.train", "--config", settings.config, "--workdir", str(workdir)]
     arguments += [part for override in settings.overrides for part in ("--set", override)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
@@ -85,13 +86,17 @@ class Start:
     limit = None if file_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     self.began = time.monotonic()
     with self.log.open("wb") as log:
-      self.process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log,
-                                      preexec_fn=limit)
+      # Under a limit, what it says comes through a pipe: the limit holds for that file, too.
+      self.process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, preexec_fn=limit,
+                                      stdout=log if limit is None else subprocess.PIPE, stderr=subprocess.STDOUT)
 
   def wait(self) -> int:
     """The exit code."""
     try:
-      return self.process.wait(self._patience)
+      said, _ = self.process.communicate(timeout=self._patience)
+      if said is not None:
+        self.log.write_bytes(said)
+      return self.process.returncode
     except subprocess.TimeoutExpired:
       self.process.kill()
       self.process.wait()
@@ -155,7 +160,7 @@ class Disk:
 
   def __init__(self, workdir: Path):
     self.checkpoints = workdir / CHECKPOINTS
-    self._damaged: dict[int, tuple[int, str]] = {}  # step -> number of its folder in the file system, kind
+    self._damaged: dict[int, tuple[int, str]] = {}  # step -> when, in ns, and what kind
 
   def damage(self, kind: str, rng: random.Random) -> bool:
     """Damages the newest sound step; returns False, and does nothing, if there is no other one to fall back on."""
@@ -165,11 +170,13 @@ class Disk:
       return False
     path = damage.KINDS[kind](self.checkpoints, max(damage.steps(self.checkpoints)) if apart else sound[-1], rng)
     if path.name.isdigit():
-      self._damaged[int(path.name)] = (path.stat().st_ino, kind)
+      self._damaged[int(path.name)] = (time.time_ns(), kind)
     return True
 
   def _is_damaged(self, step: int) -> bool:
-    return step in self._damaged and (self.checkpoints / str(step)).stat().st_ino == self._damaged[step][0]
+    # Whole again once it has a newer manifest; a save that was killed may only have begun to delete the damaged one.
+    manifest = self.checkpoints / str(step) / "manifest" / "manifest.json"
+    return step in self._damaged and not (manifest.is_file() and manifest.stat().st_mtime_ns > self._damaged[step][0])
 
   def _sound(self) -> list[int]:
     return [step for step in damage.steps(self.checkpoints) if not self._is_damaged(step)]
@@ -186,11 +193,12 @@ class Disk:
 # ---- faults ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Rhythm:
-  """How long the undisturbed run takes: seconds until its first step, seconds per step, steps from save to save."""
+  """How the undisturbed run goes: seconds until its first step, seconds per step, steps from save to save, steps in all."""
 
   start: float
   step: float
   every: int
+  steps: int
 
 
 class Disturbed:
@@ -208,6 +216,8 @@ class Disturbed:
       {"case", "moment", "step", "seconds", "problem"}: what happened when, and what was wrong then ("" = nothing).
     """
     expected = self.disk.expected()
+    if fault.kind == FULL and expected.step == self._rhythm.steps:
+      return None  # there is nothing left to save
     start = Start(self._settings, self.workdir, FILE_BYTES if fault.kind == FULL else None)
     moment, code, problem = self._strike(start, fault)
     if code == 0:
@@ -284,7 +294,7 @@ def undisturbed(settings: Settings) -> Rhythm:
       raise RuntimeError(f"the undisturbed run failed (exit code {code}):\n{start.output()[-3000:]}")
   training = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["training"]
   seconds = (time.monotonic() - began) / training["steps"]
-  return Rhythm(began - start.began, seconds, training["checkpoint_every"])
+  return Rhythm(began - start.began, seconds, training["checkpoint_every"], training["steps"])
 
 
 def difference(workdir: Path, other: Path) -> str:
@@ -340,10 +350,11 @@ def measure(settings: Settings, kills: int, stops: int, full_disks: int, say: Ca
         faults.append(Fault(KILL, kind))
         total += 1
       rows.append(row | {"run": number})
-      spent = time.monotonic() - began
-      rate, left = len(rows) / spent, (total - len(rows)) * spent / max(1, len(rows))
-      say(f"{len(rows)}/{total} faults, {60 * rate:.1f} a minute, {left / 60:.1f} min left: {row['case']} {row['moment']}, "
-          f"step {row['step']}{': ' + row['problem'] if row['problem'] else ''}")
+      spent, happened = time.monotonic() - began, total - len(faults)
+      left = len(faults) * spent / happened
+      progress = f"{happened}/{total} faults, {60 * happened / spent:.1f} a minute, {left / 60:.1f} min left"
+      problem = ": " + row["problem"].splitlines()[0] if row["problem"] else ""
+      say(f"{progress}: {row['case']} {row['moment']}, step {row['step']}{problem}")
     _, problem = through(settings, disturbed.workdir)
     problem = problem or difference(disturbed.workdir, settings.folder / "undisturbed")
     rows.append({"case": "end of a disturbed run", "run": number, "step": steps_done(disturbed.workdir), "problem": problem})

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def test_the_plan_holds_all_that_is_asked_for():
   assert run.plan(50, 8, 3, random.Random(0)) == faults != run.plan(50, 8, 3, random.Random(1))
   few = run.plan(2, 0, 0, random.Random(0))
   assert {fault.damage for fault in few} == {None, *damage.KINDS}  # every kind, however few kills are asked for
+  assert {fault.kind for fault in run.plan(0, 2, 1, random.Random(0))} == {"SIGTERM", "SIGINT", "full disk"}
 
 
 @pytest.fixture
@@ -52,9 +54,11 @@ def test_what_a_start_must_do_follows_from_the_disk(disk):
   assert f"expected it to name what it passed over, and why: {root / '13'}" == expected.problem(
     warnings.replace(f"{root / '13'}:", "nothing") + "resumed at step 8\n")
   assert disk.damage("array file empty", rng) and not disk.damage("array file empty", rng)  # never the last sound one
-  (root / "12").rename(root / "old")
-  (root / "12").mkdir()  # written again
-  assert disk.expected().step == 12
+  (root / "12" / "state" / "_METADATA").unlink()
+  assert disk.expected().step == 4  # half deleted, by a save that was killed
+  time.sleep(0.02)  # more than a clock of a file system is coarse
+  (root / "12" / "manifest" / "manifest.json").write_bytes(b"{}")
+  assert disk.expected().step == 12  # written again
 
 
 def test_a_bit_that_nobody_reads_may_be_harmless(disk):
