@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ print(json.dumps({"workdir": flags.FLAGS["workdir"].value, "data": run.data.path
 def program(folder, name, text):
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / name
-  path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+  path.write_text(f"#!{shutil.which('bash')}\n{text}\n")  # called directly, so that the process has the program's name
   path.chmod(0o755)
 
 
