@@ -8,7 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
+
+from tests.training.small import fast_options
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "tests" / "launch" / "small_run.py"
@@ -30,6 +33,14 @@ def corpus(folder):
   return folder
 
 
+def compiling_fast():
+  """Environment: the cache of the tests, and XLA's older CPU emitter where there is one."""
+  options = "".join(f" --{name}={str(value).lower()}" for name, value in fast_options().items())
+  return {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + options,
+          "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
+
 class Processes:
   """`count` processes of one run in `workdir`, with `devices` emulated devices in all; with one, the plain command.
 
@@ -43,8 +54,7 @@ class Processes:
     joined = lambda i: [] if count == 1 else [f"--coordinator=localhost:{free}", f"--num_processes={count}",
                                               f"--process_id={i}", "--initialization_timeout=60"]
     free = free_port()
-    # By default only process 0 keeps what it compiles, and only what took a second.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | environment
+    environment = os.environ | {"PYTHONPATH": str(ROOT), **compiling_fast()} | environment
     self.processes = []
     for i, path in enumerate(self.logs):
       parts = [f"--set={setting}" for setting in (settings(i) if callable(settings) else settings)]

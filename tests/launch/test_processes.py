@@ -12,7 +12,6 @@ import pytest
 
 from deepseek_v4 import config as c
 from deepseek_v4 import sharding
-from deepseek_v4.training import loop
 from launch import processes
 from launch.processes import Join, plan
 from tests.launch import several
@@ -109,10 +108,11 @@ def assert_same_curve(workdir, other):
 
 
 def test_two_processes_equal_one(text, tmp_path):
-  run = Processes(2, tmp_path / "two", [*settings(text), "training.steps=2"], 2, tmp_path / "log")
-  config = c.load(CONFIG, [*settings(text), "training.steps=2"])
-  loop.train(config, tmp_path / "one", sharding.make_mesh(config.mesh, jax.devices()[:2]))
+  """The same command, alone and as two: a curve, one voice, and the same files."""
+  alone, run = (Processes(count, tmp_path / name, [*settings(text), "training.steps=2"], 2, tmp_path / f"{name}.log")
+                for count, name in ((1, "one"), (2, "two")))
   assert run.wait() == [0, 0], run.texts()
+  assert alone.wait() == [0], alone.texts()
   assert_same_curve(tmp_path / "two", tmp_path / "one")
   first, second = run.texts()
   assert "step 2/2" in first and "held-out text" in first
