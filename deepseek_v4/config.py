@@ -276,7 +276,7 @@ class MeshConfig:
   expert: int = 1
   context: int = 1
   tensor: int = 1
-  emulated_devices: int = 0  # CPU devices that the launcher asks JAX for; 0 = what the machine has
+  emulated_devices: int = 0  # CPU devices that the launcher asks JAX for, of all processes; 0 = what the machines have
 
   def __post_init__(self):
     typed(self)

@@ -187,6 +187,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, spec((None, "batch", "sequence")))
 
 
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+  """Which of the `rows` of a batch [A, rows, S] the devices of this process hold, in order."""
+  places = batch_sharding(mesh).addressable_devices_indices_map((1, rows, mesh.size))
+  return sorted({row for _, held, _ in places.values() for row in range(*held.indices(rows))})
+
+
 # ---- inside a traced function -----------------------------------------------------------------------------------------
 def _ambient():
   mesh = jax.sharding.get_abstract_mesh()

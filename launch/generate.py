@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from typing import Any, Callable, Iterable, Sequence
 from absl import app, flags, logging
 
 from deepseek_v4.model.formats import STORAGES
-from launch import use_huge_pages
+from launch import processes, use_huge_pages
 
 
 def define_flags() -> None:
@@ -313,6 +314,7 @@ def main(argv: list[str]) -> None:
     sys.exit("error: expected one of --prompt, --prompts and --chat")
   show = lambda text: print(text, end="", flush=True)
   try:
+    processes.refuse_several("launch.generate", os.environ)
     prompts = [value("prompt")]
     if value("prompts") is not None:
       lines = Path(value("prompts")).read_text(encoding="utf-8").splitlines()

@@ -2,6 +2,7 @@
 
 python -m launch.train --config configs/tiny.py --workdir runs/tiny [--set training.steps=100]...
 
+Several processes, one on each host of a pod, run this same command: launch/processes.py says how they find each other.
 With --set training.init_from=DIR a new run starts with the weights of a converted release or of another run.
 
 After SIGTERM (as a preemption sends) or Ctrl-C the step in hand is finished and saved, within training.grace_seconds.
@@ -21,13 +22,14 @@ import sys
 
 from absl import app, flags, logging
 
-from launch import emulate_devices, use_huge_pages
+from launch import emulate_devices, processes, use_huge_pages
 
 
 def define_flags() -> None:
   flags.DEFINE_string("config", None, "Python file with get_config().", required=True)
   flags.DEFINE_string("workdir", None, "Folder of the run: new, empty, or with a run to go on with.", required=True)
   flags.DEFINE_multi_string("set", [], "KEY=VALUE replaces a setting, for example training.steps=100; repeatable.")
+  processes.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -39,20 +41,29 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells at INFO level how it saves
   from deepseek_v4 import config
   try:
+    join = processes.from_flags(os.environ)
     run_config = config.load(flags.FLAGS["config"].value, flags.FLAGS["set"].value)
+    emulate_devices(processes.emulated_share(run_config.mesh.emulated_devices, join))
   except (ValueError, FileNotFoundError) as error:  # a mistake in a setting needs no traceback
     sys.exit(f"error: {error}")
-  emulate_devices(run_config.mesh.emulated_devices)
+  import jax
+
   from deepseek_v4.sharding import make_mesh
   from deepseek_v4.training import loop
   from deepseek_v4.training.stopping import Stopped, Stopping
   stop = Stopping(run_config.training.grace_seconds)
   try:
     with stop:
-      loop.train(run_config, flags.FLAGS["workdir"].value, make_mesh(run_config.mesh), stop)
-  except Stopped as stopped:
-    print(stopped)
-    sys.exit(stop.exit_code)
+      processes.start(join, os.environ)
+      processes.refuse_unjoined()
+      try:
+        loop.train(run_config, flags.FLAGS["workdir"].value, make_mesh(run_config.mesh), stop)
+      except Stopped as stopped:
+        if jax.process_index() == 0:
+          print(stopped)
+        processes.finish(join)
+        sys.exit(stop.exit_code)
+      processes.finish(join)
   except (ValueError, FileNotFoundError, NotImplementedError, FloatingPointError) as error:  # mostly in a setting
     if logging.get_verbosity() >= logging.DEBUG:
       raise

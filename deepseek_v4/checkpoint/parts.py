@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from deepseek_v4.checkpoint import agree
 from deepseek_v4.checkpoint import manifest as manifest_lib
 from deepseek_v4.checkpoint.manifest import DamagedError
 from deepseek_v4.checkpoint.trees import named_leaves, unflatten
@@ -29,9 +30,11 @@ def read_leaves(path: epath.Path, manifest: dict[str, Any], shardings: Mapping[s
   by_part: dict[str, dict[str, Any]] = {}
   for name, sharding in shardings.items():
     by_part.setdefault(manifest["leaves"].get(name, {}).get("part", STATE), {})[name] = sharding
-  leaves: dict[str, Any] = {}
-  for part, wanted in by_part.items():
-    leaves.update(_read_part(path / part, manifest, wanted))
+
+  def read() -> dict[str, Any]:
+    return {name: x for part, wanted in by_part.items() for name, x in _read_part(path / part, manifest, wanted).items()}
+
+  leaves = agree.unless_any_fails(read, DamagedError)  # a broken file is met by those processes that need it
   manifest_lib.verify(manifest, leaves)
   return leaves
 
@@ -44,8 +47,10 @@ def _read_part(folder: epath.Path, manifest: dict[str, Any], shardings: Mapping[
                                 global_shape=tuple(manifest["leaves"][name]["shape"]))
 
   tree = unflatten({name: 0 for name in shardings})  # the 0 comes back where Orbax has no such leaf
+  # Nobody waits for others in here, who may have met damage and gone on.
+  alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone) as reader:
       restored = reader.restore(folder, args=ocp.args.PyTreeRestore(
         item=tree, restore_args=unflatten({n: arguments(n) for n in shardings}), partial_restore=True))
   except (MemoryError, jax.errors.JaxRuntimeError):  # nothing is wrong with the files

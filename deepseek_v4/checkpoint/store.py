@@ -5,6 +5,9 @@ position, versions, a checksum for every leaf). On disk every leaf is one layer'
 stacked), so any mesh and any grouping of layers reads any checkpoint. A step counts only if Orbax finished it and every leaf
 that is read has the bytes the manifest says; others are named in a warning and passed over. While the very first one is
 being written, a file `.first` lies beside it: only then does a directory with nothing usable count as empty.
+
+Of several processes every one writes and reads what its devices hold, in one directory that all of them see; which steps
+there are the first one says, and a step that one of them cannot read is passed over by all.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import functools
 import json
 import os
 import warnings
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,7 @@ from etils import epath
 
 from deepseek_v4 import config as config_lib
 from deepseek_v4 import sharding
+from deepseek_v4.checkpoint import agree
 from deepseek_v4.checkpoint import manifest as manifest_lib
 from deepseek_v4.checkpoint.manifest import DamagedError
 from deepseek_v4.checkpoint.parts import read_leaves
@@ -67,7 +71,8 @@ class CheckpointStore:
     """
     self.wait()
     path = self.directory / str(step)
-    if step in self._usable or (step not in self._damaged and path.exists() and ocp.utils.is_checkpoint_finalized(path)):
+    if step in self._usable or (step not in self._damaged and agree.of_first(
+        path.exists() and ocp.utils.is_checkpoint_finalized(path))):
       return False
     try:
       json.dumps(extra)
@@ -115,7 +120,7 @@ class CheckpointStore:
 
   def steps(self) -> list[int]:
     """Steps with a folder of their own, oldest first; whether they are whole shows when they are read."""
-    return sorted(_candidates(self.directory)[0])
+    return sorted(_candidates(_visible(self.directory))[0])
 
   def restore_latest(self, abstract_tree: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """The newest usable checkpoint in the structure, layer grouping and shardings of `abstract_tree`.
@@ -152,7 +157,7 @@ class CheckpointStore:
       raise RuntimeError(f"checkpoint of step {step}: {self.directory / str(step)} could not be written: {error}") from error
 
   def _mark_first(self) -> None:
-    if jax.process_index() == 0 and _is_empty(self.directory):
+    if jax.process_index() == 0 and not _visible(self.directory):
       self.directory.mkdir(parents=True, exist_ok=True)
       (self.directory / _FIRST).touch()
 
@@ -160,7 +165,7 @@ class CheckpointStore:
     """Keeps the newest `keep` whole steps up to `newest`; drops what is older, and what never got finished."""
     if jax.process_index() != 0:
       return
-    steps, unfinished = _candidates(self.directory)
+    steps, unfinished = _candidates(_visible(self.directory))
     whole = sorted(s for s in steps if s <= newest and s not in self._damaged)
     oldest = min(whole[-self._keep:], default=0)
     for step in steps:
@@ -258,13 +263,8 @@ def _visible(directory: epath.Path) -> list[str]:
   return [p.name for p in directory.iterdir() if not p.name.startswith(".")] if directory.exists() else []
 
 
-def _is_empty(directory: epath.Path) -> bool:
-  return not _visible(directory)
-
-
-def _candidates(directory: epath.Path) -> tuple[list[int], list[str]]:
+def _candidates(names: Sequence[str]) -> tuple[list[int], list[str]]:
   """Steps with a folder, and names of folders that Orbax did not finish."""
-  names = [p.name for p in directory.iterdir()] if directory.exists() else []
   return [int(n) for n in names if n.isdigit()], [n for n in names if n.split(_UNFINISHED)[0].isdigit() and not n.isdigit()]
 
 
@@ -273,29 +273,35 @@ def _newest(directory: epath.Path, read: Callable[[int, dict[str, Any]], Any], d
 
   Steps passed over are named in a warning and added to `damaged`; if none is usable, all are named in the error.
   """
-  if _is_empty(directory):
+  # All processes look at the same steps, in the same order.
+  names, first_unfinished = agree.of_first([_visible(directory), (directory / _FIRST).exists()])
+  if not names:
     return None
-  steps, unfinished = _candidates(directory)
-  if len(unfinished) == len(_visible(directory)) and (directory / _FIRST).exists():
+  steps, unfinished = _candidates(names)
+  if len(unfinished) == len(names) and first_unfinished:
     for name in unfinished:
-      warnings.warn(f"checkpoint passed over: {directory / name}: never finished; it was the first, nothing was saved "
-                    "before", stacklevel=3)
+      _warn(f"{directory / name}: never finished; it was the first, nothing was saved before")
     return None
   reasons = [f"{directory / name}: never finished" for name in sorted(unfinished)]
   for step in sorted(steps, reverse=True):
     path = directory / str(step)
     try:
-      result = read(step, _read_manifest(path))
+      result = read(step, agree.unless_any_fails(functools.partial(_read_manifest, path), DamagedError))
     except DamagedError as error:
       reasons.append(f"{path}: {error}")
       if damaged is not None:
         damaged.add(step)
       continue
     for reason in reasons:
-      warnings.warn(f"checkpoint passed over: {reason}; using step {step}", stacklevel=3)
+      _warn(f"{reason}; using step {step}")
     return result
   listed = "\n  ".join(reasons or ["no checkpoint in it"])
   raise FileNotFoundError(f"{directory} is not empty, but holds no usable checkpoint; delete it to start over:\n  {listed}")
+
+
+def _warn(text: str) -> None:
+  if jax.process_index() == 0:
+    warnings.warn(f"checkpoint passed over: {text}", stacklevel=4)
 
 
 def _read_manifest(path: epath.Path) -> dict[str, Any]:

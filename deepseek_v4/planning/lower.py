@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from deepseek_v4 import sharding
 from deepseek_v4.config import RunConfig
-from deepseek_v4.training.loop import abstract_batch
+from deepseek_v4.training.feed import abstract_batch
 from deepseek_v4.training.state import abstract_state
 from deepseek_v4.training.step import make_train_step
 

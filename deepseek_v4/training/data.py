@@ -5,9 +5,10 @@
 Rows are packed once. An epoch of the training split is a permutation of its rows (Grain's index shuffle: another one each
 epoch, no list of it in memory), and batch n is made of rows n * batch_size ... of the endless sequence of epochs. So any
 batch can be made alone: the position in the data is one number, which means the same whatever the number of processes or the
-batch size, and each process reads only the rows it needs.
+batch size, and each process makes only the rows it needs. Of files of ids it reads only those rows; text, for which all
+lengths must be known, is read and encoded by every process once, at the start.
 
-Axes: A accumulation passes, B rows of a pass (of this process), S tokens of a row.
+Axes: A accumulation passes, B rows of a pass (those that are made here), S tokens of a row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import dataclasses
 import hashlib
 import sys
 import zlib
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -144,7 +145,7 @@ class Batches:
     batch_size: rows of a batch over all processes and accumulation passes; rows / batch_size batches are an epoch.
   """
 
-  def __init__(self, config: DataConfig, split: str, documents, tokenizer, process_index: int, process_count: int):
+  def __init__(self, config: DataConfig, split: str, documents, tokenizer, rows: Sequence[int]):
     self._config, self._split, self._source = config, split, documents
     self._packing = packing.pack(documents.lengths, config.sequence_length)
     self.tokenizer = tokenizer
@@ -153,10 +154,8 @@ class Batches:
     self.text_bytes, self.left_out = documents.text_bytes, documents.left_out
     self.rows, self.fill = self._packing.rows, self._packing.fill
     self.tokens, self.targets = self._packing.tokens, self._packing.targets
-    share = config.batch_size // config.accumulation // process_count
-    # Places of this process's rows in the batch: its columns of the [A, B of all processes] grid.
-    grid = np.arange(config.batch_size).reshape(config.accumulation, process_count, share)
-    self._places_AB = grid[:, process_index]
+    # Places in the batch of the rows that are made here: columns of the [A, B of all processes] grid.
+    self._places_AB = np.arange(config.batch_size).reshape(config.accumulation, -1)[:, list(rows)]
     digest = hashlib.sha256(documents.lengths.astype("<i8").tobytes() + documents.checksum.to_bytes(4, "little"))
     self._identity = {"split": split, "sequence_length": config.sequence_length, "seed": config.seed,
                       "fim_rate": config.fim_rate, "documents": digest.hexdigest()[:16]}
@@ -249,8 +248,8 @@ class BatchIterator:
     self._iterator.close()
 
 
-def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", process_index: int = 0,
-                 process_count: int = 1, document_end: int | None = tokenize.EOS) -> Batches:
+def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", rows: Sequence[int] | None = None,
+                 document_end: int | None = tokenize.EOS) -> Batches:
   """The packed batches of one split.
 
   Training goes on without end, in another order each epoch; "held_out" is one pass in a fixed order, whose last batch is
@@ -260,8 +259,9 @@ def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", p
     config: source, packing, seed.
     vocab_size: the model's; every id is below it.
     split: "train" or "held_out".
-    process_index, process_count: this process gets columns of the batch; put side by side along axis 1 in the order of the
-      processes, they are the batch of a single process.
+    rows: which rows of each accumulation pass are made, of 0 ... batch_size / accumulation - 1 (axis 1 of the batch), in
+      this order; None = all. A process of several makes those that its devices hold; the position in the data is the same
+      whatever is made.
     document_end: id behind each document of a source of ids without a tokenizer; others have an id of their own.
 
   Raises:
@@ -269,17 +269,17 @@ def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", p
   """
   if split not in sources.SPLITS:
     raise ValueError(f"split = {split!r}: expected one of {', '.join(map(repr, sources.SPLITS))}")
-  if not 0 <= process_index < process_count:
-    raise ValueError(f"process_index = {process_index}: expected 0 to process_count - 1 = {process_count - 1}")
-  columns = config.batch_size // config.accumulation
-  if columns % process_count:
-    raise ValueError(f"data.batch_size / data.accumulation = {columns}: expected a multiple of {process_count} processes")
+  there = config.batch_size // config.accumulation
+  rows = range(there) if rows is None else rows
+  if not len(rows) or len(set(rows)) < len(rows) or not 0 <= min(rows) <= max(rows) < there:
+    raise ValueError(f"rows = {list(rows)}: expected different ones, from 0 to data.batch_size / data.accumulation - 1 = "
+                     f"{there - 1}")
   tokenizer = _tokenizer_of(config, vocab_size, document_end)
   if config.fim_rate and tokenizer.fim is None:
     raise ValueError(f"data.fim_rate = {config.fim_rate}: expected 0, since no fill-in-the-middle tokens are known (bytes: "
                      f"model.vocab_size of {tokenize.BYTE_FIM[-1] + 1} or more; ids: a data.tokenizer that has them)")
   kind = _RecordDocuments if config.source == "array_record" else _TextDocuments
-  batches = Batches(config, split, kind(config, split, vocab_size, tokenizer), tokenizer, process_index, process_count)
+  batches = Batches(config, split, kind(config, split, vocab_size, tokenizer), tokenizer, rows)
   _check_enough(config, split, batches)
   return batches
 

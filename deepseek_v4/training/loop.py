@@ -29,17 +29,15 @@ import numpy as np
 from deepseek_v4.analysis import plots
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.config import RunConfig, to_dict
-from deepseek_v4.sharding import batch_sharding
 from deepseek_v4.training import anomalies, baselines, metrics
 from deepseek_v4.training.ahead import Ahead
-from deepseek_v4.training.data import Batches, BatchIterator, make_dataset
+from deepseek_v4.training.data import Batches, BatchIterator
+from deepseek_v4.training.feed import abstract_batch, check_same, check_shared, dataset, refuse_alone, to_device
 from deepseek_v4.training.start import check_source, copy_release, state_from
 from deepseek_v4.training.state import abstract_state, init_state
 from deepseek_v4.training.step import find_non_finite, make_eval_step, make_train_step
 from deepseek_v4.training.stopping import Stopped, Stopping
 from deepseek_v4.training.workdir import CHECKPOINTS, CONFIG, changes, check_workdir, refuse_lost_checkpoints
-
-BATCH_ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +95,7 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
   """
   training, workdir, first_process = run_config.training, Path(workdir), jax.process_index() == 0
   say, stop = print if first_process else lambda text: None, stop or Stopping()
+  refuse_alone(mesh)
   stored = check_workdir(workdir)
   changed = changes(stored, json.loads(json.dumps(to_dict(run_config)))) if stored else []
   with contextlib.ExitStack() as stack:
@@ -106,7 +105,8 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
                                                 config_dict=to_dict(run_config)))
     if training.init_from is not None and not store.steps():
       check_source(run_config, mesh)  # before text is tokenised
-    held_out, train_data = dataset(run_config, "held_out"), dataset(run_config, "train")
+    held_out, train_data = (dataset(run_config, split, mesh) for split in ("held_out", "train"))
+    check_same(run_config, train_data, held_out)
     batches = stack.enter_context(contextlib.closing(iter(train_data)))
     beginning = batches.get_state()
 
@@ -137,6 +137,7 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
       metrics.write_json(workdir / CONFIG, to_dict(run_config))
       if not place.step and training.init_from is not None:
         copy_release(run_config, workdir)
+    check_shared(workdir)
     say(describe(place.state, mesh))
     for part in (train_data, held_out):
       say(part.describe())
@@ -151,7 +152,8 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     clock = time.perf_counter()
     scorer = make_eval_step(run_config, mesh).lower(place.state, shapes).compile()
     say(f"compiled the evaluation in {time.perf_counter() - clock:.1f} s")
-    score = lambda state, count=None: evaluate(scorer, held_out, mesh, stop, state, count)
+    spread = functools.partial(to_device, run_config, mesh)
+    score = lambda state, count=None: evaluate(scorer, held_out, spread, stop, state, count)
     progress = stack.enter_context(contextlib.closing(metrics.Progress(place.step, training.steps, first_process)))
     tools = Tools(run_config, mesh, step, score, go_back, batches, store, writer, progress, stop)
     place = run_steps(tools, place)
@@ -300,27 +302,6 @@ def end(tools: Tools, state: Any, taken: Taken, anomaly: anomalies.Anomaly, why:
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------------
-def dataset(run_config: RunConfig, split: str) -> Batches:
-  """This process's part of the batches of a split."""
-  return make_dataset(run_config.data, run_config.model.vocab_size, split=split, process_index=jax.process_index(),
-                      process_count=jax.process_count(), document_end=run_config.model.eos_token_id)
-
-
-def abstract_batch(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes [A,B,S] of a batch over all processes, with its sharding."""
-  data = run_config.data
-  shape = (data.accumulation, data.batch_size // data.accumulation, data.sequence_length)
-  sharding = None if mesh is None else batch_sharding(mesh)
-  return {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding) for name in BATCH_ARRAYS}
-
-
-def to_device(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
-  """A process's rows -> arrays of the whole batch, spread over the mesh."""
-  if mesh is None:
-    return jax.device_put(dict(batch))
-  return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), x) for name, x in batch.items()}
-
-
 @dataclasses.dataclass(frozen=True)
 class Taken:
   """A batch on the devices, the rows of the data that it is made of, and the positions before and after it."""
@@ -342,7 +323,7 @@ def batches_from(tools: Tools, place: Place) -> Ahead:
       after = tools.batches.get_state()
       rows = (before["row"], after["row"])
       if not anomalies.is_left_out(place.record, rows):
-        return Taken(to_device(batch, tools.mesh), rows, before, after)
+        return Taken(to_device(tools.run_config, tools.mesh, batch), rows, before, after)
 
   return Ahead(take)
 
@@ -357,7 +338,7 @@ def describe(state: Any, mesh: jax.sharding.Mesh | None) -> str:
   return f"{parameters:,} parameters on {count} {kind} device{'s' if count > 1 else ''}{layout}"
 
 
-def evaluate(eval_step: Any, held_out: Batches, mesh: jax.sharding.Mesh | None, stop: Stopping, state: Any,
+def evaluate(eval_step: Any, held_out: Batches, spread: Callable[..., Any], stop: Stopping, state: Any,
              batches: int | None = None) -> dict[str, float] | None:
   """Scores the first `batches` held-out batches, or all of them.
 
@@ -375,7 +356,7 @@ def evaluate(eval_step: Any, held_out: Batches, mesh: jax.sharding.Mesh | None, 
       if not batch:
         break
       ahead.start()
-      values = eval_step(state, to_device(batch, mesh))
+      values = eval_step(state, spread(batch))
       found.append({name: np.asarray(value).item() for name, value in values.items()})
   total, count = (math.fsum(x[name] for x in found) for name in ("next_token_sum", "next_token_count"))
   numbers = {"next_token": total / count, "tokens": int(count), "bits_per_token": total / count / math.log(2)}

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from deepseek_v4.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from deepseek_v4.training import loop, metrics
+from deepseek_v4.training import feed, loop, metrics
 
 RUN = RunConfig(
   model=ModelConfig(vocab_size=320, num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",)),
@@ -65,7 +65,7 @@ class FakeIterator:
     if self.world is not None:
       self.world.reading(self.place)
       self.place += self.place in self.world.without
-    return {name: np.full((2, 2, 4), self.place, np.int32) for name in loop.BATCH_ARRAYS}
+    return {name: np.full((2, 2, 4), self.place, np.int32) for name in feed.BATCH_ARRAYS}
 
   def get_state(self):
     return {"row": self.place}
@@ -121,7 +121,7 @@ class World:
     self.scoring = lambda: None
     replace = lambda name, value: monkeypatch.setattr(loop, name, value)
     lengths = {"train": None, "held_out": HELD_OUT_BATCHES}
-    replace("make_dataset", lambda config, vocab_size, *, split, **_: FakeData(
+    replace("dataset", lambda run_config, split, mesh: FakeData(
       lengths[split], self if split == "train" else None))
     replace("CheckpointStore", FakeStore)
     replace("baselines", SimpleNamespace(measure=lambda config: {"bigram": 3.5, "zlib": 1.5}))
