@@ -212,9 +212,9 @@ def test_attention_of_every_kind_wherever_documents_are_cut(offsets, sizes):
 
 
 # ---- the whole model ---------------------------------------------------------------------------------------------------
+@pytest.mark.long
 @pytest.mark.parametrize("changes, given", [
-  (dict(sliding_window=1), True),
-  pytest.param(dict(csa_compress_rate=3, hca_compress_rate=7), False, marks=pytest.mark.long)],
+  (dict(sliding_window=1), True), (dict(csa_compress_rate=3, hca_compress_rate=7), False)],
   ids=["a window of one, packed rows", "rates that divide no part, plain rows"])
 def test_logits(changes, given):
   """The head's logits of all places, with documents or as one document per row, whose windows are then no reshape."""
