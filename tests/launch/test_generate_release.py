@@ -62,7 +62,7 @@ def test_replies_of_a_converted_release(folders):
   found = dsv4.generate(model, variables, [prompt], keys=jax.random.split(jax.random.key(0), 1), max_new_tokens=NEW,
                         temperature=0.0, chunk_size=32, stop_tokens=(speaker.tokenizer.document_end,),
                         thinking_budget=budget)
-  assert np.isfinite(model.apply(variables, np.array([prompt])).logits).all()
+  assert np.isfinite(jax.jit(model.apply)(variables, np.array([prompt])).logits).all()
   reply = launch_generate._text(speaker.tokenizer, found.tokens[0])
   assert "".join(shown).startswith(f"{reply}\nprompt {len(prompt)} tokens, ") and "</think>" in reply
 
