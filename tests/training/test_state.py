@@ -76,7 +76,7 @@ def test_moments_of_leaves_that_share_a_name():
     patch.setattr(sharding, "parameter_shardings", lambda tree, mesh: params)
     places = leaves(state_lib.state_shardings(shapes, mesh).opt_state)
   of = lambda end: {place.spec for name, place in places.items() if re.search(r"/(trace|mu|nu)/" + end, name)}
-  assert of("mtp/hc_head/fn") == {P()} and of("hc_head/fn") == {P(("fsdp", "expert"), None)}
+  assert of("mtp/hc_head/fn") == {P()} and of("hc_head/fn") == {P(("fsdp", "expert", "context"), None)}
 
 
 def test_a_fresh_state(born):
