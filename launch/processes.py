@@ -11,12 +11,15 @@ workdir that all of them see. They find each other
 from __future__ import annotations
 
 import dataclasses
+import sys
+import threading
 from typing import Callable, Mapping
 
 from absl import flags
 
 # A process that has failed waits so long at its end for the others; so those that fail alike all say why.
 _SHUTDOWN_SECONDS = 30
+_QUIET_SECONDS = 20  # so long nothing is said while the others have not come
 _PORTS = range(1, 1 << 16)
 
 
@@ -131,20 +134,28 @@ def describe(environment: Mapping[str, str]) -> str:
   for cluster in CLUSTERS:
     held = [f"{name}={environment[name]}" for name in cluster.variables if name in environment]
     lines.append(f"{cluster.name}: found {', '.join(held) or 'nothing'}; needed: {cluster.needed}")
-  return "\n  ".join([*lines, CLOUD_TPU, "or the flags --coordinator, --num_processes and --process_id"])
+  return "\n  ".join(["here", *lines, CLOUD_TPU, "or the flags --coordinator, --num_processes and --process_id"])
 
 
 def start(join: Join | None, environment: Mapping[str, str]) -> None:
   """Joins the others; to be called before JAX computes anything.
 
   Raises:
-    ValueError: they were not found; the message holds what the environment says and what is needed.
+    ValueError: JAX could not begin; the message holds what the environment says and what is needed. If it has begun and
+      the others do not come in time, JAX ends the process.
   """
   if join is None:
     return
   import jax
   jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `training.stopping`
   by_flags = join.coordinator is not None
+  where = (f"process {join.process_id} of {join.num_processes} at {join.coordinator}: expected as many processes with the "
+           f"same --coordinator and --num_processes, each with another --process_id" if by_flags else
+           describe(environment))
+  # Where nobody comes, JAX ends the process in C++ and says little; so this says it before.
+  patience = threading.Timer(min(_QUIET_SECONDS, join.timeout / 2), lambda: print(
+    f"waiting for the other processes, {join.timeout} s at most; {where}", file=sys.stderr, flush=True))
+  patience.start()
   try:
     jax.distributed.initialize(
       join.coordinator, join.num_processes if by_flags else None, join.process_id,
@@ -152,11 +163,9 @@ def start(join: Join | None, environment: Mapping[str, str]) -> None:
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
   except (ValueError, KeyError, RuntimeError, OSError) as error:
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    if by_flags:
-      raise ValueError(f"process {join.process_id} of {join.num_processes} did not find the others at "
-                       f"{join.coordinator} within {join.timeout} s ({reason}); expected as many processes with the same "
-                       f"--coordinator and --num_processes, each with another --process_id") from error
-    raise ValueError(f"JAX did not find the other processes ({reason}):\n  {describe(environment)}") from error
+    raise ValueError(f"JAX did not find the other processes ({reason}); {where}") from error
+  finally:
+    patience.cancel()
 
 
 def refuse_unjoined() -> None:
