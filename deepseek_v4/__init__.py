@@ -16,7 +16,7 @@ _NAMES = {
     "generate": "deepseek_v4.generation.decode",
 }
 _MODULES = {name: f"deepseek_v4.{name}" for name in
-            ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training",
+            ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training", "posttraining",
              "generation")}
 _MODULES["chat"] = "deepseek_v4.text.chat"
 

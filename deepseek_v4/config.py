@@ -1,8 +1,9 @@
 """Every setting of a model and of a run, as frozen dataclasses; no JAX here.
 
-`ModelConfig` keeps the field names of the released config.json where they exist. A run is one Python file under
-`configs/` with `get_config() -> RunConfig`; `load(path, overrides)` reads it and applies typed `key.path=value` overrides.
-Reading and writing the dictionaries of released models lives in `config_hf.py` (`ModelConfig.from_hf` / `to_hf`).
+Everybody imports them from here; they are written down in `config_model.py` (the architecture) and `config_training.py`
+(all else). A run is one Python file under `configs/` with `get_config() -> RunConfig`; `load(path, overrides)` reads it and
+applies typed `key.path=value` overrides. Reading and writing the dictionaries of released models lives in `config_hf.py`
+(`ModelConfig.from_hf` / `to_hf`).
 """
 
 from __future__ import annotations
@@ -15,331 +16,31 @@ import typing
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from deepseek_v4.config_checks import at_least, fields_of, one_of, options_of, positive, refuse, typed
+from deepseek_v4.config_checks import fields_of, options_of, refuse, typed
+from deepseek_v4.config_model import (
+  ATTENTION_KINDS,
+  CSA,
+  HASH,
+  HCA,
+  LEARNED,
+  ROUTER_KINDS,
+  SLIDING,
+  LayerSpec,
+  ModelConfig,
+  Yarn,
+)
+from deepseek_v4.config_training import (
+  AnomalyConfig,
+  DataConfig,
+  LossConfig,
+  MeshConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
 
-SLIDING = "sliding_attention"
-CSA = "compressed_sparse_attention"
-HCA = "heavily_compressed_attention"
-ATTENTION_KINDS = (SLIDING, CSA, HCA)
-HASH = "hash_moe"
-LEARNED = "moe"
-ROUTER_KINDS = (HASH, LEARNED)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-  """What one decoder layer is made of: its attention kind and its router kind."""
-
-  attention: str
-  router: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Yarn:
-  """YaRN stretch of the rotary frequencies of compressed layers (no change of the amplitude: V4 uses mscale 1)."""
-
-  factor: float = 16.0
-  original_max_position_embeddings: int = 65536
-  beta_fast: float = 32.0
-  beta_slow: float = 1.0
-
-  def __post_init__(self):
-    typed(self)
-    at_least(self, 1, "factor", "original_max_position_embeddings")
-    positive(self, "beta_fast", "beta_slow")
-    if self.beta_slow > self.beta_fast:
-      refuse("beta_slow", self.beta_slow, f"at most beta_fast = {self.beta_fast}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """The architecture. Defaults are V4-Flash's widths; `layer_types` and `mlp_layer_types` have one entry per layer."""
-
-  vocab_size: int = 129280
-  hidden_size: int = 4096
-  num_hidden_layers: int = 43
-  layer_types: tuple[str, ...] = (SLIDING,) * 2 + (CSA, HCA) * 20 + (CSA,)
-  mlp_layer_types: tuple[str, ...] = (HASH,) * 3 + (LEARNED,) * 40
-  csa_compress_rate: int = 4
-  hca_compress_rate: int = 128
-  num_attention_heads: int = 64
-  head_dim: int = 512
-  qk_rope_head_dim: int = 64
-  q_lora_rank: int = 1024
-  o_groups: int = 8
-  o_lora_rank: int = 1024
-  sliding_window: int = 128
-  index_n_heads: int = 64
-  index_head_dim: int = 128
-  index_topk: int = 512
-  n_routed_experts: int = 256
-  num_experts_per_tok: int = 6
-  moe_intermediate_size: int = 2048
-  scoring_func: str = "sqrtsoftplus"
-  routed_scaling_factor: float = 1.5
-  swiglu_limit: float = 10.0
-  hc_mult: int = 4
-  hc_sinkhorn_iters: int = 20
-  hc_eps: float = 1e-6
-  rms_norm_eps: float = 1e-6
-  rope_theta: float = 10000.0
-  compress_rope_theta: float = 160000.0
-  rope_scaling: Yarn | None = Yarn()
-  max_position_embeddings: int = 1048576
-  num_nextn_predict_layers: int = 1
-  bos_token_id: int | None = 0
-  eos_token_id: int | None = 1
-  pad_token_id: int | None = None
-  quantization: str | None = None  # how the weights of the source folder are stored: None, "fp8", "fp8+fp4"
-  init_std: float = 0.006  # standard deviation of every matrix at initialisation (V3's value)
-  mhc_init: str = "identity"  # "identity": streams start unmixed; "zero": fully mixed
-  compute_dtype: str = "float32"
-  inference_rounding: bool = False  # as DeepSeek's own inference: keys, index queries, inputs of linear layers
-  scan_layers: bool = True
-  remat: str = "none"  # "none" or "block": recompute each layer in the backward pass
-  loss_chunk_size: int = 1024  # tokens per device whose logits exist at a time in training
-
-  def __post_init__(self):
-    typed(self)
-    object.__setattr__(self, "layer_types", tuple(self.layer_types))
-    object.__setattr__(self, "mlp_layer_types", tuple(self.mlp_layer_types))
-    at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "q_lora_rank",
-              "o_groups", "o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk",
-              "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "hc_mult", "hc_sinkhorn_iters",
-              "max_position_embeddings", "loss_chunk_size")
-    at_least(self, 2, "csa_compress_rate", "hca_compress_rate", "qk_rope_head_dim")
-    positive(self, "routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps", "rope_theta",
-              "compress_rope_theta", "init_std")
-    for field, kinds in (("layer_types", ATTENTION_KINDS), ("mlp_layer_types", ROUTER_KINDS)):
-      values = getattr(self, field)
-      if len(values) != self.num_hidden_layers:
-        refuse(field, f"{len(values)} entries", f"num_hidden_layers = {self.num_hidden_layers} entries")
-      for i, value in enumerate(values):
-        if value not in kinds:
-          refuse(f"{field}[{i}]", value, f"one of {', '.join(kinds)}")
-    if self.num_attention_heads % self.o_groups:
-      refuse("o_groups", self.o_groups, f"a divisor of num_attention_heads = {self.num_attention_heads}")
-    if self.qk_rope_head_dim % 2:
-      refuse("qk_rope_head_dim", self.qk_rope_head_dim, "an even number (rotary channels come in pairs)")
-    for other in ("head_dim", "index_head_dim"):
-      if self.qk_rope_head_dim > getattr(self, other):
-        refuse("qk_rope_head_dim", self.qk_rope_head_dim, f"at most {other} = {getattr(self, other)}")
-    if self.num_experts_per_tok > self.n_routed_experts:
-      refuse("num_experts_per_tok", self.num_experts_per_tok, f"at most n_routed_experts = {self.n_routed_experts}")
-    one_of(self, "scoring_func", ("sqrtsoftplus", "sigmoid"))
-    one_of(self, "num_nextn_predict_layers", (0, 1))
-    one_of(self, "quantization", (None, "fp8", "fp8+fp4"))
-    one_of(self, "mhc_init", ("identity", "zero"))
-    one_of(self, "compute_dtype", ("float32", "bfloat16", "float64"))
-    one_of(self, "remat", ("none", "block"))
-    if self.inference_rounding:
-      self.check_hadamard("inference_rounding = True")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-      value = getattr(self, name)
-      if value is not None and not 0 <= value < self.vocab_size:
-        refuse(name, value, f"None or an id below vocab_size = {self.vocab_size}")
-
-  @property
-  def layer_specs(self) -> tuple[LayerSpec, ...]:
-    """(attention kind, router kind) of each of the `num_hidden_layers` layers."""
-    return tuple(LayerSpec(a, r) for a, r in zip(self.layer_types, self.mlp_layer_types, strict=True))
-
-  @property
-  def mtp_spec(self) -> LayerSpec:
-    """The multi-token-prediction block is a sliding-window layer with a learned router."""
-    return LayerSpec(SLIDING, LEARNED)
-
-  def compress_rate(self, attention: str) -> int:
-    """Tokens per compressed entry of a layer of this attention kind; 0 for a sliding layer."""
-    return {SLIDING: 0, CSA: self.csa_compress_rate, HCA: self.hca_compress_rate}[attention]
-
-  def lookback(self, attention: str) -> int:
-    """Tokens before a token that the entry which closes with it can be made of; CSA's windows overlap."""
-    return {SLIDING: 0, CSA: 2 * self.csa_compress_rate - 1, HCA: self.hca_compress_rate - 1}[attention]
-
-  @property
-  def local_reach(self) -> int:
-    """Tokens before a token that some layer reads as they are: of the sliding window, and of an entry's windows."""
-    return max(1, self.sliding_window - 1, *map(self.lookback, self.layer_types))
-
-  def check_hadamard(self, reason: str) -> None:
-    """Refuses an index width for which there is no Hadamard matrix of Sylvester's, if any layer has an indexer."""
-    if CSA in self.layer_types and self.index_head_dim.bit_count() != 1:
-      refuse("index_head_dim", self.index_head_dim, f"a power of two with {reason}")
-
-  @staticmethod
-  def from_hf(source: Mapping[str, Any] | str | Path) -> "ModelConfig":
-    """Reads a released or a transformers-normalised config: a dictionary, a config.json, or the folder that holds one."""
-    from deepseek_v4 import config_hf
-    return config_hf.from_hf(source)
-
-  def to_hf(self) -> dict[str, Any]:
-    """The dictionary that transformers' DeepseekV4Config accepts as keyword arguments."""
-    from deepseek_v4 import config_hf
-    return config_hf.to_hf(self)
-
-  def cut_layers(self, num_hidden_layers: int) -> "ModelConfig":
-    """The same model with only its first `num_hidden_layers` layers."""
-    if not 1 <= num_hidden_layers <= self.num_hidden_layers:
-      refuse("num_hidden_layers", num_hidden_layers, f"1 to {self.num_hidden_layers} (the lists name no further layers)")
-    n = num_hidden_layers
-    return dataclasses.replace(self, num_hidden_layers=n, layer_types=self.layer_types[:n],
-                               mlp_layer_types=self.mlp_layer_types[:n])
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """Muon for matrices, AdamW for the rest, one schedule for both (SPEC: report 2.4, 4.2.2)."""
-
-  learning_rate: float = 2.7e-4
-  warmup_steps: int = 2000
-  decay_steps: int = 0  # length of the cosine at the end of the run; 0 = constant to the end
-  final_fraction: float = 0.1  # learning rate at the end, as a share of the peak
-  clip_norm: float = 1.0
-  weight_decay: float = 0.1
-  momentum: float = 0.95
-  update_rms: float = 0.18
-  newton_schulz_dtype: str = "float32"  # of the matmuls inside Newton-Schulz: "float32" or "bfloat16"
-  muon_split: str = "none"  # "head": query matrices are orthogonalised head by head
-  position_bias_owner: str = "adamw"  # the compressors' position biases: "adamw" or "muon"
-  adam_b1: float = 0.9
-  adam_b2: float = 0.95
-  adam_eps: float = 1e-20
-  adam_v_floor: float = 0.0  # smallest second moment; above 0 it prevents 10x steps where v underflows
-
-  def __post_init__(self):
-    typed(self)
-    positive(self, "learning_rate", "clip_norm", "update_rms")
-    at_least(self, 0, "warmup_steps", "decay_steps", "weight_decay", "adam_eps", "adam_v_floor", "final_fraction")
-    for name in ("momentum", "adam_b1", "adam_b2"):
-      if not 0 <= getattr(self, name) < 1:
-        refuse(name, getattr(self, name), "a number in [0, 1)")
-    if self.final_fraction > 1:
-      refuse("final_fraction", self.final_fraction, "a number in [0, 1]")
-    one_of(self, "newton_schulz_dtype", ("float32", "bfloat16"))
-    one_of(self, "muon_split", ("none", "head"))
-    one_of(self, "position_bias_owner", ("adamw", "muon"))
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-  """Weights of the auxiliary losses beside the next-token loss."""
-
-  mtp_weight: float = 0.3
-  mtp_weight_final: float = 0.1  # from the start of the learning rate's decay
-  balance_weight: float = 1e-4
-  indexer_weight: float = 0.01
-  bias_update_speed: float = 1e-3
-
-  def __post_init__(self):
-    typed(self)
-    at_least(self, 0, "mtp_weight", "mtp_weight_final", "balance_weight", "indexer_weight", "bias_update_speed")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Where the tokens come from and how rows are packed."""
-
-  source: str = "stdlib"  # "stdlib", "text" (folder), "jsonl" (file or folder), "array_record" (files of token ids)
-  path: str | None = None  # folder, file or glob; None for "stdlib"
-  tokenizer: str | None = None  # a tokenizer.json; None = bytes
-  text_field: str = "text"  # of JSON lines
-  sequence_length: int = 512
-  batch_size: int = 8  # rows per optimizer step over the whole mesh, all accumulation passes together
-  accumulation: int = 1
-  held_out_percent: int = 5  # share of files, chosen by a hash of their name, never trained on
-  fim_rate: float = 0.0  # share of documents rearranged as prefix, suffix, middle
-  seed: int = 0
-
-  def __post_init__(self):
-    typed(self)
-    one_of(self, "source", ("stdlib", "text", "jsonl", "array_record"))
-    if (self.path is None) != (self.source == "stdlib"):
-      expected = "None" if self.source == "stdlib" else "a folder, file or glob"
-      refuse("path", self.path, f"{expected} for source {self.source!r}")
-    at_least(self, 2, "sequence_length")
-    at_least(self, 1, "batch_size", "accumulation")
-    if self.batch_size % self.accumulation:
-      refuse("batch_size", self.batch_size, f"a multiple of accumulation = {self.accumulation}")
-    if not 0 <= self.held_out_percent < 100:
-      refuse("held_out_percent", self.held_out_percent, "0 to 99")
-    if not 0 <= self.fim_rate <= 1:
-      refuse("fim_rate", self.fim_rate, "a number in [0, 1]")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """Devices along each mesh axis; one of them may be -1 = all that are left."""
-
-  data: int = -1
-  fsdp: int = 1
-  expert: int = 1
-  context: int = 1
-  tensor: int = 1
-  emulated_devices: int = 0  # CPU devices that the launcher asks JAX for, of all processes; 0 = what the machines have
-
-  def __post_init__(self):
-    typed(self)
-    sizes = {name: getattr(self, name) for name in self.axis_names}
-    for name, size in sizes.items():
-      if size != -1 and size < 1:
-        refuse(name, size, "at least 1, or -1 for all devices that are left")
-    if list(sizes.values()).count(-1) > 1:
-      refuse("mesh", sizes, "at most one axis with -1")
-    at_least(self, 0, "emulated_devices")
-
-  axis_names: typing.ClassVar[tuple[str, ...]] = ("data", "fsdp", "expert", "context", "tensor")
-
-
-@dataclasses.dataclass(frozen=True)
-class AnomalyConfig:
-  """What counts as a step that went wrong, and what is done about it (`training/anomalies.py`).
-
-  A policy other than "stop" goes back to the last sound state: after a step that was not finite that is the state it was
-  given, after a spike that of the newest checkpoint, from which the steps in between are computed again. Then
-    skip    leaves the batch out for good
-    repeat  computes it again; a spike that comes again counts, what is not finite again ends the run
-    log     (does not go back) writes it down and goes on; a step that was not finite changes nothing
-    stop    ends the run
-  """
-
-  policy: str = "skip"
-  window: int = 128  # steps whose losses say what is normal; fewer say nothing about spikes
-  deviations: float = 6.0  # a spike is a loss above their mean + this many standard deviations
-  limit: int = 8  # more anomalies than this within the window end the run
-
-  def __post_init__(self):
-    typed(self)
-    one_of(self, "policy", ("skip", "repeat", "log", "stop"))
-    at_least(self, 2, "window")
-    positive(self, "deviations")
-    at_least(self, 1, "limit")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-  """Length, rhythm and seeds of a run."""
-
-  steps: int = 10_000
-  seed: int = 0
-  init_from: str | None = None  # folder of a converted release or of a run with the weights to start with; None = random
-  kernels: str = "auto"  # implementation of the ops: auto, reference, blockwise, pallas, interpret
-  attention_mode: str = "sparse"  # "dense": CSA layers attend to every visible entry
-  log_every: int = 10
-  eval_every: int = 200
-  eval_batches: int = 8
-  checkpoint_every: int = 200
-  keep_checkpoints: int = 2
-  grace_seconds: float = 25.0  # within which the process ends after SIGTERM; Kubernetes kills after 30
-
-  def __post_init__(self):
-    typed(self)
-    if self.init_from == "":
-      refuse("init_from", self.init_from, "a folder, or None")
-    at_least(self, 1, "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
-    positive(self, "grace_seconds")
-    one_of(self, "kernels", ("auto", "reference", "blockwise", "pallas", "interpret"))
-    one_of(self, "attention_mode", ("sparse", "dense"))
+__all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "ROUTER_KINDS", "SLIDING", "AnomalyConfig", "DataConfig",
+           "LayerSpec", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "TrainingConfig", "Yarn",
+           "from_dict", "load", "override", "to_dict"]
 
 
 @dataclasses.dataclass(frozen=True)

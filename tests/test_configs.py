@@ -316,7 +316,7 @@ def config_reads(root=ROOT, folders=("deepseek_v4", "launch")):
   """Names of all attributes that the code reads from something called a config, or after one of its sections."""
   reads = set()
   for path in (path for folder in folders for path in (root / folder).rglob("*.py")):
-    if path.name in ("config.py", "config_hf.py"):  # what only checks or copies a field does not use it
+    if path.name.startswith("config"):  # what only checks or copies a field does not use it
       continue
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
       if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

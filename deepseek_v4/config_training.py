@@ -1,0 +1,163 @@
+"""The settings that shape a run beside its model; `config.py` hands them on and puts them together as a RunConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from deepseek_v4.config_checks import at_least, one_of, positive, refuse, typed
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Muon for matrices, AdamW for the rest, one schedule for both (SPEC: report 2.4, 4.2.2)."""
+
+  learning_rate: float = 2.7e-4
+  warmup_steps: int = 2000
+  decay_steps: int = 0  # length of the cosine at the end of the run; 0 = constant to the end
+  final_fraction: float = 0.1  # learning rate at the end, as a share of the peak
+  clip_norm: float = 1.0
+  weight_decay: float = 0.1
+  momentum: float = 0.95
+  update_rms: float = 0.18
+  newton_schulz_dtype: str = "float32"  # of the matmuls inside Newton-Schulz: "float32" or "bfloat16"
+  muon_split: str = "none"  # "head": query matrices are orthogonalised head by head
+  position_bias_owner: str = "adamw"  # the compressors' position biases: "adamw" or "muon"
+  adam_b1: float = 0.9
+  adam_b2: float = 0.95
+  adam_eps: float = 1e-20
+  adam_v_floor: float = 0.0  # smallest second moment; above 0 it prevents 10x steps where v underflows
+
+  def __post_init__(self):
+    typed(self)
+    positive(self, "learning_rate", "clip_norm", "update_rms")
+    at_least(self, 0, "warmup_steps", "decay_steps", "weight_decay", "adam_eps", "adam_v_floor", "final_fraction")
+    for name in ("momentum", "adam_b1", "adam_b2"):
+      if not 0 <= getattr(self, name) < 1:
+        refuse(name, getattr(self, name), "a number in [0, 1)")
+    if self.final_fraction > 1:
+      refuse("final_fraction", self.final_fraction, "a number in [0, 1]")
+    one_of(self, "newton_schulz_dtype", ("float32", "bfloat16"))
+    one_of(self, "muon_split", ("none", "head"))
+    one_of(self, "position_bias_owner", ("adamw", "muon"))
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """Weights of the auxiliary losses beside the next-token loss."""
+
+  mtp_weight: float = 0.3
+  mtp_weight_final: float = 0.1  # from the start of the learning rate's decay
+  balance_weight: float = 1e-4
+  indexer_weight: float = 0.01
+  bias_update_speed: float = 1e-3
+
+  def __post_init__(self):
+    typed(self)
+    at_least(self, 0, "mtp_weight", "mtp_weight_final", "balance_weight", "indexer_weight", "bias_update_speed")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where the tokens come from and how rows are packed."""
+
+  source: str = "stdlib"  # "stdlib", "text" (folder), "jsonl" (file or folder), "array_record" (files of token ids)
+  path: str | None = None  # folder, file or glob; None for "stdlib"
+  tokenizer: str | None = None  # a tokenizer.json; None = bytes
+  text_field: str = "text"  # of JSON lines
+  sequence_length: int = 512
+  batch_size: int = 8  # rows per optimizer step over the whole mesh, all accumulation passes together
+  accumulation: int = 1
+  held_out_percent: int = 5  # share of files, chosen by a hash of their name, never trained on
+  fim_rate: float = 0.0  # share of documents rearranged as prefix, suffix, middle
+  seed: int = 0
+
+  def __post_init__(self):
+    typed(self)
+    one_of(self, "source", ("stdlib", "text", "jsonl", "array_record"))
+    if (self.path is None) != (self.source == "stdlib"):
+      expected = "None" if self.source == "stdlib" else "a folder, file or glob"
+      refuse("path", self.path, f"{expected} for source {self.source!r}")
+    at_least(self, 2, "sequence_length")
+    at_least(self, 1, "batch_size", "accumulation")
+    if self.batch_size % self.accumulation:
+      refuse("batch_size", self.batch_size, f"a multiple of accumulation = {self.accumulation}")
+    if not 0 <= self.held_out_percent < 100:
+      refuse("held_out_percent", self.held_out_percent, "0 to 99")
+    if not 0 <= self.fim_rate <= 1:
+      refuse("fim_rate", self.fim_rate, "a number in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; one of them may be -1 = all that are left."""
+
+  data: int = -1
+  fsdp: int = 1
+  expert: int = 1
+  context: int = 1
+  tensor: int = 1
+  emulated_devices: int = 0  # CPU devices that the launcher asks JAX for, of all processes; 0 = what the machines have
+
+  def __post_init__(self):
+    typed(self)
+    sizes = {name: getattr(self, name) for name in self.axis_names}
+    for name, size in sizes.items():
+      if size != -1 and size < 1:
+        refuse(name, size, "at least 1, or -1 for all devices that are left")
+    if list(sizes.values()).count(-1) > 1:
+      refuse("mesh", sizes, "at most one axis with -1")
+    at_least(self, 0, "emulated_devices")
+
+  axis_names: typing.ClassVar[tuple[str, ...]] = ("data", "fsdp", "expert", "context", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnomalyConfig:
+  """What counts as a step that went wrong, and what is done about it (`training/anomalies.py`).
+
+  A policy other than "stop" goes back to the last sound state: after a step that was not finite that is the state it was
+  given, after a spike that of the newest checkpoint, from which the steps in between are computed again. Then
+    skip    leaves the batch out for good
+    repeat  computes it again; a spike that comes again counts, what is not finite again ends the run
+    log     (does not go back) writes it down and goes on; a step that was not finite changes nothing
+    stop    ends the run
+  """
+
+  policy: str = "skip"
+  window: int = 128  # steps whose losses say what is normal; fewer say nothing about spikes
+  deviations: float = 6.0  # a spike is a loss above their mean + this many standard deviations
+  limit: int = 8  # more anomalies than this within the window end the run
+
+  def __post_init__(self):
+    typed(self)
+    one_of(self, "policy", ("skip", "repeat", "log", "stop"))
+    at_least(self, 2, "window")
+    positive(self, "deviations")
+    at_least(self, 1, "limit")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+  """Length, rhythm and seeds of a run."""
+
+  steps: int = 10_000
+  seed: int = 0
+  init_from: str | None = None  # folder of a converted release or of a run with the weights to start with; None = random
+  kernels: str = "auto"  # implementation of the ops: auto, reference, blockwise, pallas, interpret
+  attention_mode: str = "sparse"  # "dense": CSA layers attend to every visible entry
+  log_every: int = 10
+  eval_every: int = 200
+  eval_batches: int = 8
+  checkpoint_every: int = 200
+  keep_checkpoints: int = 2
+  grace_seconds: float = 25.0  # within which the process ends after SIGTERM; Kubernetes kills after 30
+
+  def __post_init__(self):
+    typed(self)
+    if self.init_from == "":
+      refuse("init_from", self.init_from, "a folder, or None")
+    at_least(self, 1, "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
+    positive(self, "grace_seconds")
+    one_of(self, "kernels", ("auto", "reference", "blockwise", "pallas", "interpret"))
+    one_of(self, "attention_mode", ("sparse", "dense"))

@@ -1,0 +1,30 @@
+"""The recipe in miniature: each file trains small models on two CPU cores and shows one stage of V4's training by its effect.
+
+A miniature is a module with
+  DESCRIPTION            one line for the help text
+  run(workdir, seeds, say) -> Result     trains, writes its picture into `workdir`, returns figures and targets
+and stands in `NAMES`; `launch/miniature.py` calls it. What a miniature trains goes on from its own checkpoints when the same
+command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+NAMES: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a miniature found.
+
+  Attributes:
+    rows: of its table, column -> text or number; all rows have the same columns.
+    targets: {"target": sentence, "bound": number, "value": number or None, "reached": bool or None} each.
+    picture: file name inside the workdir.
+  """
+
+  rows: list[dict[str, Any]]
+  targets: list[dict[str, Any]]
+  picture: str
