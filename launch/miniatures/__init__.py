@@ -1,4 +1,4 @@
-"""The recipe in miniature: each file trains small models on two CPU cores and shows one stage of V4's training by its effect.
+"""The recipe in miniature: each file trains small models on two CPU cores and shows a stage of V4's training at work.
 
 A miniature is a module with
   DESCRIPTION            one line for the help text
