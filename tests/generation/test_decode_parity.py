@@ -28,10 +28,9 @@ def sides():
   return dsv4.DeepseekV4(PLAIN), variables, theirs
 
 
-def test_every_call_equals_transformers():
-  """A prompt, single tokens, chunks of eight; the caches of both sides go the same way."""
+def every_call_equals(widths):
+  """A row fed by `widths` tokens at a time; the caches of both sides go the same way."""
   model, variables, theirs = sides()
-  widths = (17, *(1,) * 9, 8, 8)
   ids = random_tokens(1, sum(widths), seed=2)
   step = jax.jit(lambda v, tokens, cache: model.apply(v, tokens, None, None, cache))
   cache, past, start = dsv4.init_cache(PLAIN, 1, 64), None, 0
@@ -44,6 +43,19 @@ def test_every_call_equals_transformers():
       want = theirs(torch.tensor(tokens, dtype=torch.long), past_key_values=past, use_cache=True)
     past = want.past_key_values
     np.testing.assert_allclose(out.logits, want.logits, atol=2e-4)
+
+
+def test_every_call_equals_transformers():
+  every_call_equals((17, *(1,) * 9, 8, 8))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("widths", [
+  (48,), (1,) * 48, (2,) * 24, (3,) * 16, (4,) * 12, (5, *(4,) * 10, 3), (7,) * 6, (8,) * 6, (9, 1, 8, 1, 16, 13), (47, 1),
+  (1, 47), (16, 31, 1), (33, 2, 2, 2, 2, 2, 2, 2)], ids=lambda widths: f"{len(widths)} calls, first {widths[0]}")
+def test_every_chunking_equals_transformers(widths):
+  """Chunks below, at and above CSA's and HCA's windows and the sliding one, that close none, one or several of them."""
+  every_call_equals(widths)
 
 
 def equal_replies(prompts, new):
