@@ -1,13 +1,14 @@
 """Measures this project's speed and memory, alone or beside another implementation on the same machine.
 
-python -m launch.bench forward|train [--against transformers] [--lengths 512,1024] [--repeats 3] [--json FILE]
+python -m launch.bench forward|train|decode [--against transformers] [--lengths 512,1024] [--repeats 3] [--json FILE]
 python -m launch.bench kernels --topology v5p:2x2x1 [--ops attention,select] [--models flash,pro] [--noothers] [...]
 python -m launch.bench memory --topology v5p:2x2x2 [--lengths 65536] [--noothers] [--json FILE]
 python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
 python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
 
-forward: logits of all places. train: next-token loss, gradient, AdamW; also the full step with Muon. float32, one row,
-2 threads, the model of launch/benchmarks/bench_config.json with random weights, the same on both sides.
+forward: logits of all places. train: next-token loss, gradient, AdamW; also the full step with Muon. decode: a prompt in
+chunks, then token by token through the cache. float32, one row, 2 threads, the model of launch/benchmarks/bench_config.json
+with random weights, the same on both sides.
 kernels: the ops of pallas_kernels at the released models' sizes, compiled for a TPU that need not be there; the compiler's
 final schedule beside the bounds of the chip, and beside what else a user could run.
 memory: what attention takes of a chip's HBM, forward and backward, heads split over the slice, from the same compiler.
@@ -24,7 +25,7 @@ from pathlib import Path
 from absl import app, flags
 
 from launch import use_huge_pages
-from launch.benchmarks import cases, context, overlap, report, run, worker
+from launch.benchmarks import cases, context, context_rows, overlap, report, run, worker
 from launch.benchmarks.kernels import cases as kernel_cases
 from launch.benchmarks.kernels import chips
 from launch.benchmarks.kernels import report as kernel_report
@@ -39,7 +40,8 @@ KINDS = (*cases.KINDS, KERNELS, MEMORY, OVERLAP, CONTEXT)
 def define_flags() -> None:
   flags.DEFINE_enum("against", None, [cases.TRANSFORMERS], "Another implementation that takes turns with ours.")
   flags.DEFINE_list("lengths", None, f"Tokens of the row: {', '.join(map(str, cases.LENGTHS))} if not given (the other side "
-                    f"is measured up to {cases.LONGEST_AGAINST}); {', '.join(map(str, kernel_cases.LENGTHS))} for kernels, "
+                    f"is measured up to {cases.LONGEST_AGAINST}); {', '.join(map(str, cases.DECODE_LENGTHS))} for decode, "
+                    f"{', '.join(map(str, kernel_cases.LENGTHS))} for kernels, "
                     f"{memory_cases.LENGTH} for memory, {', '.join(map(str, overlap.LENGTHS))} for overlap.")
   flags.DEFINE_integer("repeats", 3, "Timed passes of each side.", lower_bound=1)
   flags.DEFINE_string("topology", None, "Of kernels and memory: a chip and the shape of a slice, such as "
@@ -74,7 +76,8 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
   if kind not in cases.KINDS:
     known = {KERNELS: (), MEMORY: (memory_cases.LENGTH,), OVERLAP: overlap.LENGTHS, CONTEXT: ()}[kind]
     return kind, kernel_cases.lengths_from(lengths or [str(length) for length in known])
-  return kind, cases.lengths_from(lengths or [str(length) for length in cases.LENGTHS])
+  known, room = (cases.DECODE_LENGTHS, cases.NEW_TOKENS + 1) if kind == cases.DECODE else (cases.LENGTHS, 0)
+  return kind, cases.lengths_from(lengths or [str(length) for length in known], room)
 
 
 def check_kernels(topology: str | None, ops: list[str], models: list[str]) -> tuple[chips.Chip, tuple[str, ...], list[str]]:
@@ -134,8 +137,8 @@ def bench_context(tokens: int, chunks: list[str], path: str | None) -> None:
   use_huge_pages()
   worker.pin(cases.THREADS)
   rows = context.measure(tokens, [int(chunk) for chunk in chunks], say)
-  found = context.targets(rows)
-  print("", context.table(rows), context.EXPLANATION, report.target_lines(found), sep="\n")
+  found = context_rows.targets(rows)
+  print("", context_rows.table(rows), context_rows.EXPLANATION, report.target_lines(found), sep="\n")
   if path is not None:
     report.write_json(path, rows, found)
 
@@ -145,7 +148,8 @@ def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeat
   rows = run.measure(kind, lengths, against, repeats, say)
   found = report.targets(kind, rows)
   remarks = (report.losses(rows), report.disturbances(rows))
-  parts = (report.table(rows), report.EXPLANATION, report.target_lines(found), *filter(None, remarks))
+  explained = (report.EXPLANATION,) if kind != cases.DECODE else (report.EXPLANATION, report.DECODE_EXPLANATION)
+  parts = (report.table(rows), *explained, report.target_lines(found), *filter(None, remarks))
   print("", "\n\n".join(parts), sep="\n")
   if path is not None:
     report.write_json(path, rows, found)

@@ -25,6 +25,7 @@ def define_flags() -> None:
   flags.DEFINE_multi_string("set", [], "KEY=VALUE replaces a setting of a run file; repeatable.")
   flags.DEFINE_integer("context", 1_048_576, "Tokens seen by the token whose cost is counted.")
   flags.DEFINE_integer("rewind", 0, "Tokens that the cache can be taken back by.")
+  flags.DEFINE_integer("drafts", 0, "Tokens that speculation guesses at a time: the prediction block's cache counts, too.")
   flags.DEFINE_string("json", None, "Also write the numbers here.")
 
 
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   try:
     result = count(load_model(values["config"].value, values["set"].value), values["context"].value,
-                   rewind=values["rewind"].value)
+                   rewind=values["rewind"].value, drafts=values["drafts"].value)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f"error: {error}")
   print(report(result))

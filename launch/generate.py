@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 from absl import app, flags, logging
 
@@ -29,13 +29,13 @@ def define_flags() -> None:
   flags.DEFINE_string("prompts", None, "File with a prompt on each line; all are one batch.")
   flags.DEFINE_bool("chat", False, "Conversation on the terminal; an empty line or end of input ends it.")
   flags.DEFINE_string("reasoning_effort", None, "none, high, max, or another level of the release; default its own.")
-  flags.DEFINE_integer("max_new_tokens", 256, "Of each reply.")
+  flags.DEFINE_integer("max_new_tokens", 256, "Of each reply.", lower_bound=1)
   flags.DEFINE_float("temperature", 1.0, "0 = greedy.")
   flags.DEFINE_float("top_p", 1.0, "Keep the most probable tokens up to this probability.")
   flags.DEFINE_integer("top_k", 0, "Keep so many of the most probable tokens; 0 = all.")
   flags.DEFINE_float("min_p", 0.0, "Keep tokens of at least this share of the largest probability.")
   flags.DEFINE_integer("seed", 0, "Of the drawn tokens.")
-  flags.DEFINE_integer("chunk_size", 512, "Tokens of a prompt that are fed at a time.")
+  flags.DEFINE_integer("chunk_size", 512, "Tokens of a prompt that are fed at a time.", lower_bound=1)
   flags.DEFINE_bool("speculative", False, "Let the prediction block guess tokens that one step verifies.")
   flags.DEFINE_integer("drafts", None, "With --speculative: tokens guessed at a time, one if not given.", lower_bound=1)
   flags.DEFINE_enum("cache_storage", "compute", STORAGES,
@@ -119,34 +119,63 @@ class _Stream:
       self._shown = text
 
 
-def load(checkpoint: str, options: dict[str, Any], seed: int, *, inference_rounding: bool = False,
-         drift: bool = False) -> Speaker:
-  """Reads weights, tokenizer and chat wording.
+def check_options(model_config: Any, leaves: Iterable[str], options: dict[str, Any], drift: bool) -> None:
+  """Refuses options of `generate` that cannot work, from the model's configuration and the names of its weights alone.
+
+  Args:
+    leaves: names of the checkpoint's arrays.
+    options, drift: see `Speaker`.
+
+  Raises:
+    ValueError: names the option, its value and what was expected.
+  """
+  from deepseek_v4.generation import speculative
+  from deepseek_v4.generation.sample import Sampling
+  Sampling(*(options[name] for name in ("temperature", "top_p", "top_k", "min_p")))
+  block = {"mtp": None} if any(name.startswith("params/mtp/") for name in leaves) else {}
+  speculative.check(model_config, {"params": block}, options.get("speculative", False))
+  if drift or options["cache_storage"] == "mixed":
+    model_config.check_hadamard("--drift" if drift else "--cache_storage = mixed")
+  if not 1 <= options["max_new_tokens"] < model_config.max_position_embeddings:
+    raise ValueError(f"--max_new_tokens = {options['max_new_tokens']}: expected at least 1 and less than "
+                     f"max_position_embeddings = {model_config.max_position_embeddings}")
+
+
+def load(checkpoint: str, options: dict[str, Any], seed: int, *, effort: str | None = None,
+         inference_rounding: bool = False, drift: bool = False) -> Speaker:
+  """Reads chat wording, tokenizer and weights, the weights last: of a release they take minutes.
 
   Args:
     checkpoint: folder of a run or of a converted release.
     options, seed, drift: see `Speaker`.
+    effort: that replies will be asked for; None = any.
     inference_rounding: the field of `ModelConfig`.
 
   Raises:
-    FileNotFoundError, ValueError: no usable checkpoint or tokenizer there.
+    FileNotFoundError, ValueError: no usable checkpoint or tokenizer there, or options that do not fit it; see
+      `check_options`.
   """
   from deepseek_v4 import config
   from deepseek_v4.checkpoint.convert import CHECKPOINTS, RELEASE
-  from deepseek_v4.checkpoint.store import restore_variables
+  from deepseek_v4.checkpoint.store import newest_manifest, restore_variables
   from deepseek_v4.model.transformer import DeepseekV4
   from deepseek_v4.text import chat_template
   from deepseek_v4.text.tokenize import load_tokenizer
-  # Layers that are not scanned update their caches in place.
-  variables, stored, _ = restore_variables(Path(checkpoint) / CHECKPOINTS, scan_layers=False)
-  model_config = dataclasses.replace(config.from_dict(config.ModelConfig, stored["model"]),
+  _, manifest = newest_manifest(Path(checkpoint) / CHECKPOINTS)
+  stored = manifest["config"]
+  model_config = dataclasses.replace(config.from_dict(config.ModelConfig, stored["model"]), scan_layers=False,
                                      inference_rounding=inference_rounding)
+  check_options(model_config, manifest["leaves"], options, drift)
   release = Path(checkpoint) / RELEASE
   source = release if (release / "tokenizer.json").is_file() else stored.get("data", {}).get("tokenizer")
   template = chat_template.DEFAULT
   if (release / "encoding").is_dir():
     template = chat_template.ChatTemplate.from_checkpoint(release)
+  if effort is not None:
+    template.check_effort(effort)
   tokenizer = load_tokenizer(source, model_config.vocab_size)
+  # Layers that are not scanned update their caches in place.
+  variables, _, _ = restore_variables(Path(checkpoint) / CHECKPOINTS, scan_layers=False)
   return Speaker(DeepseekV4(model_config), variables, tokenizer, template, options, seed, drift)
 
 
@@ -219,6 +248,8 @@ def main(argv: list[str]) -> None:
     if value("prompts") is not None:
       lines = Path(value("prompts")).read_text(encoding="utf-8").splitlines()
       prompts = [line for line in lines if line.strip()]
+      if not prompts:
+        raise ValueError(f"--prompts = {value('prompts')}: expected at least one line with text")
     options = {name: value(name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "chunk_size",
                                               "cache_storage")}
     if value("drafts") and not value("speculative"):
@@ -226,8 +257,8 @@ def main(argv: list[str]) -> None:
     if value("drift") and value("inference_rounding"):
       raise ValueError("--drift with --inference_rounding: expected one of them, since both storages round the same then")
     options["speculative"] = (value("drafts") or 1) if value("speculative") else False
-    speaker = load(value("checkpoint"), options, value("seed"), inference_rounding=value("inference_rounding"),
-                   drift=value("drift"))
+    speaker = load(value("checkpoint"), options, value("seed"), effort=value("reasoning_effort"),
+                   inference_rounding=value("inference_rounding"), drift=value("drift"))
     if value("chat"):
       converse(speaker, value("reasoning_effort"), _ask, show)
     else:

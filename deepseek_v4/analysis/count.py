@@ -63,9 +63,10 @@ class Count:
     parameters: see `Parameters`.
     flops_per_token: operations of one decoded token by part, the prediction block left out.
     cache_bytes: storage ("compute", "mixed") -> kind -> bytes of one sequence: "window" and "entries" (keys = values),
-      "index_keys", "scales" of what is stored in FP8 and FP4, "pending" (tokens of unfinished entries).
-    ratio_to_v32: "flops" as FP8-equivalent operations; "cache" as bytes of the mixed storage without "pending", against
-      V3.2's FP8 cache; both at this context.
+      "index_keys", "scales" of what is stored in FP8 and FP4, "pending" (tokens of unfinished entries); with drafts also
+      "draft", the prediction block's own cache.
+    ratio_to_v32: "flops" as FP8-equivalent operations; "cache" as bytes of the mixed storage without "pending" and "draft",
+      against V3.2's FP8 cache; both at this context.
   """
 
   context: int
@@ -75,24 +76,33 @@ class Count:
   ratio_to_v32: Mapping[str, float]
 
 
-def count(config: ModelConfig, context: int = 1_048_576, *, rewind: int = 0) -> Count:
+def count(config: ModelConfig, context: int = 1_048_576, *, rewind: int = 0, drafts: int = 0) -> Count:
   """Counts a model.
 
   Args:
     config: the model.
     context: tokens seen, at least 1.
     rewind: tokens that the cache can be taken back by; its windows are longer by them.
+    drafts: tokens that the prediction block guesses at a time (`generate`'s `speculative`); its cache then counts, too, and
+      both can be taken back by at least as many.
 
   Raises:
-    ValueError: a context or rewind that is no such number.
+    ValueError: a context, rewind or drafts that is no such number, or drafts of a model without a prediction block.
   """
-  for field, value, least in (("context", context, 1), ("rewind", rewind, 0)):
+  for field, value, least in (("context", context, 1), ("rewind", rewind, 0), ("drafts", drafts, 0)):
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
       refuse(field, value, f"a whole number, at least {least}")
+  if drafts and not config.num_nextn_predict_layers:
+    refuse("drafts", drafts, "0, as the model has no prediction block (num_nextn_predict_layers = 0)")
   flops = _flops(config, context)
-  cache = {storage: cache_bytes(config, context, storage, rewind=rewind) for storage in STORAGES}
+  cache = {storage: cache_bytes(config, context, storage, rewind=max(rewind, drafts)) for storage in STORAGES}
   v32_flops, v32_cache = _v32(context)
   kept = sum(size for kind, size in cache["mixed"].items() if kind != "pending")
+  if drafts:
+    block = dataclasses.replace(config, num_hidden_layers=1, layer_types=(config.mtp_spec.attention,),
+                                mlp_layer_types=(config.mtp_spec.router,))
+    for storage in STORAGES:
+      cache[storage]["draft"] = sum(cache_bytes(block, context, storage, rewind=max(rewind, drafts)).values())
   ratio = {"flops": sum(flops[part] * EQUIVALENT[part] for part in flops) / v32_flops, "cache": kept / v32_cache}
   return Count(context, parameters(config), flops, cache, ratio)
 

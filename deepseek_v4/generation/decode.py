@@ -27,6 +27,7 @@ from deepseek_v4.model.formats import STORAGES
 from deepseek_v4.model.transformer import DeepseekV4
 
 _SMALLEST_REACH = 1024
+_TOGETHER, _PATIENCE = 16, 0.1  # tokens that come from one call at most, and the seconds that it should not exceed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,36 @@ def advance(model: DeepseekV4, variables: Any, cache: Cache, tokens: jax.Array, 
   out = model.apply(variables, tokens, None, segment_ids, cache, logits="last", cache_reach=reach)
   moved_B1 = (segment_ids > 0).any(1, keepdims=True)
   return out.cache, jnp.where(moved_B1, out.logits[:, 0], logits)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "reach"), donate_argnames=("cache", "logits"))
+def _go_on(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, last: jax.Array, stopped: jax.Array,
+           stop: jax.Array, keys: jax.Array, number: jax.Array, count: jax.Array, settings: Rows, forced: jax.Array,
+           *, reach: int):
+  """Up to `count` tokens of each reply, one after another; the cache and the logits that came in are given up.
+
+  Args:
+    logits: [B, V], see `advance`.
+    last: int32 [B], the token before, not fed yet.
+    stopped: bool [B], replies that take no more; stop: int32 [s], tokens that end one.
+    number: of the first token; count: at most `_TOGETHER`, fewer tokens come if all replies stop.
+    keys, settings, forced: see `_draw`.
+
+  Returns:
+    (cache, logits, tokens int32 [_TOGETHER, B], their log-probabilities).
+  """
+  def one(state):
+    i, cache, logits, last, stopped, tokens, logprobs = state
+    goes_on = (~stopped[:, None]).astype(jnp.int32)
+    cache, logits = advance(model, variables, cache, last[:, None], goes_on, logits, reach=reach)
+    drawn, logprob = _draw(logits, keys, number + i, settings, forced)
+    stopped |= (drawn[:, None] == stop).any(1)
+    return i + 1, cache, logits, drawn, stopped, tokens.at[i].set(drawn), logprobs.at[i].set(logprob)
+
+  found = (jnp.zeros((_TOGETHER, *last.shape), dtype) for dtype in (last.dtype, logits.dtype))
+  state = jnp.int32(0), cache, logits, last, stopped, *found
+  _, cache, logits, _, _, *found = jax.lax.while_loop(lambda state: (state[0] < count) & ~state[4].all(), one, state)
+  return cache, logits, *found
 
 
 @jax.jit
@@ -190,29 +221,49 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   logits.block_until_ready()
   prefilled = time.perf_counter()
 
-  tokens, logprobs, stopped = [[] for _ in prompts], [[] for _ in prompts], np.zeros(len(prompts), bool)
+  tokens, logprobs, finish = _reply(model, variables, cache, logits, keys, settings, longest, max_new_tokens, stop_tokens,
+                                    thinking_budget, on_token)
+  return Generation(tokens, logprobs, finish, None, size, prefilled - started, time.perf_counter() - prefilled)
+
+
+def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, keys: jax.Array, settings: Rows, longest: int,
+           max_new_tokens: int, stop_tokens: Sequence[int], budget: ThinkingBudget | None,
+           on_token: Callable[[int, int], None] | None) -> tuple[list[list[int]], list[list[float]], list[str]]:
+  """(tokens, logprobs, finish) of `Generation`, going on from what `prefill` returns for prompts of at most `longest`
+  tokens; the other arguments are those of `generate`."""
+  rows = range(keys.shape[0])
+  tokens, logprobs, stopped = [[] for _ in rows], [[] for _ in rows], np.zeros(len(rows), bool)
+  closed = [False for _ in rows]  # the thought of a reply
   stop = np.array(sorted(stop_tokens), np.int32)
-  closed = [False] * len(prompts)  # the thought of a reply
-  for number in range(max_new_tokens):
-    forced = np.array([forced_token(*state, thinking_budget) for state in zip(tokens, closed)], np.int32)
-    drawn, logprob = _draw(logits, keys, number, settings, forced)
-    drawn, logprob = np.asarray(drawn), np.asarray(logprob)
-    alive = ~stopped
-    for i in np.flatnonzero(alive):
+
+  def take(drawn: np.ndarray, logprob: np.ndarray) -> None:
+    """The next token of each reply that goes on."""
+    for i in np.flatnonzero(~stopped):
       tokens[i].append(int(drawn[i]))
       logprobs[i].append(float(logprob[i]))
-      if thinking_budget is not None:
-        closed[i] |= tuple(tokens[i][-len(thinking_budget.close):]) == tuple(thinking_budget.close)
+      if budget is not None:
+        closed[i] |= tuple(tokens[i][-len(budget.close):]) == tuple(budget.close)
       if on_token is not None:
         on_token(int(i), int(drawn[i]))
-    stopped |= alive & np.isin(drawn, stop)
-    if stopped.all() or number + 1 == max_new_tokens:
-      break
-    reach = reach_of(longest + number + 1, cache.max_length)
-    cache, logits = advance(model, variables, cache, drawn[:, None], (~stopped)[:, None].astype(np.int32), logits,
-                            reach=reach)
-  finish = ["stop" if s else "length" for s in stopped]
-  return Generation(tokens, logprobs, finish, None, size, prefilled - started, time.perf_counter() - prefilled)
+    stopped[:] |= np.isin(drawn, stop)
+
+  forced = lambda: np.array([forced_token(tokens[i], closed[i], budget) for i in rows], np.int32)
+  last, logprob = jax.device_get(_draw(logits, keys, 0, settings, forced()))
+  take(last, logprob)
+  number, seconds = 1, _PATIENCE  # tokens so far, and what one takes
+  while number < max_new_tokens and not stopped.all():
+    # Nobody has to look at tokens before the first that a budget may force.
+    free = [budget.tokens - number for i in rows if budget is not None and not closed[i] and not stopped[i]]
+    count = max(1, min(_TOGETHER, max_new_tokens - number, int(_PATIENCE / seconds), *free))
+    reach, begun = reach_of(longest + number + count - 1, cache.max_length), time.perf_counter()
+    cache, logits, *found = _go_on(model, variables, cache, logits, last, stopped, stop, keys, number, count, settings,
+                                   forced(), reach=reach)
+    drawn, logprob = jax.device_get(found)
+    seconds = (time.perf_counter() - begun) / count
+    for i in range(count):
+      take(drawn[i], logprob[i])
+    number, last = number + count, drawn[count - 1]
+  return tokens, logprobs, ["stop" if ended else "length" for ended in stopped]
 
 
 def _settings(count: int, *values: Any) -> Rows:

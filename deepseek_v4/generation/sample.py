@@ -113,5 +113,7 @@ def sample(keys: jax.Array, logits: jax.Array, settings: Rows) -> jax.Array:
     int32 [B].
   """
   left_BV = filtered(logits, settings)
-  noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, left_BV.shape[1:], left_BV.dtype))(keys)
+  noise = lambda: jax.vmap(lambda key: jax.random.gumbel(key, left_BV.shape[1:], left_BV.dtype))(keys)
+  # Greedy rows have one token left, whatever is added.
+  noise_BV = jax.lax.cond((settings.temperature > 0).any(), noise, lambda: jnp.zeros_like(left_BV))
   return jnp.argmax(left_BV + noise_BV, axis=1).astype(jnp.int32)

@@ -239,4 +239,7 @@ def _with_entries(entries: jax.Array, new: jax.Array, first: jax.Array, used: ja
                      jax.lax.dynamic_slice(entries, corner, (1, count, entries.shape[2]))[0])
     return jax.lax.dynamic_update_slice(entries, rows[None], corner)
 
-  return jax.lax.fori_loop(0, entries.shape[0], row, entries) if count else entries
+  if not count:
+    return entries
+  # A number of rows that XLA does not know: a loop of one row would be none, and then it writes into copies of the entries.
+  return jax.lax.fori_loop(0, jnp.where(used.any(), entries.shape[0], 0), row, entries)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, ModelConfig
 from deepseek_v4.model import cache, rope, sequence, weights
-from deepseek_v4.model.norm import RMSNorm
+from deepseek_v4.model.norm import RMSNorm, rms_norm
 
 SERIES = {CSA: 2, HCA: 1}  # overlapping windows of an entry
 
@@ -164,11 +164,11 @@ class Compressor(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, layout: EntryLayout, earlier: jax.Array | None = None):
+  def __call__(self, x_BSD: jax.Array, layout: EntryLayout, earlier: Callable[[], jax.Array] | None = None):
     """Returns (entries [B, T, d], normalised and rotated, and the tokens' values and gates [B, S, 2, o, d] for a cache).
 
-    Unused entries hold finite values without meaning. `earlier` [B, P, 2, o, d]: values and gates of the tokens before, for
-    a `chunk_layout`; without it there is nothing to cache, and the second result is None.
+    Unused entries hold finite values without meaning. `earlier` gives values and gates [B, P, 2, o, d] of the tokens before,
+    for a `chunk_layout`; without it there is nothing to cache, and the second result is None.
 
     entry = sum over slots of softmax(gate + position bias) * value; CSA's slots are the previous window's series 0 and
     the own window's series 1, and the first entry of a document has only the latter (report eqs. 9-12, 20-23).
@@ -179,12 +179,25 @@ class Compressor(nn.Module):
     kv_oDd = weights.matrix(self, config, "kv", shape)
     gate_oDd = weights.matrix(self, config, "gate", shape)
     bias_omd = weights.exact(self, config, "position_bias", (series, m, self.width), nn.initializers.zeros)
+    norm_d = RMSNorm(config, name="norm").weight(self.width)
     raw = [(x_BSD @ kv_oDd[o], x_BSD @ gate_oDd[o]) for o in range(series)]
-    pooled = _pooled_by_part if earlier is None and sequence.is_split() else functools.partial(_pooled, earlier=earlier)
-    entries_BTd = pooled(raw, bias_omd=bias_omd, layout=layout).astype(x_BSD.dtype)
-    entries_BTd = RMSNorm(config, name="norm")(entries_BTd)
-    stacked = None if earlier is None else jnp.stack([jnp.stack(pair, 2) for pair in raw], 3)
-    return rope.rotate(entries_BTd, layout.cos, layout.sin), stacked
+
+    def entries():
+      if earlier is None and sequence.is_split():
+        pooled_BTd = _pooled_by_part(raw, bias_omd, layout)
+      else:
+        pooled_BTd = _pooled(raw, None if earlier is None else earlier(), bias_omd, layout)
+      entries_BTd = rms_norm(pooled_BTd.astype(x_BSD.dtype), norm_d, config.rms_norm_eps)
+      return rope.rotate(entries_BTd, layout.cos, layout.sin)
+
+    if earlier is None:
+      return entries(), None
+    stacked = jnp.stack([jnp.stack(pair, 2) for pair in raw], 3)
+    if x_BSD.shape[1] >= m:
+      return entries(), stacked
+    # Most chunks of few tokens close no entry.
+    shape = jax.eval_shape(entries)
+    return jax.lax.cond((layout.segment > 0).any(), entries, lambda: jnp.zeros(shape.shape, shape.dtype)), stacked
 
 
 def _pooled(raw, earlier, bias_omd: jax.Array, layout: EntryLayout) -> jax.Array:
@@ -225,7 +238,8 @@ def extend(compressor: Compressor, x_BSD: jax.Array, layout: EntryLayout, start_
 
   `stored` makes of new entries [B, C, d] what `entries` hold.
   """
-  earlier = cache.read_ring(pending, start_B, compressor.config.lookback(compressor.attention))
+  count = compressor.config.lookback(compressor.attention)
+  earlier = functools.partial(cache.read_ring, pending, start_B, count)
   new_BTd, raw = compressor(x_BSD, layout, earlier)
   write = sharding.per_shard(cache.write_entries, (("batch",),) * 4, ("batch",))
   entries = write(entries, stored(new_BTd), start_B // layout.rate, layout.segment > 0)

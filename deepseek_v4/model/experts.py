@@ -169,6 +169,10 @@ def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit
     experts_Tk = experts_Tk - jax.lax.axis_index(expert_axis) * gate_EDF.shape[0]
   top_k = experts_Tk.shape[-1]
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
+  if kernels == "blockwise" and experts_Tk.size < gate_EDF.shape[0]:
+    rows = (x.reshape(-1, x.shape[-1]) for x in (x_TD, experts_Tk, weights_Tk))
+    out_TD = grouped_matmul.few_picks(*rows, gate_EDF, up_EDF, down_EFD, limit=limit, rounded=rounded).reshape(x_TD.shape)
+    return _over_axes(out_TD, expert_axis, width_axis).astype(x_TD.dtype)
   plan = dispatch(experts_Tk.reshape(-1, top_k).T, gate_EDF.shape[0], shards, kernels)
   rows_MD = gather_rows(x_TD.reshape(-1, x_TD.shape[-1]), plan)
   weights_kT, rounding = weights_Tk.reshape(-1, top_k).T, None
@@ -178,9 +182,13 @@ def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit
   y_MD = grouped_matmul.expert_mlp(rows_MD, gate_EDF, up_EDF, down_EFD, plan.group_sizes, tile=plan.tile, limit=limit,
                                    rounding=rounding, implementation=kernels)
   out_TD = combine_rows(y_MD, weights_kT, plan).reshape(x_TD.shape)
+  return _over_axes(out_TD, expert_axis, width_axis).astype(x_TD.dtype)
+
+
+def _over_axes(out_TD: jax.Array, expert_axis: str | None, width_axis: str | None) -> jax.Array:
+  """The parts of all devices summed, each device's own tokens left."""
   out_TD = out_TD if width_axis is None else jax.lax.psum(out_TD, width_axis)
-  out_TD = out_TD if expert_axis is None else jax.lax.psum_scatter(out_TD, expert_axis, tiled=True)
-  return out_TD.astype(x_TD.dtype)
+  return out_TD if expert_axis is None else jax.lax.psum_scatter(out_TD, expert_axis, tiled=True)
 
 
 class Experts(nn.Module):

@@ -58,7 +58,10 @@ class RMSNorm(nn.Module):
 
   config: ModelConfig
 
-  @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = weights.exact(self, self.config, "scale", (x.shape[-1],), nn.initializers.ones)
-    return rms_norm(x, scale, self.config.rms_norm_eps)
+    return rms_norm(x, self.weight(x.shape[-1]), self.config.rms_norm_eps)
+
+  @nn.compact
+  def weight(self, width: int) -> jax.Array:
+    """The weight alone, for code that norms where no module can be called."""
+    return weights.exact(self, self.config, "scale", (width,), nn.initializers.ones)

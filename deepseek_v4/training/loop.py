@@ -30,7 +30,7 @@ from deepseek_v4.config import RunConfig, to_dict
 from deepseek_v4.sharding import batch_sharding
 from deepseek_v4.training import baselines, metrics
 from deepseek_v4.training.data import Batches, make_dataset
-from deepseek_v4.training.start import copy_release, state_from
+from deepseek_v4.training.start import check_source, copy_release, state_from
 from deepseek_v4.training.state import abstract_state, init_state
 from deepseek_v4.training.step import find_non_finite, make_eval_step, make_train_step
 
@@ -55,10 +55,12 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
   with contextlib.ExitStack() as stack:
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))
-    held_out, train_data = dataset(run_config, "held_out"), dataset(run_config, "train")
-    batches = stack.enter_context(contextlib.closing(iter(train_data)))
     store = stack.enter_context(CheckpointStore(workdir / CHECKPOINTS, keep=training.keep_checkpoints,
                                                 config_dict=to_dict(run_config)))
+    if training.init_from is not None and not store.steps():
+      check_source(run_config, mesh)  # before text is tokenised
+    held_out, train_data = dataset(run_config, "held_out"), dataset(run_config, "train")
+    batches = stack.enter_context(contextlib.closing(iter(train_data)))
 
     # Start, in the order tried: 1. resume the newest sound checkpoint of this workdir, 2. the weights that
     # training.init_from names, 3. from scratch.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import jax
 import numpy as np
@@ -14,21 +15,21 @@ import numpy as np
 from deepseek_v4.checkpoint import manifest as manifest_lib
 from deepseek_v4.checkpoint.convert import CHECKPOINTS, RELEASE
 from deepseek_v4.checkpoint.store import newest_manifest, restore_variables
+from deepseek_v4.checkpoint.trees import disk_parts, groups_of, named_leaves
 from deepseek_v4.config import RunConfig, to_dict
-from deepseek_v4.training.state import TrainState, state_of
+from deepseek_v4.training.state import TrainState, abstract_state, refuse_other_shapes, state_of
 
 SETTING = "training.init_from"
+VARIABLES = ("params", "router")
 
 
-def state_from(run_config: RunConfig, key: jax.Array, mesh: jax.sharding.Mesh | None,
-               say: Callable[[str], None]) -> TrainState:
-  """A state at step 0 with the weights and the router's state of the newest usable checkpoint in `training.init_from`.
-
-  The optimizer starts afresh, whatever the weights were trained with, and so does the data's order.
+def check_source(run_config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> tuple[os.PathLike[str], dict[str, Any]]:
+  """(path, manifest) of the newest checkpoint in `training.init_from`, once it fits the run; no weight is read.
 
   Raises:
     FileNotFoundError: no such folder, or no usable checkpoint in it.
-    ValueError: its model is another one than `run_config.model`, or sizes that the mesh does not divide.
+    ValueError: its model is another one than `run_config.model`, leaves that are not that model's, by name and shape, or
+      sizes that the mesh does not divide.
   """
   folder = Path(run_config.training.init_from)
   if not (folder / CHECKPOINTS).is_dir():
@@ -38,8 +39,28 @@ def state_from(run_config: RunConfig, key: jax.Array, mesh: jax.sharding.Mesh | 
                             f"folder {CHECKPOINTS!r} in it{hint if released else ''}")
   path, manifest = newest_manifest(folder / CHECKPOINTS)
   manifest_lib.refuse_other_model(manifest["config"], to_dict(run_config), f"{folder} ({SETTING})")
+  shapes = abstract_state(run_config, mesh)
+  named, _ = named_leaves({name: getattr(shapes, name) for name in VARIABLES})
+  groups = groups_of(named)
+  wanted = {part: leaf.shape[index is not None:] for name, leaf in named for part, index in disk_parts(name, groups)}
+  stored = {name: tuple(entry["shape"]) for name, entry in manifest["leaves"].items() if name.split("/")[0] in VARIABLES}
+  refuse_other_shapes(stored, wanted, f"{path} ({SETTING})")
+  return path, manifest
+
+
+def state_from(run_config: RunConfig, key: jax.Array, mesh: jax.sharding.Mesh | None,
+               say: Callable[[str], None]) -> TrainState:
+  """A state at step 0 with the weights and the router's state of the newest usable checkpoint in `training.init_from`.
+
+  The optimizer starts afresh, whatever the weights were trained with, and so does the data's order.
+
+  Raises:
+    FileNotFoundError, ValueError: see `check_source`.
+  """
+  folder = Path(run_config.training.init_from)
+  path, manifest = check_source(run_config, mesh)
   size = sum(math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize for name, entry in manifest["leaves"].items()
-             if name.split("/")[0] in ("params", "router"))
+             if name.split("/")[0] in VARIABLES)
   say(f"reading {size / 2**20:,.1f} MiB of weights from {path}")
   started = time.perf_counter()
   variables, _, step = restore_variables(folder / CHECKPOINTS, scan_layers=run_config.model.scan_layers, mesh=mesh)

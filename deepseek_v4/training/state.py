@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Mapping
 
 import flax.struct
 import jax
@@ -63,9 +63,10 @@ def state_of(run_config: RunConfig, variables: dict[str, Any], key: jax.Array, m
     ValueError: sizes that the mesh does not divide, or leaves that are not those of the run's model.
   """
   shapes = abstract_state(run_config, mesh)
-  given = {name: jax.tree.map(lambda x: x.shape, variables[name]) for name in ("params", "router")}
-  if given != {name: jax.tree.map(lambda x: x.shape, getattr(shapes, name)) for name in given}:
-    raise ValueError("variables: expected the leaves of the run's model, by name and shape")
+  given = {name: variables[name] for name in ("params", "router")}
+  by_name = lambda tree: {"/".join(sharding.path_names(path)): x.shape
+                          for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  refuse_other_shapes(by_name(given), by_name({name: getattr(shapes, name) for name in given}), "variables")
 
   def build(variables, key):
     params, router = (jax.tree.map(lambda x, shape: x.astype(shape.dtype), variables[name], getattr(shapes, name))
@@ -74,9 +75,18 @@ def state_of(run_config: RunConfig, variables: dict[str, Any], key: jax.Array, m
     return TrainState(jnp.zeros((), jnp.int32), params, router, optimizer_of(run_config, params, mesh).init(params), run_key)
 
   places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
-  variables = {name: variables[name] for name in given}
-  cast = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(variables))  # memory of another size cannot be handed on
-  return jax.jit(build, out_shardings=places, donate_argnums=() if cast else 0)(variables, key)
+  cast = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(given))  # memory of another size cannot be handed on
+  return jax.jit(build, out_shardings=places, donate_argnums=() if cast else 0)(given, key)
+
+
+def refuse_other_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
+  """Raises one ValueError that lists every leaf of which name or shape is not the wanted one."""
+  lines = [f"{name}: not there, expected shape {shape}" for name, shape in wanted.items() if name not in found]
+  lines += [f"{name}: of shape {shape}, expected no such leaf" for name, shape in found.items() if name not in wanted]
+  lines += [f"{name}: of shape {shape}, expected {wanted[name]}" for name, shape in found.items()
+            if name in wanted and tuple(shape) != tuple(wanted[name])]
+  if lines:
+    raise ValueError("\n  ".join([f"{where}: expected the leaves of the run's model, by name and shape:", *lines]))
 
 
 def abstract_state(run_config: RunConfig, mesh: Mesh | None = None) -> TrainState:

@@ -2,11 +2,6 @@
 
 The model is small, so that two processor cores read a million tokens, but has every kind of layer and the released sizes of
 window, compression and selection. Its weights are random, the text is Python's standard library, byte by byte.
-
-What a token costs should grow with what it reads and with nothing else: the index keys it scores, the entries it selects of
-them, and all heavily compressed entries. So its cost should be a line over the number of these entries; the line through two
-places in the first quarter predicts the end. Cost is here the time of the processor, summed over its cores, which does not
-depend on who else uses the machine; what a clock on the wall says stands beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +10,7 @@ import dataclasses
 import time
 from typing import Any, Callable, NamedTuple, Sequence
 
+import jax
 import numpy as np
 
 import deepseek_v4 as dsv4
@@ -24,6 +20,7 @@ from deepseek_v4.model.cache import init_cache
 from deepseek_v4.text.tokenize import BYTE_VOCABULARY, ByteTokenizer
 from deepseek_v4.training.sources import read_texts
 from launch.benchmarks import ours
+from launch.benchmarks.context_rows import NEIGHBOURS, Chunk, place_rows
 from launch.benchmarks.report import Row
 from launch.benchmarks.worker import memory, settle
 
@@ -36,11 +33,7 @@ CONFIG = ModelConfig(
 CHUNKS = (4096, 3000)
 DECODED = 32  # tokens that follow the prompt one by one
 SHORTEST = 8192
-PLACES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of all tokens, where rows are made
-FITTED = (1 / 16, 1 / 4)  # places whose cost predicts the others
-_WINDOW = 8  # chunks before a place, of which the fastest counts: others use the machine, too
 _PAUSE = 10.0  # seconds between two lines of progress
-LOGITS_APART, GROWTH, MINUTES = 1e-3, 1.3, 60.0
 
 
 def check_tokens(tokens: int, chunks: Sequence[int]) -> None:
@@ -64,29 +57,7 @@ def text(tokens: int) -> np.ndarray:
   return np.resize(ids.astype(np.int32), tokens)
 
 
-def entries_read(config: ModelConfig, position: float) -> float:
-  """Index keys that a token at this position scores, entries it selects of them, and heavily compressed entries it reads,
-  over all layers."""
-  read = {SLIDING: 0.0, CSA: position / config.csa_compress_rate, HCA: position / config.hca_compress_rate}
-  read[CSA] += min(read[CSA], config.index_topk)
-  return sum(read[kind] for kind in config.layer_types)
-
-
 # ---- one run ----------------------------------------------------------------------------------------------------------
-class Chunk(NamedTuple):
-  """Tokens before and after a chunk, what it took by the clock, and of the processor's time."""
-
-  start: int
-  end: int
-  seconds: float
-  processor_seconds: float
-
-  @property
-  def cost(self) -> float:
-    """Seconds of the processor per token."""
-    return self.processor_seconds / (self.end - self.start)
-
-
 @dataclasses.dataclass
 class Clock:
   """Seconds of the chunks of one prefill, and what is said meanwhile.
@@ -100,6 +71,7 @@ class Clock:
     steady: those that did not wait for a compilation: not the first one of its width and reach.
     resident: bytes of the process in the middle of the prefill.
     temporary: bytes beside them that chunks took after that.
+    peak: bytes of the process at most.
   """
 
   tokens: int
@@ -110,9 +82,15 @@ class Clock:
   steady: list[Chunk] = dataclasses.field(default_factory=list)
   resident: int | None = None
   temporary: int | None = None
+  peak: int | None = None
 
   def __post_init__(self):
     self._programs: set[tuple[int, int]] = set()
+    self.begin()
+
+  def begin(self, compiled: tuple[int, int] | None = None) -> None:
+    """Now the first chunk starts; a program (width, reach) that exists already need not be waited for."""
+    self._programs |= set() if compiled is None else {compiled}
     self._started = self._last = self._said = time.perf_counter()
     self._processor = time.process_time()
 
@@ -121,7 +99,7 @@ class Clock:
     now = time.perf_counter()
     before = self.chunks[-1].end if self.chunks else 0
     chunk = Chunk(before, fed, now - self._last, time.process_time() - self._processor)
-    program = (fed - before, decode.reach_of(fed, CONFIG.max_position_embeddings))
+    program = (fed - before, decode.reach_of(fed, self.tokens + DECODED))
     self.chunks.append(chunk)
     if program in self._programs:
       self.steady.append(chunk)
@@ -137,33 +115,64 @@ class Clock:
     self._last, self._processor = time.perf_counter(), time.process_time()
 
   def _look_at_memory(self) -> None:
+    peak = memory("VmHWM")
+    if peak is None:  # no such system
+      return
+    self.peak = max(self.peak or 0, peak)
     if self.resident is None:
       self.resident = settle()
-    elif (peak := memory("VmHWM")) is not None:
+    else:
       self.temporary = peak - self.resident
 
   def seconds_left(self) -> float:
     """Of this prefill, if the cost of a token goes on growing as it did."""
     chunks = self.steady or self.chunks
     cost = lambda chunks: sorted(chunk.seconds / (chunk.end - chunk.start) for chunk in chunks)[len(chunks) // 2]
-    early, late = chunks[:_WINDOW], chunks[-_WINDOW:]
+    early, late = chunks[:NEIGHBOURS], chunks[-NEIGHBOURS:]
     slope = max(cost(late) - cost(early), 0) / max(late[-1].end - early[-1].end, 1)
     left = self.tokens - self.chunks[-1].end
     return left * (cost(late) + slope * left / 2)
 
 
-def run(model: dsv4.DeepseekV4, variables: Any, ids: np.ndarray, chunk_size: int, follow: np.ndarray | None, clock: Clock):
+class Found(NamedTuple):
+  """What one run gave.
+
+  Attributes:
+    logits: [2, V], after the prompt and at the end.
+    fed: int32 [DECODED], ids that came after the prompt.
+    decode_seconds: of each of them.
+    cache_bytes: of the arrays, by kind.
+    grown: bytes that the process took for them; None where the system does not say.
+    temporary: bytes that the compiler plans for a chunk's intermediate results.
+  """
+
+  logits: np.ndarray
+  fed: np.ndarray
+  decode_seconds: list[float]
+  cache_bytes: dict[str, int]
+  grown: int | None
+  temporary: int
+
+
+def run(model: dsv4.DeepseekV4, variables: Any, ids: np.ndarray, chunk_size: int, follow: np.ndarray | None,
+        clock: Clock) -> Found:
   """Prefill of all ids but the last `DECODED`, then token by token.
+
+  The first chunk is fed twice, to another cache before, so that its time is not that of a compilation.
 
   Args:
     follow: int32 [DECODED] ids that are fed after the prompt; None = the likeliest, one after another.
-
-  Returns:
-    (logits [2, V] after the prompt and at the end, ids that were fed, seconds of each token, cache).
   """
-  cache = init_cache(model.config, 1, len(ids))
-  prompt = ids[:len(ids) - DECODED].tolist()
+  prompt, room = ids[:len(ids) - DECODED].tolist(), len(ids)
+  jax.block_until_ready(decode.prefill(model, variables, init_cache(model.config, 1, room), [prompt[:chunk_size]],
+                                       chunk_size=chunk_size))
+  before = settle()
+  cache = jax.block_until_ready(init_cache(model.config, 1, room))
+  grown = None if before is None else memory("VmRSS") - before
+  held = cache.bytes_by_kind
+  clock.begin((chunk_size, decode.reach_of(chunk_size, room)))
   cache, logits = decode.prefill(model, variables, cache, [prompt], chunk_size=chunk_size, on_chunk=clock)
+  temporary = _planned(model, variables, cache, logits, chunk_size)
   found, fed, seconds = [np.asarray(logits[0])], [], []
   for number in range(DECODED):
     token = int(found[-1].argmax() if follow is None else follow[number])
@@ -174,29 +183,15 @@ def run(model: dsv4.DeepseekV4, variables: Any, ids: np.ndarray, chunk_size: int
     seconds.append(time.perf_counter() - start)
     fed.append(token)
     found = [found[0], last]
-  return np.stack(found), np.array(fed, np.int32), seconds, cache
+  return Found(np.stack(found), np.array(fed, np.int32), seconds, held, grown, temporary)
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------------
-def place_rows(config: ModelConfig, clock: Clock, tokens: int, chunk_size: int) -> list[Row]:
-  """A row per place: the cheapest of the chunks before it, what it reads, and what the line through two places predicts."""
-  rows = []
-  for share in PLACES:
-    before = [chunk for chunk in clock.steady if chunk.end <= share * tokens][-_WINDOW:]
-    chunk = min(before, key=lambda chunk: chunk.cost, default=None)
-    if chunk is None or (rows and rows[-1]["position"] == chunk.end):
-      continue
-    rows.append({"case": f"prefill at {share:.4g}", "side": "ours", "chunk_size": chunk_size, "share": share,
-                 "position": chunk.end, "entries_read": entries_read(config, (chunk.start + chunk.end) / 2),
-                 "seconds_per_token": chunk.seconds / (chunk.end - chunk.start), "processor_seconds_per_token": chunk.cost})
-  fitted = [row for row in rows if row["share"] in FITTED]
-  if len(fitted) == len(FITTED):
-    (x0, y0), (x1, y1) = ((row["entries_read"], row["processor_seconds_per_token"]) for row in fitted)
-    slope = max((y1 - y0) / (x1 - x0), 0.0)
-    for row in rows:
-      row["predicted_processor_seconds_per_token"] = y0 + slope * (row["entries_read"] - x0)
-      row["over_prediction"] = row["processor_seconds_per_token"] / row["predicted_processor_seconds_per_token"]
-  return rows
+def _planned(model, variables, cache, logits, chunk_size: int) -> int:
+  """Bytes that the program of the last whole chunk takes beside its arguments; it was compiled before."""
+  part = np.zeros((1, chunk_size), np.int32)
+  lowered = decode.advance.lower(model, variables, cache, part, part, logits,
+                                 reach=decode.reach_of(cache.max_length, cache.max_length))
+  return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
 def measure(tokens: int, chunks: Sequence[int], say: Callable[[str], None]) -> list[Row]:
@@ -211,65 +206,22 @@ def measure(tokens: int, chunks: Sequence[int], say: Callable[[str], None]) -> l
   predicted = dsv4.count(CONFIG, tokens).cache_bytes["compute"]
   say(f"{dsv4.count(CONFIG, tokens).parameters.total:,} parameters, {tokens:,} tokens, "
       f"cache {sum(predicted.values()) / 2**20:,.1f} MiB by the formula")
-  rows, logits, follow, decoded, temporary = [], [], None, [], []
+  rows, runs, clocks = [], [], []
   for number, chunk_size in enumerate(chunks):
     clock = Clock(tokens - DECODED, f"chunks of {chunk_size:,}", len(chunks) - 1 - number, say)
-    found, follow, seconds, cache = run(model, variables, ids, chunk_size, follow, clock)
-    rows += place_rows(CONFIG, clock, tokens, chunk_size)
-    logits.append(found)
-    decoded += seconds[1:]  # the first one compiles
-    held = cache.bytes_by_kind
-    del cache
-    temporary += [] if clock.temporary is None else [clock.temporary]
-  apart = np.abs(logits[0] - logits[1]).max(-1)
+    runs.append(run(model, variables, ids, chunk_size, runs[0].fed if runs else None, clock))
+    clocks.append(clock)
+    rows += place_rows(CONFIG, clock.steady, tokens, chunk_size)
+  apart = np.abs(runs[0].logits - runs[1].logits).max(-1)
+  most = lambda values: max((value for value in values if value is not None), default=None)
   whole = {"case": "whole", "side": "ours", "tokens": tokens, "chunk_sizes": list(chunks),
-           "seconds": time.perf_counter() - started, "decode_seconds_per_token": float(np.median(decoded)),
+           "seconds": time.perf_counter() - started,
+           "decode_seconds_per_token": float(np.median([s for found in runs for s in found.decode_seconds[1:]])),
            "logits_apart": float(apart[0]), "logits_apart_after_decoding": float(apart[1]),
-           "logits_standard_deviation": float(logits[0].std()), "cache_bytes": sum(held.values()),
-           "cache_bytes_predicted": sum(predicted.values()), "cache_bytes_by_kind": held,
-           "cache_bytes_by_kind_predicted": dict(predicted), "resident_bytes": clock.resident,
-           "temporary_bytes": max(temporary, default=None)}
+           "logits_standard_deviation": float(runs[0].logits.std()), "cache_bytes": sum(runs[-1].cache_bytes.values()),
+           "cache_bytes_predicted": sum(predicted.values()), "cache_bytes_by_kind": runs[-1].cache_bytes,
+           "cache_bytes_by_kind_predicted": dict(predicted), "cache_resident_bytes": most(found.grown for found in runs),
+           "temporary_bytes": most(clock.temporary for clock in clocks),
+           "temporary_bytes_predicted": max(found.temporary for found in runs),
+           "peak_bytes": most([memory("VmHWM"), *(clock.peak for clock in clocks)])}
   return [*rows, whole]
-
-
-def targets(rows: Sequence[Row]) -> list[Row]:
-  """What should be reached, with the values of these rows."""
-  whole = rows[-1]
-  ends = [row for row in rows if row.get("share") == 1]
-  growth = max((row["over_prediction"] for row in ends if "over_prediction" in row), default=None)
-  apart = max(whole["logits_apart"], whole["logits_apart_after_decoding"])
-  found = [("processor time of a token at the end over what the entries read predict", GROWTH, growth),
-           ("minutes in all", MINUTES, whole["seconds"] / 60),
-           (f"logits of two chunk sizes apart (standard deviation {whole['logits_standard_deviation']:.2f})", LOGITS_APART,
-            apart),
-           ("bytes of the cache apart from dsv4.count's", 0, abs(whole["cache_bytes"] - whole["cache_bytes_predicted"]))]
-  return [{"target": f"context: {text}, at most {bound:g}", "bound": bound, "value": value,
-           "reached": None if value is None else value <= bound} for text, bound, value in found]
-
-
-def table(rows: Sequence[Row]) -> str:
-  """The rows as text."""
-  titles = ("chunks of", "tokens", "entries read", "us/token", "processor", "predicted", "over it")
-  lines = ["".join(title.rjust(14) for title in titles)]
-  for row in rows[:-1]:
-    micro = [None if row.get(name) is None else row[name] * 1e6 for name in (
-      "seconds_per_token", "processor_seconds_per_token", "predicted_processor_seconds_per_token")]
-    numbers = (row["chunk_size"], row["position"], row["entries_read"], *micro)
-    cells = ["-" if number is None else f"{number:,.0f}" for number in numbers]
-    cells.append(f"{row['over_prediction']:.2f}" if "over_prediction" in row else "-")
-    lines.append("".join(cell.rjust(14) for cell in cells))
-  whole, mib = rows[-1], 2**20
-  temporary = whole["temporary_bytes"]
-  lines += [f"decoding: {whole['decode_seconds_per_token'] * 1e3:,.1f} ms a token",
-            f"cache: {whole['cache_bytes'] / mib:,.1f} MiB" + (
-                "" if temporary is None else f"; a chunk takes {temporary / mib:,.0f} MiB beside it"),
-            f"both runs: {whole['seconds'] / 60:.1f} minutes; logits at most "
-            f"{max(whole['logits_apart'], whole['logits_apart_after_decoding']):.1e} apart"]
-  return "\n".join(lines)
-
-
-EXPLANATION = f"""\
-entries read: index keys scored, entries selected of them and heavily compressed entries, of the token in the chunk's middle.
-us/token: of the cheapest of the {_WINDOW} chunks up to there, none that waited for a compilation; processor: its time, all
-cores; predicted: a fixed cost and a cost per entry read, from the rows at {FITTED[0]:.4g} and {FITTED[1]:.4g} of the
-tokens."""

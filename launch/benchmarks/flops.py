@@ -19,13 +19,25 @@ def per_token(config: ModelConfig, length: int, kind: str) -> float:
   Args:
     config: the model; a prediction block is not counted.
     length: tokens of the document.
-    kind: "forward", or "train": a backward pass needs twice the forward's matmuls.
+    kind: "forward"; "train": a backward pass needs twice the forward's matmuls; "prefill": logits of the last place only;
+      "decode": the one token after `length` others.
   """
-  layers = sum(_attention(config, spec.attention, length) + _experts(config) + 2 * _mixing(config)
+  seen = np.array([length + 1]) if kind == "decode" else np.arange(1, length + 1)
+  layers = sum(_attention(config, spec.attention, seen) + _experts(config) + 2 * _mixing(config)
                for spec in config.layer_specs)
   n, d = config.hc_mult, config.hidden_size
-  forward = layers + 2 * n * d * n + 2 * d * config.vocab_size
-  return {"forward": 1, "train": 3}[kind] * forward
+  head = 2 * d * config.vocab_size / (length if kind == "prefill" else 1)
+  return float((3 if kind == "train" else 1) * (layers + 2 * n * d * n + head))
+
+
+def entries_per_token(config: ModelConfig, length: int) -> int:
+  """What the layers read of a cache for the one token after `length` others: keys of windows, entries, and index keys."""
+  total = 0
+  for kind in config.layer_types:
+    total += min(length + 1, config.sliding_window)
+    entries = (length + 1) // config.compress_rate(kind) if kind != SLIDING else 0
+    total += min(entries, config.index_topk) + entries if kind == CSA else entries
+  return total
 
 
 def _mixing(config: ModelConfig) -> float:
@@ -40,12 +52,12 @@ def _experts(config: ModelConfig) -> float:
   return 2 * d * config.n_routed_experts + chosen * 3 * 2 * d * config.moe_intermediate_size
 
 
-def _attention(config: ModelConfig, kind: str, length: int) -> float:
+def _attention(config: ModelConfig, kind: str, seen: np.ndarray) -> float:
+  """Mean over queries of which each sees so many tokens, its own included."""
   c, d = config, config.hidden_size
   inner = c.num_attention_heads * c.head_dim
   weights = d * c.q_lora_rank + c.q_lora_rank * inner + d * c.head_dim
   weights += inner * c.o_lora_rank + c.o_groups * c.o_lora_rank * d
-  seen = np.arange(1, length + 1)
   keys = np.minimum(seen, c.sliding_window).mean()
   if kind == SLIDING:
     return 2 * weights + 4 * inner * keys
@@ -57,5 +69,5 @@ def _attention(config: ModelConfig, kind: str, length: int) -> float:
   index = c.index_n_heads * c.index_head_dim
   weights += c.q_lora_rank * index + d * c.index_n_heads + 2 * series * d * c.index_head_dim
   # Where every entry of the row may be picked there is nothing to choose, and no index score is needed.
-  scores = 2 * index * entries.mean() if length // c.csa_compress_rate > c.index_topk else 0.0
+  scores = 2 * index * entries.mean() if entries.max() > c.index_topk else 0.0
   return 2 * weights + 4 * inner * (keys + np.minimum(entries, c.index_topk).mean()) + scores

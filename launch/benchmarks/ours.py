@@ -16,7 +16,19 @@ from deepseek_v4.config import DataConfig, ModelConfig, OptimizerConfig, RunConf
 from deepseek_v4.model.losses import next_token_targets
 from deepseek_v4.training.state import TrainState, init_variables, optimizer_of
 from deepseek_v4.training.step import compiler_options, make_train_step
-from launch.benchmarks.cases import ADAMW, WEIGHTS, Case, check_config, model_config, tokens_of
+from launch.benchmarks.cases import (
+  ADAMW,
+  CHUNK,
+  DECODE,
+  LOGITS_CHUNK,
+  LOGITS_SINGLE,
+  NEW_TOKENS,
+  WEIGHTS,
+  Case,
+  check_config,
+  model_config,
+  tokens_of,
+)
 
 
 def prepare(case: Case, folder: Path) -> tuple[Callable[[], Any], Callable[[int], Any], float] | None:
@@ -24,14 +36,17 @@ def prepare(case: Case, folder: Path) -> tuple[Callable[[], Any], Callable[[int]
   if case.kind == "weights":
     write_weights(model_config(init_std=0.02, mhc_init="zero"), folder)
     return None
-  config_of = check_config if case.kind == "logits" else model_config
-  config = config_of(remat="block" if case.variant == "remat" else "none")
+  config_of = check_config if case.kind in ("logits", "cached_logits") else model_config
+  # Layers that are not scanned update their caches in place; so does launch.generate.
+  config = config_of(remat="block" if case.variant == "remat" else "none",
+                     scan_layers=case.kind not in (DECODE, "cached_logits"))
   with np.load(folder / WEIGHTS) as weights:
     variables = dsv4.from_hf_names(dict(weights), config)
   tokens = jnp.asarray(tokens_of(case))
-  make = {"forward": _forward, "logits": _forward, "train": _full_step if case.variant == "muon" else _adamw}[case.kind]
+  make = {"forward": _forward, "logits": _forward, "train": _full_step if case.variant == "muon" else _adamw,
+          DECODE: _decode, "cached_logits": _cached_logits}[case.kind]
   run, compile_seconds = make(config, variables, tokens)
-  if case.kind == "logits":
+  if case.kind in ("logits", "cached_logits"):
     np.save(folder / f"logits {case.side}.npy", np.asarray(run(keep=True)))
     return None
   multiply = {n: _multiply(n) for n in (512, 2048)}
@@ -77,6 +92,37 @@ def _forward(config: ModelConfig, variables, tokens):
     return logits if keep else None
 
   return run, compile_seconds
+
+
+def _decode(config: ModelConfig, variables, tokens):
+  """A greedy reply to a prompt, as a user asks for it."""
+  model = dsv4.DeepseekV4(config)
+  prompt, keys = np.asarray(tokens)[0].tolist(), jax.random.split(jax.random.key(0), 1)
+
+  def run() -> dict[str, float]:
+    found = dsv4.generate(model, variables, [prompt], keys=keys, max_new_tokens=NEW_TOKENS + 1, temperature=0.0,
+                          chunk_size=CHUNK)
+    return {"prefill_seconds": found.prefill_seconds, "decode_seconds": found.decode_seconds}
+
+  first, second = (sum(run().values()) for _ in range(2))
+  return run, max(0.0, first - second)
+
+
+def _cached_logits(config: ModelConfig, variables, tokens):
+  """Logits of all places through a cache: most tokens in chunks, the last ones one by one."""
+  model = dsv4.DeepseekV4(config)
+  step = jax.jit(lambda variables, tokens, cache: model.apply(variables, tokens, None, None, cache))
+
+  def run(keep: bool = False):
+    cache, found = dsv4.init_cache(config, *tokens.shape), []
+    single = tokens.shape[1] - LOGITS_SINGLE
+    for part in np.split(tokens, [*range(LOGITS_CHUNK, single, LOGITS_CHUNK), *range(single, tokens.shape[1])], 1):
+      out = step(variables, part, cache)
+      cache = out.cache
+      found.append(np.asarray(out.logits))
+    return np.concatenate(found, 1) if keep else None
+
+  return run, 0.0
 
 
 def _adamw(config: ModelConfig, variables, tokens):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from launch.benchmarks import flops
-from launch.benchmarks.cases import OURS, THREADS, Case, Target, model_config, targets_of
+from launch.benchmarks.cases import DECODE, NEW_TOKENS, OURS, PREFILL, THREADS, Case, Target, model_config, targets_of
 
 Row = dict[str, Any]
 _UNDISTURBED = 0.75  # matmul rates of a quiet machine stay above this share of the best
@@ -30,38 +32,63 @@ def failed_row(case: Case, reason: str) -> Row:
   return _head(case) | {"failed": reason}
 
 
-def make_row(case: Case, ready: dict[str, Any], samples: Sequence[dict[str, Any]]) -> Row:
-  """The figures of a case from what its worker said when it was ready and after each pass.
+def speed(case: Case, sample: dict[str, Any]) -> str:
+  """What is said of one pass while others follow."""
+  if case.kind != DECODE:
+    return f"{case.length / sample['seconds']:,.0f} tokens/s"
+  return (f"{case.length / sample['prefill_seconds']:,.0f} tokens/s prefill, "
+          f"{NEW_TOKENS / sample['decode_seconds']:,.1f} decode")
+
+
+def make_rows(case: Case, ready: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list[Row]:
+  """The row of a case; of decode: one of its prefill and one of its decoding, whose bytes are none of its own."""
+  if case.kind != DECODE:
+    return [make_row(case, ready, samples)]
+  prefill, decode = (make_row(dataclasses.replace(case, kind=kind), ready,
+                              [sample | {"seconds": sample[f"{kind}_seconds"]} for sample in samples], tokens)
+                     for kind, tokens in ((PREFILL, case.length), (DECODE, NEW_TOKENS)))
+  entries = flops.entries_per_token(model_config(), case.length)
+  decode |= {"entries_per_token": entries, "seconds_per_entry": decode["seconds_per_token"] / entries,
+             "peak_bytes": None, "activation_bytes_per_token": None, "compile_seconds": None}
+  return [prefill, decode]
+
+
+def make_row(case: Case, ready: dict[str, Any], samples: Sequence[dict[str, Any]], tokens: int | None = None) -> Row:
+  """The figures of a case from what its worker said when it was ready and after each pass over `tokens`, default its length.
 
   Seconds are the median over the passes; the share of the matmul rate is the median of the shares pass by pass, each with
   the rate measured right behind it. Activation memory is the peak less what was resident before the first pass (weights,
   moments, compiled code).
   """
+  tokens = case.length if tokens is None else tokens
   seconds = statistics.median(s["seconds"] for s in samples)
   work = flops.per_token(model_config(), case.length, case.kind)
   row = _head(case) | {
-      "tokens_per_second": case.length / seconds, "seconds_per_token": seconds / case.length, "seconds_median": seconds,
+      "tokens_per_second": tokens / seconds, "seconds_per_token": seconds / tokens, "seconds_median": seconds,
       "seconds_min": min(s["seconds"] for s in samples), "repeats": len(samples),
       "compile_seconds": ready["compile_seconds"], "resident_bytes": ready["resident_bytes"], "peak_bytes": None,
       "activation_bytes_per_token": None, "flops_per_token": work,
       "matmul_flops_per_second": statistics.median(s["matmul_flops_per_second"] for s in samples),
       "matmul_flops_per_second_min": min(s["matmul_flops_per_second"] for s in samples),
-      "matmul_share": statistics.median(work * case.length / s["seconds"] / s["matmul_flops_per_second"] for s in samples)}
+      "matmul_share": statistics.median(work * tokens / s["seconds"] / s["matmul_flops_per_second"] for s in samples)}
   if ready["resident_bytes"] is not None:
     row["peak_bytes"] = max(s["peak_bytes"] for s in samples)
-    row["activation_bytes_per_token"] = (row["peak_bytes"] - ready["resident_bytes"]) / case.length
+    row["activation_bytes_per_token"] = (row["peak_bytes"] - ready["resident_bytes"]) / tokens
   return row
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-  """Adds `ratio`, the other side's median seconds over ours, to our rows of one length.
+  """Adds `ratio`, the other side's median seconds over ours for the same case, to our rows.
 
   The other side stands for itself with the faster of its ways that could be measured. The full step with Muon has no
   counterpart there, and so no ratio.
   """
-  theirs = [row["seconds_median"] for row in rows if not row["ours"] and "failed" not in row]
-  comparable = lambda row: row["ours"] and "failed" not in row and row["variant"] != "muon"
-  return [row | {"ratio": min(theirs) / row["seconds_median"]} if theirs and comparable(row) else row for row in rows]
+  theirs = collections.defaultdict(list)
+  for row in rows:
+    if not row["ours"] and "failed" not in row:
+      theirs[row["case"]].append(row["seconds_median"])
+  comparable = lambda row: row["ours"] and "failed" not in row and row["variant"] != "muon" and theirs[row["case"]]
+  return [row | {"ratio": min(theirs[row["case"]]) / row["seconds_median"]} if comparable(row) else row for row in rows]
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------
@@ -69,15 +96,17 @@ _COLUMNS = (  # title, figure, unit's factor, format
     ("tokens/s", "tokens_per_second", 1, ",.0f"), ("us/token", "seconds_per_token", 1e6, ",.0f"),
     ("s", "seconds_median", 1, ".2f"), ("fastest", "seconds_min", 1, ".2f"),
     ("KiB/token", "activation_bytes_per_token", 2**-10, ",.0f"), ("compile s", "compile_seconds", 1, ".1f"),
-    ("MFLOP/token", "flops_per_token", 1e-6, ",.1f"), ("GF/s matmul", "matmul_flops_per_second", 1e-9, ",.0f"),
-    ("share", "matmul_share", 100, ".0f"), ("ratio", "ratio", 1, ".2f"))
+    ("entries/token", "entries_per_token", 1, ",.0f"), ("MFLOP/token", "flops_per_token", 1e-6, ",.1f"),
+    ("GF/s matmul", "matmul_flops_per_second", 1e-9, ",.0f"), ("share", "matmul_share", 100, ".0f"),
+    ("ratio", "ratio", 1, ".2f"))
 
 
 def table(rows: Sequence[Row]) -> str:
-  """The rows as text; a figure that does not exist is a dash."""
-  lines = [["case", "side", *(title for title, *_ in _COLUMNS)]]
+  """The rows as text; a figure that does not exist is a dash, one that no row has is left out."""
+  columns = [column for column in _COLUMNS if any(row.get(column[1]) is not None for row in rows)]
+  lines = [["case", "side", *(title for title, *_ in columns)]]
   for row in rows:
-    cells = ["-" if row.get(figure) is None else format(row[figure] * factor, form) for _, figure, factor, form in _COLUMNS]
+    cells = ["-" if row.get(figure) is None else format(row[figure] * factor, form) for _, figure, factor, form in columns]
     lines.append([row["case"], row["side"], *cells] if "failed" not in row else [row["case"], row["side"], row["failed"]])
   measured = [line for line in lines if len(line) > 3]
   widths = [max(len(line[i]) for line in measured) for i in range(len(lines[0]))]
@@ -96,14 +125,18 @@ before the first pass (weights, moments, program). MFLOP/token: matmuls by the f
 GF/s matmul: the machine's own float32 matmul, same library and process; share: what the case reaches of it, in percent.
 ratio: the other side's time (the faster of its ways) over ours."""
 
+DECODE_EXPLANATION = f"""\
+prefill: a prompt in chunks; decode: {NEW_TOKENS} tokens after it, greedily, one after another. entries/token: what the
+layers read of the cache for a token, by the formula: keys of windows, entries, index keys."""
+
 
 # ---- targets ----------------------------------------------------------------------------------------------------------
-def _value(target: Target, rows: Sequence[Row]) -> float | None:
+def _value(target: Target, kind: str, rows: Sequence[Row]) -> float | None:
   """What was reached. A growth compares rows of the same variant: a longer row is not excused by recomputing less, nor
   blamed for recomputing more."""
   ours = [row for row in rows if row["ours"] and "failed" not in row and row["variant"] != "muon"]
-  at = {(row["length"], row["variant"]): row.get(target.figure) for row in ours}
-  if target.figure == "ratio":
+  at = {(row["length"], row["variant"]): row.get(target.figure) for row in ours if row["kind"] == (target.kind or kind)}
+  if not target.base_length:
     found = [value for (length, _), value in at.items() if length == target.length and value is not None]
     return max(found, default=None)
   for variant in ("", "remat"):
@@ -117,8 +150,8 @@ def targets(kind: str, rows: Sequence[Row]) -> list[Row]:
   """Each target with its `value` and whether it is `reached`; None where the rows do not say."""
   found = []
   for target in targets_of(kind):
-    value = _value(target, rows)
-    reached = value if value is None else value >= target.bound if target.figure == "ratio" else value <= target.bound
+    value = _value(target, kind, rows)
+    reached = value if value is None else value <= target.bound if target.base_length else value >= target.bound
     found.append({"target": f"{kind}: {target.text}", "bound": target.bound, "value": value, "reached": reached})
   return found
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from launch.benchmarks import report
 from launch.benchmarks.cases import (
+  DECODE,
   ENVIRONMENT,
   LOGITS_LENGTH,
   LOGITS_TOLERANCE,
@@ -30,6 +31,7 @@ from launch.benchmarks.cases import (
   expected_seconds,
   seconds_of,
   turn_seconds,
+  warms_up,
 )
 from launch.benchmarks.worker import memory
 
@@ -121,8 +123,8 @@ class Progress:
     self._say(f"{number} {case.name:13} {case.label}: {text}, about {minutes} left")
 
 
-def check_logits(folder: Path, against: str) -> str:
-  """Compares the logits of both sides on a few rows of random tokens; returns what to print.
+def check_logits(folder: Path, against: str, kind: str) -> str:
+  """Compares the logits of both sides on a few rows of random tokens, of decode through caches; returns what to print.
 
   The sides round differently. Once in some thousands of choices the fourth and the fifth expert are so close that they
   choose differently, which changes the logits of all later places of the row. Different formulas would change every row, so
@@ -132,7 +134,8 @@ def check_logits(folder: Path, against: str) -> str:
     WorkerFailed: the sides do not compute the same.
   """
   for side in (OURS, against):
-    with contextlib.closing(Worker(Case("logits", side, LOGITS_LENGTH), folder)) as worker:
+    case = Case("cached_logits" if kind == DECODE else "logits", side, LOGITS_LENGTH)
+    with contextlib.closing(Worker(case, folder)) as worker:
       worker.reply()
   ours, theirs = (np.load(folder / f"logits {side}.npy") for side in (OURS, against))
   return agreement(ours, theirs, against)
@@ -156,7 +159,7 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
   waits does nothing. A turn begins with a pass that does not count: in a virtual machine the memory that another process
   has just freed may have gone back to the host, and who takes it again pays (a fifth of a training step was seen).
   """
-  warm = len(group) > 1
+  warm = warms_up(group)
   rows, workers, ready, samples = {}, {}, {}, {case: [] for case in group}
 
   def ask(case: Case, question: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -184,8 +187,9 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
         expected = turn_seconds(case, group)
         if answer := ask(case, functools.partial(workers[case].measure, warm), expected):
           samples[case].append(answer)
-          progress.done(case, f"{case.length / answer['seconds']:,.0f} tokens/s", expected)
-  return [rows.get(case) or report.make_row(case, ready[case], samples[case]) for case in group]
+          progress.done(case, report.speed(case, answer), expected)
+  made = [[rows[case]] if case in rows else report.make_rows(case, ready[case], samples[case]) for case in group]
+  return sum(made, [])
 
 
 def check_losses(ready: dict[Case, dict[str, Any]]) -> None:
@@ -212,7 +216,7 @@ def measure(kind: str, lengths: Sequence[int], against: str | None, repeats: int
     with contextlib.closing(Worker(Case("weights", OURS, 0), Path(folder))) as worker:
       worker.reply()
     if against:
-      say(check_logits(Path(folder), against))
+      say(check_logits(Path(folder), against, kind))
     progress = Progress(groups, repeats, say)
     for group in groups:
       rows += report.with_ratios(measure_group(group, Path(folder), repeats, progress))

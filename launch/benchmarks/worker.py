@@ -3,7 +3,8 @@
     python -m launch.benchmarks.worker '{"kind": "forward", "side": "ours", "length": 512, "variant": ""}' FOLDER
 
 It prepares (weights, compilation, one pass that warms up), says so in one JSON line on stdout, then answers each line on
-stdin with the JSON of one timed pass, before which comes an untimed one if the line says "warm"; it ends when stdin does.
+stdin with the JSON of one timed pass, before which comes an untimed one if the line says "warm"; it ends when stdin does. A
+pass that times its own parts gives them by name.
 Whatever libraries print goes to stderr.
 """
 
@@ -82,15 +83,17 @@ def main(spec: str, folder: str) -> None:
     multiply(n)
   resident = settle()  # weights, moments and compiled code; never again, or the next pass would pay for it
   first = run()
-  say({"ready": True, "compile_seconds": compile_seconds, "first_loss": first, "resident_bytes": resident})
+  loss = None if isinstance(first, dict) else first
+  say({"ready": True, "compile_seconds": compile_seconds, "first_loss": loss, "resident_bytes": resident})
   for line in sys.stdin:
     if line.strip() == "warm":
       run()
     start = time.perf_counter()
-    run()
+    parts = run()
     seconds = time.perf_counter() - start
     peak = memory("VmHWM")
-    say({"seconds": seconds, "peak_bytes": peak, "matmul_flops_per_second": matmul_rate(multiply)})
+    message = {"seconds": seconds, "peak_bytes": peak, "matmul_flops_per_second": matmul_rate(multiply)}
+    say(message | (parts if isinstance(parts, dict) else {}))
 
 
 if __name__ == "__main__":

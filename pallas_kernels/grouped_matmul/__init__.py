@@ -38,6 +38,23 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
   return run(x, gate, up, down, group_sizes, tile=tile, limit=limit, rounding=rounding)
 
 
+def few_picks(x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, *,
+              limit: float, rounded: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+  """Sum over each row's picks of weight * expert(row), without sorting: one pick after another, each a vector's product.
+
+  In plain JAX, for fewer picks than experts, as when one sequence is decoded.
+
+  Args:
+    x: [T, D]; experts: int32 [T, k], none that is outside [0, E) counts; weights: [T, k].
+    gate, up, down, limit: as in `expert_mlp`.
+    rounded: see `rounding` there; the weights are these.
+
+  Returns:
+    [T, D] in the weights' dtype if that is wider.
+  """
+  return blockwise.few_picks(x, experts, weights, gate, up, down, limit=limit, rounded=rounded)
+
+
 def row_tile(rows: int, num_experts: int, implementation: str = "blockwise") -> int:
   """Rows per tile so that padding costs about an eighth of the work with evenly loaded experts: 8 to 256.
 

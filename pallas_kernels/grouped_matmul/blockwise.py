@@ -23,6 +23,24 @@ def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, 
   return (_tiles(*arrays, limit) if rounding is None else _every_tile(*arrays, limit, rounding)).reshape(x_MD.shape)
 
 
+def few_picks(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, rounded=None):
+  """See `pallas_kernels.grouped_matmul.few_picks`."""
+  num_experts, top_k = gate_EDF.shape[0], experts_Tk.shape[1]
+
+  def pick(i, out_TD):
+    token, rank = i // top_k, i % top_k
+    expert, weight = experts_Tk[token, rank], weights_Tk[token, rank]
+    gate, up, down = (jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in (gate_EDF, up_EDF, down_EFD))
+    x_1D = jax.lax.dynamic_slice_in_dim(x_TD, token, 1)
+    h_1F = jax.nn.silu(jnp.minimum(_dot(x_1D, gate), limit)) * jnp.clip(_dot(x_1D, up), -limit, limit)
+    h_1F = h_1F.astype(x_TD.dtype) if rounded is None else rounded((h_1F * weight).astype(x_TD.dtype))
+    weight = jnp.where((expert >= 0) & (expert < num_experts), weight if rounded is None else jnp.ones_like(weight), 0)
+    y_1D = weight * _dot(h_1F, down).astype(x_TD.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(out_TD, jax.lax.dynamic_slice_in_dim(out_TD, token, 1) + y_1D, token, 0)
+
+  return jax.lax.fori_loop(0, experts_Tk.size, pick, jnp.zeros(x_TD.shape, jnp.promote_types(x_TD.dtype, weights_Tk.dtype)))
+
+
 def _dot(a, b):
   return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
@@ -46,7 +64,7 @@ def _every_tile(x_XCD, gate_EDF, up_EDF, down_EFD, first_E, last_E, limit, round
     return out.at[i].set(_dot(h, down).astype(dtype))
 
   if x_XCD.shape[0] < 2 * num_experts:
-    # Few rows, as in decoding: most experts have none, and only those that do are read.
+    # Few rows, as in decoding of some sequences: many experts have none, and only those that do are read.
     def chosen(i, out):
       e = (last_E <= i).sum()
       return tile(i, out, gate_EDF[e], up_EDF[e], down_EFD[e])

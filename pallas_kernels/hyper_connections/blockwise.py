@@ -29,6 +29,17 @@ def _join(x_XC: jax.Array, batch: int, length: int) -> jax.Array:
   return blocks.join(x_XC, 1, batch * length).reshape(batch, length, *x_XC.shape[2:])
 
 
+def _over_blocks(fn, items):
+  """fn of each block. A loop of which XLA knows that it is walked once is none to it: its border has to be hidden."""
+  if jax.tree.leaves(items)[0].shape[0] > 1:
+    return jax.lax.map(fn, items)
+  only = jax.tree.map(lambda x: x[0], items)
+  once = jax.lax.optimization_barrier(jnp.int32(1))
+  shapes = jax.eval_shape(fn, only)
+  found = jax.lax.fori_loop(0, once, lambda _, __: fn(only), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+  return jax.tree.map(lambda x: x[None], found)
+
+
 def _sinkhorn(logits_NNC, *, iterations, eps):
   """[N, N, C] logits, tokens last: every step is one wide vector operation. Axis 1 is the row sum's, axis 0 the column's."""
   comb = jax.nn.softmax(logits_NNC, 1) + eps
@@ -102,15 +113,15 @@ _collapse.defvjp(lambda *args: (_collapse(*args), args[:4]), _collapse_backward)
 def _expand_block(streams_CND, update_CD, post_CN, comb_CNN):
   exact, n = comb_CNN.dtype, streams_CND.shape[1]
   x, y = streams_CND.astype(exact), update_CD.astype(exact)
-  new = [post_CN[:, k, None] * y + sum(comb_CNN[:, j, k, None] * x[:, j] for j in range(n)) for k in range(n)]
-  return jnp.stack(new, 1).astype(streams_CND.dtype)
+  new_CND = post_CN[..., None] * y[:, None] + sum(comb_CNN[:, j, :, None] * x[:, j, None] for j in range(n))
+  return new_CND.astype(streams_CND.dtype)
 
 
 @jax.custom_vjp
 def expand(streams_BSND, update_BSD, post_BSN, comb_BSNN):
   """See `pallas_kernels.hyper_connections.expand`."""
   items = tuple(map(_cut, (streams_BSND, update_BSD, post_BSN, comb_BSNN)))
-  return _join(jax.lax.map(lambda item: _expand_block(*item), items), *streams_BSND.shape[:2])
+  return _join(_over_blocks(lambda item: _expand_block(*item), items), *streams_BSND.shape[:2])
 
 
 def _expand_backward(saved, g_BSND):

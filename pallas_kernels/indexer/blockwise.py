@@ -46,8 +46,7 @@ def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids
   more than a tile is unpacked.
   """
   (batch, length), num_entries = positions.shape, entry_last.shape[1]
-  size = blocks.block_size(length, 4 * num_entries)
-  tile = _tile(num_entries, size * queries_BShc.shape[2])
+  size, tile = sizes_of(length, num_entries, queries_BShc.shape[2])
   room = num_entries + -num_entries % tile
   fill = lambda x: jnp.pad(x, ((0, 0), (0, room - num_entries), *((0, 0),) * (x.ndim - 2)))
   keys, last_BT, own_BT = jax.tree.map(fill, (keys_BTc, entry_last, entry_segment))
@@ -78,12 +77,12 @@ def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids
   return blocks.join(jax.lax.scan(one, scores_CT, items)[1], batch, length)
 
 
-def _tile(num_entries: int, rows: int) -> int:
-  """Entries whose scores are made at once, for `rows` pairs of a query and a head: all, or a power of two."""
-  tile = _LARGEST_TILE
-  while tile > _SMALLEST_TILE and 4 * rows * tile > _BYTES_PER_TILE:
+def sizes_of(length: int, num_entries: int, heads: int) -> tuple[int, int]:
+  """(queries of a block, entries whose scores are made at once: all, or a power of two)."""
+  size, tile = blocks.block_size(length, 4 * num_entries), _LARGEST_TILE
+  while tile > _SMALLEST_TILE and 4 * size * heads * tile > _BYTES_PER_TILE:
     tile //= 2
-  return min(tile, num_entries)
+  return size, min(tile, num_entries)
 
 
 def _tiles_seen(position_C, segment_C, last_T, own_T, tile):

@@ -12,6 +12,8 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4.analysis.count import cache_bytes
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig
+from deepseek_v4.model.cache import init_cache
+from deepseek_v4.model.draft import init_draft_cache
 from launch import count as launch_count
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "released_configs.json"
@@ -121,7 +123,24 @@ def test_cache_by_hand():
   assert mixed["scales"] == 5 * 13 + 28 + 2 * 10 and mixed["pending"] == cache_bytes(ODD, 30, "compute", rewind=2)["pending"]
 
 
+@pytest.mark.parametrize("storage", ["compute", "mixed"])
+def test_the_draft_s_cache_is_that_of_the_arrays(storage):
+  """Kinds of the main model as with that rewind, and the prediction block's ring; the ratio to V3.2 is without it."""
+  config = dataclasses.replace(ODD, index_head_dim=8)  # which a mixed cache can spread
+  main, draft = (make(config, 1, 30, rewind=3, storage=storage) for make in (init_cache, init_draft_cache))
+  found = dsv4.count(config, 30, drafts=3)
+  nbytes = lambda cache: sum(x.nbytes for x in jax.tree.leaves(cache.layers))
+  assert found.cache_bytes[storage] == {**main.bytes_by_kind, "draft": nbytes(draft)} and nbytes(draft) > 0
+  assert sum(found.cache_bytes[storage].values()) == nbytes(main) + nbytes(draft)
+  assert found.ratio_to_v32 == dsv4.count(config, 30, rewind=3).ratio_to_v32
+  assert "draft" not in dsv4.count(config, 30).cache_bytes[storage]
+
+
 def test_refusals():
+  with pytest.raises(ValueError, match="drafts = -1: expected a whole number, at least 0"):
+    dsv4.count(ODD, 1, drafts=-1)
+  with pytest.raises(ValueError, match="drafts = 2: expected 0, as the model has no prediction block"):
+    dsv4.count(dataclasses.replace(ODD, num_nextn_predict_layers=0), 1, drafts=2)
   with pytest.raises(ValueError, match="context = 0: expected a whole number, at least 1"):
     dsv4.count(ODD, 0)
   with pytest.raises(ValueError, match="storage = 'fp8': expected one of compute, mixed"):

@@ -16,8 +16,8 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HCA, LEARNED, SLIDING, ModelConfig
 from launch import bench
-from launch.benchmarks import cases, flops, report, run, worker
-from launch.benchmarks.cases import OURS, TRANSFORMERS, Case
+from launch.benchmarks import cases, flops, ours, report, run, worker
+from launch.benchmarks.cases import DECODE, NEW_TOKENS, OURS, PREFILL, TRANSFORMERS, Case
 from pallas_kernels.grouped_matmul import padded_rows, row_tile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +45,23 @@ def test_flops_equal_a_hand_count():
   # With six tokens there are three entries, as many as may be picked: nothing is scored.
   assert flops.per_token(SMALL, 6, "forward") == pytest.approx(
       2 * (3 * (attention + rest) + csa + hca + head) + 4 * 12 * (3 * 11 / 6 + 9 / 6 + 3 / 6), rel=1e-12)
+
+
+def test_flops_of_prefill_and_of_one_more_token():
+  head = 2 * 10 * 100
+  forward = flops.per_token(SMALL, 8, "forward")
+  assert flops.per_token(SMALL, 8, "prefill") == pytest.approx(forward - head * 7 / 8, rel=1e-12)
+  # One token more is what the sums over nine places and over eight differ by.
+  one = 9 * flops.per_token(SMALL, 9, "forward") - 8 * forward
+  assert flops.per_token(SMALL, 8, "decode") == pytest.approx(one, rel=1e-12)
+
+
+def test_entries_read_equal_a_hand_count():
+  # The ninth token: 2 window keys in each of 3 layers; 4 index keys and 3 picks; 2 heavily compressed entries.
+  assert flops.entries_per_token(SMALL, 8) == 6 + 4 + 3 + 2
+  assert flops.entries_per_token(SMALL, 0) == 3  # itself
+  assert [flops.entries_per_token(cases.model_config(), n) for n in cases.DECODE_LENGTHS] == [
+      8 * 128 + 3 * (n // 4 + 64 + n // 128) for n in cases.DECODE_LENGTHS]
 
 
 def test_flops_agree_with_xla():
@@ -82,6 +99,11 @@ def test_both_sides_take_turns_where_both_fit():
       ["ours", "ours, remat", "transformers", "transformers, checkpointing", "ours, full step with Muon"],
       ["ours, remat"]]
   assert all(case.side == OURS for group in cases.cases_of("train", cases.LENGTHS, None) for case in group)
+  decode = cases.cases_of(DECODE, (512, 16384), TRANSFORMERS)
+  assert [[case.label for case in group] for group in decode] == [
+      ["ours", "transformers", "transformers, loop over experts"]] * 2
+  assert [case.label for case in cases.cases_of(DECODE, (512,), None)[0]] == ["ours"]
+  assert cases.warms_up(forward[0]) and not cases.warms_up(forward[1]) and not cases.warms_up(decode[0])
 
 
 def test_tokens_are_the_same_on_both_sides():
@@ -105,6 +127,43 @@ def test_a_row_holds_medians():
   assert found["matmul_share"] == pytest.approx(work * 1024 / 1e11)
   without_proc = row(Case("forward", OURS, 2048), 1.0, resident=None, peak=None)
   assert without_proc["activation_bytes_per_token"] is None
+
+
+def decoded(side, length, prefill, decode, variant=""):
+  samples = [{"seconds": prefill + decode, "peak_bytes": 2048, "matmul_flops_per_second": 1e11, "prefill_seconds": prefill,
+              "decode_seconds": decode * times} for times in (1, 2, 3)]
+  ready = {"compile_seconds": 0.0, "resident_bytes": 1024}
+  return report.make_rows(Case(DECODE, side, length, variant), ready, samples)
+
+
+def test_a_decode_case_has_a_row_of_each_part():
+  prefill, decode = decoded(OURS, 512, 0.5, 0.08)
+  assert (prefill["case"], decode["case"]) == ("prefill 512", "decode 512")
+  assert prefill["tokens_per_second"] == 1024 and decode["tokens_per_second"] == NEW_TOKENS / 0.16
+  entries = flops.entries_per_token(cases.model_config(), 512)
+  assert decode["entries_per_token"] == entries and decode["seconds_per_entry"] == 0.16 / NEW_TOKENS / entries
+  work = flops.per_token(cases.model_config(), 512, PREFILL)
+  assert prefill["matmul_share"] == pytest.approx(work * 1024 / 1e11)
+  assert report.speed(Case(DECODE, OURS, 512), {"prefill_seconds": 0.5, "decode_seconds": 0.16}) == (
+      "1,024 tokens/s prefill, 200.0 decode")
+
+
+def test_targets_of_decoding():
+  """Each part against the other side's faster way; growth of the time against that of the entries."""
+  rows = [*decoded(OURS, 512, 0.25, 0.08), *decoded(TRANSFORMERS, 512, 0.3, 0.5)]
+  rows += decoded(TRANSFORMERS, 512, 0.26, 0.6, "loop")
+  rows = report.with_ratios(rows + decoded(OURS, 4096, 2.0, 0.09) + decoded(OURS, 16384, 8.0, 0.9))
+  found = {t["target"]: (t["value"], t["reached"]) for t in report.targets(DECODE, rows)}
+  assert found["decode: decode, times the speed of transformers at 512, at least 5"] == (pytest.approx(6.25), True)
+  assert found["decode: prefill, times the speed of transformers at 512, at least 1.1"] == (pytest.approx(1.04), False)
+  assert found["decode: prefill, times the speed of transformers at 4096, at least 1.4"] == (None, None)
+  share, enough = found["decode: share of the matmul rate in prefill at 512, at least 0.5"]
+  assert share == pytest.approx(flops.per_token(cases.model_config(), 512, PREFILL) * 2048 / 1e11) and enough
+  growth = "decode: seconds per token over entries read per token, {} over 512, at most 1"
+  assert found[growth.format(4096)][1] and not found[growth.format(16384)][1]
+  lines = report.table(rows).splitlines()
+  assert "entries/token" in lines[0] and "KiB/token" in lines[0] and lines[1].startswith("prefill 512")
+  assert "entries/token" not in report.table(report.with_ratios(TRAIN))
 
 
 TRAIN = [
@@ -219,6 +278,29 @@ def test_sides_take_turns_and_a_dead_worker_says_why(monkeypatch, tmp_path):
   assert sides == ready + turns * 3 and lines[-1].startswith("[16/16]")
 
 
+def test_passes_that_time_their_parts(monkeypatch, tmp_path):
+  timed = "say(seconds=3.0, prefill_seconds=1.0, decode_seconds=2.0, "
+  monkeypatch.setattr(run, "PROGRAM", (sys.executable, "-c", FAKE.replace(
+      'say(seconds=turn + (1.0 if case["side"] == "ours" else 2.0), ', timed)))
+  group = cases.cases_of(DECODE, (512,), TRANSFORMERS)[0]
+  lines = []
+  rows = run.measure_group(group, tmp_path, 2, run.Progress([group], 2, lines.append))
+  assert [(r["case"], r["side"], r["seconds_median"]) for r in rows] == [
+      (name, case.label, seconds) for case in group for name, seconds in (("prefill 512", 1.0), ("decode 512", 2.0))]
+  assert "512 tokens/s prefill, 16.0 decode" in lines[-1] and lines[-1].startswith("[9/9]")
+
+
+def test_a_pass_of_ours_decodes(monkeypatch, tmp_path):
+  small = dataclasses.replace(SMALL, hidden_size=12, vocab_size=50)
+  for module in (cases, ours):
+    monkeypatch.setattr(module, "model_config", lambda **changes: dataclasses.replace(small, **changes))
+  ours.prepare(Case("weights", OURS, 0), tmp_path)
+  measure, _, compile_seconds = ours.prepare(Case(DECODE, OURS, 20), tmp_path)
+  parts = measure()
+  assert set(parts) == {"prefill_seconds", "decode_seconds"} and min(parts.values()) > 0
+  assert compile_seconds > sum(parts.values())
+
+
 def test_a_worker_that_needs_too_much_memory_is_stopped(monkeypatch, tmp_path):
   monkeypatch.setattr(run, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(60)"))
   monkeypatch.setattr(run, "MEMORY_LIMIT", 2**20)
@@ -259,7 +341,8 @@ def test_the_peak_starts_again():
 # ---- the command line -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arguments, said", [
     ([], "error: measurement = '': expected one of forward, train"),
-    (["decode"], "error: measurement = 'decode': expected one of forward, train"),
+    (["sampling"], "error: measurement = 'sampling': expected one of forward, train, decode"),
+    (["decode", "--lengths", "1048544"], "error: --lengths = '1048544': expected whole numbers from 1 to 1048543"),
     (["forward", "--lengths", "512,x"], "error: --lengths = 'x': expected whole numbers from 1 to 1048576"),
     (["forward", "--json", "no/such/folder.json"], "error: --json = 'no/such/folder.json': expected a file in a"),
     (["forward", "--against", "maxtext"], "value should be one of <transformers>"),

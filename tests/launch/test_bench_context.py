@@ -7,38 +7,75 @@ import pytest
 
 import launch.bench
 from deepseek_v4.analysis.count import cache_bytes
-from launch.benchmarks import context, report
+from launch.benchmarks import context, context_rows, report
 
 
 def test_what_a_token_reads():
-  read = lambda position: context.entries_read(context.CONFIG, position)
-  assert read(1000) == 250 + 250 + 1000 / 128  # all index keys are selected
-  assert read(1_048_576) == 262_144 + 512 + 8192
+  seen = lambda position: context_rows.entries_seen(context.CONFIG, position)
+  assert seen(1000) == 250 + 250 + 1000 / 128  # all index keys are selected
+  assert seen(1_048_576) == 262_144 + 512 + 8192
+  read = lambda start, end: context_rows.entries_read(context.CONFIG, start, end, 1_048_576)
+  assert read(0, 1024) == 256 + 8  # a reach of 1,024 tokens: all of its entries, and no keys
+  # A reach of 4,096: 1,024 keys, which are one tile. Of 262,144: one tile of 8,192 keys up to token 32,768, then two, and
+  # the 2,048 heavily compressed entries of the reach from its first quarter on.
+  assert read(1024, 4096) == 1024 + 512 + 32
+  assert read(65_536, 69_632) == 3 * 8192 + 512 + 2048
+  assert read(94_208, 102_400) == (4096 * 3 + 4096 * 4) / 8192 * 8192 + 512 + 2048
+  assert read(1_044_480, 1_048_576) == seen(1_048_576)  # at the end nothing is masked
 
 
-def clock_of(cost, tokens=1_048_576, size=4096):
-  """A clock after a prefill whose tokens cost what `cost` says of the entries they read; a chunk in three was disturbed."""
+def test_the_line_through_disturbed_points():
+  x = np.arange(20.0)
+  y = 3 + 0.5 * x
+  y[[1, 7, 8, 19]] *= (4, 2, 9, 30)
+  assert context_rows.line(x, y) == (pytest.approx(3), pytest.approx(0.5))
+  assert context_rows.line(x, 3 - x)[1] == 0  # reading more is never cheaper
+
+
+def clock_of(cost, tokens=1_048_576, size=4096, disturbed=0):
+  """A clock after a prefill whose tokens cost what `cost` says of the entries they read; every `disturbed`-th chunk took
+  longer."""
   clock = context.Clock(tokens, "test", 0, lambda text: None)
   for number, start in enumerate(range(0, tokens, size)):
-    seconds = size * cost(context.entries_read(context.CONFIG, start + size / 2))
-    clock.steady.append(context.Chunk(start, start + size, seconds, seconds * (1 + 5 * (number % 3 == 0))))
+    seconds = size * cost(context_rows.entries_read(context.CONFIG, start, start + size, tokens))
+    more = 1 + 5 * (disturbed and number % disturbed == 0)
+    clock.steady.append(context_rows.Chunk(start, start + size, seconds * more, 2 * seconds))
   clock.chunks = list(clock.steady)
   return clock
 
 
-def test_predictions_follow_the_entries():
-  """A line over the entries is predicted exactly, whatever disturbs single chunks; a cost that grows faster shows."""
+WHOLE = {"case": "whole", "chunk_sizes": [4096], "seconds": 600.0, "logits_apart": 1e-5, "logits_apart_after_decoding": 2e-3,
+         "logits_standard_deviation": 1.0, "cache_bytes": 500, "cache_bytes_predicted": 500, "temporary_bytes": 110,
+         "temporary_bytes_predicted": 100, "cache_resident_bytes": 600, "peak_bytes": 900, "decode_seconds_per_token": 0.01}
+
+
+@pytest.mark.parametrize("disturbed", [0, 4])
+def test_predictions_follow_the_entries(disturbed):
+  """A line over the entries is predicted, whatever disturbs single chunks; a cost that grows faster shows."""
   tokens = 1_048_576
-  rows = context.place_rows(context.CONFIG, clock_of(lambda read: 1e-4 + 2e-9 * read), tokens, 4096)
-  assert [row["share"] for row in rows] == list(context.PLACES)
-  assert all(row["over_prediction"] == pytest.approx(1) for row in rows)
-  assert rows[-1]["position"] > tokens - 8 * 4096
-  faster = context.place_rows(context.CONFIG, clock_of(lambda read: 1e-4 + 1e-14 * read**2), tokens, 4096)
-  assert faster[-1]["over_prediction"] > 1.5
-  whole = {"seconds": 600.0, "logits_apart": 1e-5, "logits_apart_after_decoding": 2e-3, "logits_standard_deviation": 1.0,
-           "cache_bytes": 5, "cache_bytes_predicted": 5}
-  assert [target["reached"] for target in context.targets([*rows, whole])] == [True, True, False, True]
-  assert [target["reached"] for target in context.targets([*faster, whole])] == [False, True, False, True]
+  clock = clock_of(lambda read: 1e-4 + 2e-9 * read, disturbed=disturbed)
+  rows = context_rows.place_rows(context.CONFIG, clock.steady, tokens, 4096)
+  assert [row["case"] for row in rows] == ["very first chunk", "first chunks", "at 0.0625", "at 0.125", "at 0.25", "at 0.5",
+                                           "at 0.75", "last chunks"]
+  assert [row["chunks"] for row in rows] == [1] + [context_rows.NEIGHBOURS] * 7
+  assert rows[0]["position"] == 4096 and rows[-1]["position"] == tokens
+  # A row's median may be that of a neighbouring chunk, which reads one tile more: near the start a sixth of the cost.
+  assert all(row["over_predicted_seconds_per_token"] == pytest.approx(1, rel=0.16 if disturbed else 1e-9)
+             for row in rows[1:])
+  assert all(row["over_predicted_processor_seconds_per_token"] == pytest.approx(1) for row in rows)
+  assert rows[0]["over_predicted_seconds_per_token"] == pytest.approx(6 if disturbed else 1)
+  growth = context_rows.growths([*rows, WHOLE])[4096]
+  assert growth["predicted_seconds_per_token"] == pytest.approx(growth["processor_seconds_per_token"], rel=0.02)
+  assert [target["reached"] for target in context_rows.targets([*rows, WHOLE])] == [True, True, True, False, True, True]
+  assert f"(predicted {growth['predicted_seconds_per_token']:.2f})" in context_rows.table([*rows, WHOLE])
+
+
+def test_what_grows_faster_than_the_entries_shows():
+  clock = clock_of(lambda read: 1e-4 + 1e-14 * read**2)
+  rows = context_rows.place_rows(context.CONFIG, clock.steady, 1_048_576, 4096)
+  assert rows[-1]["over_predicted_seconds_per_token"] > 1.5
+  whole = WHOLE | {"temporary_bytes": 500, "cache_bytes": 501}
+  assert [target["reached"] for target in context_rows.targets([*rows, whole])] == [False, False, True, False, False, False]
 
 
 def test_time_left_counts_that_tokens_get_dearer():
@@ -75,22 +112,32 @@ def test_a_short_context(tmp_path):
   checked(rows, 8192)
   assert "8,192 tokens, cache 0.5 MiB by the formula" in said[0]
   assert said[-1].startswith("chunks of 2,720: 8,160/8,160 tokens  ") and said[-1].endswith(" left")
-  found = context.targets(rows)
-  assert found[0]["value"] is None  # every chunk waited for a compilation
+  # The very first chunk of each run waited for no compilation, and of the three one more.
+  assert [(row["case"], row["chunk_size"], row["chunks"], row["position"]) for row in rows[:-1]] == [
+      ("very first chunk", 8160, 1, 8160), ("first chunks", 8160, 1, 8160), ("last chunks", 8160, 1, 8160),
+      ("very first chunk", 2720, 1, 2720), ("first chunks", 2720, 2, 8160), ("at 0.5", 2720, 1, 2720),
+      ("at 0.75", 2720, 1, 2720), ("last chunks", 2720, 2, 8160)]
+  assert all(row["processor_seconds_per_token"] > 0 and row["seconds_per_token"] > 0 for row in rows[:-1])
+  assert rows[-1]["temporary_bytes_predicted"] > 2**20
+  found = context_rows.targets(rows)
+  assert found[0]["value"] is None  # two chunks are no line
   report.write_json(tmp_path / "figures.json", rows, found)
   assert json.loads((tmp_path / "figures.json").read_text())["rows"][-1]["chunk_sizes"] == [8160, 2720]
-  assert "logits at most" in context.table(rows)
+  assert "logits at most" in context_rows.table(rows)
 
 
 @pytest.mark.long
 def test_a_context_of_64k():
-  """In chunks that are no multiples of a window; a token at the end costs what the entries predict, in processor time."""
+  """In chunks that are no multiples of a window; a token at the end costs what the entries predict, in processor time, and
+  the memory is what is counted and planned."""
   tokens = 65536
   rows = context.measure(tokens, (1024, 750), print)
   checked(rows, tokens)
-  ends = [row for row in rows if row.get("share") == 1]
-  assert [row["chunk_size"] for row in ends] == [1024, 750]
-  assert max(row["over_prediction"] for row in ends) < context.GROWTH
+  ends = [row for row in rows if row["case"] == "last chunks"]
+  assert [(row["chunk_size"], row["chunks"]) for row in ends] == [(1024, 7), (750, 7)]
+  assert max(row["over_predicted_processor_seconds_per_token"] for row in ends) < context_rows.GROWTH
+  reached = {target["target"]: target["reached"] for target in context_rows.targets(rows)}
+  assert [value for name, value in reached.items() if "bytes" in name] == [True, True]
 
 
 @pytest.mark.parametrize("arguments, message", [

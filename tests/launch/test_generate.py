@@ -162,7 +162,48 @@ def test_the_same_seed_gives_the_same_text(speaker):
   assert np.unique(texts).size == 2
 
 
+@pytest.mark.parametrize("options, more, expected", [
+  (dict(temperature=-1.0), {}, r"temperature = -1.0: expected at least 0"),
+  (dict(top_p=1.5), {}, r"top_p = 1.5: expected a number above 0, at most 1"),
+  (dict(min_p=2.0), {}, r"min_p = 2.0: expected a number from 0 to 1"),
+  (dict(max_new_tokens=10**7), {}, r"--max_new_tokens = 10000000: expected at least 1 and less than max_position_embed"),
+  ({}, dict(effort="huge"), r"reasoning_effort = 'huge': expected one of none, high"),
+])
+def test_options_are_refused_before_the_weights_are_read(folder, monkeypatch, options, more, expected):
+  monkeypatch.setattr("deepseek_v4.checkpoint.store.restore_variables", lambda *_, **__: pytest.fail("weights were read"))
+  with pytest.raises(ValueError, match=expected):
+    launch_generate.load(folder, {**OPTIONS, **options}, 0, **more)
+
+
+def test_options_that_the_model_lacks_something_for():
+  """From the configuration and the names of the checkpoint's arrays."""
+  check = lambda config, leaves=("params/mtp/x",), drift=False, **more: launch_generate.check_options(
+    config, leaves, {**OPTIONS, **more}, drift)
+  with pytest.raises(ValueError, match=r"speculative = 2: expected a model with a prediction block"):
+    check(dataclasses.replace(BYTES, num_nextn_predict_layers=0), speculative=2)
+  with pytest.raises(ValueError, match=r"speculative = 2: expected variables with the prediction block's \(params/mtp\)"):
+    check(BYTES, ("params/embed/embedding",), speculative=2)
+  odd = dataclasses.replace(BYTES, index_head_dim=12)
+  with pytest.raises(ValueError, match="index_head_dim = 12: expected a power of two with --cache_storage = mixed"):
+    check(odd, cache_storage="mixed")
+  with pytest.raises(ValueError, match="index_head_dim = 12: expected a power of two with --drift"):
+    check(odd, drift=True)
+  check(odd)
+  check(BYTES, speculative=2, cache_storage="mixed")
+
+
+def test_a_tokenizer_that_the_embedding_is_too_small_for(tmp_path, monkeypatch):
+  """Ids beyond the table: refused before the weights are read."""
+  stored = config_lib.to_dict(dataclasses.replace(config_lib.RunConfig(), model=dataclasses.replace(BYTES, vocab_size=200)))
+  with CheckpointStore(tmp_path / "checkpoints", keep=1, config_dict=stored) as store:
+    store.save(1, {"params": {"x": np.ones(2, np.float32)}}, {})
+  monkeypatch.setattr("deepseek_v4.checkpoint.store.restore_variables", lambda *_, **__: pytest.fail("weights were read"))
+  with pytest.raises(ValueError, match="model.vocab_size = 200: expected at least 259 for bytes"):
+    launch_generate.load(str(tmp_path), OPTIONS, 0)
+
+
 @pytest.mark.parametrize("more, expected", [
+    (["--temperature", "warm"], "temperature"), (["--max_new_tokens", "0"], "max_new_tokens"),
     (["--drafts", "2"], "--drafts = 2: expected --speculative with it"),
     (["--drift", "--inference_rounding"], "--drift with --inference_rounding: expected one of them"),
     (["--cache_storage", "fp8"], "fp8")])

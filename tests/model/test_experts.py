@@ -13,23 +13,26 @@ from deepseek_v4.config import MeshConfig
 from deepseek_v4.model.experts import dispatch, num_waves, routed
 
 
-def by_hand(x, experts, weights, gate, up, down, limit):
-  """Sum over a token's picks of weight * expert(x), in float64; experts that are not here add nothing."""
+def by_hand(x, experts, weights, gate, up, down, limit, rounded=None):
+  """Sum over a token's picks of weight * expert(x), in float64; experts that are not here add nothing. `rounded` is what
+  happens to the middle of an expert, which then carries the weight."""
   x, weights, gate, up, down = (np.asarray(a, np.float64) for a in (x, weights, gate, up, down))
   out = np.zeros_like(x)
   for place in np.ndindex(experts.shape):
     expert, token = experts[place], place[:-1]
     if 0 <= expert < gate.shape[0]:
       g, u = np.minimum(x[token] @ gate[expert], limit), np.clip(x[token] @ up[expert], -limit, limit)
-      out[token] += weights[place] * ((g / (1 + np.exp(-g)) * u) @ down[expert])
+      middle = weights[place] * (g / (1 + np.exp(-g)) * u)
+      out[token] += (middle if rounded is None else rounded(middle)) @ down[expert]
   return out
 
 
-def test_experts_equal_a_loop_over_tokens():
+@pytest.mark.parametrize("batch, length, count", [(2, 37, 5), (2, 4, 30)], ids=["sorted", "fewer picks than experts"])
+def test_experts_equal_a_loop_over_tokens(batch, length, count):
   """Uneven loads, an expert without tokens, the same expert twice, and picks of experts that live on other devices."""
   rng = np.random.default_rng(0)
-  batch, length, d, f, count, k = 2, 37, 6, 4, 5, 3
-  experts = rng.choice([-7, -1, 0, 0, 0, 1, 3, 4, 5, 9], (batch, length, k)).astype(np.int32)
+  d, f, k = 6, 4, 3
+  experts = rng.choice([-7, -1, 0, 0, 0, 1, 3, 4, count, count + 4], (batch, length, k)).astype(np.int32)
   experts[0, 0] = [3, 3, 4]
   arrays = dict(x=rng.normal(size=(batch, length, d)), weights=rng.normal(size=(batch, length, k)),
                 gate=rng.normal(size=(count, d, f)), up=rng.normal(size=(count, d, f)), down=rng.normal(size=(count, f, d)))
@@ -38,7 +41,7 @@ def test_experts_equal_a_loop_over_tokens():
     @jax.jit
     def both(arrays):
       def total(a):
-        y = routed(a["x"], experts, a["weights"], a["gate"], a["up"], a["down"], limit=1.0, kernels="blockwise")
+        y = routed(a["x"], jnp.asarray(experts), a["weights"], a["gate"], a["up"], a["down"], limit=1.0, kernels="blockwise")
         return (y * direction).sum(), y
       return jax.grad(total, has_aux=True)(arrays)
     gradients, y = jax.device_get(both(arrays))
@@ -50,6 +53,21 @@ def test_experts_equal_a_loop_over_tokens():
     moved = [(loop({**arrays, name: x + s * v}) * direction).sum() for s in (-step, step)]
     np.testing.assert_allclose((gradients[name] * v).sum(), (moved[1] - moved[0]) / (2 * step), rtol=1e-6, err_msg=name)
   assert (gradients["gate"][2] == 0).all()  # the expert without tokens
+
+
+@pytest.mark.parametrize("length, count", [(37, 5), (4, 30)], ids=["sorted", "fewer picks than experts"])
+def test_the_middle_of_an_expert_is_rounded_with_its_weight(length, count):
+  rng = np.random.default_rng(2)
+  d, f, k = 6, 4, 3
+  experts = rng.integers(-1, count + 1, (1, length, k)).astype(np.int32)
+  shapes = (1, length, d), (1, length, k), (count, d, f), (count, d, f), (count, f, d)
+  x, weights, *matrices = (rng.normal(size=shape) for shape in shapes)
+  with jax.enable_x64(True):
+    one = functools.partial(routed, limit=1.0, kernels="blockwise", rounded=lambda h: jnp.round(h * 8) / 8)
+    y = jax.device_get(jax.jit(one)(x, experts, weights, *matrices))
+  wanted = by_hand(x, experts, weights, *matrices, 1.0, rounded=lambda h: np.round(h * 8) / 8)
+  assert np.abs(wanted - by_hand(x, experts, weights, *matrices, 1.0)).max() > 0.05
+  np.testing.assert_allclose(y, wanted, atol=1e-12)
 
 
 def test_waves_equal_all_tokens_at_once():

@@ -11,8 +11,8 @@ from deepseek_v4 import config as c
 from deepseek_v4.checkpoint import convert
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.sharding import make_mesh
-from deepseek_v4.training import start
-from deepseek_v4.training.state import abstract_state
+from deepseek_v4.training import loop, start
+from deepseek_v4.training.state import abstract_state, state_of
 from tests.checkpoint.releases import make_release
 from tests.training.small import RUN, differing, leaves, random_state
 
@@ -86,6 +86,35 @@ def test_what_is_refused(converted, tmp_path):
     c.TrainingConfig(init_from=3)
   assert c.override(RUN, ["training.init_from=some/folder"]).training.init_from == "some/folder"
   assert c.override(run_of(ours), ["training.init_from=none"]).training.init_from is None
+
+
+def test_a_wrong_leaf_is_named(tmp_path):
+  """By its name, the shape that is there and the expected one; all of them, from the manifest alone."""
+  other = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, scan_layers=False))
+  state = random_state(other)
+  params = jax.tree.map(np.asarray, state.params)
+  params["embed"]["embedding"] = params["embed"]["embedding"][:-1]
+  params["layers"]["layer_01"]["attention"].pop("sink")
+  params["more"] = np.ones(3, np.float32)
+  with CheckpointStore(tmp_path / "checkpoints", keep=2, config_dict=c.to_dict(other)) as store:
+    store.save(7, {"params": params, "router": state.router}, {})
+  size, width, heads = RUN.model.vocab_size, RUN.model.hidden_size, RUN.model.num_attention_heads
+  message = (rf"checkpoints/7 \(training.init_from\): expected the leaves of the run's model, by name and shape:\n"
+             rf"  params/layers/01/attention/sink: not there, expected shape \({heads},\)\n"
+             rf"  params/more: of shape \(3,\), expected no such leaf\n"
+             rf"  params/embed/embedding: of shape \({size - 1}, {width}\), expected \({size}, {width}\)$")
+  with pytest.raises(ValueError, match=message):
+    start.check_source(run_of(tmp_path, RUN.model))
+  with pytest.raises(ValueError, match=r"variables: expected .*\n  params/more: of shape \(3,\), expected no such leaf$"):
+    variables = {"params": {**random_state().params, "more": np.ones(3)}, "router": random_state().router}
+    state_of(RUN, variables, jax.random.key(0))
+
+
+def test_the_source_is_refused_before_the_data_is_built(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "dataset", lambda *_: pytest.fail("data was built"))
+  with pytest.raises(FileNotFoundError, match="training.init_from = '.*nowhere'"):
+    loop.train(run_of(tmp_path / "nowhere"), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_the_release_s_companions_go_with_the_run(converted, tmp_path):
