@@ -15,15 +15,19 @@ from deepseek_v4.model.losses import next_token_targets
 from deepseek_v4.training.step import compiler_options
 from tests.model.small import T0, abstract_variables, equations, pack, random_tokens, random_variables
 
-# A unit repeated seven times and a prediction block: `full` makes groups of two repeats, the last of which lacks one. The
-# streams of some hundred tokens outweigh everything that does not grow with them.
-UNIT = dataclasses.replace(T0, num_hidden_layers=7, layer_types=(CSA,) * 7, mlp_layer_types=(LEARNED,) * 7)
-# The same with all kinds of layers, two of them lone and a unit of two.
+# A unit repeated seven times: `full` makes groups of two repeats, the last of which lacks one. The streams of some hundred
+# tokens outweigh everything that does not grow with them.
+UNIT = dataclasses.replace(T0, num_hidden_layers=7, layer_types=(CSA,) * 7, mlp_layer_types=(LEARNED,) * 7,
+                           num_nextn_predict_layers=0)
+# The same with all kinds of layers and a prediction block; two layers are lone, and the unit has two.
 SCANNED = dataclasses.replace(T0, num_hidden_layers=16, layer_types=(SLIDING,) * 2 + (CSA, HCA) * 7,
                               mlp_layer_types=(HASH,) * 2 + (LEARNED,) * 14)
 LONE = dataclasses.replace(SCANNED.cut_layers(6), scan_layers=False)  # six lone layers: `full` makes groups of three
 LENGTH = 512
 TOKENS, SEGMENTS = pack(random_tokens(300, seed=1), random_tokens(150, seed=2), length=LENGTH)
+CONFIGS = {"unit": UNIT, "scanned": SCANNED, "lone": LONE}
+LAYERS = ["unit", *(pytest.param(name, marks=pytest.mark.long) for name in ("scanned", "lone"))]
+IN_THE_SUITE = ("none", "mhc", "full")  # of the unit; `block` has tests elsewhere, and `offload` is `block` with a transfer
 WEIGHTS = {"next_token": 1.0, "mtp": 0.3, "balance": 0.5, "indexer": 0.7}
 
 
@@ -36,7 +40,7 @@ def objective(config, kernels="blockwise"):
     targets = next_token_targets(tokens, segments, jnp.ones_like(tokens))
     out = model.apply({"params": params, "router": router}, tokens, None, segments, targets=targets)
     means = {name: total / count for name, (total, count) in out.losses.items()}
-    return sum(weight * means[name] for name, weight in WEIGHTS.items()), out.routing["experts"]
+    return sum(weight * means[name] for name, weight in WEIGHTS.items() if name in means), out.routing["experts"]
   return run
 
 
@@ -58,12 +62,9 @@ def results(config, policy):
   return jax.device_get(compiled(config, policy)(*map(variables(config).get, ("params", "router"))))
 
 
-CONFIGS = {"unit": UNIT, "scanned": SCANNED, "lone": LONE}
-LAYERS = ["unit", *(pytest.param(name, marks=pytest.mark.long) for name in ("scanned", "lone"))]
-
-
-@pytest.mark.parametrize("policy", REMAT_POLICIES[1:])
-@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("layers, policy", [
+  pytest.param(layers, policy, marks=[pytest.mark.long] * (layers != "unit" or policy not in IN_THE_SUITE))
+  for layers in CONFIGS for policy in REMAT_POLICIES[1:]])
 def test_no_policy_changes_a_number(layers, policy):
   """float32 through the same operations, which XLA fuses and so rounds differently: 1e-6 of each, more after many layers.
   The first layer's streams are equal, and so some gradients there zero by cancellation: 1e-7 of the global norm."""
@@ -89,10 +90,11 @@ def flops(config, policy):
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_each_policy_trades_memory_for_work(layers):
-  config = CONFIGS[layers]
-  memory, work = ({policy: measure(config, policy) for policy in REMAT_POLICIES} for measure in (temporaries, flops))
-  assert memory["none"] > 1.2 * memory["mhc"] > 1.2 * memory["block"] > 1.2 * memory["full"], memory
-  assert work["none"] < work["mhc"] < work["block"] < work["full"], work
+  policies = IN_THE_SUITE if layers == "unit" else ("none", "mhc", "block", "full")
+  memory, work = ([measure(CONFIGS[layers], policy) for policy in policies] for measure in (temporaries, flops))
+  print(layers, [round(size / LENGTH) for size in memory], work)
+  assert all(more > less for more, less in zip(memory, memory[1:])), memory
+  assert all(less < more for less, more in zip(work, work[1:])), work
 
 
 @pytest.mark.parametrize("repeats, unit, length", [(1, 1, 1), (2, 2, 1), (7, 1, 2), (9, 1, 3), (20, 2, 4), (29, 2, 3)])
@@ -102,9 +104,12 @@ def test_groups_keep_the_fewest_streams(repeats, unit, length):
   assert two_levels.lone_length(repeats) == int(np.ceil(np.sqrt(repeats)))
 
 
-@pytest.mark.parametrize("layers", ["unit", "lone"])
-def test_offloaded_streams_leave_the_device_and_come_back(layers):
+@pytest.mark.parametrize("layers, blocks", [("unit", 1), pytest.param("lone", 7, marks=pytest.mark.long)])
+def test_offloaded_streams_leave_the_device_and_come_back(layers, blocks):
+  """Of each block in the program once in each direction, and nothing else; what the TPU's compiler makes of it: test_aot.py."""
   run = jax.grad(objective(dataclasses.replace(CONFIGS[layers], remat="offload")), has_aux=True)
   program = jax.make_jaxpr(run)(*map(abstract_variables(CONFIGS[layers]).get, ("params", "router")))
-  moved = [(str(e.params["devices"]), e.outvars[0].aval) for e in equations(program.jaxpr) if e.primitive.name == "device_put"]
-  assert moved == 0, moved
+  moved = [e.outvars[0].aval for e in equations(program.jaxpr) if e.primitive.name == "device_put"]
+  for space in ("Host", "Device"):
+    shapes = [x.shape for x in moved if str(x.memory_space).endswith(space)]
+    assert shapes == [(1, LENGTH, T0.hc_mult, T0.hidden_size)] * blocks
