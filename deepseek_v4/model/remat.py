@@ -4,7 +4,7 @@
     mhc       the sublayers' results and what their gradients read and is expensive: outputs, attention with its log-sum-exp,
               selections, products with as long a sum as D, routed rows. Made again: coefficients, collapsed inputs and
               streams, from the first streams of a unit (mHC 4.3; report 3.4.2), beside norms, rotations and the expansions
-              of the latents (the queries, two thirds as many numbers as all that is kept, for a sum of only q_lora_rank)
+              of the latents (the queries would be a third more to keep, for sums of q_lora_rank numbers only)
     block     the streams in front of each layer; the layer is made again
     offload   as block, but these streams wait in the host's memory
     full      the streams in front of each group of layers, about as many as a group has (`two_levels.py`); a group's

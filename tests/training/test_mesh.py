@@ -29,8 +29,8 @@ from tests.training.small import (
 )
 
 # Mesh, remat, accumulation. Every axis; the pairs that these leave out are in the long tier, but for data x fsdp, which split a
-# batch alike. Three meshes recompute, each by another policy, and one takes the batch in two passes, as pods do: that changes no
-# number either.
+# batch alike. Three meshes recompute, each by another policy, and one takes the batch in two passes, as pods do: that
+# changes no number either.
 TOGETHER = {
   "fsdp=2 context=2 tensor=2": (c.MeshConfig(data=1, fsdp=2, context=2, tensor=2), "full", 2),
   "data=2 expert=2 tensor=2": (c.MeshConfig(data=2, expert=2, tensor=2), "mhc", 1),
