@@ -112,3 +112,15 @@ def test_offloaded_streams_leave_the_device_and_come_back(layers, blocks):
   for space in ("Host", "Device"):
     shapes = [x.shape for x in moved if str(x.memory_space).endswith(space)]
     assert shapes == [(1, LENGTH, T0.hc_mult, T0.hidden_size)] * blocks
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_parameters_and_traces_have_the_same_names_with_every_policy(layers):
+  """Shapes only: nothing is computed."""
+  def names(policy):
+    model = dsv4.DeepseekV4(dataclasses.replace(CONFIGS[layers], remat=policy), "blockwise")
+    made = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    traced = jax.eval_shape(lambda variables: dsv4.trace(model, variables, TOKENS, None, SEGMENTS), made)
+    return jax.tree.map(lambda x: x.shape, (made, traced))
+  wanted = names("none")
+  assert all(names(policy) == wanted for policy in REMAT_POLICIES[1:])
