@@ -1,4 +1,4 @@
-"""Every layer recomputed in the backward pass.
+"""Every layer recomputed in the backward pass. Other policies: `--set model.remat=mhc`, offload, full.
 
 command   python -m launch.train --config configs/debug_remat.py --workdir runs/debug_remat
 base      configs/debug.py, which see

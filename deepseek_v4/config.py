@@ -23,6 +23,7 @@ from deepseek_v4.config_model import (
   HASH,
   HCA,
   LEARNED,
+  REMAT_POLICIES,
   ROUTER_KINDS,
   SLIDING,
   LayerSpec,
@@ -38,9 +39,9 @@ from deepseek_v4.config_training import (
   TrainingConfig,
 )
 
-__all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "ROUTER_KINDS", "SLIDING", "AnomalyConfig", "DataConfig",
-           "LayerSpec", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "TrainingConfig", "Yarn",
-           "from_dict", "load", "override", "to_dict"]
+__all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "REMAT_POLICIES", "ROUTER_KINDS", "SLIDING", "AnomalyConfig",
+           "DataConfig", "LayerSpec", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "RunConfig",
+           "TrainingConfig", "Yarn", "from_dict", "load", "override", "to_dict"]
 
 
 @dataclasses.dataclass(frozen=True)

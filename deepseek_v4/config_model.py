@@ -18,6 +18,7 @@ ATTENTION_KINDS = (SLIDING, CSA, HCA)
 HASH = "hash_moe"
 LEARNED = "moe"
 ROUTER_KINDS = (HASH, LEARNED)
+REMAT_POLICIES = ("none", "mhc", "block", "offload", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ModelConfig:
   compute_dtype: str = "float32"
   inference_rounding: bool = False  # as DeepSeek's own inference: keys, index queries, inputs of linear layers
   scan_layers: bool = True
-  remat: str = "none"  # "none" or "block": recompute each layer in the backward pass
+  remat: str = "none"  # what is recomputed in the backward pass, one of REMAT_POLICIES; see `model/remat.py`
   loss_chunk_size: int = 1024  # tokens per device whose logits exist at a time in training
 
   def __post_init__(self):
@@ -125,7 +126,7 @@ class ModelConfig:
     one_of(self, "quantization", (None, "fp8", "fp8+fp4"))
     one_of(self, "mhc_init", ("identity", "zero"))
     one_of(self, "compute_dtype", ("float32", "bfloat16", "float64"))
-    one_of(self, "remat", ("none", "block"))
+    one_of(self, "remat", REMAT_POLICIES)
     if self.inference_rounding:
       self.check_hadamard("inference_rounding = True")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -1,14 +1,14 @@
 """Measures this project's speed and memory, alone or beside another implementation on the same machine.
 
-python -m launch.bench forward|train|decode [--against transformers] [--lengths 512,1024] [--repeats 3] [--json FILE]
+python -m launch.bench forward|train|decode|remat [--against transformers] [--lengths 512,1024] [--repeats 3] [--json FILE]
 python -m launch.bench kernels --topology v5p:2x2x1 [--ops attention,select] [--models flash,pro] [--noothers] [...]
 python -m launch.bench memory --topology v5p:2x2x2 [--lengths 65536] [--noothers] [--json FILE]
 python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
 python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
 
 forward: logits of all places. train: next-token loss, gradient, AdamW; also the full step with Muon. decode: a prompt in
-chunks, then token by token through the cache. float32, one row, 2 threads, the model of launch/benchmarks/bench_config.json
-with random weights, the same on both sides.
+chunks, then token by token through the cache. remat: train with each policy of model/remat.py. float32, one row, 2 threads,
+the model of launch/benchmarks/bench_config.json with random weights, the same on both sides.
 kernels: the ops of pallas_kernels at the released models' sizes, compiled for a TPU that need not be there; the compiler's
 final schedule beside the bounds of the chip, and beside what else a user could run.
 memory: what attention takes of a chip's HBM, forward and backward, heads split over the slice, from the same compiler.
@@ -41,6 +41,7 @@ def define_flags() -> None:
   flags.DEFINE_enum("against", None, [cases.TRANSFORMERS], "Another implementation that takes turns with ours.")
   flags.DEFINE_list("lengths", None, f"Tokens of the row: {', '.join(map(str, cases.LENGTHS))} if not given (the other side "
                     f"is measured up to {cases.LONGEST_AGAINST}); {', '.join(map(str, cases.DECODE_LENGTHS))} for decode, "
+                    f"{', '.join(map(str, cases.REMAT_LENGTHS))} for remat, "
                     f"{', '.join(map(str, kernel_cases.LENGTHS))} for kernels, "
                     f"{memory_cases.LENGTH} for memory, {', '.join(map(str, overlap.LENGTHS))} for overlap.")
   flags.DEFINE_integer("repeats", 3, "Timed passes of each side.", lower_bound=1)
@@ -65,7 +66,7 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
   if len(arguments) != 1 or arguments[0] not in KINDS:
     raise ValueError(f"measurement = {' '.join(arguments)!r}: expected one of {', '.join(KINDS)}")
   kind = arguments[0]
-  if against and kind not in cases.KINDS:
+  if against and (kind not in cases.KINDS or kind == cases.REMAT):
     raise ValueError(f"--against = {against!r}: expected nothing for {kind}, which has other sides of its own or none")
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
   if against and missing:
@@ -77,6 +78,7 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
     known = {KERNELS: (), MEMORY: (memory_cases.LENGTH,), OVERLAP: overlap.LENGTHS, CONTEXT: ()}[kind]
     return kind, kernel_cases.lengths_from(lengths or [str(length) for length in known])
   known, room = (cases.DECODE_LENGTHS, cases.NEW_TOKENS + 1) if kind == cases.DECODE else (cases.LENGTHS, 0)
+  known = cases.REMAT_LENGTHS if kind == cases.REMAT else known
   return kind, cases.lengths_from(lengths or [str(length) for length in known], room)
 
 

@@ -227,6 +227,7 @@ REFUSED_RUNS = [
   ("training.kernels=cuda", "kernels", "'cuda'", "'blockwise'"),
   ("model.compute_dtype=float16", "compute_dtype", "'float16'", "'bfloat16'"),
   ("model.mhc_init=random", "mhc_init", "'random'", "'identity', 'zero'"),
+  ("model.remat=layer", "remat", "'layer'", "'none', 'mhc', 'block', 'offload', 'full'"),
 ]
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import pallas_kernels.sparse_attention
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, SLIDING, ModelConfig
-from deepseek_v4.model import indexer, quantize, rope, sequence, weights
+from deepseek_v4.model import indexer, quantize, remat, rope, sequence, weights
 from deepseek_v4.model.cache import LayerCache, read_ring, write_ring
 from deepseek_v4.model.compression import Compressor, extend
 from deepseek_v4.model.context import Context
@@ -42,13 +42,14 @@ class Attention(nn.Module):
     heads, width = config.num_attention_heads, config.head_dim
     cos, sin = context.phases[self.attention]
     in_BSD = quantize.linear_input(config, x_BSD)
-    latent_BSr = RMSNorm(config, name="q_a_norm")(in_BSD @ weights.matrix(self, config, "q_a",
-                                                                         (config.hidden_size, config.q_lora_rank)))
+    latent_BSr = remat.keep(in_BSD @ weights.matrix(self, config, "q_a", (config.hidden_size, config.q_lora_rank)))
+    latent_BSr = RMSNorm(config, name="q_a_norm")(latent_BSr)
     latent_BSr = sharding.constrain(quantize.linear_input(config, latent_BSr), ("batch", "sequence", None))
     q_b = weights.matrix(self, config, "q_b", (config.q_lora_rank, heads, width))
     q_BSHd = rms_norm(jnp.einsum("BSr,rHd->BSHd", latent_BSr, q_b), None, config.rms_norm_eps)
     q_BSHd = sharding.constrain(rope.rotate(q_BSHd, cos[:, :, None], sin[:, :, None]), ("batch", "sequence", "heads", None))
-    kv_BSd = RMSNorm(config, name="kv_norm")(in_BSD @ weights.matrix(self, config, "kv", (config.hidden_size, width)))
+    kv_BSd = remat.keep(in_BSD @ weights.matrix(self, config, "kv", (config.hidden_size, width)))
+    kv_BSd = RMSNorm(config, name="kv_norm")(kv_BSd)
     kv_BSd, stored = self._kept(rope.rotate(kv_BSd, cos, sin), cache)
     sink_H = weights.exact(self, config, "sink", (heads,), nn.initializers.zeros)
 
@@ -135,7 +136,7 @@ class Attention(nn.Module):
     o_a = weights.matrix(self, config, "o_a", (groups, channels, rank))
     o_b = weights.matrix(self, config, "o_b", (groups * rank, config.hidden_size))
     out_BSGc = out_BSHd.reshape(*out_BSHd.shape[:2], groups, channels)
-    low_BSGR = jnp.einsum("BSGc,GcR->BSGR", out_BSGc, o_a)
+    low_BSGR = remat.keep(jnp.einsum("BSGc,GcR->BSGR", out_BSGc, o_a))
     return quantize.linear_input(config, low_BSGR.reshape(*out_BSHd.shape[:2], groups * rank)) @ o_b
 
   def _trace(self, q_BSHd, kv_BSd, entries_BTd, selection, lse_BSH, context: Context) -> None:

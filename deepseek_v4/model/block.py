@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from deepseek_v4 import sharding
 from deepseek_v4.config import LayerSpec, ModelConfig
-from deepseek_v4.model import weights
+from deepseek_v4.model import remat, weights
 from deepseek_v4.model.attention import Attention
 from deepseek_v4.model.cache import LayerCache
 from deepseek_v4.model.context import Context
@@ -55,18 +55,19 @@ class Block(nn.Module):
     `layer` is the layer's number (it seeds a fresh hash table).
     """
     config, kernels = self.config, self.kernels
-    streams_BSND = sharding.constrain(streams_BSND, ("batch", "sequence", None, None))
+    streams_BSND = remat.keep(sharding.constrain(streams_BSND, ("batch", "sequence", None, None)), remat.STREAMS)
     streams_BSND, z_BSD, post, comb = HyperConnection(config, kernels, name="attn_hc")(streams_BSND)
     attention = Attention(config, self.spec.attention, kernels, name="attention")
     x_BSD = sharding.constrain(RMSNorm(config, name="attn_norm")(z_BSD), ("batch", "sequence", None))
     y_BSD, indexer_loss, cache = attention(x_BSD, context, cache)
+    y_BSD = remat.keep(y_BSD)
 
     ffn_hc = HyperConnection(config, kernels, name="ffn_hc")
     streams_BSND, z_BSD, post, comb = ffn_hc(streams_BSND, (y_BSD, post, comb))
     moe = MoE(config, self.spec.router, kernels, name="moe")
     x_BSD = sharding.constrain(RMSNorm(config, name="ffn_norm")(z_BSD), ("batch", "sequence", None))
     y_BSD, experts, load, balance_loss = moe(x_BSD, context, layer)
-    streams_BSND = expand(streams_BSND, y_BSD, post, comb, kernels=kernels)
+    streams_BSND = expand(streams_BSND, remat.keep(y_BSD), post, comb, kernels=kernels)
     self.sow("intermediates", "streams", streams_BSND)
     nothing = (jnp.zeros((), weights.exact_dtype(config)),) * 2
     return streams_BSND, LayerOutput(experts, load, *(balance_loss or nothing), *(indexer_loss or nothing)), cache

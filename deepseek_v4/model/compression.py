@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, ModelConfig
-from deepseek_v4.model import cache, rope, sequence, weights
+from deepseek_v4.model import cache, remat, rope, sequence, weights
 from deepseek_v4.model.norm import RMSNorm, rms_norm
 
 SERIES = {CSA: 2, HCA: 1}  # overlapping windows of an entry
@@ -180,7 +180,7 @@ class Compressor(nn.Module):
     gate_oDd = weights.matrix(self, config, "gate", shape)
     bias_omd = weights.exact(self, config, "position_bias", (series, m, self.width), nn.initializers.zeros)
     norm_d = RMSNorm(config, name="norm").weight(self.width)
-    raw = [(x_BSD @ kv_oDd[o], x_BSD @ gate_oDd[o]) for o in range(series)]
+    raw = remat.keep([(x_BSD @ kv_oDd[o], x_BSD @ gate_oDd[o]) for o in range(series)])
 
     def entries():
       if earlier is None and sequence.is_split():

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import pallas_kernels.grouped_matmul as grouped_matmul
 from deepseek_v4 import sharding
 from deepseek_v4.config import LEARNED, ModelConfig
-from deepseek_v4.model import quantize, weights
+from deepseek_v4.model import quantize, remat, weights
 from deepseek_v4.model.context import Context
 from deepseek_v4.model.router import Router, balance_loss, expert_load
+from pallas_kernels.names import EXPERTS
 
 # With 384 experts and 6 picks a token, an expert gets 256 rows of a wave, a full tile of the kernels.
 WAVE = 16384
@@ -173,7 +174,7 @@ def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit
     rows = (x.reshape(-1, x.shape[-1]) for x in (x_TD, experts_Tk, weights_Tk))
     out_TD = grouped_matmul.few_picks(*rows, gate_EDF, up_EDF, down_EFD, limit=limit, rounded=rounded).reshape(x_TD.shape)
     return _over_axes(out_TD, expert_axis, width_axis).astype(x_TD.dtype)
-  plan = dispatch(experts_Tk.reshape(-1, top_k).T, gate_EDF.shape[0], shards, kernels)
+  plan = remat.keep(dispatch(experts_Tk.reshape(-1, top_k).T, gate_EDF.shape[0], shards, kernels), EXPERTS)
   rows_MD = gather_rows(x_TD.reshape(-1, x_TD.shape[-1]), plan)
   weights_kT, rounding = weights_Tk.reshape(-1, top_k).T, None
   if rounded is not None:
@@ -181,7 +182,7 @@ def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit
     weights_kT = jnp.ones_like(weights_kT)
   y_MD = grouped_matmul.expert_mlp(rows_MD, gate_EDF, up_EDF, down_EFD, plan.group_sizes, tile=plan.tile, limit=limit,
                                    rounding=rounding, implementation=kernels)
-  out_TD = combine_rows(y_MD, weights_kT, plan).reshape(x_TD.shape)
+  out_TD = combine_rows(remat.keep(y_MD, EXPERTS), weights_kT, plan).reshape(x_TD.shape)
   return _over_axes(out_TD, expert_axis, width_axis).astype(x_TD.dtype)
 
 
@@ -220,7 +221,7 @@ class SharedExpert(nn.Module):
   def __call__(self, x_BSD: jax.Array) -> jax.Array:
     config, limit = self.config, self.config.swiglu_limit
     d, f = config.hidden_size, config.moe_intermediate_size
-    gate, up = x_BSD @ weights.matrix(self, config, "gate", (d, f)), x_BSD @ weights.matrix(self, config, "up", (d, f))
+    gate, up = remat.keep([x_BSD @ weights.matrix(self, config, name, (d, f)) for name in ("gate", "up")])
     hidden = jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
     return quantize.linear_input(config, hidden) @ weights.matrix(self, config, "down", (f, d))
 

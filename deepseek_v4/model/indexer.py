@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pallas_kernels.indexer
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, ModelConfig
-from deepseek_v4.model import quantize, rope, sequence, weights
+from deepseek_v4.model import quantize, remat, rope, sequence, weights
 from deepseek_v4.model.cache import LayerCache
 from deepseek_v4.model.compression import Compressor, extend, sees_an_entry
 from deepseek_v4.model.context import Context
@@ -76,7 +76,7 @@ class Indexer(nn.Module):
     weights_BSh = jnp.einsum("BSD,Dh->BSh", x_BSD, head_weights, preferred_element_type=weights.exact_dtype(config))
     weights_BSh = sharding.constrain(weights_BSh * (heads * width) ** -0.5, ("batch", "sequence", "index_heads"))
     index = (queries_BShc, weights_BSh, keys_BTc)
-    selection = self._select(index, context)
+    selection = remat.keep(self._select(index, context))
     if self.is_mutable_collection("intermediates"):
       self._trace(index, selection, context)
     return selection, index, cache

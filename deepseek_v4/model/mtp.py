@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_v4.config import ModelConfig
-from deepseek_v4.model import quantize, sequence, weights
+from deepseek_v4.model import quantize, remat, sequence, weights
 from deepseek_v4.model.block import Block, LayerOutput
 from deepseek_v4.model.cache import LayerCache
 from deepseek_v4.model.context import Context
@@ -41,7 +41,7 @@ class MTP(nn.Module):
     e_BSD = e_BSD @ weights.matrix(self, config, "embed_proj", (d, d))
     h_BSND = quantize.linear_input(config, RMSNorm(config, name="hidden_norm")(streams_BSND))
     h_BSND = h_BSND @ weights.matrix(self, config, "hidden_proj", (d, d))
-    block = Block(config, config.mtp_spec, self.kernels, name="block")
+    block = remat.recomputed(Block, config)(config, config.mtp_spec, self.kernels, name="block")
     streams_BSND, report, cache = block(e_BSD[:, :, None] + h_BSND, context, config.num_hidden_layers, cache)
     out_BSD = RMSNorm(config, name="final_norm")(HyperHead(config, name="hc_head")(streams_BSND))
     return out_BSD, streams_BSND, report, cache

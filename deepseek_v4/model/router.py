@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from deepseek_v4 import sharding
 from deepseek_v4.config import HASH, ModelConfig
-from deepseek_v4.model import sequence, weights
+from deepseek_v4.model import remat, sequence, weights
 from deepseek_v4.model.context import Context
 
 _LINEAR_BELOW = -40.0  # softplus(x) = exp(x) to the last bit there, and its square root has a finite gradient
@@ -128,6 +128,7 @@ class Router(nn.Module):
     num_experts, top_k = config.n_routed_experts, config.num_experts_per_tok
     gate_DE = weights.exact(self, config, "gate", (config.hidden_size, num_experts))
     logits_BSE = jnp.einsum("BSD,DE->BSE", x_BSD.astype(gate_DE.dtype), gate_DE, precision="highest")
+    logits_BSE = remat.keep(logits_BSE)
     scores_BSE = score(logits_BSE, config.scoring_func)
     if self.kind == HASH:
       table = self.variable("router", "hash_table",
@@ -138,6 +139,7 @@ class Router(nn.Module):
       best = lambda biased_BSE: jax.lax.top_k(biased_BSE, top_k)[1]
       # XLA would gather the scores of all devices.
       experts_BSk = sharding.per_shard(best, (sequence.TOKENS,), sequence.TOKENS)(jax.lax.stop_gradient(scores_BSE) + bias_E)
+    experts_BSk = remat.keep(experts_BSk)
     self.sow("intermediates", "scores", scores_BSE)
     self.sow("intermediates", "experts", experts_BSk)
     return experts_BSk, combine_weights(scores_BSE, experts_BSk, config.routed_scaling_factor), scores_BSE

@@ -5,6 +5,7 @@ Axis letters: B batch   S sequence   N streams   D hidden size   V vocabulary   
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from deepseek_v4 import sharding
 from deepseek_v4.config import LayerSpec, ModelConfig
-from deepseek_v4.model import losses, weights
+from deepseek_v4.model import losses, remat, two_levels, weights
 from deepseek_v4.model.block import Block, LayerOutput
 from deepseek_v4.model.cache import Cache, LayerCache
 from deepseek_v4.model.context import Chunk, Context, check_inputs, make_chunk_context, make_context
@@ -64,7 +65,7 @@ class _Unit(nn.Module):
 
 
 class Stack(nn.Module):
-  """All decoder layers: those of the repeated unit scanned, the others one by one, each recomputed if `remat` says so."""
+  """All decoder layers: those of the repeated unit scanned, the others one by one, recomputed as `config.remat` says."""
 
   config: ModelConfig
   kernels: str
@@ -75,36 +76,81 @@ class Stack(nn.Module):
 
     `caches` are those of `Cache.layers`, or {} without a cache.
     """
-    config, groups = self.config, group_layers(self.config)
+    groups = group_layers(self.config)
     reports: list[LayerOutput] = []
     new_caches = {}
-    for layer in [*range(groups.prefix), -1, *range(groups.suffix_start, groups.num_layers)]:
-      if layer >= 0:
-        key = groups.key_of(layer)[0]
-        block = self._block(config.layer_specs[layer], key, in_scan=False)
-        streams_BSND, report, new_caches[key] = block(streams_BSND, context, layer, caches.get(key))
-        reports.append(report)
+    for layers in [*self._runs(0, groups.prefix), None, *self._runs(groups.suffix_start, groups.num_layers)]:
+      if layers is not None:
+        keys = [groups.key_of(layer)[0] for layer in layers]
+        streams_BSND, found, of_layers = self._lone(streams_BSND, context, layers, keys, tuple(map(caches.get, keys)))
       elif groups.repeats:
         keys = [f"unit_{j}" for j in range(groups.unit)]
-        streams_BSND, scanned, units = self._scan(streams_BSND, context, groups, tuple(map(caches.get, keys)))
-        reports += scanned
-        new_caches |= zip(keys, units)
+        scan = self._two_levels if self._forgets(caches) else self._scan
+        streams_BSND, found, of_layers = scan(streams_BSND, context, groups, tuple(map(caches.get, keys)))
+        found = [jax.tree.map(lambda x, r=r: x[r], found[j]) for r in range(groups.repeats) for j in range(groups.unit)]
+      else:
+        continue
+      reports += found
+      new_caches |= zip(keys, of_layers)
     return streams_BSND, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports), new_caches
 
-  def _block(self, spec: LayerSpec, name: str, in_scan: bool) -> Block:
-    # Inside a scan the loop's body already keeps XLA from merging the recomputation with the forward pass.
-    kind = nn.remat(Block, prevent_cse=not in_scan) if self.config.remat == "block" else Block
+  def _forgets(self, caches: dict[str, LayerCache]) -> bool:
+    """Whether the streams between repeats are not kept; where there is no gradient nothing is, and flax's scan will do."""
+    nothing_else = not (caches or self.is_initializing() or self.is_mutable_collection("intermediates"))
+    return self.config.remat == "full" and nothing_else
+
+  def _runs(self, start: int, end: int) -> list[range]:
+    """Lone layers, as many together as the policy recomputes together."""
+    size = two_levels.lone_length(end - start) if self.config.remat == "full" else 1
+    return [range(first, min(first + size, end)) for first in range(start, end, size)]
+
+  def _lone(self, streams_BSND, context: Context, layers: range, keys: list[str], caches: tuple[LayerCache | None, ...]):
+    specs = self.config.layer_specs
+    kind = remat.recomputed(Block, self.config)
+    blocks = tuple(self._block(specs[layer], key, kind) for layer, key in zip(layers, keys))
+    if len(blocks) == 1:
+      streams_BSND, report, cache = blocks[0](streams_BSND, context, layers[0], caches[0])
+      return streams_BSND, [report], (cache,)
+    together = nn.remat(_Unit)(blocks, name=f"from_{keys[0]}")
+    streams_BSND, (reports, caches) = together(streams_BSND, tuple(layers), context, caches)
+    return streams_BSND, list(reports), caches
+
+  def _block(self, spec: LayerSpec, name: str, kind: type[nn.Module]) -> nn.Module:
     return kind(self.config, spec, self.kernels, name=name)
 
   def _scan(self, streams_BSND, context: Context, groups: LayerGroups, caches: tuple[LayerCache | None, ...]):
-    blocks = tuple(self._block(self.config.layer_specs[groups.prefix + j], f"unit_{j}", in_scan=True)
-                   for j in range(groups.unit))
-    scan = nn.scan(_Unit, variable_axes={"params": 0, "router": 0, "intermediates": 0}, split_rngs={"params": True},
+    """The streams, the reports of each layer of the unit, stacked over the repeats, and the caches."""
+    # mhc recomputes a unit's streams from its first ones, the other policies each layer from its own.
+    again = functools.partial(remat.recomputed, config=self.config, in_loop=True)
+    kind, unit = (Block, again(_Unit)) if self.config.remat == "mhc" else (again(Block), _Unit)
+    specs = self.config.layer_specs[groups.prefix:]
+    blocks = tuple(self._block(specs[j], f"unit_{j}", kind) for j in range(groups.unit))
+    scan = nn.scan(unit, variable_axes={"params": 0, "router": 0, "intermediates": 0}, split_rngs={"params": True},
                    in_axes=(0, nn.broadcast, 0), length=groups.repeats)
-    numbers = groups.prefix + jnp.arange(groups.repeats * groups.unit).reshape(groups.repeats, groups.unit)
-    streams_BSND, (reports, caches) = scan(blocks, name="scan")(streams_BSND, numbers, context, caches)
-    return streams_BSND, [jax.tree.map(lambda x, r=r: x[r], reports[j]) for r in range(groups.repeats)
-                          for j in range(groups.unit)], caches
+    streams_BSND, (reports, caches) = scan(blocks, name="scan")(streams_BSND, _numbers(groups), context, caches)
+    return streams_BSND, reports, caches
+
+  def _two_levels(self, streams_BSND, context: Context, groups: LayerGroups, caches: tuple[LayerCache | None, ...]):
+    """`_scan` that keeps the streams in front of groups of repeats only."""
+    def of(spec):
+      block = Block(self.config, spec, self.kernels, parent=None)
+
+      def layer(params, fixed, context, streams_BSND):
+        number, router = fixed
+        return block.apply({"params": params, **router}, streams_BSND, context, number)[:2]
+      return layer
+
+    layers = [of(self.config.layer_specs[groups.prefix + j]) for j in range(groups.unit)]
+    keys, numbers = [f"unit_{j}" for j in range(groups.unit)], _numbers(groups)
+    params = tuple(self.variables["params"][key] for key in keys)
+    fixed = tuple((numbers[:, j], {name: tree[key] for name, tree in self.variables.items() if name != "params"})
+                  for j, key in enumerate(keys))
+    return *two_levels.run(layers, params, fixed, context, streams_BSND), caches
+
+
+def _numbers(groups: LayerGroups) -> jax.Array:
+  """int32 [repeats, unit]: the layers that are scanned."""
+  return groups.prefix + jnp.arange(groups.repeats * groups.unit).reshape(groups.repeats, groups.unit)
 
 
 class DeepseekV4(nn.Module):

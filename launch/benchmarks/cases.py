@@ -10,13 +10,15 @@ from typing import Sequence
 
 import numpy as np
 
-from deepseek_v4.config import ModelConfig
+from deepseek_v4.config import REMAT_POLICIES, ModelConfig
 
 DECODE, PREFILL = "decode", "prefill"  # the passes of a "decode" case give rows of both kinds
-KINDS = ("forward", "train", DECODE)
+REMAT = "remat"
+KINDS = ("forward", "train", DECODE, REMAT)
 OURS, TRANSFORMERS = "ours", "transformers"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 DECODE_LENGTHS = (512, 4096, 16384)
+REMAT_LENGTHS = (2048,)
 NEW_TOKENS, CHUNK = 32, 512  # decoded after each prompt; tokens of a prompt that either side is fed at a time
 LONGEST_AGAINST = 4096  # transformers' attention holds [heads, S, S + S / 4]: beyond this it does not fit
 LONGEST_WITHOUT_REMAT = 4096
@@ -36,7 +38,7 @@ ENVIRONMENT = {
                    "TRANSFORMERS_VERBOSITY": "error"},
 }
 _LABELS = {"": "", "remat": ", remat", "muon": ", full step with Muon", "checkpointing": ", checkpointing",
-           "loop": ", loop over experts"}
+           "loop": ", loop over experts", **{policy: f", {policy}" for policy in REMAT_POLICIES}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +46,12 @@ class Case:
   """One side of one measurement.
 
   Attributes:
-    kind: "forward", "train" or "decode"; "weights", "logits" and "cached_logits" prepare and check.
+    kind: "forward", "train", "decode" or "remat"; "weights", "logits" and "cached_logits" prepare and check.
     side: OURS or TRANSFORMERS.
     length: tokens of the one row; of decode: of its prompt.
     variant: of train. Ours: "" keeps all activations, "remat" recomputes layers, "muon" is the step that launch.train
       runs, with Muon and all losses. Theirs: "" or "checkpointing". Of decode, theirs: "" or "loop", one expert after
-      another in place of grouped matmuls.
+      another in place of grouped matmuls. Of remat: the policy.
   """
 
   kind: str
@@ -89,6 +91,8 @@ def tokens_of(case: Case) -> np.ndarray:
 
 def cases_of(kind: str, lengths: Sequence[int], against: str | None) -> list[list[Case]]:
   """The cases of each length that take turns, ours first."""
+  if kind == REMAT:
+    return [[Case(kind, OURS, length, policy) for policy in REMAT_POLICIES] for length in lengths]
   groups = []
   for length in lengths:
     variants = [""]
@@ -111,9 +115,9 @@ def expected_seconds(case: Case) -> tuple[float, float]:
   if case.kind == DECODE:
     ours = case.side == OURS
     return 20.0 if ours else 6.0, case.length * (0.5e-3 if ours else 0.7e-3 + 5e-8 * case.length) + (0.2 if ours else 1.0)
-  work = case.length * (3 if case.kind == "train" else 1)
+  work = case.length * (3 if case.kind in ("train", REMAT) else 1)
   if case.side == OURS:
-    return {"forward": 8.0, "train": 30.0}.get(case.kind, 8.0), 0.8e-3 * work
+    return {"forward": 8.0, "train": 30.0, REMAT: 40.0}.get(case.kind, 8.0), 0.8e-3 * work
   return 6.0, (1e-3 + 0.9e-6 * case.length) * work
 
 
@@ -159,6 +163,8 @@ def targets_of(kind: str) -> list[Target]:
   """The bounds on one kind of measurement."""
   if kind == DECODE:
     return _decode_targets()
+  if kind == REMAT:
+    return []
   ratios = {"forward": {2048: 2.0, 4096: 4.0}, "train": {2048: 2.0, 4096: 3.0}}[kind]
   found = [Target(f"times the speed of transformers at {length}, at least {bound:g}", bound, length)
            for length, bound in ratios.items()]

@@ -19,15 +19,15 @@ def per_token(config: ModelConfig, length: int, kind: str) -> float:
   Args:
     config: the model; a prediction block is not counted.
     length: tokens of the document.
-    kind: "forward"; "train": a backward pass needs twice the forward's matmuls; "prefill": logits of the last place only;
-      "decode": the one token after `length` others.
+    kind: "forward"; "train" and "remat": a backward pass needs twice the forward's matmuls; "prefill": logits of the last
+      place only; "decode": the one token after `length` others.
   """
   seen = np.array([length + 1]) if kind == "decode" else np.arange(1, length + 1)
   layers = sum(_attention(config, spec.attention, seen) + _experts(config) + 2 * _mixing(config)
                for spec in config.layer_specs)
   n, d = config.hc_mult, config.hidden_size
   head = 2 * d * config.vocab_size / (length if kind == "prefill" else 1)
-  return float((3 if kind == "train" else 1) * (layers + 2 * n * d * n + head))
+  return float((3 if kind in ("train", "remat") else 1) * (layers + 2 * n * d * n + head))
 
 
 def entries_per_token(config: ModelConfig, length: int) -> int:

@@ -23,6 +23,7 @@ from launch.benchmarks.cases import (
   LOGITS_CHUNK,
   LOGITS_SINGLE,
   NEW_TOKENS,
+  REMAT,
   WEIGHTS,
   Case,
   check_config,
@@ -38,13 +39,14 @@ def prepare(case: Case, folder: Path) -> tuple[Callable[[], Any], Callable[[int]
     return None
   config_of = check_config if case.kind in ("logits", "cached_logits") else model_config
   # Layers that are not scanned update their caches in place; so does launch.generate.
-  config = config_of(remat="block" if case.variant == "remat" else "none",
+  policy = case.variant if case.kind == REMAT else "block" if case.variant == "remat" else "none"
+  config = config_of(remat=policy,
                      scan_layers=case.kind not in (DECODE, "cached_logits"))
   with np.load(folder / WEIGHTS) as weights:
     variables = dsv4.from_hf_names(dict(weights), config)
   tokens = jnp.asarray(tokens_of(case))
   make = {"forward": _forward, "logits": _forward, "train": _full_step if case.variant == "muon" else _adamw,
-          DECODE: _decode, "cached_logits": _cached_logits}[case.kind]
+          REMAT: _adamw, DECODE: _decode, "cached_logits": _cached_logits}[case.kind]
   run, compile_seconds = make(config, variables, tokens)
   if case.kind in ("logits", "cached_logits"):
     np.save(folder / f"logits {case.side}.npy", np.asarray(run(keep=True)))

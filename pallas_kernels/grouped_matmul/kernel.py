@@ -34,6 +34,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tpu
 from pallas_kernels.grouped_matmul import kernel_calls as calls
+from pallas_kernels.names import EXPERTS, named
 
 
 def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, interpret, rounding=None):
@@ -108,7 +109,7 @@ def _mlp(x, gate, up, down, sizes, static):
 
 def _mlp_forward(x, gate, up, down, sizes, static):
   y, kept = _forward(x, gate, up, down, sizes, static, True)
-  return y, (x, gate, up, down, sizes, *kept)
+  return y, (x, gate, up, down, sizes, *named(EXPERTS, *kept))
 
 
 def _mlp_backward(static, saved, dy):

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import bits, tpu
 from pallas_kernels.indexer import kernel_loss_backward
 from pallas_kernels.indexer.tiles import LossCall, Sizes, head_dots, masses, prepare, tile_mask, tile_of, weigh
+from pallas_kernels.names import INDEX_LOSS, named
 from pallas_kernels.tpu import LANES, MASKED
 
 TILE = {"v5p": (1024, 512), "v6e": (2048, 512), "tpu7x": (1024, 1024)}  # ((query, head) rows, entries)
@@ -91,7 +92,7 @@ def _loss(static, arrays, words):
 
 def _loss_forward(static, arrays, words):
   numbers = _forward(static, arrays, words)
-  return numbers[..., 0], (arrays, words, numbers[..., 1:])
+  return numbers[..., 0], (arrays, words, *named(INDEX_LOSS, numbers[..., 1:]))
 
 
 def _loss_backward(static, kept, g):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import blocks
 from pallas_kernels.blocks import MASKED
+from pallas_kernels.names import ATTENTION, named
 
 
 def attend(q_BSHd, window_kv_BXd, entries_BTd, selection, sink_H, *, positions, segment_ids, key_segment, entry_last,
@@ -148,7 +149,7 @@ def _attend_forward(q, kv, entries, sink, picks, places, static):
     return _forward_block(item[2], keys, sink, scale)
 
   out_NCHd, lse_NCH = jax.lax.map(one, _block_inputs(q, picks, places, size))
-  out, lse = (blocks.join(x, *q.shape[:2]) for x in (out_NCHd, lse_NCH))
+  out, lse = named(ATTENTION, *(blocks.join(x, *q.shape[:2]) for x in (out_NCHd, lse_NCH)))
   return (out, lse), (q, kv, entries, sink, picks, places, out, lse)
 
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import bits, tpu
+from pallas_kernels.names import ATTENTION, named
 from pallas_kernels.sparse_attention import kernel_backward, tiles
 from pallas_kernels.tpu import LANES, matmul, matmul_t, widen
 
@@ -45,7 +46,7 @@ def _attend(q, window_kv, entries, sink, words, segment_ids, options):
 
 
 def _attend_forward(*args):
-  out, lse = forward(*args)
+  out, lse = named(ATTENTION, *forward(*args))
   return (out, lse), (*args[:-1], out, lse)
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import bits, blocks, tpu
+from pallas_kernels.names import ATTENTION, named
 from pallas_kernels.sparse_attention import (
   sparse_backward,
   sparse_forward,
@@ -73,7 +74,7 @@ def _attend(q, window_kv, entries, sink, chosen, segment_ids, static):
 
 
 def _attend_forward(*args):
-  out, lse = forward(*args)
+  out, lse = named(ATTENTION, *forward(*args))
   return (out, lse), (*args[:-1], out, lse)
 
 

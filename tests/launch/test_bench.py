@@ -17,7 +17,7 @@ import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HCA, LEARNED, SLIDING, ModelConfig
 from launch import bench
 from launch.benchmarks import cases, flops, ours, report, run, worker
-from launch.benchmarks.cases import DECODE, NEW_TOKENS, OURS, PREFILL, TRANSFORMERS, Case
+from launch.benchmarks.cases import DECODE, NEW_TOKENS, OURS, PREFILL, REMAT, TRANSFORMERS, Case
 from pallas_kernels.grouped_matmul import padded_rows, row_tile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +103,8 @@ def test_both_sides_take_turns_where_both_fit():
   assert [[case.label for case in group] for group in decode] == [
       ["ours", "transformers", "transformers, loop over experts"]] * 2
   assert [case.label for case in cases.cases_of(DECODE, (512,), None)[0]] == ["ours"]
+  assert [case.label for case in cases.cases_of(REMAT, (2048,), None)[0]] == [
+      "ours, none", "ours, mhc", "ours, block", "ours, offload", "ours, full"]
   assert cases.warms_up(forward[0]) and not cases.warms_up(forward[1]) and not cases.warms_up(decode[0])
 
 

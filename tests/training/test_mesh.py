@@ -28,16 +28,17 @@ from tests.training.small import (
   with_model,
 )
 
-# Mesh, remat, accumulation. Every axis; of the pairs that these leave out, those with context are in the long tier. One mesh
-# recomputes layers in the backward pass and one takes the batch in two passes, as pods do: that changes no number either.
+# Mesh, remat, accumulation. Every axis; of the pairs that these leave out, those with context are in the long tier. Two
+# meshes recompute, each by another policy (the long tier has all), and one takes the batch in two passes, as pods do:
+# that changes no number either.
 TOGETHER = {
   "fsdp=2 context=2 tensor=2": (c.MeshConfig(data=1, fsdp=2, context=2, tensor=2), "none", 2),
-  "data=2 expert=2 tensor=2": (c.MeshConfig(data=2, expert=2, tensor=2), "none", 1),
-  "fsdp=2 expert=4": (c.MeshConfig(data=1, fsdp=2, expert=4), "block", 1),
+  "data=2 expert=2 tensor=2": (c.MeshConfig(data=2, expert=2, tensor=2), "mhc", 1),
+  "fsdp=2 expert=4": (c.MeshConfig(data=1, fsdp=2, expert=4), "full", 1),
 }
-ALONE = {"data=8": (c.MeshConfig(data=8), "none", 1), "fsdp=8": (c.MeshConfig(data=1, fsdp=8), "none", 1),
-         "expert=8": (c.MeshConfig(data=1, expert=8), "none", 1),
-         "context=4": (c.MeshConfig(data=1, context=4), "block", 1)}
+ALONE = {"data=8": (c.MeshConfig(data=8), "none", 1), "fsdp=8": (c.MeshConfig(data=1, fsdp=8), "offload", 1),
+         "expert=8": (c.MeshConfig(data=1, expert=8), "block", 1),
+         "context=4": (c.MeshConfig(data=1, context=4), "full", 1)}
 PAIRS = {f"{axis}=2 context=4": (c.MeshConfig(**{"data": 1, axis: 2, "context": 4}), "none", 1)
          for axis in ("data", "fsdp", "expert", "tensor")}
 ALL = TOGETHER | ALONE | PAIRS
