@@ -10,25 +10,27 @@ import pytest
 
 import deepseek_v4 as dsv4
 from deepseek_v4 import sharding
-from deepseek_v4.config import CSA, HASH, HCA, LEARNED, MeshConfig
+from deepseek_v4.config import CSA, HASH, LEARNED, SLIDING, MeshConfig
 from deepseek_v4.model.context import make_context
 from deepseek_v4.model.experts import MoE
 from deepseek_v4.model.losses import next_token_targets
 from deepseek_v4.model.replay import Replay
 from pallas_kernels.selection import Selection
-from tests.model.small import T0, abstract_variables, pack, random_tokens, random_variables, variables
+from tests.model.small import T0, abstract_variables, pack, random_tokens, random_variables
+from tests.training.small import fast_options
 
-# Two layers of each kind in one scan, hash and learned routers, the prediction block; recomputed in the backward pass.
-SCANNED = dataclasses.replace(T0, num_hidden_layers=4, layer_types=(CSA, HCA) * 2, mlp_layer_types=(HASH, LEARNED) * 2,
-                              remat="block")
+# A hash layer, two learned ones with indexers in a scan, the prediction block.
+CONFIG = dataclasses.replace(T0, layer_types=(SLIDING, CSA, CSA), mlp_layer_types=(HASH, LEARNED, LEARNED))
+PLAIN, RECOMPUTED = ("reference", "none"), ("blockwise", "block")  # kernels, remat
 TOKENS, SEGMENTS = (np.concatenate(x) for x in zip(
   pack(random_tokens(21), random_tokens(6, seed=1), length=32), pack(random_tokens(32, seed=2), length=32)))
 
 
 @functools.cache
-def differentiated(config, mesh=None):
-  """(variables, replay) -> (output with losses, gradient of their means by the parameters), jitted per form of replay."""
-  model = dsv4.DeepseekV4(config, "blockwise")
+def differentiated(given, mesh=None, form=PLAIN):
+  """replay -> (output with losses, gradient of their means by the parameters), compiled; `given`: the replay is one of all
+  choices, else None."""
+  model = dsv4.DeepseekV4(dataclasses.replace(CONFIG, remat=form[1]), form[0])
 
   def total(params, router, tokens, segment_ids, replay):
     targets = next_token_targets(tokens, segment_ids, jnp.ones_like(tokens))
@@ -38,17 +40,19 @@ def differentiated(config, mesh=None):
 
   graded = jax.value_and_grad(total, has_aux=True)
   run = sharding.OnMesh(jax.jit(lambda v, replay: graded(v["params"], v["router"], TOKENS, SEGMENTS, replay)), mesh)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own(form)[2]) if given else None
+  compiled = run.lower(random_variables(CONFIG), shapes).compile(compiler_options=fast_options())
 
-  def both(replay=None):
-    (_, out), gradient = jax.device_get(run(random_variables(config), replay))
+  def both(replay):
+    (_, out), gradient = jax.device_get(compiled(random_variables(CONFIG), replay))
     return out, gradient
   return both
 
 
 @functools.cache
-def own(config=SCANNED):
+def own(form=PLAIN):
   """(output, gradient) of a pass that chooses itself, and its choices as a replay."""
-  out, gradient = differentiated(config)()
+  out, gradient = differentiated(False, form=form)(None)
   return out, gradient, Replay.of(out.routing)
 
 
@@ -64,10 +68,11 @@ def other_experts(experts, seed=0):
 
 
 # ---- one's own choices -------------------------------------------------------------------------------------------------
-def test_own_choices_change_no_bit_of_outputs_and_gradients():
-  out, gradient, replay = own()
-  assert replay.experts.shape == (4, 2, 32, 2) and replay.mtp_experts.shape == (2, 32, 2) and len(replay.selection) == 2
-  again, same = differentiated(SCANNED)(replay)
+@pytest.mark.parametrize("form", [PLAIN, pytest.param(RECOMPUTED, marks=pytest.mark.long)])
+def test_own_choices_change_no_bit_of_outputs_and_gradients(form):
+  out, gradient, replay = own(form)
+  assert replay.experts.shape == (3, 2, 32, 2) and replay.mtp_experts.shape == (2, 32, 2) and len(replay.selection) == 2
+  again, same = differentiated(True, form=form)(replay)
   assert not differing(out, again) and not differing(gradient, same)
 
 
@@ -78,16 +83,16 @@ def test_experts_of_some_tokens_in_the_last_layer_change_these_tokens_only():
   experts[0] = -3  # a hash layer reads its table
   experts[:, SEGMENTS == 0] = 99  # no token
   places = ([0, 0, 1], [3, 25, 31])
-  experts[(3, *places)] = other_experts(experts)[(3, *places)]
-  changed, _ = differentiated(SCANNED)(replay.replace(experts=experts))
+  experts[(2, *places)] = other_experts(experts)[(2, *places)]
+  changed, _ = differentiated(True)(replay.replace(experts=experts))
   expected = np.zeros(TOKENS.shape, bool)
-  expected[places] = (np.sort(experts[3], -1) != np.sort(replay.experts[3], -1)).any(-1)[places]
+  expected[places] = (np.sort(experts[2], -1) != np.sort(replay.experts[2], -1)).any(-1)[places]
   assert expected.any()
   moved = (changed.hidden != out.hidden).any(-1)
   np.testing.assert_array_equal(moved[SEGMENTS > 0], expected[SEGMENTS > 0])
-  np.testing.assert_array_equal(changed.routing["experts"][[1, 3]][:, SEGMENTS > 0], experts[[1, 3]][:, SEGMENTS > 0])
+  np.testing.assert_array_equal(changed.routing["experts"][1:, SEGMENTS > 0], experts[1:, SEGMENTS > 0])
   np.testing.assert_array_equal(changed.routing["experts"][0], out.routing["experts"][0])
-  for layer in (1, 3):
+  for layer in (1, 2):
     load = np.bincount(experts[layer][SEGMENTS > 0].reshape(-1), minlength=4)
     np.testing.assert_array_equal(changed.routing["load"][layer], load)
 
@@ -97,13 +102,13 @@ def test_a_selection_of_one_entry_has_no_indexer_loss_and_reaches_later_tokens_o
   out, _, replay = own()
   single = [dataclasses.replace(x, picks=np.stack([x.picks[..., 0], np.full_like(x.picks[..., 0], -1)], -1))
             for x in replay.selection]
-  changed, _ = differentiated(SCANNED)(replay.replace(selection=tuple(single)))
+  changed, _ = differentiated(True)(replay.replace(selection=tuple(single)))
   assert float(out.losses["indexer"][0]) > 0.1 and abs(float(changed.losses["indexer"][0])) < 1e-6
   assert out.losses["indexer"][1] == changed.losses["indexer"][1]
   picks = replay.selection[1].picks.copy()
   assert (picks[0, 17] >= 0).all()
   picks[0, 17, 1] = -1
-  changed, _ = differentiated(SCANNED)(replay.replace(selection=(replay.selection[0], Selection(picks))))
+  changed, _ = differentiated(True)(replay.replace(selection=(replay.selection[0], Selection(picks))))
   moved = (changed.hidden != out.hidden).any(-1)
   assert moved[0, 17] and not moved[0, :17].any() and not moved[1].any()
 
@@ -174,34 +179,43 @@ def test_a_layer_with_given_experts_against_numpy():
 
 # ---- a cache, a mesh ---------------------------------------------------------------------------------------------------
 def test_chunks_with_a_cache_take_their_part_of_a_replay():
-  """Padding on either side; with another's experts and entries the chunks give the full pass with the same ones."""
-  model, tokens = dsv4.DeepseekV4(T0, "blockwise"), random_tokens(2, 12, seed=3)
-  full = jax.jit(lambda v, replay: model.apply(v, tokens, replay=replay, mtp=False, keep_selection=True))
-  experts = other_experts(np.zeros((3, 2, 12, 2)))
-  picks = np.random.default_rng(1).permuted(np.tile([0, 1, 2, -1], (2, 12, 1)), axis=-1)[..., :2].astype(np.int32)
-  want = full(variables(), Replay(experts, (Selection(picks),)))
+  """Padding on either side; with another's experts and entries the chunks give the full pass with the same ones. The rows of
+  the cache are the first documents of the rows."""
+  _, _, replay = own()
+  picks = np.random.default_rng(1).permuted(np.tile([0, 1, 2, 3, -1], (2, 2, 32, 1)), axis=-1)[..., :2].astype(np.int32)
+  replay = replay.replace(experts=other_experts(replay.experts), selection=tuple(map(Selection, picks)))
+  want, _ = differentiated(True)(replay)
+  model, width = dsv4.DeepseekV4(CONFIG, "reference"), 16
 
-  @jax.jit
-  def chunk(v, cache, tokens, segments, replay):
-    return model.apply(v, tokens, None, segments, cache, replay=replay, keep_selection=True)
+  @functools.partial(jax.jit, compiler_options=fast_options())
+  def run(v, cache, tokens, segments, replay):
+    return model.apply(v, tokens, None, segments, cache, replay=replay, keep_selection=True, logits="none")
 
-  def spread(x, axis, cut, before):
-    """A cut of `x` with zeros, which as experts would be refused at a token, around it."""
-    return np.insert(x[(slice(None),) * axis + (cut,)], [0 if before else cut.stop - cut.start] * (6 + cut.start - cut.stop),
-                     0, axis)
+  def cut(x, axis, chunks, side):
+    """Of each row of x, whose batch is axis 0 behind `axis` others, a chunk; zeros around it, which as experts of a token
+    would be refused."""
+    out = np.zeros((*x.shape[:axis + 1], width, *x.shape[axis + 2:]), x.dtype)
+    for row, chunk in enumerate(chunks):
+      count = chunk.stop - chunk.start
+      where = slice(width - count, width) if side == "left" else slice(0, count)
+      out[(slice(None),) * axis + (row, where)] = x[(slice(None),) * axis + (row, chunk)]
+    return out
 
-  cache, done = dsv4.init_cache(T0, 2, 16), 0
-  for size, side in ((5, "left"), (1, "right"), (6, "left")):
-    place = np.arange(6) >= 6 - size if side == "left" else np.arange(6) < size
-    where = slice(done, done + size), side == "left"
-    replay = Replay(spread(experts, 2, *where), (Selection(spread(picks, 1, *where)),))
-    segments = np.broadcast_to(place, (2, 6)).astype(np.int32)
-    out = chunk(variables(), cache, spread(tokens, 1, *where), segments, replay)
-    # logits of these weights reach 10, and the sums of a chunk run in another order
-    np.testing.assert_allclose(out.logits[:, place], want.logits[:, done:done + size], atol=1e-4)
-    np.testing.assert_array_equal(out.routing["experts"][1:, :, place], experts[1:, :, done:done + size])
-    np.testing.assert_array_equal(out.routing["selection"][0].picks[:, place], picks[:, done:done + size])
-    cache, done = out.cache, done + size
+  cache, done = dsv4.init_cache(CONFIG, 2, 32), [0, 0]
+  for counts, side in (((7, 16), "left"), ((1, 1), "right"), ((13, 0), "left"), ((0, 15), "right")):
+    chunks = [slice(start, start + count) for start, count in zip(done, counts)]
+    part = Replay(cut(replay.experts, 1, chunks, side), tuple(Selection(cut(x.picks, 0, chunks, side))
+                                                              for x in replay.selection))
+    tokens, segments = (cut(x, 0, chunks, side) for x in (TOKENS, (SEGMENTS > 0).astype(np.int32)))
+    out = run(random_variables(CONFIG), cache, tokens, segments, part)
+    place = segments > 0
+    expected = cut(want.hidden, 0, chunks, side)
+    # hidden states reach 3, and the sums of a chunk run in another order
+    np.testing.assert_allclose(out.hidden[place], expected[place], atol=3e-5)
+    np.testing.assert_array_equal(out.routing["experts"][1:, place], part.experts[1:, place])
+    for found, given in zip(out.routing["selection"], part.selection):
+      np.testing.assert_array_equal(found.picks[place], given.picks[place])
+    cache, done = out.cache, [chunk.stop for chunk in chunks]
 
 
 @pytest.mark.long
@@ -211,8 +225,8 @@ def test_a_replay_on_a_mesh_gives_the_numbers_of_one_device(sizes):
   mesh = sharding.make_mesh(MeshConfig(**({"data": 1} | sizes)), jax.devices()[:2])
   _, _, replay = own()
   replay = replay.replace(experts=other_experts(replay.experts), mtp_experts=other_experts(replay.mtp_experts))
-  want, gradient = differentiated(SCANNED)(replay)
-  out, found = differentiated(SCANNED, mesh)(replay)
+  want, gradient = differentiated(True)(replay)
+  out, found = differentiated(True, mesh)(replay)
   np.testing.assert_allclose(out.hidden, want.hidden, atol=2e-4)
   np.testing.assert_array_equal(out.routing["load"], want.routing["load"])
   for name, (total, count) in want.losses.items():
