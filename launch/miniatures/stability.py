@@ -132,8 +132,8 @@ def mixing_run(seed: int) -> RunConfig:
     num_attention_heads=2, q_lora_rank=16, o_groups=1, o_lora_rank=16, n_routed_experts=4, num_experts_per_tok=1)
   return RunConfig(
     model=model, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=10),
-    data=dataclasses.replace(TEXT, sequence_length=64), anomalies=AnomalyConfig(policy="log", limit=1000),
-    training=TrainingConfig(steps=160, seed=seed, kernels="reference", log_every=1, eval_every=160, checkpoint_every=40))
+    data=dataclasses.replace(TEXT, sequence_length=64, batch_size=4), anomalies=AnomalyConfig(policy="log", limit=1000),
+    training=TrainingConfig(steps=100, seed=seed, kernels="reference", log_every=1, eval_every=100, checkpoint_every=50))
 
 
 @contextlib.contextmanager
