@@ -118,23 +118,28 @@ class AnomalyConfig:
 
   A policy other than "stop" goes back to the last sound state: after a step that was not finite that is the state it was
   given, after a spike that of the newest checkpoint, from which the steps in between are computed again. Then
-    skip    leaves the batch out for good
-    repeat  computes it again; a spike that comes again counts, what is not finite again ends the run
-    log     (does not go back) writes it down and goes on; a step that was not finite changes nothing
-    stop    ends the run
+    skip        leaves the batch out for good
+    repeat      computes it again; a spike that comes again counts, what is not finite again ends the run
+    anticipate  (from the newest checkpoint in either case) computes it again, with experts that older parameters choose; a
+                spike that comes again counts, a batch that is not finite again is left out
+    log         (does not go back) writes it down and goes on; a step that was not finite changes nothing
+    stop        ends the run
   """
 
   policy: str = "skip"
   window: int = 128  # steps whose losses say what is normal; fewer say nothing about spikes
   deviations: float = 6.0  # a spike is a loss above their mean + this many standard deviations
   limit: int = 8  # more anomalies than this within the window end the run
+  anticipation_delay: int = 8  # steps between the choice of experts and the step that they are for; 0 = the plain step
+  anticipation_steps: int = 200  # how long that lasts from the step on that went wrong; the report gives neither number
 
   def __post_init__(self):
     typed(self)
-    one_of(self, "policy", ("skip", "repeat", "log", "stop"))
+    one_of(self, "policy", ("skip", "repeat", "anticipate", "log", "stop"))
     at_least(self, 2, "window")
     positive(self, "deviations")
-    at_least(self, 1, "limit")
+    at_least(self, 1, "limit", "anticipation_steps")
+    at_least(self, 0, "anticipation_delay")
 
 
 @dataclasses.dataclass(frozen=True)

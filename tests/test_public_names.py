@@ -11,8 +11,8 @@ import pallas_kernels.sparse_attention
 
 
 def test_names_exist():
-  for name in ("ModelConfig", "DeepseekV4", "load_hf", "save_hf", "to_hf_names", "from_hf_names", "restack", "trace",
-               "count", "init_cache", "cache_lengths", "cache_entries", "rewind", "generate"):
+  for name in ("ModelConfig", "DeepseekV4", "Replay", "load_hf", "save_hf", "to_hf_names", "from_hf_names", "restack",
+               "trace", "count", "init_cache", "cache_lengths", "cache_entries", "rewind", "generate"):
     assert callable(getattr(dsv4, name)), name
   for name in ("init_state", "make_train_step"):
     assert callable(getattr(dsv4.training, name)), name

@@ -69,10 +69,15 @@ def composite_gains(combs: Iterable[Any], segment_ids: Any = None) -> Gains:
   return Gains(*(float(x) for x in (_forward(maps).mean(), _backward(maps).mean(), _forward(mean), _backward(mean))))
 
 
+def model_maps(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: jax.Array | None = None,
+               segment_ids: jax.Array | None = None) -> list[jax.Array]:
+  """comb [B, S, N, N] of every sublayer of a model on a text: two a layer, attention first. Arguments as in `dsv4.trace`."""
+  found = trace(model, variables, tokens, positions, segment_ids, logits="none")
+  return [found[f"layers/{layer:02d}/mhc_{part}/comb"] for layer in range(model.config.num_hidden_layers)
+          for part in ("attn", "ffn")]
+
+
 def model_gains(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: jax.Array | None = None,
                 segment_ids: jax.Array | None = None) -> Gains:
-  """Gains of a model's whole stack on a text: two sublayers a layer, attention first. Arguments as in `dsv4.trace`."""
-  found = trace(model, variables, tokens, positions, segment_ids, logits="none")
-  combs = [found[f"layers/{layer:02d}/mhc_{part}/comb"] for layer in range(model.config.num_hidden_layers)
-           for part in ("attn", "ffn")]
-  return composite_gains(combs, segment_ids)
+  """Gains of a model's whole stack on a text. Arguments as in `dsv4.trace`."""
+  return composite_gains(model_maps(model, variables, tokens, positions, segment_ids), segment_ids)

@@ -5,6 +5,7 @@ Axis letters: B batch   S sequence   N streams   D hidden size   V vocabulary   
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,6 +25,7 @@ from deepseek_v4.model.groups import LayerGroups, group_layers
 from deepseek_v4.model.hyper_connections import HyperHead
 from deepseek_v4.model.mtp import MTP, next_embeddings
 from deepseek_v4.model.norm import RMSNorm
+from deepseek_v4.model.replay import Choice, Replay, choices, stacked
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -37,7 +39,9 @@ class ModelOutput:
     hidden: [B, S, D] after the final norm, what the head multiplies.
     mtp_hidden: [B, S, D], the same of the multi-token-prediction block.
     losses: {"next_token", "mtp", "balance", "indexer": (sum, count)} when targets were given.
-    routing: {"experts": int32 [L, B, S, k], "load": int32 [L, E] without padding, and "mtp_load": int32 [E]}.
+    routing: {"experts": int32 [L, B, S, k], "load": int32 [L, E] without padding}; of the prediction block, where it ran,
+      also {"mtp_experts": int32 [B, S, k], "mtp_load": int32 [E]}; if asked for also {"selection": a Selection of each CSA
+      layer}. `Replay.of(routing)` makes another pass choose the same.
     cache: after the tokens, when one was given.
     streams: [B, S, N, D] after the last layer, when a cache was given: what the prediction block reads.
   """
@@ -56,10 +60,10 @@ class _Unit(nn.Module):
 
   blocks: tuple[Block, ...]
 
-  def __call__(self, streams_BSND, layers, context, caches):
+  def __call__(self, streams_BSND, layers, context, caches, given):
     reports, caches = [], list(caches)
     for j, block in enumerate(self.blocks):
-      streams_BSND, report, caches[j] = block(streams_BSND, context, layers[j], caches[j])
+      streams_BSND, report, caches[j] = block(streams_BSND, context, layers[j], caches[j], given[j])
       reports.append(report)
     return streams_BSND, (tuple(reports), tuple(caches))
 
@@ -71,10 +75,13 @@ class Stack(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array, context: Context, caches: dict[str, LayerCache]):
-    """Returns the streams after the last layer, the reports of all layers, stacked over L, and the layers' caches.
+  def __call__(self, streams_BSND: jax.Array, context: Context, caches: dict[str, LayerCache], given: list[Choice]):
+    """Returns the streams after the last layer, the reports of all layers, stacked over L, the selections of the CSA layers
+    if they are kept, and the layers' caches.
 
-    `caches` are those of `Cache.layers`, or {} without a cache.
+    Args:
+      caches: those of `Cache.layers`, or {} without a cache.
+      given: choices that the layers do not make themselves.
     """
     groups = group_layers(self.config)
     reports: list[LayerOutput] = []
@@ -82,17 +89,20 @@ class Stack(nn.Module):
     for layers in [*self._runs(0, groups.prefix), None, *self._runs(groups.suffix_start, groups.num_layers)]:
       if layers is not None:
         keys = [groups.key_of(layer)[0] for layer in layers]
-        streams_BSND, found, of_layers = self._lone(streams_BSND, context, layers, keys, tuple(map(caches.get, keys)))
+        streams_BSND, found, of_layers = self._lone(streams_BSND, context, layers, keys, tuple(map(caches.get, keys)),
+                                                    given[layers.start:layers.stop])
       elif groups.repeats:
         keys = [f"unit_{j}" for j in range(groups.unit)]
         scan = self._two_levels if self._forgets(caches) else self._scan
-        streams_BSND, found, of_layers = scan(streams_BSND, context, groups, tuple(map(caches.get, keys)))
+        streams_BSND, found, of_layers = scan(streams_BSND, context, groups, tuple(map(caches.get, keys)), given)
         found = [jax.tree.map(lambda x, r=r: x[r], found[j]) for r in range(groups.repeats) for j in range(groups.unit)]
       else:
         continue
       reports += found
       new_caches |= zip(keys, of_layers)
-    return streams_BSND, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports), new_caches
+    selections = tuple(report.selection for report in reports if report.selection is not None)
+    reports = [report.replace(selection=None) for report in reports]
+    return streams_BSND, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports), selections, new_caches
 
   def _forgets(self, caches: dict[str, LayerCache]) -> bool:
     """Whether the streams between repeats are not kept; where there is no gradient nothing is, and flax's scan will do."""
@@ -104,21 +114,23 @@ class Stack(nn.Module):
     size = two_levels.lone_length(end - start) if self.config.remat == "full" else 1
     return [range(first, min(first + size, end)) for first in range(start, end, size)]
 
-  def _lone(self, streams_BSND, context: Context, layers: range, keys: list[str], caches: tuple[LayerCache | None, ...]):
+  def _lone(self, streams_BSND, context: Context, layers: range, keys: list[str], caches: tuple[LayerCache | None, ...],
+            given: list[Choice]):
     specs = self.config.layer_specs
     kind = remat.recomputed(Block, self.config)
     blocks = tuple(self._block(specs[layer], key, kind) for layer, key in zip(layers, keys))
     if len(blocks) == 1:
-      streams_BSND, report, cache = blocks[0](streams_BSND, context, layers[0], caches[0])
+      streams_BSND, report, cache = blocks[0](streams_BSND, context, layers[0], caches[0], given[0])
       return streams_BSND, [report], (cache,)
     together = nn.remat(_Unit)(blocks, name=f"from_{keys[0]}")
-    streams_BSND, (reports, caches) = together(streams_BSND, tuple(layers), context, caches)
+    streams_BSND, (reports, caches) = together(streams_BSND, tuple(layers), context, caches, tuple(given))
     return streams_BSND, list(reports), caches
 
   def _block(self, spec: LayerSpec, name: str, kind: type[nn.Module]) -> nn.Module:
     return kind(self.config, spec, self.kernels, name=name)
 
-  def _scan(self, streams_BSND, context: Context, groups: LayerGroups, caches: tuple[LayerCache | None, ...]):
+  def _scan(self, streams_BSND, context: Context, groups: LayerGroups, caches: tuple[LayerCache | None, ...],
+            given: list[Choice]):
     """The streams, the reports of each layer of the unit, stacked over the repeats, and the caches."""
     # mhc recomputes a unit's streams from its first ones, the other policies each layer from its own.
     again = functools.partial(remat.recomputed, config=self.config, in_loop=True)
@@ -126,31 +138,38 @@ class Stack(nn.Module):
     specs = self.config.layer_specs[groups.prefix:]
     blocks = tuple(self._block(specs[j], f"unit_{j}", kind) for j in range(groups.unit))
     scan = nn.scan(unit, variable_axes={"params": 0, "router": 0, "intermediates": 0}, split_rngs={"params": True},
-                   in_axes=(0, nn.broadcast, 0), length=groups.repeats)
-    streams_BSND, (reports, caches) = scan(blocks, name="scan")(streams_BSND, _numbers(groups), context, caches)
+                   in_axes=(0, nn.broadcast, 0, 0), length=groups.repeats)
+    scanned = scan(blocks, name="scan")
+    streams_BSND, (reports, caches) = scanned(streams_BSND, _numbers(groups), context, caches, _of_unit(given, groups))
     return streams_BSND, reports, caches
 
-  def _two_levels(self, streams_BSND, context: Context, groups: LayerGroups, caches: tuple[LayerCache | None, ...]):
+  def _two_levels(self, streams_BSND, context: Context, groups: LayerGroups, caches: tuple[LayerCache | None, ...],
+                  given: list[Choice]):
     """`_scan` that keeps the streams in front of groups of repeats only."""
     def of(spec):
       block = Block(self.config, spec, self.kernels, parent=None)
 
       def layer(params, fixed, context, streams_BSND):
-        number, router = fixed
-        return block.apply({"params": params, **router}, streams_BSND, context, number)[:2]
+        number, router, given = fixed
+        return block.apply({"params": params, **router}, streams_BSND, context, number, None, given)[:2]
       return layer
 
     layers = [of(self.config.layer_specs[groups.prefix + j]) for j in range(groups.unit)]
     keys, numbers = [f"unit_{j}" for j in range(groups.unit)], _numbers(groups)
     params = tuple(self.variables["params"][key] for key in keys)
-    fixed = tuple((numbers[:, j], {name: tree[key] for name, tree in self.variables.items() if name != "params"})
-                  for j, key in enumerate(keys))
+    router = [{name: tree[key] for name, tree in self.variables.items() if name != "params"} for key in keys]
+    fixed = tuple((numbers[:, j], router[j], choice) for j, choice in enumerate(_of_unit(given, groups)))
     return *two_levels.run(layers, params, fixed, context, streams_BSND), caches
 
 
 def _numbers(groups: LayerGroups) -> jax.Array:
   """int32 [repeats, unit]: the layers that are scanned."""
   return groups.prefix + jnp.arange(groups.repeats * groups.unit).reshape(groups.repeats, groups.unit)
+
+
+def _of_unit(given: list[Choice], groups: LayerGroups) -> tuple[Choice, ...]:
+  """What is given to the layers that are scanned: for each of a unit, stacked over the repeats."""
+  return tuple(stacked(given[groups.prefix + j:groups.suffix_start:groups.unit]) for j in range(groups.unit))
 
 
 class DeepseekV4(nn.Module):
@@ -175,7 +194,8 @@ class DeepseekV4(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None,
                cache: Cache | None = None, *, logits: str = "all", attention_mode: str = "sparse",
-               targets: jax.Array | None = None, mtp: bool | None = None, cache_reach: int | None = None) -> ModelOutput:
+               replay: Replay | None = None, targets: jax.Array | None = None, mtp: bool | None = None,
+               cache_reach: int | None = None, keep_selection: bool = False) -> ModelOutput:
     """Runs the network.
 
     Args:
@@ -189,10 +209,13 @@ class DeepseekV4(nn.Module):
         outgrows the cache gets NaN.
       logits: "all" places, "last" place only (with a cache: each row's last token, any place if it has none), or "none".
       attention_mode: "sparse", or "dense": CSA layers attend to every visible entry.
+      replay: choices that the pass takes instead of making them itself: experts, compressed entries; see `Replay`.
       targets: int32 [B, S], next token of each place, -1 = not counted. Given: `losses` is filled and no logits are made.
       mtp: run the multi-token-prediction block; default: if targets are given.
       cache_reach: with a cache: no row has more tokens than this after the call, so that fewer entries are read; default
         all that there is room for.
+      keep_selection: give the entries that the queries of CSA layers read back in `routing`; int32 [B, S, index_topk] of
+        each layer, or what the kernels make.
 
     Returns:
       ModelOutput.
@@ -218,20 +241,23 @@ class DeepseekV4(nn.Module):
       context, back = make_chunk_context(config, tokens, segment_ids, cache, attention_mode,
                                          min(cache.max_length, cache_reach or cache.max_length))
       tokens = context.tokens
+    context = dataclasses.replace(context, keep_selection=keep_selection)
+    given, given_to_mtp = choices(replay, config, context, segment_ids, back, run_mtp)
 
     embedded_BSD = Embedding(config, name="embed")(tokens)
     streams_BSND = jnp.broadcast_to(embedded_BSD[:, :, None], (*tokens.shape, config.hc_mult, config.hidden_size))
     layer_caches = {} if cache is None else cache.layers
-    streams_BSND, reports, layer_caches = Stack(config, kernels, name="layers")(streams_BSND, context, layer_caches)
+    stack = Stack(config, kernels, name="layers")
+    streams_BSND, reports, selections, layer_caches = stack(streams_BSND, context, layer_caches, given)
     hidden_BSD = RMSNorm(config, name="final_norm")(HyperHead(config, name="hc_head")(streams_BSND))
     self.sow("intermediates", "hidden", hidden_BSD)
     head_DV = LMHead(config, name="lm_head")()
-    routing = {"experts": reports.experts, "load": reports.load}
+    routing = {"experts": reports.experts, "load": reports.load} | ({"selection": selections} if keep_selection else {})
     mtp_BSD = None
     if run_mtp:
       next_BSD = next_embeddings(embedded_BSD, context.segment_ids)
-      mtp_BSD, _, mtp_report, _ = MTP(config, kernels, name="mtp")(streams_BSND, next_BSD, context)
-      routing["mtp_load"] = mtp_report.load
+      mtp_BSD, _, mtp_report, _ = MTP(config, kernels, name="mtp")(streams_BSND, next_BSD, context, given=given_to_mtp)
+      routing |= {"mtp_experts": mtp_report.experts, "mtp_load": mtp_report.load}
     found = None
     if targets is not None:
       found = self._losses(head_DV, hidden_BSD, reports, targets)
@@ -240,8 +266,8 @@ class DeepseekV4(nn.Module):
       logits = "none"
     chosen = hidden_BSD[:, -1:] if logits == "last" else hidden_BSD
     if cache is not None:
-      cache, hidden_BSD, chosen, routing["experts"] = self._continued(cache, layer_caches, context.chunk, back, hidden_BSD,
-                                                                      routing["experts"], logits)
+      cache, hidden_BSD, chosen, routing = self._continued(cache, layer_caches, context.chunk, back, hidden_BSD, routing,
+                                                           logits)
       streams_BSND = streams_BSND if back is None else jnp.take_along_axis(streams_BSND, back[..., None, None], 1)
     out = None
     if logits != "none":
@@ -264,18 +290,21 @@ class DeepseekV4(nn.Module):
     if reach is not None and reach < 1:
       raise ValueError(f"cache_reach = {reach!r}: expected None or a number of tokens")
 
-  def _continued(self, cache: Cache, layers: dict[str, LayerCache], chunk: Chunk, back, hidden_BSD, experts_LBSk,
-                 logits: str):
-    """(cache after the chunk, hidden states and experts in the caller's places, hidden states that the head reads)."""
+  def _continued(self, cache: Cache, layers: dict[str, LayerCache], chunk: Chunk, back, hidden_BSD, routing, logits: str):
+    """(cache after the chunk, hidden states in the caller's places, hidden states that the head reads, the routing in the
+    caller's places)."""
     lengths_B = chunk.start + chunk.count
     hidden_BSD = jnp.where((lengths_B <= chunk.reach)[:, None, None], hidden_BSD, jnp.nan)
     last_B = jnp.maximum(chunk.count - 1, 0)
     chosen = jnp.take_along_axis(hidden_BSD, last_B[:, None, None], 1)
     if back is not None:
       hidden_BSD = jnp.take_along_axis(hidden_BSD, back[..., None], 1)
-      experts_LBSk = jnp.take_along_axis(experts_LBSk, back[None, ..., None], 2)
+      routing = routing | {"experts": jnp.take_along_axis(routing["experts"], back[None, ..., None], 2)}
+      if "selection" in routing:
+        at = lambda x: jnp.take_along_axis(x, back[..., None], 1)
+        routing["selection"] = jax.tree.map(at, routing["selection"])
     cache = cache.replace(layers=layers, lengths=lengths_B, furthest=jnp.maximum(cache.furthest, lengths_B))
-    return cache, hidden_BSD, chosen if logits == "last" else hidden_BSD, experts_LBSk
+    return cache, hidden_BSD, chosen if logits == "last" else hidden_BSD, routing
 
   def _losses(self, head_DV, hidden_BSD, reports: LayerOutput, targets) -> dict[str, tuple[jax.Array, jax.Array]]:
     """(sum, count) of the losses of the layers and the head."""

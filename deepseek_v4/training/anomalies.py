@@ -1,7 +1,8 @@
 """Steps that went wrong: losses that are not finite or spike, and what follows from them.
 
 A spike is a loss above mean + deviations x standard deviation of the last `window` losses. The report (4.2.3) answers spikes
-with a short rollback and a while of anticipatory routing; its rule and lengths are not given, so these are settings.
+with a short rollback and a while of anticipatory routing (`anticipation.py`); its rule and lengths are not given, so these
+are settings.
 
 What is remembered (`Record`) is part of every checkpoint, and a decision depends on nothing else. So a run that is killed on
 the way decides the same again, and leaves out the same batches.
@@ -28,12 +29,14 @@ class Record:
     steps: where anomalies were met within the last `window` steps.
     left_out: places of batches that are no longer trained on.
     repeated: [first row, loss] of batches that were computed again after an anomaly; None = the loss was not finite.
+    anticipate_until: the last step with anticipatory routing; 0 = none was needed so far.
   """
 
   losses: tuple[float, ...] = ()
   steps: tuple[int, ...] = ()
   left_out: tuple[Rows, ...] = ()
   repeated: tuple[tuple[int, float | None], ...] = ()
+  anticipate_until: int = 0
 
   def to_dict(self) -> dict[str, Any]:
     """For JSON, which holds every float exactly."""
@@ -43,7 +46,8 @@ class Record:
   def from_dict(found: Mapping[str, Any]) -> "Record":
     """The inverse of `to_dict`; an empty mapping, from a run before there were records, is an empty record."""
     pairs = {name: tuple(map(tuple, found.get(name, ()))) for name in ("left_out", "repeated")}
-    return Record(tuple(found.get("losses", ())), tuple(found.get("steps", ())), **pairs)
+    return Record(tuple(found.get("losses", ())), tuple(found.get("steps", ())), **pairs,
+                  anticipate_until=found.get("anticipate_until", 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,21 +112,25 @@ def too_many(record: Record, config: AnomalyConfig) -> bool:
   return len(record.steps) > config.limit
 
 
-def rolled_back(record: Record, earlier: Record, anomaly: Anomaly, policy: str) -> Record:
+def rolled_back(record: Record, earlier: Record, anomaly: Anomaly, policy: str, anticipation_steps: int = 0) -> Record:
   """The record with which a run goes on from an earlier state.
 
   Args:
     record: at the anomaly.
     earlier: the one that belongs to the earlier state.
     anomaly: what happened.
-    policy: "skip" leaves its batch out; "repeat" computes it again, once.
+    policy: "skip" leaves its batch out; "repeat" computes it again, once; "anticipate" too, with anticipatory routing.
+    anticipation_steps: how many steps this lasts from the anomalous one on; those before it come on top.
   """
   left_out, repeated = record.left_out, record.repeated
   if policy == "skip":
     left_out = (*left_out, anomaly.rows)
   else:
     repeated = (*repeated, (anomaly.rows[0], anomaly.loss if math.isfinite(anomaly.loss) else None))
-  return Record(earlier.losses, record.steps, left_out, repeated)
+  until = record.anticipate_until
+  if policy == "anticipate":
+    until = max(until, anomaly.step - 1 + anticipation_steps)
+  return Record(earlier.losses, record.steps, left_out, repeated, until)
 
 
 def is_left_out(record: Record, rows: Rows) -> bool:
@@ -133,3 +141,10 @@ def is_left_out(record: Record, rows: Rows) -> bool:
 def repeated_loss(record: Record, rows: Rows) -> tuple[float | None] | None:
   """None if the batch was not computed again yet; else the loss it had the first time, in a tuple."""
   return next(((loss,) for first, loss in record.repeated if first == rows[0]), None)
+
+
+def told_again(policy: str, step: int, loss: float, before: float | None) -> str:
+  """What is said of a batch that went wrong and now does not."""
+  if policy == "anticipate":
+    return f"step {step} computed again with older routing: loss {loss}, before {before}"
+  return f"warning: step {step} repeated: loss {loss}, before {before}; suspect the hardware"

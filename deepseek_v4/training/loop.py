@@ -31,6 +31,7 @@ from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.config import RunConfig, to_dict
 from deepseek_v4.training import anomalies, baselines, metrics
 from deepseek_v4.training.ahead import Ahead
+from deepseek_v4.training.anticipation import Anticipation
 from deepseek_v4.training.data import Batches, BatchIterator
 from deepseek_v4.training.feed import abstract_batch, check_same, check_shared, dataset, refuse_alone, to_device
 from deepseek_v4.training.start import check_source, copy_release, state_from
@@ -73,6 +74,7 @@ class Tools:
   writer: metrics.MetricsWriter
   progress: metrics.Progress
   stop: Stopping
+  routing: Anticipation
 
 
 def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | None = None,
@@ -155,7 +157,8 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     spread = functools.partial(to_device, run_config, mesh)
     score = lambda state, count=None: evaluate(scorer, held_out, spread, stop, state, count)
     progress = stack.enter_context(contextlib.closing(metrics.Progress(place.step, training.steps, first_process)))
-    tools = Tools(run_config, mesh, step, score, go_back, batches, store, writer, progress, stop)
+    routing = Anticipation(run_config, mesh, step, training.steps, progress.say)
+    tools = Tools(run_config, mesh, step, score, go_back, batches, store, writer, progress, stop, routing)
     place = run_steps(tools, place)
 
     progress.say("scoring all held-out text")
@@ -180,11 +183,11 @@ def run_steps(tools: Tools, place: Place) -> Place:
     place = score_some(tools, place)
   while place.step < training.steps:
     tools.store.check_errors()
-    taken = ahead.get(lambda: stop.asked)
+    taken = tools.routing.take(ahead, place, lambda: stop.asked)
     if stop.agreed():
       leave(tools, place)
     stop.unsaved = True
-    state, values = tools.step(place.state, taken.batch)
+    state, values = tools.routing.step(place, taken)
     n, last = place.step + 1, place.step + 1 == training.steps
     if not last:
       ahead.start()  # while the device works
@@ -194,13 +197,14 @@ def run_steps(tools: Tools, place: Place) -> Place:
     done = Place(n, state, taken.after, place.record)
     if anomaly is not None:
       ahead.forget()
+      tools.routing.forget()
       done = recover(tools, dataclasses.replace(place, state=None), done, taken, anomaly)
       ahead = batches_from(tools, done)
       if done.step < n:
         place = done
         continue
     elif (first := anomalies.repeated_loss(place.record, taken.rows)) is not None:
-      tools.progress.say(f"warning: step {n} repeated: loss {numbers['loss']}, before {first[0]}; suspect the hardware")
+      tools.progress.say(anomalies.told_again(tools.run_config.anomalies.policy, n, numbers["loss"], first[0]))
     place = dataclasses.replace(done, record=anomalies.accepted(done.record, tools.run_config.anomalies, n, numbers["loss"]))
     log(tools, n, numbers)
     if n % training.eval_every == 0 and not last:
@@ -251,8 +255,6 @@ def leave(tools: Tools, place: Place) -> None:
 def recover(tools: Tools, before: Place, after: Place, taken: Taken, anomaly: anomalies.Anomaly) -> Place:
   """Where a run goes on when a step went wrong: after it, or before it, from a sound state.
 
-  This is where a way of training that calms a run, such as anticipatory routing, would begin.
-
   Args:
     before, after: the places around the step; the first has no state any more. If the step was not finite, the second has
       the state of the first.
@@ -266,7 +268,8 @@ def recover(tools: Tools, before: Place, after: Place, taken: Taken, anomaly: an
   again = anomalies.repeated_loss(before.record, taken.rows)
   record = anomalies.noted(before.record, anomaly)
   finite = anomaly.kind == anomalies.SPIKE
-  if config.policy == "stop" or anomalies.too_many(record, config) or (again is not None and not finite):
+  broken_again = again is not None and not finite and config.policy != "anticipate"
+  if config.policy == "stop" or anomalies.too_many(record, config) or broken_again:
     reasons = {"stop": "anomalies.policy = 'stop'", "repeat": "it came again"}
     why = (f"more than anomalies.limit = {config.limit} anomalies within {config.window} steps"
            if anomalies.too_many(record, config) else reasons[config.policy])
@@ -280,15 +283,18 @@ def recover(tools: Tools, before: Place, after: Place, taken: Taken, anomaly: an
     return dataclasses.replace(after, record=record)
   if goes_on:  # as if there had been no such batch
     return Place(before.step, after.state, after.data, record)
-  if finite:
+  if finite or config.policy == "anticipate":
     for x in jax.tree.leaves(after.state):  # make room for the older ones
       if isinstance(x, jax.Array):
         x.delete()
     earlier = tools.go_back()
+    tools.stop.unsaved = False
   else:
     earlier = Place(before.step, after.state, taken.before, before.record)
   tools.progress.back_to(earlier.step)
-  return dataclasses.replace(earlier, record=anomalies.rolled_back(record, earlier.record, anomaly, config.policy))
+  tools.writer.back_to(earlier.step)
+  record = anomalies.rolled_back(record, earlier.record, anomaly, config.policy, config.anticipation_steps)
+  return dataclasses.replace(earlier, record=record)
 
 
 def end(tools: Tools, state: Any, taken: Taken, anomaly: anomalies.Anomaly, why: str) -> None:

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import numpy as np
 import tensorboardX
@@ -68,13 +68,23 @@ class MetricsWriter:
     self._written: set[tuple[str, int]] = set()
     if not active:
       return
-    path = Path(workdir) / LINES
-    kept = [line for line in read_lines(path) if line["step"] <= last_step]
-    _replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-    self._written = {(line["split"], line["step"]) for line in kept}
-    self._file = path.open("a", encoding="utf-8")
+    self._path = Path(workdir) / LINES
+    self._keep(lambda line: line["step"] <= last_step)
     # TensorBoard hides what earlier files say about steps from purge_step on.
     self._events = tensorboardX.SummaryWriter(str(Path(workdir) / EVENTS), purge_step=last_step + 1, flush_secs=20)
+
+  def _keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Opens the file with the wanted ones of its lines."""
+    kept = [line for line in read_lines(self._path) if wanted(line)]
+    _replace_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+    self._written = {(line["split"], line["step"]) for line in kept}
+    self._file = self._path.open("a", encoding="utf-8")
+
+  def back_to(self, step: int) -> None:
+    """The run goes on from an earlier step: of those behind it only anomalies stay in metrics.jsonl."""
+    if self.active:
+      self._file.close()
+      self._keep(lambda line: line["step"] <= step or line["split"] == "anomaly")
 
   def write(self, split: str, step: int, values: Mapping[str, Any]) -> None:
     """Adds one line; a second one for the same split and step (a finished run evaluated again) is left out."""

@@ -1,6 +1,6 @@
 """One optimizer step as a pure function: losses over the whole global batch, accumulation, Muon, router bias, finiteness.
 
-Axis letters: A accumulation   B rows   S sequence   L layers   E experts
+Axis letters: A accumulation   B rows   S sequence   L layers   E experts   k experts per token
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from deepseek_v4.config import CSA, LossConfig, ModelConfig, RunConfig
 from deepseek_v4.model.compression import sees_an_entry
 from deepseek_v4.model.groups import group_layers, split_layers
 from deepseek_v4.model.losses import mtp_targets, next_token_targets
+from deepseek_v4.model.replay import Replay
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.training.state import TrainState, abstract_state, optimizer_of
 
@@ -54,8 +55,10 @@ def _micro_losses(run_config: RunConfig, params: Any, router: Any, rows: Batch):
   """Loss sums of one pass over rows [B, S], and the routing."""
   model = DeepseekV4(run_config.model, run_config.training.kernels)
   targets = next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
+  experts_BSLk = rows.get("experts")
+  replay = Replay(None if experts_BSLk is None else jnp.moveaxis(experts_BSLk, 2, 0), mtp_experts=rows.get("mtp_experts"))
   out = model.apply({"params": params, "router": router}, rows["tokens"], rows["positions"], rows["segment_ids"],
-                    targets=targets, attention_mode=run_config.training.attention_mode)
+                    targets=targets, replay=replay, attention_mode=run_config.training.attention_mode)
   load = {"layers": out.routing["load"], **({"mtp": out.routing["mtp_load"]} if "mtp_load" in out.routing else {})}
   return {name: total for name, (total, _) in out.losses.items()}, load
 
@@ -160,8 +163,11 @@ def _jit_on(mesh: Mesh | None, places: Any, fn: Callable, *, is_step: bool = Fal
 def make_train_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding.OnMesh:
   """The jitted, donated step (state, batch) -> (state, metrics) of a run.
 
-  The batch holds int32 [A, B, S] arrays "tokens", "segment_ids", "positions", "loss_mask"; A passes are accumulated. If
-  loss, gradient norm or a new parameter is not finite, the OLD state comes back and metrics["finite"] is False.
+  The batch holds int32 [A, B, S] arrays "tokens", "segment_ids", "positions", "loss_mask"; A passes are accumulated. With
+  "experts" int32 [A, B, S, L, k] of the layers and "mtp_experts" [A, B, S, k] of the prediction block, or either of them,
+  these are taken instead of the routers' own choices (see `model/replay.py`).
+
+  If loss, gradient norm or a new parameter is not finite, the OLD state comes back and metrics["finite"] is False.
 
   Args:
     run_config: the run.

@@ -57,7 +57,7 @@ def test_a_falling_curve_with_noise_has_no_spikes():
 
 def test_a_record_comes_back_from_json_bit_for_bit():
   rng = np.random.default_rng(2)
-  record = Record(tuple(rng.normal(size=5).tolist()), (3, 7), ((8, 16),), ((24, None), (32, 0.1)))
+  record = Record(tuple(rng.normal(size=5).tolist()), (3, 7), ((8, 16),), ((24, None), (32, 0.1)), 40)
   assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
   assert Record.from_dict({}) == Record()
 
@@ -78,8 +78,9 @@ def test_what_is_left_out_is_so_for_any_batch_size():
 
 
 @pytest.mark.parametrize("setting, value, expected", [
-  ("policy", "ignore", "'skip', 'repeat', 'log', 'stop'"), ("window", 1, "at least 2"), ("deviations", 0.0, "above 0"),
-  ("limit", 0, "at least 1")])
+  ("policy", "ignore", "'skip', 'repeat', 'anticipate', 'log', 'stop'"), ("window", 1, "at least 2"),
+  ("deviations", 0.0, "above 0"), ("limit", 0, "at least 1"), ("anticipation_steps", 0, "at least 1"),
+  ("anticipation_delay", -1, "at least 0")])
 def test_wrong_settings_are_refused(setting, value, expected):
   with pytest.raises(ValueError, match=f"{setting} = {value!r}: expected .*{expected}"):
     AnomalyConfig(**{setting: value})
@@ -226,7 +227,7 @@ def test_a_run_that_is_stopped_while_it_recovers_leaves_out_the_same(world, tmp_
 def test_what_the_anomalous_step_left_is_freed_first(world, tmp_path, monkeypatch):
   x = jax.numpy.ones(3)
   tools = loop.Tools(with_policy("skip"), None, None, None, lambda: loop.Place(3, "older", {"row": 3}), None, None,
-                     *[type("Quiet", (), {"__getattr__": lambda self, name: lambda *a: None})()] * 2, None)
+                     *[type("Quiet", (), {"__getattr__": lambda self, name: lambda *a: None})()] * 2, Stopping(), None)
   taken = loop.Taken({}, (7, 8), {"row": 7}, {"row": 8})
   spike = Anomaly("spike", 8, (7, 8), 9.0, 1.0)
   place = loop.recover(tools, loop.Place(7, None, {"row": 7}), loop.Place(8, {"w": x}, {"row": 8}), taken, spike)

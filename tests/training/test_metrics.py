@@ -62,6 +62,21 @@ def test_other_processes_write_nothing(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_of_steps_that_are_done_again_only_anomalies_stay(tmp_path):
+  writer = metrics.MetricsWriter(tmp_path)
+  for step in (1, 2, 3):
+    writer.write("train", step, {"loss": float(step)})
+  writer.write("held_out", 2, {"loss": 2.5})
+  writer.add("anomaly", 3, {"loss": 9.0})
+  writer.back_to(1)
+  writer.write("train", 2, {"loss": 2.25})
+  writer.write("train", 2, {"loss": 0.0})
+  writer.close()
+  assert [(x["split"], x["step"], x["loss"]) for x in metrics.read_lines(tmp_path / metrics.LINES)] == [
+    ("train", 1, 1.0), ("anomaly", 3, 9.0), ("train", 2, 2.25)]
+  metrics.MetricsWriter(tmp_path / "never", active=False).back_to(0)
+
+
 def test_a_damaged_line_is_named_and_a_cut_one_left_out(tmp_path):
   path = tmp_path / "lines"
   path.write_text('{"a": 1}\n{"a": 2')
