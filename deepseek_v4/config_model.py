@@ -89,6 +89,7 @@ class ModelConfig:
   mhc_init: str = "identity"  # "identity": streams start unmixed; "zero": fully mixed
   compute_dtype: str = "float32"
   inference_rounding: bool = False  # as DeepSeek's own inference: keys, index queries, inputs of linear layers
+  qat: str | None = None  # quantisation-aware training: "fp4" = experts' weights and the indexer's queries and keys in FP4
   scan_layers: bool = True
   remat: str = "none"  # "none" or "block": recompute each layer in the backward pass
   loss_chunk_size: int = 1024  # tokens per device whose logits exist at a time in training
@@ -125,9 +126,11 @@ class ModelConfig:
     one_of(self, "quantization", (None, "fp8", "fp8+fp4"))
     one_of(self, "mhc_init", ("identity", "zero"))
     one_of(self, "compute_dtype", ("float32", "bfloat16", "float64"))
+    one_of(self, "qat", (None, "fp4"))
     one_of(self, "remat", ("none", "block"))
-    if self.inference_rounding:
-      self.check_hadamard("inference_rounding = True")
+    for field in ("inference_rounding", "qat"):
+      if getattr(self, field):
+        self.check_hadamard(f"{field} = {getattr(self, field)!r}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
       value = getattr(self, name)
       if value is not None and not 0 <= value < self.vocab_size:
@@ -150,6 +153,11 @@ class ModelConfig:
   def lookback(self, attention: str) -> int:
     """Tokens before a token that the entry which closes with it can be made of; CSA's windows overlap."""
     return {SLIDING: 0, CSA: 2 * self.csa_compress_rate - 1, HCA: self.hca_compress_rate - 1}[attention]
+
+  @property
+  def rounds_index(self) -> bool:
+    """Whether the indexer's queries and keys are rounded to FP4, behind a Hadamard matrix."""
+    return self.inference_rounding or self.qat is not None
 
   @property
   def local_reach(self) -> int:

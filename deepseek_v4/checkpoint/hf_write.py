@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
@@ -73,31 +74,45 @@ def encoded_tensors(config: ModelConfig, quantization: str | None, dtype: str,
     read: paths of leaves -> their arrays, unscanned; asked for one tensor's leaves at a time, with the paths of the block
       scales they were imported with, which it may leave out.
 
+  Of a model with `qat` = "fp4" experts are written as it computes with them, in FP4 numbers, whatever holds these; a warning
+  tells where FP8 could not hold them all exactly.
+
   Raises:
     ValueError: values that a quantised tensor cannot hold; names the tensor.
   """
+  wide: list[str] = []
   for _, group in itertools.groupby(tensors(config, "release").values(), key=lambda t: [leaf.path for leaf in t.leaves]):
     members = list(group)
     leaves = members[0].leaves
     quantised = _format(members[0], quantization) is not None
     arrays = read([leaf.path for leaf in leaves] + [leaf.scales_path for leaf in leaves if quantised])
-    encode = functools.partial(_encode, quantization=quantization, dtype=dtype, arrays=arrays)
+    fp4 = config.qat == "fp4" and members[0].stored == EXPERTS
+    encode = functools.partial(_encode, quantization=quantization, dtype=dtype, arrays=arrays, fp4=fp4, wide=wide)
     with concurrent.futures.ThreadPoolExecutor() as pool:
       for named in pool.map(encode, members):
         yield from named
+  if wide:
+    warnings.warn(f"{len(wide)} experts' matrices have blocks of 128 x 128 in which FP4 scales are more than "
+                  f"2^{hf_format.LOSSLESS_SPREAD} apart, so that turned into FP8 they would lose small values: "
+                  f"{', '.join(sorted(wide)[:3])}{' and others' if len(wide) > 3 else ''}", stacklevel=2)
 
 
-def _encode(tensor: Tensor, quantization: str | None, dtype: str,
-            arrays: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+def _encode(tensor: Tensor, quantization: str | None, dtype: str, arrays: Mapping[str, np.ndarray], fp4: bool,
+            wide: list[str]) -> list[tuple[str, np.ndarray]]:
+  """(name, array) of a tensor and its scales; with `fp4` of its FP4 numbers, and its name joins `wide` where FP8 is too narrow."""
   whole = tensor.join(arrays)
   format = _format(tensor, quantization)
-  if format is None:
-    wanted = {F32: np.float32, I64: np.int64}.get(tensor.stored, PLAIN[dtype][1])
-    return [(tensor.name, whole.astype(wanted, copy=False))]
-  kept = arrays.get(tensor.leaves[0].scales_path)
-  if kept is not None and tensor.expert is not None:
-    kept = kept[tensor.expert]
   try:
+    if fp4:
+      whole = hf_format.fp4_values(np.ascontiguousarray(whole, np.float32))
+      if hf_format.scale_spread(whole) > hf_format.LOSSLESS_SPREAD:
+        wide.append(tensor.name)
+    if format is None:
+      wanted = {F32: np.float32, I64: np.int64}.get(tensor.stored, PLAIN[dtype][1])
+      return [(tensor.name, whole.astype(wanted, copy=False))]
+    kept = arrays.get(tensor.leaves[0].scales_path)
+    if kept is not None and tensor.expert is not None:
+      kept = kept[tensor.expert]
     codes, scales = hf_format.encode(np.ascontiguousarray(whole, np.float32), format, kept)
   except ValueError as error:
     raise ValueError(f"{tensor.name}: {error}") from error
