@@ -99,7 +99,7 @@ def encoded_tensors(config: ModelConfig, quantization: str | None, dtype: str,
 
 def _encode(tensor: Tensor, quantization: str | None, dtype: str, arrays: Mapping[str, np.ndarray], fp4: bool,
             wide: list[str]) -> list[tuple[str, np.ndarray]]:
-  """(name, array) of a tensor and its scales; with `fp4` of its FP4 numbers, and its name joins `wide` where FP8 is too narrow."""
+  """(name, array) of a tensor and its scales; with `fp4` of its FP4 numbers, its name in `wide` where FP8 is too narrow."""
   whole = tensor.join(arrays)
   format = _format(tensor, quantization)
   try:

@@ -165,7 +165,8 @@ def test_fp4_values_are_the_nearest_and_those_of_the_forward_pass():
     fp4_values(np.full((1, 2), np.inf, np.float32))
 
 
-@pytest.mark.parametrize("low, high, spread", [(0, 0, 0), (-11, 0, 11), (-3, 8, 11), (-12, 0, 12), (-14, 0, 14), (-17, 0, 17)])
+@pytest.mark.parametrize("low, high, spread", [
+  (0, 0, 0), (-11, 0, 11), (-3, 8, 11), (-12, 0, 12), (-14, 0, 14), (-17, 0, 17)])
 def test_tiles_in_fp8(low, high, spread):
   """Tiles of scales 2^low and 2^high in one block of 128 x 128: up to 2^11 apart FP8 holds every value, to 2^14 with its
   subnormal numbers, and further apart it does not. Other blocks and tiles of zeros have no say."""
