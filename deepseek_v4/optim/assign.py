@@ -153,8 +153,8 @@ def assign(params: Any, **choices: str) -> Any:
 
   Args:
     params: Parameters, or whole variables with the collections params and router; arrays or ShapeDtypeStructs.
-    **choices: `muon_split` ("none", "head"), `position_bias_owner` ("adamw", "muon"), `matrix_owner` ("muon", "adamw"), as in
-      `OptimizerConfig`.
+    **choices: `muon_split` ("none", "head"), `position_bias_owner` ("adamw", "muon"), `matrix_owner` ("muon", "adamw"),
+      as in `OptimizerConfig`.
 
   Raises:
     ValueError: a leaf is not in the table or has another number of axes; the message names it.

@@ -74,7 +74,7 @@ def test_adamw_leaves_equal_optax_adamw_and_muon_leaves_equal_muon(params):
 
 
 def test_adamw_alone_is_optax_adamw(params):
-  """With matrix_owner = "adamw" every leaf follows optax.adamw, decayed as the table says, and no momentum of Muon is kept."""
+  """With matrix_owner = "adamw" every leaf follows optax.adamw, decayed as the table says; Muon keeps no momentum."""
   config = dataclasses.replace(CONFIG, matrix_owner="adamw")
   optimizer = build_optimizer(config, params, steps=6)
   gradients = [tree_of(10 * i) for i in range(1, 5)]
