@@ -66,21 +66,21 @@ def release_plan(config: ModelConfig, quantization: str | None, dtype: str = "bf
 
 
 def encoded_tensors(config: ModelConfig, quantization: str | None, dtype: str,
-                    read: Callable[[Sequence[str]], Mapping[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+                    read: Callable[[Sequence[str]], Mapping[str, np.ndarray]],
+                    wide: list[str]) -> Iterator[tuple[str, np.ndarray]]:
   """(name, array) of everything in `release_plan`, in its order.
 
   Args:
     config, quantization, dtype: as in the plan.
     read: paths of leaves -> their arrays, unscanned; asked for one tensor's leaves at a time, with the paths of the block
       scales they were imported with, which it may leave out.
+    wide: gets the names of FP4 experts that FP8 is not sure to hold exactly (`hf_format.LOSSLESS_SPREAD`).
 
-  Of a model with `qat` = "fp4" experts are written as it computes with them, in FP4 numbers, whatever holds these; a warning
-  tells where FP8 could not hold them all exactly.
+  Of a model with `qat` = "fp4" experts are written as it computes with them, in FP4 numbers, whatever holds these.
 
   Raises:
     ValueError: values that a quantised tensor cannot hold; names the tensor.
   """
-  wide: list[str] = []
   for _, group in itertools.groupby(tensors(config, "release").values(), key=lambda t: [leaf.path for leaf in t.leaves]):
     members = list(group)
     leaves = members[0].leaves
@@ -91,10 +91,6 @@ def encoded_tensors(config: ModelConfig, quantization: str | None, dtype: str,
     with concurrent.futures.ThreadPoolExecutor() as pool:
       for named in pool.map(encode, members):
         yield from named
-  if wide:
-    warnings.warn(f"{len(wide)} experts' matrices have blocks of 128 x 128 in which FP4 scales are more than "
-                  f"2^{hf_format.LOSSLESS_SPREAD} apart, so that turned into FP8 they would lose small values: "
-                  f"{', '.join(sorted(wide)[:3])}{' and others' if len(wide) > 3 else ''}", stacklevel=2)
 
 
 def _encode(tensor: Tensor, quantization: str | None, dtype: str, arrays: Mapping[str, np.ndarray], fp4: bool,
@@ -157,7 +153,12 @@ def write_release(folder: Path, config: ModelConfig, quantization: str | None, d
   write_config(folder, config, quantization, dtype, copy_files_from)
   if copy_files_from is not None:
     copy_companions(copy_files_from, folder)
-  write_folder(folder, plan, encoded_tensors(config, quantization, dtype, read), max_file_bytes)
+  wide: list[str] = []
+  write_folder(folder, plan, encoded_tensors(config, quantization, dtype, read, wide), max_file_bytes)
+  if wide:
+    warnings.warn(f"{len(wide)} experts' matrices have blocks of 128 x 128 in which FP4 scales are more than "
+                  f"2^{hf_format.LOSSLESS_SPREAD} apart, so that turned into FP8 they may lose small values: "
+                  f"{', '.join(sorted(wide)[:3])}{' and others' if len(wide) > 3 else ''}", stacklevel=3)
 
 
 def save_hf(variables: Mapping[str, Any], config: ModelConfig, folder: str | Path, quantization: str | None = None,

@@ -51,10 +51,12 @@ def test_each_optimizer_races_at_its_own_best_rate(pretended, tmp_path, monkeypa
   adamw, muon = by_rate["adamw", "0.002"], by_rate["muon", "0.004"]
   assert (muon["seeds"], adamw["seeds"], by_rate["muon", "0.016"]["seeds"]) == (3, 3, 1)
   assert muon["loss at the end"] == pytest.approx(2.01) and muon["range"] == pytest.approx(0.02)
-  # 2.22 nats, where AdamW's worst seed ends: on the straight part of all curves at step 20 * (5.5 - 2.22)
-  assert muon["steps to the same loss"] == adamw["steps to the same loss"] == pytest.approx(65.6)
+  # 2.22 nats, where AdamW's worst seed ends: between 2.5 at step 60 and each run's floor at step 70.
+  assert muon["steps to the same loss"] == pytest.approx(60 + 2.8 / 3 * (1 / 0.5 + 1 / 0.49 + 1 / 0.48))
+  assert adamw["steps to the same loss"] == pytest.approx(60 + 2.8 / 3 * (1 / 0.3 + 1 / 0.29 + 1 / 0.28))
   assert by_rate["adamw", "0.001"]["steps to the same loss"] is None
-  assert [t["reached"] for t in result.targets] == [True, True] and result.targets[1]["value"] == pytest.approx(1)
+  assert [t["reached"] for t in result.targets] == [True, True]
+  assert result.targets[1]["value"] == pytest.approx(muon["steps to the same loss"] / adamw["steps to the same loss"])
   assert miniature.table(result.rows).count("\n") == len(result.rows)
   assert (tmp_path / result.picture).stat().st_size > 10_000
   count = len(pretended)
