@@ -126,15 +126,16 @@ class ModelConfig:
     one_of(self, "quantization", (None, "fp8", "fp8+fp4"))
     one_of(self, "mhc_init", ("identity", "zero"))
     one_of(self, "compute_dtype", ("float32", "bfloat16", "float64"))
-    one_of(self, "qat", (None, "fp4"))
     one_of(self, "remat", ("none", "block"))
-    for field in ("inference_rounding", "qat"):
-      if getattr(self, field):
-        self.check_hadamard(f"{field} = {getattr(self, field)!r}")
+    if self.inference_rounding:
+      self.check_hadamard("inference_rounding = True")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
       value = getattr(self, name)
       if value is not None and not 0 <= value < self.vocab_size:
         refuse(name, value, f"None or an id below vocab_size = {self.vocab_size}")
+    one_of(self, "qat", (None, "fp4"))
+    if self.qat is not None:
+      self.check_hadamard(f"qat = {self.qat!r}")
 
   @property
   def layer_specs(self) -> tuple[LayerSpec, ...]:

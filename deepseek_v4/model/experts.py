@@ -179,8 +179,9 @@ def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
   if few(experts_Tk.size, gate_EDF.shape[0], kernels):
     rows = (x.reshape(-1, x.shape[-1]) for x in (x_TD, experts_Tk, weights_Tk))
-    out_TD = grouped_matmul.few_picks(*rows, gate_EDF, up_EDF, down_EFD, limit=limit, rounded=rounded, prepared=prepared)
-    return _over_axes(out_TD.reshape(x_TD.shape), expert_axis, width_axis).astype(x_TD.dtype)
+    out_TD = grouped_matmul.few_picks(*rows, gate_EDF, up_EDF, down_EFD, limit=limit, rounded=rounded,
+                                      prepared=prepared).reshape(x_TD.shape)
+    return _over_axes(out_TD, expert_axis, width_axis).astype(x_TD.dtype)
   plan = dispatch(experts_Tk.reshape(-1, top_k).T, gate_EDF.shape[0], shards, kernels)
   rows_MD = gather_rows(x_TD.reshape(-1, x_TD.shape[-1]), plan)
   weights_kT, rounding = weights_Tk.reshape(-1, top_k).T, None
