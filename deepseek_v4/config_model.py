@@ -90,6 +90,7 @@ class ModelConfig:
   mhc_init: str = "identity"  # "identity": streams start unmixed; "zero": fully mixed
   compute_dtype: str = "float32"
   inference_rounding: bool = False  # as DeepSeek's own inference: keys, index queries, inputs of linear layers
+  qat: str | None = None  # quantisation-aware training: "fp4" = experts' weights and the indexer's queries and keys in FP4
   scan_layers: bool = True
   remat: str = "none"  # what is recomputed in the backward pass, one of REMAT_POLICIES; see `model/remat.py`
   loss_chunk_size: int = 1024  # tokens per device whose logits exist at a time in training
@@ -133,6 +134,9 @@ class ModelConfig:
       value = getattr(self, name)
       if value is not None and not 0 <= value < self.vocab_size:
         refuse(name, value, f"None or an id below vocab_size = {self.vocab_size}")
+    one_of(self, "qat", (None, "fp4"))
+    if self.qat is not None:
+      self.check_hadamard(f"qat = {self.qat!r}")
 
   @property
   def layer_specs(self) -> tuple[LayerSpec, ...]:
@@ -151,6 +155,11 @@ class ModelConfig:
   def lookback(self, attention: str) -> int:
     """Tokens before a token that the entry which closes with it can be made of; CSA's windows overlap."""
     return {SLIDING: 0, CSA: 2 * self.csa_compress_rate - 1, HCA: self.hca_compress_rate - 1}[attention]
+
+  @property
+  def rounds_index(self) -> bool:
+    """Whether the indexer's queries and keys are rounded to FP4, behind a Hadamard matrix."""
+    return self.inference_rounding or self.qat is not None
 
   @property
   def local_reach(self) -> int:

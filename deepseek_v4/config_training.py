@@ -21,6 +21,7 @@ class OptimizerConfig:
   momentum: float = 0.95
   update_rms: float = 0.18
   newton_schulz_dtype: str = "float32"  # of the matmuls inside Newton-Schulz: "float32" or "bfloat16"
+  matrix_owner: str = "muon"  # who updates the matrices: "muon", or for comparison "adamw", which then has everything
   muon_split: str = "none"  # "head": query matrices are orthogonalised head by head
   position_bias_owner: str = "adamw"  # the compressors' position biases: "adamw" or "muon"
   adam_b1: float = 0.9
@@ -38,8 +39,11 @@ class OptimizerConfig:
     if self.final_fraction > 1:
       refuse("final_fraction", self.final_fraction, "a number in [0, 1]")
     one_of(self, "newton_schulz_dtype", ("float32", "bfloat16"))
+    one_of(self, "matrix_owner", ("muon", "adamw"))
     one_of(self, "muon_split", ("none", "head"))
     one_of(self, "position_bias_owner", ("adamw", "muon"))
+    if self.matrix_owner == "adamw" and (self.muon_split, self.position_bias_owner) != ("none", "adamw"):
+      refuse("matrix_owner", "adamw", "muon where muon_split or position_bias_owner say something about Muon")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ RUNS = sorted((ROOT / "configs").glob("*.py"))
 DEBUG = [path for path in RUNS if path.stem.startswith("debug")]
 RELEASED = json.loads((ROOT / "tests/golden/released_configs.json").read_text(encoding="utf-8"))
 # How weights are stored, started and computed with: not in a released dictionary, or not in the one that to_hf writes.
-NOT_ARCHITECTURE = ("quantization", "init_std", "mhc_init", "compute_dtype", "scan_layers", "remat",
+NOT_ARCHITECTURE = ("quantization", "init_std", "mhc_init", "compute_dtype", "qat", "scan_layers", "remat",
                     "loss_chunk_size")
 NAMES = [name for name in RELEASED if "/" not in name]
 

@@ -15,7 +15,7 @@ COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
               "generation_config.json", "encoding")
 CONFIG_NAME = "config.json"
 # Fields of ours that say how a model is stored, started or computed with, not what it is.
-_NOT_ARCHITECTURE = ("quantization", "init_std", "mhc_init", "compute_dtype", "inference_rounding", "scan_layers",
+_NOT_ARCHITECTURE = ("quantization", "init_std", "mhc_init", "compute_dtype", "inference_rounding", "qat", "scan_layers",
                      "remat", "loss_chunk_size")
 
 

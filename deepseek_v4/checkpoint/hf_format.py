@@ -40,7 +40,11 @@ class Format:
 
 
 FP8 = Format("fp8", (128, 128), formats.E4M3)
-FP4 = Format("fp4", (1, 32), formats.E2M1)
+FP4 = Format("fp4", (1, formats.EXPERT_BLOCK), formats.E2M1)
+
+# The largest exponent of (largest scale / smallest scale) among the FP4 tiles of a block of FP8 up to which DeepSeek's own
+# kernels turn the tiles into FP8 (the block's scale is then the largest of theirs / 2^6, all values are kept exactly).
+LOSSLESS_SPREAD = 11
 
 
 def decode(stored: np.ndarray, scales: np.ndarray, format: Format) -> np.ndarray:
@@ -101,6 +105,39 @@ def encode(values: np.ndarray, format: Format, kept: np.ndarray | None = None) -
     codes = np.where(_spread(exact, values.shape, format), codes, fresh)
     scales = np.where(exact, scales, derived)
   return (codes[:, ::2] | codes[:, 1::2] << 4) if format is FP4 else codes, scales
+
+
+def scale_spread(values: np.ndarray) -> int:
+  """How far the FP4 scales of a matrix lie apart inside a block of FP8, for `LOSSLESS_SPREAD` (report 5.2.1).
+
+  Args:
+    values: float32 [out, in].
+
+  Returns:
+    The largest k over the 128 x 128 blocks, with 2^k = largest scale / smallest scale of the block's 1 x 32 tiles; tiles of
+    zeros have no say, and a matrix of zeros has 0.
+  """
+  scales = _derived_scales(values, FP4).astype(np.int32)
+  used = _over_blocks(np.maximum, np.abs(values), FP4) > 0
+  tiles = Format("tiles", (FP8.block[0], FP8.block[1] // FP4.block[1]), formats.E2M1)
+  largest = _over_blocks(np.maximum, np.where(used, scales, -1), tiles)
+  smallest = _over_blocks(np.minimum, np.where(used, scales, NO_SCALE), tiles)
+  return int(np.where(largest < 0, 0, largest - smallest).max(initial=0))
+
+
+def fp4_values(values: np.ndarray) -> np.ndarray:
+  """What quantisation-aware training computes with in place of expert weights float32 [out, in]: the nearest FP4 numbers.
+
+  A tile's scale is that of `encode`, but at least 2^-126, where float32's normal numbers end.
+
+  Raises:
+    ValueError: values that are not finite.
+  """
+  if not np.isfinite(values).all():
+    raise ValueError("values that are not finite")
+  scales = np.maximum(_derived_scales(values, FP4), 1)
+  exponent = _spread(scales.astype(np.int32) - SCALE_BIAS, values.shape, FP4)
+  return np.ldexp(np.ldexp(values, -exponent).astype(ml_dtypes.float4_e2m1fn).astype(np.float32), exponent)
 
 
 def _spread(grid: np.ndarray, shape: tuple[int, int], format: Format) -> np.ndarray:

@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
@@ -65,13 +66,17 @@ def release_plan(config: ModelConfig, quantization: str | None, dtype: str = "bf
 
 
 def encoded_tensors(config: ModelConfig, quantization: str | None, dtype: str,
-                    read: Callable[[Sequence[str]], Mapping[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+                    read: Callable[[Sequence[str]], Mapping[str, np.ndarray]],
+                    wide: list[str]) -> Iterator[tuple[str, np.ndarray]]:
   """(name, array) of everything in `release_plan`, in its order.
 
   Args:
     config, quantization, dtype: as in the plan.
     read: paths of leaves -> their arrays, unscanned; asked for one tensor's leaves at a time, with the paths of the block
       scales they were imported with, which it may leave out.
+    wide: gets the names of FP4 experts that FP8 is not sure to hold exactly (`hf_format.LOSSLESS_SPREAD`).
+
+  Of a model with `qat` = "fp4" experts are written as it computes with them, in FP4 numbers, whatever holds these.
 
   Raises:
     ValueError: values that a quantised tensor cannot hold; names the tensor.
@@ -81,23 +86,29 @@ def encoded_tensors(config: ModelConfig, quantization: str | None, dtype: str,
     leaves = members[0].leaves
     quantised = _format(members[0], quantization) is not None
     arrays = read([leaf.path for leaf in leaves] + [leaf.scales_path for leaf in leaves if quantised])
-    encode = functools.partial(_encode, quantization=quantization, dtype=dtype, arrays=arrays)
+    fp4 = config.qat == "fp4" and members[0].stored == EXPERTS
+    encode = functools.partial(_encode, quantization=quantization, dtype=dtype, arrays=arrays, fp4=fp4, wide=wide)
     with concurrent.futures.ThreadPoolExecutor() as pool:
       for named in pool.map(encode, members):
         yield from named
 
 
-def _encode(tensor: Tensor, quantization: str | None, dtype: str,
-            arrays: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+def _encode(tensor: Tensor, quantization: str | None, dtype: str, arrays: Mapping[str, np.ndarray], fp4: bool,
+            wide: list[str]) -> list[tuple[str, np.ndarray]]:
+  """(name, array) of a tensor and its scales; with `fp4` of its FP4 numbers, its name in `wide` where FP8 is too narrow."""
   whole = tensor.join(arrays)
   format = _format(tensor, quantization)
-  if format is None:
-    wanted = {F32: np.float32, I64: np.int64}.get(tensor.stored, PLAIN[dtype][1])
-    return [(tensor.name, whole.astype(wanted, copy=False))]
-  kept = arrays.get(tensor.leaves[0].scales_path)
-  if kept is not None and tensor.expert is not None:
-    kept = kept[tensor.expert]
   try:
+    if fp4:
+      whole = hf_format.fp4_values(np.ascontiguousarray(whole, np.float32))
+      if hf_format.scale_spread(whole) > hf_format.LOSSLESS_SPREAD:
+        wide.append(tensor.name)
+    if format is None:
+      wanted = {F32: np.float32, I64: np.int64}.get(tensor.stored, PLAIN[dtype][1])
+      return [(tensor.name, whole.astype(wanted, copy=False))]
+    kept = arrays.get(tensor.leaves[0].scales_path)
+    if kept is not None and tensor.expert is not None:
+      kept = kept[tensor.expert]
     codes, scales = hf_format.encode(np.ascontiguousarray(whole, np.float32), format, kept)
   except ValueError as error:
     raise ValueError(f"{tensor.name}: {error}") from error
@@ -142,7 +153,12 @@ def write_release(folder: Path, config: ModelConfig, quantization: str | None, d
   write_config(folder, config, quantization, dtype, copy_files_from)
   if copy_files_from is not None:
     copy_companions(copy_files_from, folder)
-  write_folder(folder, plan, encoded_tensors(config, quantization, dtype, read), max_file_bytes)
+  wide: list[str] = []
+  write_folder(folder, plan, encoded_tensors(config, quantization, dtype, read, wide), max_file_bytes)
+  if wide:
+    warnings.warn(f"{len(wide)} experts' matrices have blocks of 128 x 128 in which FP4 scales are more than "
+                  f"2^{hf_format.LOSSLESS_SPREAD} apart, so that turned into FP8 they may lose small values: "
+                  f"{', '.join(sorted(wide)[:3])}{' and others' if len(wide) > 3 else ''}", stacklevel=3)
 
 
 def save_hf(variables: Mapping[str, Any], config: ModelConfig, folder: str | Path, quantization: str | None = None,

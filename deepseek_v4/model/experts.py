@@ -125,7 +125,8 @@ combine_rows.defvjp(lambda *args: (combine_rows(*args), args), _combine_rows_bac
 
 def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit: float, kernels: str,
            expert_axis: str | None = None, width_axis: str | None = None, wave: int = WAVE,
-           rounded: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+           rounded: Callable[[jax.Array], jax.Array] | None = None,
+           prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
   """Sum over each token's experts of weight * expert(x), [B, S, D], on one device's part of the arrays.
 
   Nothing is dropped, so a device must have room for all picks of the tokens that it is shown, although about one in
@@ -138,9 +139,10 @@ def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit
     wave: the most tokens of all shards of `expert_axis` together that are worked on at a time, if it has several.
     rounded: how the last matmul's input is rounded; a pick's weight then multiplies that input, as in DeepSeek's inference.
       Of a split F each device's part is rounded for itself.
+    prepared: only where `few` holds: what to make of one expert's matrix before it is used.
   """
   run = functools.partial(_one_wave, limit=limit, kernels=kernels, expert_axis=expert_axis, width_axis=width_axis,
-                          rounded=rounded)
+                          rounded=rounded, prepared=prepared)
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
   tokens = x_BSD.shape[0] * x_BSD.shape[1]
   waves = num_waves(tokens, shards, wave)
@@ -162,7 +164,13 @@ def num_waves(tokens: int, shards: int, wave: int) -> int:
   return 1 if shards == 1 else -(-tokens // max(wave // shards, 1))
 
 
-def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, kernels, expert_axis, width_axis, rounded):
+def few(picks: int, num_experts: int, kernels: str) -> bool:
+  """Whether so few picks, as when one sequence is decoded, are worked on one by one without sorting."""
+  return kernels == "blockwise" and picks < num_experts
+
+
+def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, kernels, expert_axis, width_axis, rounded,
+              prepared):
   """`routed` for tokens that fit in memory; the token axes may be one or several."""
   if expert_axis is not None:
     gather = functools.partial(jax.lax.all_gather, axis_name=expert_axis, tiled=True)
@@ -170,9 +178,10 @@ def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit
     experts_Tk = experts_Tk - jax.lax.axis_index(expert_axis) * gate_EDF.shape[0]
   top_k = experts_Tk.shape[-1]
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
-  if kernels == "blockwise" and experts_Tk.size < gate_EDF.shape[0]:
+  if few(experts_Tk.size, gate_EDF.shape[0], kernels):
     rows = (x.reshape(-1, x.shape[-1]) for x in (x_TD, experts_Tk, weights_Tk))
-    out_TD = grouped_matmul.few_picks(*rows, gate_EDF, up_EDF, down_EFD, limit=limit, rounded=rounded).reshape(x_TD.shape)
+    out_TD = grouped_matmul.few_picks(*rows, gate_EDF, up_EDF, down_EFD, limit=limit, rounded=rounded,
+                                      prepared=prepared).reshape(x_TD.shape)
     return _over_axes(out_TD, expert_axis, width_axis).astype(x_TD.dtype)
   plan = remat.keep(dispatch(experts_Tk.reshape(-1, top_k).T, gate_EDF.shape[0], shards, kernels), EXPERTS)
   rows_MD = gather_rows(x_TD.reshape(-1, x_TD.shape[-1]), plan)
@@ -202,10 +211,14 @@ class Experts(nn.Module):
   def __call__(self, x_BSD: jax.Array, experts_BSk: jax.Array, weights_BSk: jax.Array) -> jax.Array:
     config = self.config
     count, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-    matrices = [weights.matrix(self, config, name, shape) for name, shape in (
+    expert_axis, width_axis = sharding.axis_name("expert"), sharding.axis_name("mlp")
+    as_used = functools.partial(quantize.expert_weights, config)
+    # To decode a token it would be a waste to round the experts that it does not go to.
+    late = config.qat is not None and not (expert_axis or width_axis) and few(experts_BSk.size, count, self.kernels)
+    matrices = [weights.matrix(self, config, name, shape, (lambda master: master) if late else as_used) for name, shape in (
         ("gate", (count, d, f)), ("up", (count, d, f)), ("down", (count, f, d)))]
-    run = functools.partial(routed, limit=config.swiglu_limit, kernels=self.kernels,
-                            expert_axis=sharding.axis_name("expert"), width_axis=sharding.axis_name("mlp"),
+    run = functools.partial(routed, limit=config.swiglu_limit, kernels=self.kernels, expert_axis=expert_axis,
+                            width_axis=width_axis, prepared=as_used if late else None,
                             rounded=functools.partial(quantize.linear_input, config) if config.inference_rounding else None)
     tokens = ("batch", "sequence")
     in_axes = (tokens, tokens, tokens, ("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None))

@@ -14,9 +14,10 @@ NO_SCALE = 255  # the E8M0 code that is no number
 # What a cache may keep: everything as it was computed, or the published FP8, BF16 and FP4 (`init_cache`).
 STORAGES = ("compute", "mixed")
 
-# Channels that share a scale in DeepSeek's inference (report 2.3.4, 3.6.1 and the release's own code).
+# Numbers that share a scale in DeepSeek's inference (report 2.3.4, 3.6.1, 5.2.1 and the release's own code).
 KV_BLOCK = 64  # of window keys and compressed entries, their rotary channels left out
 INDEX_BLOCK = 32  # of the indexer's queries and keys
+EXPERT_BLOCK = 32  # of an expert's weights, along the axis that a matmul sums over
 LINEAR_BLOCK = 128  # of the input of a linear layer whose weights are FP8 or FP4
 
 

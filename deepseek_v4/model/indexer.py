@@ -72,7 +72,7 @@ class Indexer(nn.Module):
     cos, sin = context.phases[CSA]
     queries_BShc = rope.rotate(queries_BShc, cos[:, :, None], sin[:, :, None])
     queries_BShc = quantize.hadamard(queries_BShc) if self._spreads(cache) else queries_BShc
-    queries_BShc = quantize.round_index(queries_BShc) if config.inference_rounding else queries_BShc
+    queries_BShc = quantize.round_index(queries_BShc) if config.rounds_index else queries_BShc
     queries_BShc = sharding.constrain(queries_BShc, ("batch", "sequence", "index_heads", None))
     head_weights = weights.matrix(self, config, "head_weights", (config.hidden_size, heads))
     weights_BSh = jnp.einsum("BSD,Dh->BSh", x_BSD, head_weights, preferred_element_type=weights.exact_dtype(config))
@@ -85,14 +85,14 @@ class Indexer(nn.Module):
 
   def _spreads(self, cache: LayerCache | None) -> bool:
     """Whether queries and keys go through the Hadamard matrix: where either is rounded."""
-    return self.config.inference_rounding or (cache is not None and cache.packed)
+    return self.config.rounds_index or (cache is not None and cache.packed)
 
   def _kept(self, keys_BTc: jax.Array, cache: LayerCache | None) -> Any:
     """Keys as the cache keeps them, or without one as they are scored."""
     keys_BTc = quantize.hadamard(keys_BTc) if self._spreads(cache) else keys_BTc
     if cache is not None and cache.packed:
       return quantize.pack_index(keys_BTc)
-    return quantize.round_index(keys_BTc) if self.config.inference_rounding else keys_BTc
+    return quantize.round_index(keys_BTc) if self.config.rounds_index else keys_BTc
 
   def _select(self, index, context: Context) -> Selection:
     config = self.config

@@ -1,4 +1,5 @@
-"""DeepSeek's inference rounding: keys and values to FP8, the indexer to FP4, inputs of quantised linear layers to FP8.
+"""DeepSeek's rounding: in inference keys and values to FP8, the indexer to FP4, inputs of quantised linear layers to FP8; in
+quantisation-aware training routed experts' weights and the indexer to FP4 (MXFP4, report 5.2.1).
 
 Blocks of channels share a scale: the smallest power of two that keeps the block's largest magnitude, or a least magnitude
 where all are smaller, within the codes; a number becomes the nearest code times the scale, ties to the even code. A width
@@ -6,7 +7,7 @@ that no block divides ends with a smaller block. What is rounded here and what a
 `round_kv` is `unpack(pack_kv)`, `round_index` is `unpack(pack_index)`, and both are exact on numbers that are already
 rounded. A block that holds a number that is not finite comes back with none that is.
 
-Rounding has derivative 0. Training against it needs a straight-through gradient around these functions.
+Rounding has derivative 0; `straight_through`, which is what training rounds with, has derivative 1.
 
 Axis letters: d head width   p plain channels (d less the rotary ones)   r rotary channels   c index width   n channels
 """
@@ -14,6 +15,7 @@ Axis letters: d head width   p plain channels (d less the rotary ones)   r rotar
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -21,8 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_v4.config import ModelConfig
-from deepseek_v4.model.formats import E2M1, E4M3, INDEX_BLOCK, KV_BLOCK, LINEAR_BLOCK, NO_SCALE, SCALE_BIAS, Element
+from deepseek_v4.model.formats import (
+  E2M1,
+  E4M3,
+  EXPERT_BLOCK,
+  INDEX_BLOCK,
+  KV_BLOCK,
+  LINEAR_BLOCK,
+  NO_SCALE,
+  SCALE_BIAS,
+  Element,
+)
 
+LEAST_E2M1 = 6 * 2.0**-126  # its scale is float32's smallest normal number
 _DTYPES = {E4M3: jnp.float8_e4m3fn, E2M1: jnp.float4_e2m1fn}
 
 
@@ -37,7 +50,8 @@ class Rule:
 
 KV = Rule(E4M3, KV_BLOCK, 1e-4)
 LINEAR = Rule(E4M3, LINEAR_BLOCK, 1e-4)
-INDEX = Rule(E2M1, INDEX_BLOCK, 6 * 2.0**-126)
+INDEX = Rule(E2M1, INDEX_BLOCK, LEAST_E2M1)
+EXPERTS = Rule(E2M1, EXPERT_BLOCK, LEAST_E2M1)
 
 
 @flax.struct.dataclass
@@ -69,42 +83,61 @@ class PackedIndex:
 
 
 # ---- codes and scales -------------------------------------------------------------------------------------------------
-def encode(x: jax.Array, rule: Rule) -> tuple[jax.Array, jax.Array]:
-  """Numbers [..., n] -> (codes uint8 [..., n], one a byte, scales uint8 [..., ceil(n / block)])."""
-  exact = _blocks(jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32)), rule)
-  largest = jnp.maximum(jnp.abs(exact).max(-1), rule.least)
+def encode(x: jax.Array, rule: Rule, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+  """Numbers [..., n] -> (codes uint8 [..., n], one a byte, scales uint8 [..., ceil(n / block)]).
+
+  `axis`, counted from the end, is where n and the blocks lie.
+  """
+  exact = _blocks(jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32)), rule, axis)
+  largest = jnp.maximum(jnp.abs(exact).max(axis), rule.least)
   fraction, exponent = jnp.frexp(largest)
   scales = exponent - rule.element.exponent + (fraction > rule.element.fraction) + SCALE_BIAS
   scales = jnp.where(largest < jnp.inf, jnp.minimum(scales, NO_SCALE), NO_SCALE).astype(jnp.uint8)
-  codes = (exact * _power(2 * SCALE_BIAS - scales.astype(jnp.int32))[..., None]).astype(_DTYPES[rule.element])
+  inverse = jnp.expand_dims(_power(2 * SCALE_BIAS - scales.astype(jnp.int32)), axis)
+  codes = (exact * inverse).astype(_DTYPES[rule.element])
   bits = jnp.uint4 if rule.element is E2M1 else jnp.uint8
-  return _channels(jax.lax.bitcast_convert_type(codes, bits).astype(jnp.uint8), x.shape), scales
+  return _channels(jax.lax.bitcast_convert_type(codes, bits).astype(jnp.uint8), x.shape, axis), scales
 
 
-def decode(codes: jax.Array, scales: jax.Array, rule: Rule, dtype) -> jax.Array:
+def decode(codes: jax.Array, scales: jax.Array, rule: Rule, dtype, axis: int = -1) -> jax.Array:
   """The inverse of `encode`, [..., n] of `dtype`; exact where the dtype has three bits of fraction and the exponents."""
   bits = jnp.uint4 if rule.element is E2M1 else jnp.uint8
   values = jax.lax.bitcast_convert_type(codes.astype(bits), _DTYPES[rule.element])
-  exact = _blocks(values.astype(jnp.float32), rule) * _power(scales.astype(jnp.int32))[..., None]
-  return _channels(exact, codes.shape).astype(dtype)
+  power = jnp.expand_dims(_power(scales.astype(jnp.int32)), axis)
+  exact = _blocks(values.astype(jnp.float32), rule, axis) * power
+  return _channels(exact, codes.shape, axis).astype(dtype)
 
 
-def rounded(x: jax.Array, rule: Rule) -> jax.Array:
-  """The nearest representable numbers, [..., n] in x's dtype."""
-  return decode(*encode(x, rule), rule, x.dtype)
+def rounded(x: jax.Array, rule: Rule, axis: int = -1) -> jax.Array:
+  """The nearest representable numbers, of x's shape and dtype."""
+  return decode(*encode(x, rule, axis), rule, x.dtype, axis)
 
 
-def _blocks(x: jax.Array, rule: Rule) -> jax.Array:
-  """[..., n] -> [..., ceil(n / block), block], zeros behind the last channel."""
-  n = x.shape[-1]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def straight_through(x: jax.Array, rule: Rule, axis: int = -1) -> jax.Array:
+  """`rounded` to the last bit, with derivative 1 everywhere: what is learnt about the rounded numbers goes to x."""
+  return rounded(x, rule, axis)
+
+
+@straight_through.defjvp
+def _straight_through_jvp(rule, axis, primals, tangents):
+  return straight_through(*primals, rule, axis), tangents[0]
+
+
+def _blocks(x: jax.Array, rule: Rule, axis: int) -> jax.Array:
+  """[..., n] -> [..., ceil(n / block), block], zeros behind the last channel; n and then the block lie at `axis`."""
+  n, before, after = x.shape[axis], x.shape[:x.ndim + axis], x.shape[x.ndim + axis + 1:]
   size = max(min(rule.block, n), 1)
-  x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -n % size),)) if n % size else x
-  return x.reshape(*x.shape[:-1], -(-n // size), size)
+  if n % size:
+    x = jnp.pad(x, (*((0, 0) for _ in before), (0, -n % size), *((0, 0) for _ in after)))
+  return x.reshape(*before, -(-n // size), size, *after)
 
 
-def _channels(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _channels(blocks: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
   """The inverse of `_blocks` for numbers of this shape."""
-  return blocks.reshape(*shape[:-1], blocks.shape[-2] * blocks.shape[-1])[..., :shape[-1]]
+  place = len(shape) + axis
+  merged = blocks.reshape(*shape[:place], blocks.shape[place] * blocks.shape[place + 1], *shape[place + 1:])
+  return jax.lax.slice_in_dim(merged, 0, shape[axis], axis=place)
 
 
 def _power(biased: jax.Array) -> jax.Array:
@@ -142,8 +175,18 @@ def round_kv(x: jax.Array, rotary: int) -> jax.Array:
 
 
 def round_index(x: jax.Array) -> jax.Array:
-  """The indexer's queries or keys [..., c] after `hadamard`, rounded."""
-  return rounded(x, INDEX)
+  """The indexer's queries or keys [..., c] after `hadamard`, rounded, with a straight-through gradient."""
+  return straight_through(x, INDEX)
+
+
+def expert_weights(config: ModelConfig, weight: jax.Array) -> jax.Array:
+  """Routed experts' parameters [..., in, out] as their matmuls use them: in `config.compute_dtype`, and with
+  `config.qat` = "fp4" rounded before that, 32 along the input axis to a scale as a release stores them.
+
+  The gradient goes straight through to the parameters. Already rounded weights stay what they are.
+  """
+  weight = weight if config.qat is None else straight_through(weight, EXPERTS, -2)
+  return jnp.asarray(weight, config.compute_dtype)
 
 
 def linear_input(config: ModelConfig, x: jax.Array) -> jax.Array:

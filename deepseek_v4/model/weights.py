@@ -12,10 +12,15 @@ from deepseek_v4 import sharding
 from deepseek_v4.config import ModelConfig
 
 
-def matrix(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...]) -> jax.Array:
-  """A float32 parameter, normal with `config.init_std`, cast to `config.compute_dtype` and gathered for use."""
+def matrix(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...],
+           prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+  """A float32 parameter, normal with `config.init_std`, cast to `config.compute_dtype` and gathered for use.
+
+  `prepared` stands for the cast: what becomes of the parameter, part by part, before it is gathered.
+  """
   weight = module.param(name, nn.initializers.normal(config.init_std), shape, jnp.float32)
-  return sharding.gathered(jnp.asarray(weight, config.compute_dtype), (*module.path, name))
+  weight = jnp.asarray(weight, config.compute_dtype) if prepared is None else prepared(weight)
+  return sharding.gathered(weight, (*module.path, name))
 
 
 def exact(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...],

@@ -111,14 +111,16 @@ def path_of(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def rule_of(name: str, ndim: int, *, muon_split: str = "none", position_bias_owner: str = ADAMW) -> Rule:
+def rule_of(name: str, ndim: int, *, muon_split: str = "none", position_bias_owner: str = ADAMW,
+            matrix_owner: str = MUON) -> Rule:
   """The rule of the leaf at path `name` (`layers/unit_0/attention/q_b`); arguments as in `OptimizerConfig`.
 
   Raises:
     ValueError: the table does not know the leaf, or its number of axes is not the table's.
   """
   for choice, value, choices in (("muon_split", muon_split, ("none", "head")),
-                                 ("position_bias_owner", position_bias_owner, (ADAMW, MUON))):
+                                 ("position_bias_owner", position_bias_owner, (ADAMW, MUON)),
+                                 ("matrix_owner", matrix_owner, (MUON, ADAMW))):
     if value not in choices:
       raise ValueError(f"{choice} = {value!r}: expected one of {choices}")
   parts = name.split("/")
@@ -131,6 +133,8 @@ def rule_of(name: str, ndim: int, *, muon_split: str = "none", position_bias_own
     raise ValueError(f"{name}: no such leaf in the optimizer's table: expected a name of deepseek_v4/optim/assign.py")
   if muon_split == "head" and rule is _QUERIES:
     rule = _matrix(3, (-3,), (-1,))
+  if matrix_owner == ADAMW and rule.owner == MUON:
+    rule = dataclasses.replace(rule, owner=ADAMW, axes=None)
   if position_bias_owner == MUON and rule is _BIAS_TABLE:
     rule = dataclasses.replace(_matrix(3), decay=rule.decay)
   expected = rule.ndim + (parts[0] == "layers" and parts[1].startswith("unit_"))
@@ -149,7 +153,8 @@ def assign(params: Any, **choices: str) -> Any:
 
   Args:
     params: Parameters, or whole variables with the collections params and router; arrays or ShapeDtypeStructs.
-    **choices: `muon_split` ("none", "head"), `position_bias_owner` ("adamw", "muon"), as in `OptimizerConfig`.
+    **choices: `muon_split` ("none", "head"), `position_bias_owner` ("adamw", "muon"), `matrix_owner` ("muon", "adamw"),
+      as in `OptimizerConfig`.
 
   Raises:
     ValueError: a leaf is not in the table or has another number of axes; the message names it.

@@ -34,7 +34,8 @@ def build_optimizer(optimizer_config: OptimizerConfig, params: Any, *, steps: in
     ValueError: a leaf that the table does not know, or a schedule that does not fit into `steps`.
   """
   config = optimizer_config
-  choices = {"muon_split": config.muon_split, "position_bias_owner": config.position_bias_owner}
+  choices = {"muon_split": config.muon_split, "position_bias_owner": config.position_bias_owner,
+             "matrix_owner": config.matrix_owner}
   owners = assign(params, **choices)
   muon = scale_by_muon(momentum=config.momentum, update_rms=config.update_rms, axes=matrix_axes(params, **choices),
                        shardings=shardings, dtype=config.newton_schulz_dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-NAMES: tuple[str, ...] = ("stability",)
+NAMES: tuple[str, ...] = ("optimizers", "stability")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,8 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
 
 
 def few_picks(x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, *,
-              limit: float, rounded: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+              limit: float, rounded: Callable[[jax.Array], jax.Array] | None = None,
+              prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
   """Sum over each row's picks of weight * expert(row), without sorting: one pick after another, each a vector's product.
 
   In plain JAX, for fewer picks than experts, as when one sequence is decoded.
@@ -48,11 +49,13 @@ def few_picks(x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Ar
     x: [T, D]; experts: int32 [T, k], none that is outside [0, E) counts; weights: [T, k].
     gate, up, down, limit: as in `expert_mlp`.
     rounded: see `rounding` there; the weights are these.
+    prepared: function of a chosen expert's matrix [D, F] or [F, D]: what is used in its place; default: itself.
 
   Returns:
     [T, D] in the weights' dtype if that is wider.
   """
-  return blockwise.few_picks(x, experts, weights, gate, up, down, limit=limit, rounded=rounded)
+  return blockwise.few_picks(x, experts, weights, gate, up, down, limit=limit, rounded=rounded,
+                             prepared=prepared)
 
 
 def row_tile(rows: int, num_experts: int, implementation: str = "blockwise") -> int:

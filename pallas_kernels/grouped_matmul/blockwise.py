@@ -23,7 +23,7 @@ def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, 
   return (_tiles(*arrays, limit) if rounding is None else _every_tile(*arrays, limit, rounding)).reshape(x_MD.shape)
 
 
-def few_picks(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, rounded=None):
+def few_picks(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, rounded=None, prepared=None):
   """See `pallas_kernels.grouped_matmul.few_picks`."""
   num_experts, top_k = gate_EDF.shape[0], experts_Tk.shape[1]
 
@@ -31,6 +31,7 @@ def few_picks(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit
     token, rank = i // top_k, i % top_k
     expert, weight = experts_Tk[token, rank], weights_Tk[token, rank]
     gate, up, down = (jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in (gate_EDF, up_EDF, down_EFD))
+    gate, up, down = (gate, up, down) if prepared is None else map(prepared, (gate, up, down))
     x_1D = jax.lax.dynamic_slice_in_dim(x_TD, token, 1)
     h_1F = jax.nn.silu(jnp.minimum(_dot(x_1D, gate), limit)) * jnp.clip(_dot(x_1D, up), -limit, limit)
     h_1F = h_1F.astype(x_TD.dtype) if rounded is None else rounded((h_1F * weight).astype(x_TD.dtype))

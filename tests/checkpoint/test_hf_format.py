@@ -1,9 +1,13 @@
 """FP8 and FP4 bytes against decodings written from the formats' bit fields; encoding gives the same bytes back."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from deepseek_v4.checkpoint.hf_format import FP4, FP8, decode, encode
+from deepseek_v4.checkpoint.hf_format import FP4, FP8, LOSSLESS_SPREAD, decode, encode, fp4_values, scale_spread
+from deepseek_v4.model import quantize
+from tests.model.small import T0
 
 
 def e4m3(code):
@@ -143,3 +147,37 @@ def test_what_cannot_be_encoded():
     encode(np.array([[np.nan, 1]], np.float32), FP8)
   with pytest.raises(ValueError, match="3 columns: expected an even number"):
     encode(np.zeros((1, 3), np.float32), FP4)
+
+
+# ---- what quantisation-aware training computes with --------------------------------------------------------------------
+def test_fp4_values_are_the_nearest_and_those_of_the_forward_pass():
+  rng = np.random.default_rng(5)
+  values = (rng.normal(size=(70, 72)) * np.exp(2 * rng.normal(size=(70, 72)))).astype(np.float32)
+  values[0], values[1, :40], values[2] = 0, -0.0, values[2] * np.float32(2.0**-120)
+  values[2, 0] = 0.3 * 2.0**-120  # a scale that is 2^-123 of its own
+  found = fp4_values(values)
+  want = quantize.expert_weights(dataclasses.replace(T0, qat="fp4"), values.T).T
+  normal = np.abs(found) >= np.finfo(np.float32).tiny  # processors may flush what is smaller
+  assert same_bits(found[normal], np.asarray(want)[normal]) and normal.mean() > 0.2
+  assert np.array_equal(np.signbit(found), np.signbit(values))
+  assert same_bits(fp4_values(found), found) and same_bits(decode(*encode(found, FP4), FP4), found)
+  with pytest.raises(ValueError, match="not finite"):
+    fp4_values(np.full((1, 2), np.inf, np.float32))
+
+
+@pytest.mark.parametrize("low, high, spread", [
+  (0, 0, 0), (-11, 0, 11), (-3, 8, 11), (-12, 0, 12), (-14, 0, 14), (-17, 0, 17)])
+def test_tiles_in_fp8(low, high, spread):
+  """Tiles of scales 2^low and 2^high in one block of 128 x 128: up to 2^11 apart FP8 holds every value, to 2^14 with its
+  subnormal numbers, and further apart it does not. Other blocks and tiles of zeros have no say."""
+  rng = np.random.default_rng(0)
+  values = rng.choice([v for code in range(16) if (v := e2m1(code))], (130, 300)).astype(np.float32)
+  values[:, ::32] = 6  # decides every tile's scale
+  values[:128, :128] *= 2.0**high
+  values[5, 32:64] *= 2.0 ** (low - high)
+  values[7, 64:96] = 0
+  values[128:, 128:] *= 2.0**40
+  assert scale_spread(values) == spread and (spread <= LOSSLESS_SPREAD) == (spread <= 11)
+  assert scale_spread(np.zeros((3, 40), np.float32)) == 0
+  back = decode(*encode(values, FP8), FP8)
+  assert same_bits(back, values) == (spread <= 14)

@@ -149,7 +149,7 @@ def test_hadamard(width):
 
 def test_rounding_has_no_gradient():
   x = np.random.default_rng(3).normal(size=(2, 16)).astype(np.float32)
-  for function in (functools.partial(quantize.round_kv, rotary=8), quantize.round_index,
+  for function in (functools.partial(quantize.round_kv, rotary=8), functools.partial(quantize.rounded, rule=quantize.INDEX),
                    functools.partial(quantize.rounded, rule=quantize.LINEAR)):
     np.testing.assert_array_equal(jax.grad(lambda x, f=function: (f(x) ** 2).sum())(x), np.zeros_like(x))
 

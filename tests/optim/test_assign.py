@@ -157,6 +157,11 @@ def test_choices(params):
   assert owners["layers/unit_1/attention/indexer/compressor/position_bias"] == "muon"
   decays = flat_of(decay_mask(params, position_bias_owner="muon"))
   assert not decays["layers/unit_0/attention/compressor/position_bias"]  # a bias, whoever owns it
+  owners = flat_of(assign(params, matrix_owner="adamw"))
+  assert set(owners.values()) == {"adamw"} and not jax.tree.leaves(matrix_axes(params, matrix_owner="adamw"))
+  assert flat_of(decay_mask(params, matrix_owner="adamw")) == flat_of(decay_mask(params))
+  with pytest.raises(ValueError, match="matrix_owner = 'sgd'"):
+    assign(params, matrix_owner="sgd")
   with pytest.raises(ValueError, match="muon_split = 'heads'"):
     assign(params, muon_split="heads")
   with pytest.raises(ValueError, match="position_bias_owner = 'frozen'"):

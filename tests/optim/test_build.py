@@ -1,5 +1,7 @@
 """The whole optimizer on small trees: against optax.adamw and Muon, clipping, frozen leaves, decay, one learning rate."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_v4.config import OptimizerConfig
-from deepseek_v4.optim import build_optimizer, make_schedule, muon
+from deepseek_v4.optim import build_optimizer, decay_mask, make_schedule, muon
 
 CONFIG = OptimizerConfig(learning_rate=0.02, warmup_steps=2, decay_steps=3, clip_norm=1e9)
 
@@ -69,6 +71,21 @@ def test_adamw_leaves_equal_optax_adamw_and_muon_leaves_equal_muon(params):
     close([pick(p) for p in got], run(adamw(decay), pick(params), [pick(g) for g in gradients]))
   experts = lambda t: t["layers"]["unit_0"]["moe"]["experts"]
   close([experts(p) for p in got], run(muon(schedule), experts(params), [experts(g) for g in gradients]), atol=1e-5)
+
+
+def test_adamw_alone_is_optax_adamw(params):
+  """With matrix_owner = "adamw" every leaf follows optax.adamw, decayed as the table says; Muon keeps no momentum."""
+  config = dataclasses.replace(CONFIG, matrix_owner="adamw")
+  optimizer = build_optimizer(config, params, steps=6)
+  gradients = [tree_of(10 * i) for i in range(1, 5)]
+  want = run(optax.adamw(make_schedule(CONFIG, 6), b1=0.9, b2=0.95, eps=1e-20, weight_decay=0.1, mask=decay_mask(params)),
+             params, gradients)
+  close(run(optimizer, params, gradients), want)
+  state = jax.eval_shape(optimizer.init, params)
+  assert not any("trace" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
+  for choice in (dict(muon_split="head"), dict(position_bias_owner="muon")):
+    with pytest.raises(ValueError, match="matrix_owner = 'adamw': expected muon where"):
+      dataclasses.replace(config, **choice)
 
 
 def test_clipping_uses_the_norm_of_all_leaves_before_the_partition(params):
