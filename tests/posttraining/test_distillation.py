@@ -46,8 +46,8 @@ def dense(student, head, teacher, teacher_head, mask):
 def value_and_gradients(found, chunk):
   """Of reverse_kl in float64, by all four arrays."""
   with jax.enable_x64(True):
-    run = jax.jit(jax.value_and_grad(lambda *a: dsv4.distillation.reverse_kl(*a, found[4], chunk=chunk), argnums=(0, 1, 2, 3)))
-    return jax.device_get(run(*found[:4]))
+    run = jax.value_and_grad(lambda *a: dsv4.distillation.reverse_kl(*a, found[4], chunk=chunk), argnums=(0, 1, 2, 3))
+    return jax.device_get(jax.jit(run)(*found[:4]))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
