@@ -46,10 +46,14 @@ def reverse_kl(student_hidden: jax.Array, student_head: jax.Array, teacher_hidde
 
 
 def reverse_kl_sum(student_hidden: jax.Array, student_head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array,
-                   mask: jax.Array, *, chunk: int) -> tuple[jax.Array, jax.Array]:
-  """(sum, count) of what `reverse_kl` is the mean of; sums over teachers and passes add up."""
+                   mask: jax.Array, *, chunk: int, vocabulary: int | None = None) -> tuple[jax.Array, jax.Array]:
+  """(sum, count) of what `reverse_kl` is the mean of; sums over teachers and passes add up.
+
+  Args:
+    vocabulary: only ids below it count; None = those that both heads have.
+  """
   _check(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk)
-  known = min(student_head.shape[1], teacher_head.shape[1])
+  known = min(student_head.shape[1], teacher_head.shape[1], vocabulary or teacher_head.shape[1])
   teacher_head = fitted(teacher_head, student_head.shape[1])
   vocab_axis = sharding.axis_name("vocab")
 

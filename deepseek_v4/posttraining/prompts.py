@@ -20,6 +20,36 @@ from deepseek_v4.training import packing
 from deepseek_v4.training.data import make_dataset
 
 
+class Text:
+  """The endless sequence of packed rows of a data source's training text.
+
+  Args:
+    run_config: of the student, whose token ids they are.
+    data: the source.
+    sequence_length: tokens of a row.
+
+  Raises:
+    ValueError: data that cannot be used.
+  """
+
+  def __init__(self, run_config: RunConfig, data: DataConfig, sequence_length: int):
+    config = dataclasses.replace(data, sequence_length=sequence_length, batch_size=1, accumulation=1)
+    model = run_config.model
+    self._batches = make_dataset(config, model.vocab_size, document_end=model.eos_token_id)
+    self.document_end = self._batches.tokenizer.document_end
+
+  def take(self, first: int, count: int) -> dict[str, np.ndarray]:
+    """Rows number `first` to `first + count - 1`: {"tokens", "segment_ids", "positions", "loss_mask"}, int32 [R, S]."""
+    with contextlib.closing(iter(self._batches)) as rows:
+      rows.set_state({"row": first, **self._batches.identity})
+      found = [next(rows) for _ in range(count)]
+    return {name: np.concatenate([row[name][0] for row in found]) for name in found[0]}
+
+  def describe(self) -> str:
+    """What an epoch holds, in a line."""
+    return self._batches.describe()
+
+
 class Prompts:
   """The endless sequence of a teacher's prompts.
 
@@ -29,27 +59,20 @@ class Prompts:
 
   def __init__(self, run_config: RunConfig, teacher: TeacherConfig):
     distillation = run_config.distillation
-    config = dataclasses.replace(teacher.data, sequence_length=distillation.prompt_length, batch_size=1, accumulation=1)
-    model = run_config.model
-    self._batches = make_dataset(config, model.vocab_size, document_end=model.eos_token_id)
-    self._end = self._batches.tokenizer.document_end
+    self._text = Text(run_config, teacher.data, distillation.prompt_length)
     self._shortest, self._longest = distillation.shortest_prompt, distillation.prompt_length
-    self._seed = config.seed
+    self._seed = teacher.data.seed
+    self.describe = self._text.describe
 
   def take(self, first: int, count: int) -> list[tuple[int, ...]]:
     """Prompts number `first` to `first + count - 1`, token ids."""
-    with contextlib.closing(iter(self._batches)) as rows:
-      rows.set_state({"row": first, **self._batches.identity})
-      return [self._prompt(first + i, next(rows)) for i in range(count)]
+    rows = self._text.take(first, count)
+    return [self._prompt(first + i, *row) for i, row in enumerate(zip(rows["tokens"], rows["segment_ids"]))]
 
-  def describe(self) -> str:
-    """What they are made of, in a line."""
-    return self._batches.describe()
-
-  def _prompt(self, number: int, row: dict[str, np.ndarray]) -> tuple[int, ...]:
-    tokens, segments = row["tokens"][0, 0], row["segment_ids"][0, 0]
-    piece = tokens[segments == np.bincount(segments[segments > 0]).argmax()]  # the longest of the row
-    piece = piece[piece != self._end] if (piece != self._end).any() else piece
+  def _prompt(self, number: int, tokens_S: np.ndarray, segment_ids_S: np.ndarray) -> tuple[int, ...]:
+    longest = np.bincount(segment_ids_S[segment_ids_S > 0]).argmax()
+    piece, end = tokens_S[segment_ids_S == longest], self._text.document_end
+    piece = piece[piece != end] if (piece != end).any() else piece
     digest = hashlib.sha256(f"prompt {self._seed} {number}".encode()).digest()
     length = self._shortest + int.from_bytes(digest[:8], "little") % (self._longest - self._shortest + 1)
     return tuple(piece[:length].tolist())
@@ -72,15 +95,6 @@ def rows_of(samples: Sequence[tuple[Sequence[int], Sequence[int]]], sequence_len
   rows = [packing.build_row(packed, r, read) | {"loss_mask": packing.build_row(packed, r, said)["tokens"]}
           for r in range(packed.rows)]
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def text_rows(run_config: RunConfig, data: DataConfig, first: int, count: int) -> dict[str, np.ndarray]:
-  """Rows number `first` to `first + count - 1` of the packed training text of a data source, as `rows_of` makes them."""
-  data = dataclasses.replace(data, sequence_length=run_config.data.sequence_length, batch_size=count, accumulation=1)
-  batches = make_dataset(data, run_config.model.vocab_size, document_end=run_config.model.eos_token_id)
-  with contextlib.closing(iter(batches)) as rows:
-    rows.set_state({"row": first, **batches.identity})
-    return {name: x[0] for name, x in next(rows).items()}
 
 
 def in_passes(rows: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:
