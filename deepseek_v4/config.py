@@ -1,9 +1,9 @@
 """Every setting of a model and of a run, as frozen dataclasses; no JAX here.
 
 Everybody imports them from here; they are written down in `config_model.py` (the architecture), `config_distillation.py`
-(students and teachers) and `config_training.py` (all else). A run is one Python file under `configs/` with `get_config() -> RunConfig`; `load(path, overrides)` reads it and
-applies typed `key.path=value` overrides. Reading and writing the dictionaries of released models lives in `config_hf.py`
-(`ModelConfig.from_hf` / `to_hf`).
+(students and teachers) and `config_training.py` (all else). A run is one Python file under `configs/` with
+`get_config() -> RunConfig`; `load(path, overrides)` reads it and applies typed `key.path=value` overrides. Reading and
+writing the dictionaries of released models lives in `config_hf.py` (`ModelConfig.from_hf` / `to_hf`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Mapping, Sequence
 
 from deepseek_v4 import config_distillation
 from deepseek_v4.config_checks import fields_of, options_of, refuse, typed
-from deepseek_v4.config_distillation import DistillationConfig, TeacherConfig
+from deepseek_v4.config_distillation import STUDENT, DistillationConfig, TeacherConfig
 from deepseek_v4.config_model import (
   ATTENTION_KINDS,
   CSA,
@@ -40,9 +40,9 @@ from deepseek_v4.config_training import (
   TrainingConfig,
 )
 
-__all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "ROUTER_KINDS", "SLIDING", "AnomalyConfig", "DataConfig",
-           "DistillationConfig", "LayerSpec", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "RunConfig",
-           "TeacherConfig", "TrainingConfig", "Yarn", "from_dict", "load", "override", "to_dict"]
+__all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "ROUTER_KINDS", "SLIDING", "STUDENT", "AnomalyConfig",
+           "DataConfig", "DistillationConfig", "LayerSpec", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig",
+           "RunConfig", "TeacherConfig", "TrainingConfig", "Yarn", "from_dict", "load", "override", "to_dict"]
 
 
 @dataclasses.dataclass(frozen=True)

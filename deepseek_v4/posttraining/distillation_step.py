@@ -1,9 +1,10 @@
 """One optimizer step of a distillation: passes of one teacher each, their gradients added up, then one update.
 
-What differs from `training/step.py`: the loss is the KL to the teacher whose sample it is, and passes are programs of their
-own, since between them another teacher's head takes the place of the one before. The balance loss, the indexer's loss and the
-router's bias are as in training, on the tokens of prompts and replies. The prediction block rests: its loss on the student's
-own words would pull the student to what it says already, so it keeps its weights, without decay, to be trained again after.
+What differs from `training/step.py`: the loss is the KL to the teacher whose sample it is, and passes are programs of
+their own, since between them another teacher's head takes the place of the one before. The balance loss, the indexer's loss
+and the router's bias are as in training, on the tokens of prompts and replies. The prediction block rests: its loss on the
+student's own words would pull the student to what it says already, so it keeps its weights, without decay, to be trained
+again afterwards.
 
 Axis letters: B rows   S sequence   D, E hidden sizes of student and teacher   V vocabulary
 """
@@ -150,9 +151,8 @@ class Steps:
     zero = jax.ShapeDtypeStruct((), jnp.float32)
     empty = Sums(shapes.params, dict.fromkeys(LOSSES, zero), load, jax.ShapeDtypeStruct((), jnp.int32))
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
-    jit = lambda fn, out, donate=(): sharding.OnMesh(jax.jit(
-      fn, donate_argnums=donate, compiler_options=compiler_options(mesh), **({} if mesh is None else {"out_shardings": out})),
-      mesh)
+    options = lambda out: {"compiler_options": compiler_options(mesh)} | ({} if mesh is None else {"out_shardings": out})
+    jit = lambda fn, out, donate=(): sharding.OnMesh(jax.jit(fn, donate_argnums=donate, **options(out)), mesh)
     places, everywhere = self._places, None if mesh is None else NamedSharding(mesh, PartitionSpec())
     sums = None if mesh is None else Sums(places.params, everywhere, everywhere, everywhere)
     self.start: Callable[[], Sums] = jit(zeros, sums)

@@ -1,10 +1,10 @@
 """What was sampled, on disk as soon as it is there, so that no token is sampled twice (report 5.2.4).
 
-One append-only file per round of sampling. Its first line says what the round asks for, every other one holds the tokens that
-came together from the decoder: which requests, the number of the first token in each reply, token ids, log-probabilities. A
-line begins with the checksum of its JSON and is on the disk (fsync) before anybody uses what it says. A request's tokens
-depend on its prompt, its settings and its key only, so a reply that was cut off is gone on with behind its last token:
-nothing favours short replies, as beginning them anew would.
+One append-only file per round of sampling. Its first line says what the round asks for, every other one holds the tokens
+that came together from the decoder: which requests, the number of the first token in each reply, token ids, log-
+probabilities. A line begins with the checksum of its JSON and is on the disk (fsync) before anybody uses what it says. A
+request's tokens depend on its prompt, its settings and its key only, so a reply that was cut off is gone on with behind its
+last token: nothing favours short replies, as beginning them anew would.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Journal:
                       f"{len(content) - sound:,} bytes, is sampled again", stacklevel=3)
         return sound
       if number == 1 and found != head:
-        warnings.warn(f"{self._path}: its tokens were sampled from other prompts, settings or weights, and are sampled again",
+        warnings.warn(f"{self._path}: its tokens come from other prompts, settings or weights; all are sampled again",
                       stacklevel=3)
         return 0
       sound += len(line)

@@ -62,7 +62,7 @@ class Prompts:
     self._text = Text(run_config, teacher.data, distillation.prompt_length)
     self._shortest, self._longest = distillation.shortest_prompt, distillation.prompt_length
     self._seed = teacher.data.seed
-    self.describe = self._text.describe
+    self.document_end, self.describe = self._text.document_end, self._text.describe
 
   def take(self, first: int, count: int) -> list[tuple[int, ...]]:
     """Prompts number `first` to `first + count - 1`, token ids."""
@@ -71,7 +71,7 @@ class Prompts:
 
   def _prompt(self, number: int, tokens_S: np.ndarray, segment_ids_S: np.ndarray) -> tuple[int, ...]:
     longest = np.bincount(segment_ids_S[segment_ids_S > 0]).argmax()
-    piece, end = tokens_S[segment_ids_S == longest], self._text.document_end
+    piece, end = tokens_S[segment_ids_S == longest], self.document_end
     piece = piece[piece != end] if (piece != end).any() else piece
     digest = hashlib.sha256(f"prompt {self._seed} {number}".encode()).digest()
     length = self._shortest + int.from_bytes(digest[:8], "little") % (self._longest - self._shortest + 1)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -90,7 +89,8 @@ def _digest(value: Any) -> str:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "attention_mode", "dtype"))
-def _hidden(model: DeepseekV4, variables: Any, rows: Mapping[str, jax.Array], *, attention_mode: str, dtype: Any) -> jax.Array:
+def _hidden(model: DeepseekV4, variables: Any, rows: Mapping[str, jax.Array], *, attention_mode: str,
+            dtype: Any) -> jax.Array:
   """[B, S, E] after the final norm."""
   out = model.apply(variables, rows["tokens"], rows["positions"], rows["segment_ids"], logits="none", mtp=False,
                     attention_mode=attention_mode)
