@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from deepseek_v4 import config as config_lib
@@ -31,7 +31,6 @@ from deepseek_v4.checkpoint.store import newest_manifest, restore_variables
 from deepseek_v4.config import ModelConfig, RunConfig, TeacherConfig
 from deepseek_v4.model.transformer import DeepseekV4
 
-DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _HEAD = "params/lm_head/kernel"
 _UNFINISHED = ".unfinished"
 
@@ -108,7 +107,7 @@ class Library:
 
   def __init__(self, run_config: RunConfig, folder: str | Path, mesh: jax.sharding.Mesh | None = None):
     self._run_config, self._folder, self._mesh = run_config, Path(folder), mesh
-    self._dtype = DTYPES[run_config.distillation.hidden_dtype]
+    self._dtype = jnp.dtype(run_config.distillation.hidden_dtype)
 
   def hidden(self, teacher: Teacher, number: int, passes: list[Mapping[str, np.ndarray]],
              put: Callable[[Mapping[str, np.ndarray]], Mapping[str, jax.Array]],
