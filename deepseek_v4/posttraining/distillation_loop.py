@@ -235,28 +235,19 @@ def passes_of(tools: Tools, number: int, place: Place) -> list[list[list[dict[st
 def sampled(tools: Tools, number: int, prompts: list[tuple[int, ...]], place: Place) -> list[list[int]]:
   """Replies of a round, in the order of the prompts: from the journal, and by the student where they are missing there."""
   run_config, started = tools.run_config, time.perf_counter()
-  distillation, stop_token = run_config.distillation, tools.sources[0].document_end
-  ended = lambda reply: len(reply) >= distillation.reply_length or stop_token in reply[-1:]
-  asked = {"prompts": zlib.crc32(json.dumps(prompts).encode()), "weights": place.weights, "seed": run_config.training.seed,
+  distillation, seed, stop_token = run_config.distillation, run_config.training.seed, tools.sources[0].document_end
+  asked = {"prompts": zlib.crc32(json.dumps(prompts).encode()), "weights": place.weights, "seed": seed,
            "reply_length": distillation.reply_length, "temperature": distillation.temperature}
+  config = dataclasses.replace(run_config.model, scan_layers=False)  # decodes faster
+  variables = restack({"params": place.state.params, "router": place.state.router}, config, False)
+  draw = functools.partial(sample_replies, DeepseekV4(config, run_config.training.kernels), variables, mesh=tools.mesh,
+                           batch_size=distillation.decode_batch, temperature=distillation.temperature)
   with journals.Journal(tools.workdir / SAMPLES, number, asked, len(prompts)) as journal:
     before = journal.count
-    missing = [i for i, reply in enumerate(journal.tokens) if not ended(reply)]
-
-    def drawn(new: list[tuple[int, list[int], list[float]]]) -> None:
-      journal.add([journals.Drawn(missing[i], tuple(tokens), tuple(logprobs)) for i, tokens, logprobs in new])
-      if tools.stop.asked:
-        leave(tools, place)
-
-    if missing:
-      config = dataclasses.replace(run_config.model, scan_layers=False)
-      variables = restack({"params": place.state.params, "router": place.state.router}, config, False)
-      requests = [Request(prompts[i], (run_config.training.seed, number, i), begun=tuple(journal.tokens[i]))
-                  for i in missing]
-      sample_replies(DeepseekV4(config, run_config.training.kernels), variables, requests, mesh=tools.mesh,
-                     max_new_tokens=distillation.reply_length, batch_size=distillation.decode_batch,
-                     stop_tokens=(stop_token,), temperature=distillation.temperature, on_drawn=drawn)
-    replies, seconds = journal.tokens, time.perf_counter() - started
+    requests = [Request(prompt, (seed, number, i)) for i, prompt in enumerate(prompts)]
+    replies = journals.draw_missing(journal, requests, draw, max_new_tokens=distillation.reply_length,
+                                    stop_tokens=(stop_token,), on_saved=functools.partial(leave_if_asked, tools, place))
+    seconds = time.perf_counter() - started
     new = journal.count - before
     tools.writer.write("rollout", place.step, {
       "sampled_tokens": new, "seconds": seconds, "tokens_per_second": new / seconds,
@@ -269,14 +260,9 @@ def sampled(tools: Tools, number: int, prompts: list[tuple[int, ...]], place: Pl
 def listen(tools: Tools, number: int, parts: list[list[list[dict[str, np.ndarray]]]], place: Place) -> list[np.ndarray]:
   """Hidden states of a round: of each teacher [passes of all steps, B, S, E]. One teacher's weights at a time."""
   started, heard = time.perf_counter(), []
-
-  def between() -> None:
-    if tools.stop.asked:
-      leave(tools, place)
-
   for teacher, of_steps in zip(tools.teachers, parts):
     heard.append(tools.library.hidden(teacher, number, [part for step in of_steps for part in step], tools.steps.put_rows,
-                                      between))
+                                      functools.partial(leave_if_asked, tools, place)))
   tools.writer.write("teachers", place.step, {"seconds": time.perf_counter() - started})
   tools.progress.restart_clock()
   return heard
@@ -287,8 +273,7 @@ def one_step(tools: Tools, place: Place, parts: list[list[list[dict[str, np.ndar
   """The step number `step` of a round, and what is due after it."""
   training, steps = tools.run_config.training, tools.steps
   tools.store.check_errors()
-  if tools.stop.asked:
-    leave(tools, place)
+  leave_if_asked(tools, place)
   tools.stop.unsaved = True
   passes = [(t, sum(map(len, of_teacher[:step])) + i, rows) for t, of_teacher in enumerate(parts)
             for i, rows in enumerate(of_teacher[step])]
@@ -362,6 +347,12 @@ def score(tools: Tools, place: Place, batches: int | None = -1) -> dict[str, dic
 def save(tools: Tools, place: Place) -> None:
   """Starts writing a checkpoint."""
   tools.store.save(place.step, place.state, {"sampled_with": place.weights})
+
+
+def leave_if_asked(tools: Tools, place: Place) -> None:
+  """Leaves if the run was told to stop."""
+  if tools.stop.asked:
+    leave(tools, place)
 
 
 def leave(tools: Tools, place: Place) -> None:

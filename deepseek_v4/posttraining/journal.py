@@ -15,24 +15,12 @@ import os
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
+
+from deepseek_v4.generation.decode import Drawn
+from deepseek_v4.posttraining.rollout import Request
 
 _SUFFIX = ".jsonl"
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-  """Tokens of one reply that came together.
-
-  Attributes:
-    request: number of the request in its round.
-    tokens: ids, in order.
-    logprobs: of each of them, nats.
-  """
-
-  request: int
-  tokens: tuple[int, ...]
-  logprobs: tuple[float, ...]
 
 
 class Journal:
@@ -75,7 +63,7 @@ class Journal:
     self._file.close()
 
   def add(self, drawn: Sequence[Drawn]) -> None:
-    """Appends tokens that came together; they are on disk when this returns."""
+    """Appends tokens that came together, by the number of their request; they are on disk when this returns."""
     line = {"request": [d.request for d in drawn], "first": [len(self.tokens[d.request]) for d in drawn],
             "tokens": [d.tokens for d in drawn], "logprobs": [d.logprobs for d in drawn]}
     self._write(line)
@@ -120,6 +108,30 @@ class Journal:
         return 0
       sound += len(line)
     return sound
+
+
+def draw_missing(journal: Journal, requests: Sequence[Request], draw: Callable[..., Any], *, max_new_tokens: int,
+                 stop_tokens: Sequence[int], on_saved: Callable[[], None] = lambda: None) -> list[list[int]]:
+  """The replies to all requests, token ids: those of the journal, and what is missing there, drawn now and written down.
+
+  Args:
+    requests: of the journal's round, without a beginning of their own.
+    draw: `sample_replies`, but for the arguments that are given here.
+    max_new_tokens, stop_tokens: see there.
+    on_saved: called whenever new tokens are on disk; what it raises ends the drawing.
+  """
+  ended = lambda reply: len(reply) >= max_new_tokens or bool(set(reply[-1:]) & set(stop_tokens))
+  missing = [i for i, reply in enumerate(journal.tokens) if not ended(reply)]
+
+  def on_drawn(new: list[Drawn]) -> None:
+    journal.add([dataclasses.replace(drawn, request=missing[drawn.request]) for drawn in new])
+    on_saved()
+
+  if missing:
+    begun = [dataclasses.replace(requests[i], begun=tuple(journal.tokens[i]), begun_logprobs=tuple(journal.logprobs[i]))
+             for i in missing]
+    draw(begun, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, on_drawn=on_drawn)
+  return journal.tokens
 
 
 def _parse(line: bytes) -> dict[str, Any]:

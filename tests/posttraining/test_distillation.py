@@ -110,7 +110,7 @@ def test_several_teachers_one_after_another_are_all_at_once():
     return weights[i] * total / count, counted
 
   with jax.enable_x64(True):
-    parts = [jax.value_and_grad(one, argnums=(0, 1), has_aux=True)(student, head, i) for i in (0, 1)]
+    parts = jax.device_get([jax.value_and_grad(one, argnums=(0, 1), has_aux=True)(student, head, i) for i in (0, 1)])
   # jointly: the rows' own heads in one formula
   ls = log_softmax(student @ head)
   lt = log_softmax(np.concatenate([of(teacher, i) @ heads[i] for i in (0, 1)]))
