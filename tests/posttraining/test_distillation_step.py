@@ -1,6 +1,5 @@
 """The step of a distillation against the formulas on whole logits, on one device and on meshes."""
 
-import dataclasses
 import functools
 
 import jax
@@ -13,7 +12,7 @@ from deepseek_v4 import config as c
 from deepseek_v4.posttraining.distillation_step import Pass, Steps
 from deepseek_v4.sharding import make_mesh
 from deepseek_v4.training.step import update_router
-from tests.posttraining.small import MODEL, TEACHER, random_rows, random_state, run_config
+from tests.posttraining.small import MODEL, random_rows, random_state, run_config
 from tests.training.small import at, differing, leaves, on_host, with_leaf
 
 RUN = run_config([("narrow", "a", "b", 0.5), ("wide", "a", "b", 2.0)])
@@ -30,9 +29,14 @@ def heard():
           for e in WIDTHS]
 
 
+@functools.cache
+def steps_on(mesh=None):
+  return Steps(RUN, mesh)
+
+
 def stepped(mesh=None, change=lambda state: state):
   """(sums, KL of each pass, state, metrics) of one step."""
-  steps = Steps(RUN, mesh)
+  steps = steps_on(mesh)
   state = jax.tree.map(lambda x: jnp.array(x, copy=True), change(random_state(RUN)))
   if mesh is not None:
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, dsv4.training.abstract_state(RUN, mesh)))
@@ -66,14 +70,13 @@ def dense():
 
   def objective(params):
     out = model.apply({"params": params, "router": state.router}, rows["tokens"], rows["positions"], rows["segment_ids"],
-                      mtp=False)
-    total = 0.0
+                      mtp=False, targets=jnp.full_like(rows["tokens"], -1))
+    logits_s, total = out.hidden @ params["lm_head"]["kernel"], 0.0
     for i in (0, 1):
-      ls, lt = (jax.nn.log_softmax(x[..., :KNOWN[i]], -1) for x in (out.logits[2 * i:2 * i + 2], logits_t[i]))
+      ls, lt = (jax.nn.log_softmax(x[..., :KNOWN[i]], -1) for x in (logits_s[2 * i:2 * i + 2], logits_t[i]))
       total += WEIGHTS[i] * ((jnp.exp(ls) * (ls - lt)).sum(-1) * mask[i]).sum() / places
-    asked = model.apply({"params": params, "router": state.router}, rows["tokens"], rows["positions"], rows["segment_ids"],
-                        mtp=False, targets=jnp.full_like(rows["tokens"], -1)).losses
-    others = 0.1 * asked["balance"][0] / asked["balance"][1] + 0.5 * asked["indexer"][0] / asked["indexer"][1]
+    balance, indexer = (out.losses[name][0] / out.losses[name][1] for name in ("balance", "indexer"))
+    others = 0.1 * balance + 0.5 * indexer
     return total + others, (total, out.routing["load"])
 
   (loss, (kl, load)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(state.params)
@@ -117,10 +120,10 @@ def test_not_finite_gives_the_old_state_back():
   assert differing(state.replace(key=()), broken(random_state(RUN)).replace(key=())) == []
 
 
-MESHES = [dict(data=2, tensor=2), pytest.param(dict(data=1, fsdp=2, context=2, tensor=2), marks=pytest.mark.long),
-          pytest.param(dict(data=1, expert=2), marks=pytest.mark.long)]
+MESHES = [dict(data=2, tensor=2), dict(data=1, fsdp=2, context=2, tensor=2), dict(data=1, expert=2)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_meshes_give_the_numbers_of_one_device(sizes):
   mesh = make_mesh(c.MeshConfig(**sizes), jax.devices()[:np.prod(list(sizes.values()))])
@@ -136,11 +139,12 @@ def test_meshes_give_the_numbers_of_one_device(sizes):
 
 def test_teachers_and_students_of_equal_sizes_need_one_program():
   """Teachers differ in what a pass holds, never in what is compiled, if they are of one size."""
-  steps = Steps(dataclasses.replace(RUN))
-  assert TEACHER.hidden_size == WIDTHS[1] and steps._add.jitted._cache_size() == 0
+  single()
+  steps = steps_on()
+  programs = steps._add.jitted._cache_size()
   state = jax.tree.map(lambda x: jnp.array(x, copy=True), random_state(RUN))
   hidden, head = heard()[1]
   for i in range(3):
-    part = Pass(steps.put_rows(ROWS[i % 2]), steps.put_hidden(hidden * i), steps.put_head(head + i), np.float32(i), 264)
+    part = Pass(steps.put_rows(ROWS[i % 2]), steps.put_hidden(hidden * i), steps.put_head(head + i), np.float32(i), KNOWN[1])
     steps.add(state, steps.start(), part, dict.fromkeys(("distillation", "balance", "indexer"), np.float32(9)))
-  assert steps._add.jitted._cache_size() == 1
+  assert steps._add.jitted._cache_size() == programs == 2
