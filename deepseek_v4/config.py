@@ -18,7 +18,7 @@ from typing import Any, Mapping, Sequence
 
 from deepseek_v4 import config_distillation
 from deepseek_v4.config_checks import fields_of, options_of, refuse, typed
-from deepseek_v4.config_distillation import STUDENT, DistillationConfig, TeacherConfig
+from deepseek_v4.config_distillation import STUDENT, TEXT, DistillationConfig, TeacherConfig
 from deepseek_v4.config_model import (
   ATTENTION_KINDS,
   CSA,
@@ -42,7 +42,7 @@ from deepseek_v4.config_training import (
 
 __all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "ROUTER_KINDS", "SLIDING", "STUDENT", "AnomalyConfig",
            "DataConfig", "DistillationConfig", "LayerSpec", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig",
-           "RunConfig", "TeacherConfig", "TrainingConfig", "Yarn", "from_dict", "load", "override", "to_dict"]
+           "RunConfig", "TEXT", "TeacherConfig", "TrainingConfig", "Yarn", "from_dict", "load", "override", "to_dict"]
 
 
 @dataclasses.dataclass(frozen=True)
