@@ -53,7 +53,7 @@ distillation_loop.distill(config.load(sys.argv[1]), sys.argv[2])
 
 
 def settings(root, **changes):
-  """Two teachers of different sizes, one of them twice as important; two rounds of two steps, saved after the third and fourth."""
+  """Two teachers of different sizes, one of them twice as important; two rounds of two steps, two of which are saved."""
   root = Path(root)
   teachers = [("a", root / "a", root / "text", 1.0), ("b", root / "b", root / "text", 2.0)]
   return run_config(teachers, training=c.TrainingConfig(
