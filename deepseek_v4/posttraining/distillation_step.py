@@ -158,7 +158,7 @@ class Steps:
     self.start: Callable[[], Sums] = jit(zeros, sums)
     self.count = jit(lambda rows: count_losses(run_config, rows), everywhere)
     self._add = jit(lambda *args: _add_pass(run_config, places, *args), (sums, everywhere), donate=(1,))
-    self._update = jit(lambda state, sums: _update(run_config, mesh, state, sums), (places, everywhere), donate=(0, 1))
+    self._update = jit(lambda state, sums: _update(run_config, mesh, state, sums), (places, everywhere), donate=(0,))
 
   def add(self, state: TrainState, sums: Sums, part: Pass, counts: Mapping[str, Any]) -> tuple[Sums, jax.Array]:
     """(the sums, which are given up, with a pass added; the KL sum of the pass in nats, without weight).
@@ -169,7 +169,7 @@ class Steps:
     return self._add(state, sums, part, counts)
 
   def update(self, state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
-    """(the state after the step, metrics); both arguments are given up. The OLD state comes back, and metrics["finite"] is
+    """(the state after the step, metrics); the state that came in is given up. The OLD state comes back, and metrics["finite"] is
     False, if loss, gradient norm or a new parameter is not finite."""
     return self._update(state, sums)
 

@@ -51,7 +51,7 @@ def random_state(run, seed=0):
 
 def write_run(folder, model, seed=0):
   """The folder of a run that ended after one step, with random weights."""
-  run = c.RunConfig(model=model, optimizer=c.OptimizerConfig(warmup_steps=0))
+  run = c.RunConfig(model=model, optimizer=c.OptimizerConfig(warmup_steps=0), data=c.DataConfig(sequence_length=16))
   state = random_state(run, seed)
   with CheckpointStore(folder / "checkpoints", keep=1, config_dict=c.to_dict(run)) as store:
     store.save(1, state.replace(key=jax.random.key(0)), {})

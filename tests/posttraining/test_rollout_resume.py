@@ -17,7 +17,7 @@ from deepseek_v4.posttraining.rollout import Request, sample_replies
 from tests.posttraining.small import MODEL, random_state, run_config
 
 ROOT = Path(__file__).resolve().parents[2]
-LENGTH, STOP = 40, 7
+LENGTH, STOP = 24, 7
 # Kills itself when tokens were written for the fourth time: in the middle of the second batch.
 KILLED = """
 import os, signal, sys
@@ -74,6 +74,7 @@ def generated(prompts, **settings):
                   max_new_tokens=24, temperature=1.5, **settings)
 
 
+@pytest.mark.long
 def test_replies_of_different_beginnings_go_on_in_one_batch():
   prompts, seen = [[9, 10, 11], [12], [13, 14], [15]], []
   whole = generated(prompts).tokens
