@@ -169,8 +169,8 @@ class Steps:
     return self._add(state, sums, part, counts)
 
   def update(self, state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
-    """(the state after the step, metrics); the state that came in is given up. The OLD state comes back, and metrics["finite"] is
-    False, if loss, gradient norm or a new parameter is not finite."""
+    """(the state after the step, metrics); the state that came in is given up. The OLD state comes back, and
+    metrics["finite"] is False, if loss, gradient norm or a new parameter is not finite."""
     return self._update(state, sums)
 
   # ---- arrays of a pass, where they belong ---------------------------------------------------------------------------
