@@ -11,6 +11,7 @@ What counts is the share of a specialist's gain over the start, on its held-out 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -42,8 +43,8 @@ METHODS = {"student": "on-policy distillation", "off_policy": "off-policy distil
 class Plan:
   """Optimizer steps of each part; those of the suite's short version are fewer."""
 
-  start: int = 240
-  specialist: int = 120
+  start: int = 150
+  specialist: int = 80
   student: int = 160
   batches: int = 6  # of held-out text per kind
 
@@ -61,7 +62,7 @@ def model() -> c.ModelConfig:
 def data_of(folder: Path, kind: str | None) -> c.DataConfig:
   """A kind of text, or all of them (None)."""
   path = folder if kind is None else folder / f"{kind}.jsonl"
-  return c.DataConfig(source="jsonl", path=str(path), sequence_length=LENGTH, batch_size=ROWS, held_out_percent=10)
+  return c.DataConfig(source="jsonl", path=str(path), sequence_length=LENGTH, batch_size=ROWS, held_out_percent=6)
 
 
 def training_run(folder: Path, kind: str | None, steps: int, rate: float, seed: int, init_from: Path | None) -> c.RunConfig:
@@ -82,7 +83,7 @@ def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, sam
     run, data=dataclasses.replace(run.data, accumulation=len(asked)),
     training=dataclasses.replace(run.training, eval_every=max(1, steps // 8), eval_batches=2, checkpoint_every=steps // 4),
     distillation=c.DistillationConfig(
-      teachers=asked, samples=samples, prompt_length=128, shortest_prompt=16, reply_length=LENGTH - 128, steps_per_round=4,
+      teachers=asked, samples=samples, prompt_length=96, shortest_prompt=16, reply_length=LENGTH - 96, steps_per_round=4,
       decode_batch=96, hidden_dtype="float32"))
 
 
@@ -90,6 +91,7 @@ def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, sam
 def run(workdir: Path, seeds: int, say: Callable[[str], None], plan: Plan = Plan()) -> Result:
   """Trains, or goes on; see the top of the package."""
   text = workdir / "text"
+  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # the runs are much alike
   specialists_text.write(text)
   found = [run_seed(workdir / f"seed_{seed}", text, seed, say, plan) for seed in range(seeds)]
   rows = [row_of(found, name) for name in ("start", *KINDS, *METHODS)]
@@ -128,11 +130,11 @@ def scored(folder: Path, text: Path, plan: Plan) -> dict[str, float]:
     return json.loads(file.read_text())
   variables, _, _ = restore_variables(folder / loop.CHECKPOINTS)
   state = TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["router"], (), jax.random.key(0))
-  found = {}
-  for kind in KINDS:
-    config = training_run(text, kind, 4, 1e-3, 0, None)
-    numbers = loop.evaluate(make_eval_step(config), dataset(config, "held_out"), lambda batch, config=config: to_device(
-      config, None, batch), Stopping(), state, plan.batches)
+  runs = {kind: training_run(text, kind, 4, 1e-3, 0, None) for kind in KINDS}
+  scorer, found = make_eval_step(runs[KINDS[0]]), {}
+  for kind, config in runs.items():
+    spread = functools.partial(to_device, config, None)
+    numbers = loop.evaluate(scorer, dataset(config, "held_out"), spread, Stopping(), state, plan.batches)
     found[kind] = numbers["bits_per_byte"]
   metrics.write_json(file, found)
   return found
