@@ -2,7 +2,7 @@
 
 A common start, trained on all three kinds of text for a while, becomes a specialist of each kind by more training on it
 alone. From the same start one student is distilled from all specialists on its own replies. For comparison, with as many
-updates of as many rows: the same loss on the specialists' training text (off-policy), and plain training on the mixed text.
+updates of as many tokens: the same loss on the specialists' training text (off-policy), and plain training on the mixed text.
 
 What counts is the share of a specialist's gain over the start, on its held-out text, that a model reaches:
 (start - model) / (start - specialist) in bits per byte.
@@ -78,13 +78,15 @@ def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, sam
                      init_from: Path) -> c.RunConfig:
   """The student's run; with samples = "text" that of the off-policy comparison."""
   run = training_run(folder, None, steps, 2e-3, seed, init_from)
+  # Replies are short, so that what they go on from is mostly real text; two samples fill a row.
+  rows = {"batch_size": 2 * ROWS, "accumulation": 12} if samples == c.STUDENT else {"accumulation": len(teachers)}
   asked = tuple(c.TeacherConfig(kind, str(path), data_of(folder, kind)) for kind, path in teachers.items())
   return dataclasses.replace(
-    run, data=dataclasses.replace(run.data, accumulation=len(asked)),
+    run, data=dataclasses.replace(run.data, **rows),
     training=dataclasses.replace(run.training, eval_every=max(1, steps // 8), eval_batches=2, checkpoint_every=steps // 4),
     distillation=c.DistillationConfig(
-      teachers=asked, samples=samples, prompt_length=96, shortest_prompt=16, reply_length=LENGTH - 96, steps_per_round=4,
-      decode_batch=96, hidden_dtype="float32"))
+      teachers=asked, samples=samples, prompt_length=96, shortest_prompt=16, reply_length=64, steps_per_round=4,
+      decode_batch=128, hidden_dtype="float32"))
 
 
 # ---- running ----------------------------------------------------------------------------------------------------------
