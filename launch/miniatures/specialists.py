@@ -2,7 +2,7 @@
 
 A common start, trained on all three kinds of text for a while, becomes a specialist of each kind by more training on it
 alone. From the same start one student is distilled from all specialists on its own replies. For comparison, with as many
-updates of as many tokens: the same loss on the specialists' training text (off-policy), and plain training on the mixed text.
+updates of as many tokens: the same loss on the specialists' training text (off-policy), and plain training on mixed text.
 
 What counts is the share of a specialist's gain over the start, on its held-out text, that a model reaches:
 (start - model) / (start - specialist) in bits per byte.
