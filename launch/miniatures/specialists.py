@@ -77,7 +77,7 @@ def training_run(folder: Path, kind: str | None, steps: int, rate: float, seed: 
 def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, samples: str, seed: int,
                      init_from: Path) -> c.RunConfig:
   """The student's run; with samples = "text" that of the off-policy comparison."""
-  run = training_run(folder, None, steps, 2e-3, seed, init_from)
+  run = training_run(folder, None, steps, 3e-3, seed, init_from)
   # Replies are short, so that what they go on from is mostly real text; two samples fill a row.
   rows = {"batch_size": 2 * ROWS, "accumulation": 12} if samples == c.STUDENT else {"accumulation": len(teachers)}
   asked = tuple(c.TeacherConfig(kind, str(path), data_of(folder, kind)) for kind, path in teachers.items())
@@ -114,7 +114,7 @@ def run_seed(folder: Path, text: Path, seed: int, say: Callable[[str], None], pl
     parts[kind] = training_run(text, kind, plan.specialist, 3e-3, seed, start), loop.train
   for name, samples in (("student", c.STUDENT), ("off_policy", c.TEXT)):
     parts[name] = distillation_run(text, specialists, plan.student, samples, seed, start), distillation_loop.distill
-  parts["mixed"] = training_run(text, None, plan.student, 2e-3, seed, start), loop.train
+  parts["mixed"] = training_run(text, None, plan.student, 3e-3, seed, start), loop.train
   scores = {}
   for name, (config, train) in parts.items():
     if not (folder / name / metrics.SUMMARY).is_file():
