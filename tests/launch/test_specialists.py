@@ -34,7 +34,7 @@ def test_paragraphs_are_kept_once_and_long_texts_cut(monkeypatch):
            "short", "\n\n".join(paragraph(10 + i) for i in range(30))]
   found = specialists_text.chosen(iter(texts))
   assert sorted(map(len, found)) == sorted([len(paragraph(3).rstrip()), 2 * len(paragraph(1).rstrip()) + 2, 10_000])
-  assert sum(text.count("number 1 ") for text in found) == 30 and found == specialists_text.chosen(iter(texts))
+  assert sum("number 1 " in text.lower() for text in found) == 1 and found == specialists_text.chosen(iter(texts))
   monkeypatch.setattr(specialists_text, "MAX_BYTES", 1000)
   assert len(specialists_text.chosen(iter(texts))) < 3
 

@@ -1,4 +1,4 @@
-"""A rollout that is killed by SIGKILL goes on behind the tokens that exist: the same replies, no token sampled twice."""
+"""A rollout that is interrupted goes on behind the tokens that exist: the same replies, no token sampled twice."""
 
 import os
 import signal
@@ -48,15 +48,38 @@ def draw(folder, on_saved=lambda: None):
     return replies, journal.logprobs, journal.count - before
 
 
-def test_killed_in_the_middle(tmp_path):
+class Interrupted(Exception):
+  pass
+
+
+def interrupt(folder):
+  """Draws in this process, until tokens were written for the third time."""
+  times = []
+
+  def on_saved():
+    times.append(1)
+    if len(times) == 3:
+      raise Interrupted
+
+  with pytest.raises(Interrupted):
+    draw(folder, on_saved)
+
+
+def kill(folder):
+  """Draws in another process, which is killed by SIGKILL at the same place."""
   environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
                               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                               "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-  whole, logprobs, count = draw(tmp_path / "whole")
-  assert sum(map(len, whole)) == count and all(len(reply) == LENGTH or reply[-1] == STOP for reply in whole)
-  killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")], cwd=ROOT, env=environment, timeout=300,
+  killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], cwd=ROOT, env=environment, timeout=300,
                           capture_output=True, text=True)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+@pytest.mark.parametrize("end", [interrupt, pytest.param(kill, marks=pytest.mark.long)])
+def test_a_rollout_that_ends_in_the_middle_goes_on(tmp_path, end):
+  whole, logprobs, count = draw(tmp_path / "whole")
+  assert sum(map(len, whole)) == count and all(len(reply) == LENGTH or reply[-1] == STOP for reply in whole)
+  end(tmp_path / "killed")
   assert len(file_of(tmp_path / "killed", 0).read_bytes().splitlines()) == 1 + 3
   replies, again, drawn = draw(tmp_path / "killed")
   assert replies == whole
