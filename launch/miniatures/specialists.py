@@ -85,7 +85,7 @@ def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, sam
     run, data=dataclasses.replace(run.data, **rows),
     training=dataclasses.replace(run.training, eval_every=max(1, steps // 8), eval_batches=2, checkpoint_every=steps // 4),
     distillation=c.DistillationConfig(
-      teachers=asked, samples=samples, prompt_length=96, shortest_prompt=16, reply_length=64, steps_per_round=4,
+      teachers=asked, samples=samples, prompt_length=96, shortest_prompt=16, reply_length=64, steps_per_round=8,
       decode_batch=128, hidden_dtype="float32"))
 
 
