@@ -43,9 +43,9 @@ METHODS = {"student": "on-policy distillation", "off_policy": "off-policy distil
 class Plan:
   """Optimizer steps of each part; those of the suite's short version are fewer."""
 
-  start: int = 150
-  specialist: int = 80
-  student: int = 160
+  start: int = 120
+  specialist: int = 60
+  student: int = 120
   batches: int = 6  # of held-out text per kind
 
 
