@@ -3,8 +3,8 @@
 python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--stage NAME] [--set KEY=VALUE]... [--json FILE]
 
 Of a run with stages it is the step of one of them, with the batch that it ends with: the first unless --stage says another
-(a name, or a place from 0). The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where the run says "auto". A step of
-four layers takes minutes.
+(a name, or a place from 0). The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where
+the run says "auto". A step of four layers takes minutes.
 """
 
 from __future__ import annotations

@@ -136,9 +136,10 @@ class Batches:
     config: the settings that they come from.
   """
 
-  def __init__(self, config: DataConfig, split: str, documents, tokenizer, rows: Sequence[int]):
+  def __init__(self, config: DataConfig, split: str, documents, tokenizer, rows: Sequence[int],
+               order: RowOrder | None = None):
     self.config, self._split, self._source = config, split, documents
-    self._order = RowOrder(documents, config, split)
+    self._order = order or RowOrder(documents, config, split)
     self.tokenizer = tokenizer
     self.batch_size = config.batch_size
     self.documents = len(documents.lengths)
@@ -175,7 +176,8 @@ class Batches:
     sizes = {name: getattr(config, name) for name in SIZES}
     if config != dataclasses.replace(self.config, **sizes):
       raise ValueError(f"data = {config}: expected {self.config} with another {', '.join(SIZES)}")
-    found = Batches(config, self._split, self._source, self.tokenizer, _rows_of_a_pass(config, rows))
+    order = self._order if config.sequence_length == self.config.sequence_length else None
+    found = Batches(config, self._split, self._source, self.tokenizer, _rows_of_a_pass(config, rows), order)
     _check_enough(config, self._split, found)
     return found
 

@@ -32,15 +32,18 @@ _PATIENCE = 30.0  # seconds in which a new file has to be seen by all hosts
 
 
 def dataset(run_config: RunConfig, split: str, mesh: jax.sharding.Mesh | None = None) -> Batches:
-  """This process's part of the batches of a split; of a run with stages those of the stage with the shortest rows, which
-  `in_shape_of` makes into those of any other: documents that fit these rows are what fill-in-the-middle may rearrange.
+  """This process's part of the batches of a split.
+
+  Of a run with stages these are some rows of the stage with the shortest ones; `in_shape_of` makes the batches of any stage
+  of them. The documents that fit the shortest rows are those that fill-in-the-middle may rearrange, in all stages.
 
   Raises:
     ValueError: as `make_dataset`; rows that the mesh does not divide.
   """
-  run_config = stages.shortest(run_config)
-  return make_dataset(run_config.data, run_config.model.vocab_size, split=split, rows=_rows_here(run_config, mesh),
-                      document_end=run_config.model.eos_token_id)
+  settings = stages.shortest(run_config)
+  rows = [0] if run_config.stages else _rows_here(settings, mesh)
+  return make_dataset(settings.data, settings.model.vocab_size, split=split, rows=rows,
+                      document_end=settings.model.eos_token_id)
 
 
 def beginning(batches: Batches) -> dict[str, Any]:
@@ -55,8 +58,6 @@ def in_shape_of(batches: Batches, run_config: RunConfig, mesh: jax.sharding.Mesh
   Raises:
     ValueError: fewer rows than a batch; rows that the mesh does not divide.
   """
-  if batches.config == run_config.data:
-    return batches
   return batches.reshaped(run_config.data, _rows_here(run_config, mesh))
 
 

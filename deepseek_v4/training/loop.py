@@ -150,7 +150,7 @@ def prepared(phase: stages.Phase, texts: Texts, shared: Mapping[str, Any], place
   score = before.score if same_stage else scorer_of(phase, texts.held_out, place, mesh, shared["stop"], progress.say)
   patience = min(run_config.training.log_every, phase.steps)
   watch = before.watch if same_stage else trainable.Watch(patience, f"stage {phase.stage}, " if phase.stage else "")
-  batches = iter(in_shape_of(texts.train, run_config, mesh))
+  batches = iter(in_shape_of(texts.train, run_config, mesh) if phase.stage else texts.train)
   progress.restart_clock()
   return Tools(run_config=run_config, step=step, score=score, batches=batches, phase=phase, watch=watch,
                compile_seconds=seconds + (before.compile_seconds if before else 0), **shared)
@@ -162,7 +162,8 @@ def scorer_of(phase: stages.Phase, held_out: Batches, place: Place, mesh: jax.sh
   run_config, clock = phase.stage_config, time.perf_counter()
   scorer = make_eval_step(run_config, mesh).lower(place.state, abstract_batch(run_config, mesh)).compile()
   say(f"compiled the evaluation in {time.perf_counter() - clock:.1f} s")
-  spread, rows = functools.partial(to_device, run_config, mesh), in_shape_of(held_out, run_config, mesh)
+  spread = functools.partial(to_device, run_config, mesh)
+  rows = in_shape_of(held_out, run_config, mesh) if phase.stage else held_out
   return lambda state, count=None: evaluate(scorer, rows, spread, stop, state, count)
 
 

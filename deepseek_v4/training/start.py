@@ -57,11 +57,9 @@ class Texts:
 
 
 def read_texts(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> Texts:
-  """Both splits, once all processes have the same and every phase finds batches in them."""
+  """Both splits, once all processes have the same."""
   held_out, train_data = (dataset(run_config, split, mesh) for split in ("held_out", "train"))
   check_same(run_config, train_data, held_out)
-  for phase in stages.phases(run_config):
-    in_shape_of(train_data, phase.run_config, mesh)
   return Texts(train_data, held_out)
 
 
@@ -105,8 +103,23 @@ def announce(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | Non
     if not place.step and training.init_from is not None:
       copy_release(run_config, workdir)
   check_shared(workdir)
-  for line in (describe(place.state, mesh), texts.train.describe(), texts.held_out.describe(), *stages.table(run_config)):
+  later = refused_later(run_config, mesh, place, texts)
+  for line in (describe(place.state, mesh), texts.train.describe(), texts.held_out.describe(), *stages.table(run_config),
+               *later):
     say(line)
+
+
+def refused_later(run_config: RunConfig, mesh: jax.sharding.Mesh | None, place: Place, texts: Texts) -> list[str]:
+  """Warnings of stages that cannot begin on this mesh or with these data; the run comes to a stop in front of them, and may
+  go on on another mesh."""
+  found = []
+  for phase in stages.phases(run_config):
+    if phase.first == phase.begin > place.step:
+      try:
+        in_shape_of(texts.train, phase.stage_config, mesh)
+      except ValueError as error:
+        found.append(f"warning: here stage {phase.stage} will not begin: {error}")
+  return found
 
 
 def describe(state: Any, mesh: jax.sharding.Mesh | None) -> str:

@@ -1,4 +1,4 @@
-"""Mass on the indexer's picks against loops in float64 from logits on, and the numbers of cases that can be said in words."""
+"""Mass on the indexer's picks against loops in float64 from logits on, and in cases that can be said in words."""
 
 import math
 
@@ -43,7 +43,8 @@ def test_mass_is_that_of_the_joint_softmax_summed_over_heads(top_k):
   weight = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   mass = selection_mass(weight[..., 5:], np.where(seen, scores, -np.inf), top_k)
   # sums of a few float64 numbers in another order
-  np.testing.assert_allclose((mass.held, mass.best, mass.even), by_loops(window, entries, sink, scores, seen, top_k), rtol=1e-12)
+  expected = by_loops(window, entries, sink, scores, seen, top_k)
+  np.testing.assert_allclose((mass.held, mass.best, mass.even), expected, rtol=1e-12)
   assert mass.held <= mass.best and mass.queries == (seen.sum(-1) > top_k).sum()
 
 

@@ -124,8 +124,9 @@ def test_places_without_a_move_are_as_they_always_were(path):
 
 
 @pytest.mark.parametrize("state, said", [
-  ({"row": 3, "earlier": [[16, 5]]}, "row = 3: expected at least 5"), ({"row": 3, "earlier": [[16]]}, "expected a dictionary"),
-  ({"row": 3, "earlier": 4}, "expected a dictionary"), ({"row": -1}, "expected a dictionary"), ([], "expected a dictionary")])
+  ({"row": 3, "earlier": [[16, 5]]}, "row = 3: expected at least 5"), ({"row": -1}, "expected a dictionary"),
+  ({"row": 3, "earlier": [[16]]}, "expected a dictionary"), ({"row": 3, "earlier": 4}, "expected a dictionary"),
+  ([], "expected a dictionary")])
 def test_positions_that_are_none_are_refused(state, said):
   with pytest.raises(ValueError, match=said):
     Position.of_state(state)

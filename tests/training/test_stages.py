@@ -35,7 +35,7 @@ def test_phases_follow_each_other_and_hold_every_step_once():
 def test_a_run_without_stages_is_one_phase_with_its_own_settings():
   run = c.RunConfig()
   (phase,) = stages.phases(run)
-  assert phase.run_config is run and phase.stage_config is run and stages.of_stage(run) is run and stages.shortest(run) is run
+  assert all(x is run for x in (phase.run_config, phase.stage_config, stages.of_stage(run), stages.shortest(run)))
   assert (phase.stage, phase.first, phase.end, phase.total) == ("", 0, 10_000, 10_000)
   assert not run.training.watch_gradients and stages.table(run) == []
 
@@ -167,7 +167,8 @@ def test_losses_of_another_stage_make_no_spike(world, tmp_path):
 def test_a_spike_behind_a_border_goes_back_across_it(world, tmp_path):
   """The checkpoint of the border is lost: the run goes on in the stage before, and comes to the border once more."""
   stage = lambda name, steps: StageConfig(name, steps=steps)
-  run = dataclasses.replace(STAGED, anomalies=c.AnomalyConfig(policy="skip", window=2), stages=(stage("a", 4), stage("b", 6)))
+  run = dataclasses.replace(STAGED, anomalies=c.AnomalyConfig(policy="skip", window=2),
+                            stages=(stage("a", 4), stage("b", 6)))
   world.without = {8}
   loop.train(run, tmp_path / "without")
   world.without, world.spikes_on = (), {8: 1e4}

@@ -55,7 +55,8 @@ def test_what_is_frozen_stays_bit_for_bit(what):
 def test_only_its_own_loss_counts_in_the_indexers_warm_up():
   _, metrics = step_of("indexer")(started(), random_batch())
   assert metrics["loss"] == metrics["indexer"] > 0 and metrics["next_token"] > 0
-  assert {"mtp", "balance"}.isdisjoint(metrics) and metrics["grad_norm"] == pytest.approx(float(metrics["grad_norm/indexer"]))
+  assert {"mtp", "balance"}.isdisjoint(metrics)
+  assert metrics["grad_norm"] == pytest.approx(float(metrics["grad_norm/indexer"]), rel=1e-5)
   _, others = step_of("all_but_indexer")(started(), random_batch())
   weights = {"next_token": 1, "mtp": 0.3, "balance": 0.1}
   assert others["loss"] == pytest.approx(sum(w * float(others[name]) for name, w in weights.items()), rel=1e-6)
