@@ -51,8 +51,8 @@ def selection_mass(entry_weight: Any, scores: Any, top_k: int) -> Mass:
   """
   weight_BSHT, scores_BST = np.asarray(entry_weight, np.float64), np.asarray(scores, np.float64)
   if weight_BSHT.ndim != 4 or scores_BST.shape != weight_BSHT.shape[:2] + weight_BSHT.shape[3:]:
-    raise ValueError(f"entry_weight {weight_BSHT.shape}, scores {scores_BST.shape}: expected [batch, queries, heads, entries]"
-                     " and [batch, queries, entries]")
+    raise ValueError(f"entry_weight {weight_BSHT.shape}, scores {scores_BST.shape}: expected [batch, queries, heads, "
+                     "entries] and [batch, queries, entries]")
   if top_k < 1:
     raise ValueError(f"top_k = {top_k}: expected at least 1")
   mass_BST = weight_BSHT.sum(2)

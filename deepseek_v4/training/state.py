@@ -13,6 +13,7 @@ from deepseek_v4 import optim, sharding
 from deepseek_v4.config import ModelConfig, RunConfig
 from deepseek_v4.model.transformer import DeepseekV4
 
+
 @flax.struct.dataclass
 class TrainState:
   """State of a run between two steps.
