@@ -47,6 +47,7 @@ def loss_curves(lines: Sequence[Mapping[str, Any]], path: str | Path, baselines:
   rate.set_ylabel("learning rate")
   _curve(load, train, "max_load_violation", "fullest expert", color="0.3", linewidth=1.0)
   load.set(title="expert load above the mean", ylabel="(max - mean) / mean", xlabel="step")
+  _stage_borders(next_token, train)
   for axes in (next_token, auxiliary, gradient, load):
     axes.grid(alpha=0.3)
     names = axes.get_legend_handles_labels()
@@ -88,8 +89,8 @@ def stages_and_mass(lines: Sequence[Mapping[str, Any]], path: str | Path,
 
 
 def _stage_borders(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-  """A level line and a name where each stage begins."""
-  for stage, group in itertools.groupby(lines, lambda line: line.get("stage")):
+  """An upright line and a name where each stage begins; nothing for a run without stages."""
+  for stage, group in itertools.groupby((line for line in lines if "stage" in line), lambda line: line["stage"]):
     first = next(group)["step"]
     axes.axvline(first, color="0.3", linestyle=":", linewidth=1.0)
     axes.annotate(f" {stage}", (first, 1.0), xycoords=("data", "axes fraction"), va="top", rotation=90, fontsize=8)
