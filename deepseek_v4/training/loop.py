@@ -71,7 +71,8 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     NotImplementedError: `training.kernels` names an implementation that does not exist for these devices.
     RuntimeError: a checkpoint could not be written.
     FloatingPointError: a loss, gradient or update was not finite, or a loss spiked, and `anomalies.policy` or its limit says
-      stop; the message names the step, its data and the first tensor that is not finite.
+      stop; the message names the step, its data and the first tensor that is not finite. In a stage, or with
+      `training.watch_gradients`: the gradient of a group of parameters was exactly 0 for `log_every` steps; it is named.
     Stopped: the run was told to stop, and what it had done is saved.
   """
   workdir, stop = Path(workdir), stop or Stopping()

@@ -33,10 +33,6 @@ def started():
   return jax.device_get(step_of("all")(random_state(ONE), random_batch(seed=1))[0])
 
 
-def moments_of(names):
-  return [name for name in names if "/count" not in name]
-
-
 @pytest.mark.parametrize("what", ["indexer", "all_but_indexer"])
 def test_what_is_frozen_stays_bit_for_bit(what):
   """Values, moments and, where only the indexer trains, the router's bias; no weight decay either."""
@@ -44,7 +40,7 @@ def test_what_is_frozen_stays_bit_for_bit(what):
   after, metrics = step_of(what)(before, random_batch())
   assert metrics["finite"] and int(after.step) == 2
   for tree, old in ((after.params, before.params), (after.opt_state, before.opt_state)):
-    names = [name for name in leaves(old) if "/count" not in name and name != "count"]
+    names = [name for name in leaves(old) if "/count" not in name]  # all other leaves of its state are moments
     changed = {name for name in differing(tree, old)} & set(names)
     assert changed == {name for name in names if ("/indexer/" in name) == (what == "indexer")}
   assert bool(differing(after.router, before.router)) == (what != "indexer")
@@ -88,13 +84,12 @@ def test_a_mesh_freezes_the_same(what):
   mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
   before, batch = started(), random_batch()
   after, metrics = Step(run_of(trainable=what, watch_gradients=True), mesh)(before, batch)
-  expected, wanted = step_of(what)(before, batch)
-  frozen = [name for name in leaves(before.params) if ("/indexer/" in name) != (what == "indexer")]
-  assert not {f".params/{name}" for name in frozen} & set(differing(after, before)) and not (
-    set(frozen) & set(differing(after.params, before.params)))
-  for name, x in on_host(expected.params).items():  # tolerance as between meshes in test_mesh.py
-    np.testing.assert_allclose(on_host(after.params)[name], x, rtol=0, atol=2e-5 * np.abs(x).max() + 1e-7, err_msg=name)
-  assert float(metrics["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-5)
+  _, wanted = step_of(what)(before, batch)
+  frozen = {name for name in leaves(before.params) if ("/indexer/" in name) != (what == "indexer")}
+  assert not frozen & set(differing(after.params, before.params))
+  # float32 sums in another order, as between meshes in test_mesh.py
+  for name in wanted:
+    assert float(metrics[name]) == pytest.approx(float(wanted[name]), rel=2e-5, abs=1e-7), name
 
 
 # ---- trees -------------------------------------------------------------------------------------------------------------
