@@ -334,7 +334,8 @@ def test_every_field_is_read_somewhere():
   assert {kind.__name__ for kind in config_classes()} >= {"ModelConfig", "OptimizerConfig", "RunConfig", "TrainingConfig"}
   reads = config_reads()
   # Properties of config.py, and the list of mesh axes that sharding.py walks through, stand for fields.
-  through = {"layer_specs": ("layer_types", "mlp_layer_types"), "compress_rate": ("csa_compress_rate", "hca_compress_rate")}
+  through = {"layer_specs": ("layer_types", "mlp_layer_types"), "compress_rate": ("csa_compress_rate", "hca_compress_rate"),
+             "length": ("steps", "tokens"), "batch_sizes": ("ramp_from", "ramp_steps")}
   reads |= {field for name, fields in through.items() if name in reads for field in fields}
   reads |= set(config.MeshConfig.axis_names)
   # Special ids are for whoever exports the model: the data have their tokenizer's.

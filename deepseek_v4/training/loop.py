@@ -141,7 +141,7 @@ def prepared(phase: stages.Phase, texts: Texts, shared: Mapping[str, Any], place
     before: tools of the phase before; what the two have in common is kept.
   """
   run_config, mesh, progress = phase.run_config, shared["mesh"], shared["progress"]
-  same_stage = before is not None and before.phase.stage_config == phase.stage_config
+  same_stage = before is not None and before.phase.stage == phase.stage
   if phase.stage and not same_stage:
     progress.say(f"stage {phase.stage} from step {place.step + 1} on {trainable.describe(run_config, place.state.params)}")
   clock, shapes = time.perf_counter(), abstract_batch(run_config, mesh)

@@ -42,17 +42,17 @@ def phases(run_config: RunConfig) -> tuple[Phase, ...]:
   if not run_config.stages:
     return (Phase("", 0, total, 0, total, run_config, run_config, total),)
   found, begin = [], 0
-  for stage in run_config.stages:
-    data = stage.data_of(run_config.data)
-    whole = _settings(run_config, stage, begin)
-    steps, sizes = stage.length(data), stage.batch_sizes(data)
+  for stage_config in run_config.stages:
+    data = stage_config.data_of(run_config.data)
+    whole = _settings(run_config, stage_config, begin)
+    steps, sizes = stage_config.length(data), stage_config.batch_sizes(data)
     end = begin + steps
     firsts = [begin + first for first, _ in sizes] + [end]
     for (_, rows), first, following in zip(sizes, firsts, firsts[1:]):
       if first < end:  # a stage may end before its batch is whole
         passes = rows * data.accumulation // data.batch_size
         part = dataclasses.replace(whole, data=dataclasses.replace(data, batch_size=rows, accumulation=passes))
-        found.append(Phase(stage.name, begin, steps, first, min(following, end), part, whole, total))
+        found.append(Phase(stage_config.name, begin, steps, first, min(following, end), part, whole, total))
     begin = end
   return tuple(found)
 

@@ -197,9 +197,9 @@ def test_who_gets_no_gradient_ends_the_run_with_its_name(world, tmp_path, monkey
     return state, values | {"grad_norm/mtp": zero, "grad_norm/indexer": zero, "grad_norm/norms": float(state.step % 2)}
   world.step = without_gradient
   run = dataclasses.replace(STAGED, training=dataclasses.replace(STAGED.training, log_every=3))
-  with pytest.raises(FloatingPointError, match="stage middle, steps 5 to 6: the gradient of mtp, indexer was exactly 0"):
+  with pytest.raises(FloatingPointError, match="stage middle, steps 5 to 6: the gradient of indexer, mtp was exactly 0"):
     loop.train(run, tmp_path / "run")
   assert saved(tmp_path / "run")[-1] == 4
   one = dataclasses.replace(fakes.RUN, training=run.training)
-  with pytest.raises(FloatingPointError, match="^steps 5 to 7: the gradient of mtp, indexer was exactly 0"):
+  with pytest.raises(FloatingPointError, match="^steps 5 to 7: the gradient of indexer, mtp was exactly 0"):
     loop.train(one, tmp_path / "one")
