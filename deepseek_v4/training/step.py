@@ -139,11 +139,11 @@ def _updated(run_config: RunConfig, mesh: Mesh | None, state: TrainState, grads:
   if what != "all":
     opt_state = trainable.part_of_state(opt_state, jax.eval_shape(optimizer.init, trained))
   updates, opt_state = optimizer.update(grads, opt_state, trained)
-  params = trainable.with_frozen(optax.apply_updates(trained, updates), state.params)
   if what != "all":
     opt_state = trainable.whole_state(opt_state, state.opt_state)
   if what != "indexer":
     router = update_router(run_config.model, router, load, run_config.loss.bias_update_speed)
+  params = trainable.with_frozen(optax.apply_updates(trained, updates), state.params)
   return TrainState(state.step + 1, params, router, opt_state, state.key)
 
 
