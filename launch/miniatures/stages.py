@@ -2,7 +2,7 @@
 
 The run of configs/tiny_stages.py: dense attention on rows that grow, the indexer alone, sparse attention. Its checkpoints at
 the borders hold the same model with an untrained and with a trained indexer, since all else is frozen in between. On
-held-out text of the length at which attention becomes sparse they say
+held-out text in rows of the warm-up's length they say
   - which share of the dense attention's mass lies on the entries that the indexer picks (analysis/selection_mass.py),
   - how much the loss is with all entries and with the picks alone, weights being equal.
 """
@@ -77,12 +77,12 @@ def settings(seed: int) -> RunConfig:
 def measure(run_config: RunConfig, folder: Path) -> Found:
   """Looks at the checkpoints before and behind the warm-up of a finished run."""
   border = next(phase for phase in stages.phases(run_config) if phase.stage == WARM_UP)
-  warm_up, sparse = (stages.of_stage(run_config, name) for name in (WARM_UP, SPARSE))
-  batches = list(itertools.islice(feed.in_shape_of(feed.dataset(run_config, "held_out"), sparse), LOSS_BATCHES))
+  dense = stages.of_stage(run_config, WARM_UP)
+  sparse = dataclasses.replace(dense, training=stages.of_stage(run_config, SPARSE).training)
+  batches = list(itertools.islice(feed.in_shape_of(feed.dataset(run_config, "held_out"), dense), LOSS_BATCHES))
   before, after = (variables_of(folder, step) for step in (border.begin, border.begin + border.steps))
   return Found(mass_of(sparse, before, batches[:MASS_BATCHES]), mass_of(sparse, after, batches[:MASS_BATCHES]),
-               loss_of(dataclasses.replace(sparse, training=warm_up.training), after, batches),
-               loss_of(sparse, after, batches), loss_of(sparse, before, batches))
+               loss_of(dense, after, batches), loss_of(sparse, after, batches), loss_of(sparse, before, batches))
 
 
 def variables_of(folder: Path, step: int) -> dict[str, Any]:

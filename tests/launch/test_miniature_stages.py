@@ -36,14 +36,14 @@ def test_means_are_over_all_queries():
 
 
 def test_the_run_goes_through_the_stages_of_v4():
-  """Dense without the indexer, the indexer alone at the length at which attention becomes sparse, sparse."""
+  """Dense without the indexer, the indexer alone, sparse; rows grow."""
   run = miniature.settings(3)
   found = {phase.stage: phase.stage_config for phase in stages.phases(run)}
   assert [(x.training.attention_mode, x.training.trainable) for x in found.values()] == [
     ("dense", "all_but_indexer"), ("dense", "all_but_indexer"), ("dense", "indexer"), ("sparse", "all")]
   lengths = [x.data.sequence_length for x in found.values()]
-  assert lengths == sorted(lengths) and lengths[2] == lengths[3] > lengths[0]
-  assert lengths[3] // run.model.csa_compress_rate >= 4 * run.model.index_topk  # most entries are not picked
+  assert lengths == sorted(lengths) and lengths[0] < lengths[2] < lengths[3]
+  assert lengths[2] // run.model.csa_compress_rate >= 4 * run.model.index_topk  # most entries are not picked
   assert (run.data.seed, run.training.seed) == (3, 3)
 
 
