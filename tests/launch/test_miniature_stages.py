@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import matplotlib.image
 import pytest
 
+from deepseek_v4.analysis import plots
 from deepseek_v4.analysis.selection_mass import Mass
 from deepseek_v4.config import override
 from deepseek_v4.training import metrics, stages
@@ -45,6 +47,15 @@ def test_the_run_goes_through_the_stages_of_v4():
   assert lengths == sorted(lengths) and lengths[0] < lengths[2] < lengths[3]
   assert lengths[2] // run.model.csa_compress_rate >= 4 * run.model.index_topk  # most entries are not picked
   assert (run.data.seed, run.training.seed) == (3, 3)
+
+
+def test_the_picture_is_drawn(tmp_path):
+  lines = [{"split": split, "step": n, "stage": "dense" if n < 6 else "sparse", "next_token": 3 - 0.1 * n}
+           | ({"indexer": 0.5} if n > 5 else {}) for n in range(1, 10) for split in ("train", "held_out")]
+  plots.stages_and_mass(lines, tmp_path / "a.png", {"layer 1": (0.3, 0.8, 0.9), "layer 3": (0.2, 0.85, 0.9)})
+  plots.stages_and_mass(lines, tmp_path / "b.png", {"layer 1": (0.3, 0.1, 0.9), "layer 3": (0.2, 0.85, 0.9)})
+  a, b = (matplotlib.image.imread(tmp_path / name) for name in ("a.png", "b.png"))
+  assert a.shape == b.shape and 0.001 < (a != b).any(-1).mean() < 0.2  # a bar is lower, and nothing else
 
 
 @pytest.mark.long
