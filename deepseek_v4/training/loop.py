@@ -125,12 +125,12 @@ def run_phases(run_config: RunConfig, texts: Texts, shared: Mapping[str, Any], p
 
 
 def entered(place: Place, phase: stages.Phase) -> Place:
-  """The place as a phase goes on from it: a stage begins in rows of its own length, and without the losses of the stage
-  before, which would make spikes of its own."""
-  if not phase.stage or place.step != phase.begin:
+  """The place as a phase goes on from it: in rows of the stage's length, and at a stage's first step without the losses of
+  the stage before, which would make spikes of its own."""
+  if not phase.stage:
     return place
-  return dataclasses.replace(place, data=moved(place.data, phase.run_config.data.sequence_length),
-                             record=dataclasses.replace(place.record, losses=()))
+  record = dataclasses.replace(place.record, losses=()) if place.step == phase.begin else place.record
+  return dataclasses.replace(place, data=moved(place.data, phase.run_config.data.sequence_length), record=record)
 
 
 def prepared(phase: stages.Phase, texts: Texts, shared: Mapping[str, Any], place: Place, before: Tools | None) -> Tools:
