@@ -27,4 +27,4 @@ def get_config() -> RunConfig:
   return dataclasses.replace(
     pro, model=model, mesh=MeshConfig(data=1),
     data=dataclasses.replace(pro.data, sequence_length=4096, batch_size=1, accumulation=1),
-    training=dataclasses.replace(pro.training, kernels="pallas", attention_mode="sparse"))
+    training=dataclasses.replace(pro.training, kernels="pallas", attention_mode="sparse"), stages=())

@@ -1,9 +1,10 @@
 """Every setting of a model and of a run, as frozen dataclasses; no JAX here.
 
-Everybody imports them from here; they are written down in `config_model.py` (the architecture), `config_distillation.py`
-(students and teachers) and `config_training.py` (all else). A run is one Python file under `configs/` with
-`get_config() -> RunConfig`; `load(path, overrides)` reads it and applies typed `key.path=value` overrides. Reading and
-writing the dictionaries of released models lives in `config_hf.py` (`ModelConfig.from_hf` / `to_hf`).
+Everybody imports them from here; they are written down in `config_model.py` (the architecture), `config_training.py` (what
+shapes a training run), `config_stages.py` (its stages) and `config_distillation.py` (students and teachers). A run is one
+Python file under `configs/` with `get_config() -> RunConfig`; `load(path, overrides)` reads it and applies typed
+`key.path=value` overrides. Reading and writing the dictionaries of released models lives in `config_hf.py`
+(`ModelConfig.from_hf` / `to_hf`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import typing
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from deepseek_v4 import config_distillation
+from deepseek_v4 import config_distillation, config_stages
 from deepseek_v4.config_checks import fields_of, options_of, refuse, typed
 from deepseek_v4.config_distillation import STUDENT, TEXT, DistillationConfig, TeacherConfig
 from deepseek_v4.config_model import (
@@ -32,6 +33,7 @@ from deepseek_v4.config_model import (
   ModelConfig,
   Yarn,
 )
+from deepseek_v4.config_stages import StageConfig
 from deepseek_v4.config_training import (
   AnomalyConfig,
   DataConfig,
@@ -43,13 +45,17 @@ from deepseek_v4.config_training import (
 
 __all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "REMAT_POLICIES", "ROUTER_KINDS", "SLIDING", "STUDENT",
            "TEXT", "AnomalyConfig", "DataConfig", "DistillationConfig", "LayerSpec", "LossConfig", "MeshConfig",
-           "ModelConfig", "OptimizerConfig", "RunConfig", "TeacherConfig", "TrainingConfig", "Yarn", "from_dict", "load",
-           "override", "to_dict"]
+           "ModelConfig", "OptimizerConfig", "RunConfig", "StageConfig", "TeacherConfig", "TrainingConfig", "Yarn",
+           "from_dict", "load", "override", "to_dict"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """One run: the model and everything that shapes its training."""
+  """One run: the model and everything that shapes its training.
+
+  With `stages` the run is one after the other, and `training.steps` is what they take together. None of them: the run is one
+  piece, as the other settings say.
+  """
 
   model: ModelConfig = ModelConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -58,6 +64,7 @@ class RunConfig:
   mesh: MeshConfig = MeshConfig()
   training: TrainingConfig = TrainingConfig()
   anomalies: AnomalyConfig = AnomalyConfig()
+  stages: tuple[StageConfig, ...] = ()
   distillation: DistillationConfig | None = None  # a run of launch.distill
 
   def __post_init__(self):
@@ -67,9 +74,14 @@ class RunConfig:
     if self.data.sequence_length > self.model.max_position_embeddings:
       refuse("data.sequence_length", self.data.sequence_length,
               f"at most model.max_position_embeddings = {self.model.max_position_embeddings}")
-    if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.training.steps:
+    config_stages.refuse_without_indexer(self.model, "training.trainable", self.training.trainable)
+    object.__setattr__(self, "stages", tuple(self.stages))
+    if self.stages:
+      object.__setattr__(self, "training", dataclasses.replace(self.training, steps=config_stages.check(self)))
+    first, steps = self.optimizer.first_step, self.training.steps
+    if self.optimizer.warmup_steps + self.optimizer.decay_steps > steps - first:
       refuse("optimizer.warmup_steps + optimizer.decay_steps", self.optimizer.warmup_steps + self.optimizer.decay_steps,
-              f"at most training.steps = {self.training.steps}")
+             f"at most training.steps = {steps}{f' - optimizer.first_step = {first}' if first else ''}")
     if self.distillation is not None:
       config_distillation.check(self)
 
@@ -122,14 +134,34 @@ def _replace(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
       raise ValueError(f"{type(config).__name__} has no field {prefix + name!r}; it has {', '.join(names)}")
     old = getattr(config, name)
     if isinstance(value, Mapping):
+      if isinstance(old, tuple):
+        new[name] = _replace_in(old, value, prefix + name)
+        continue
       if not dataclasses.is_dataclass(old):
         refuse(prefix + name, value, "a field with fields of its own")
       new[name] = _replace(old, value, f"{prefix}{name}.")
     else:
       new[name] = _parse(prefix + name, value, hints[name])
+  if isinstance(config, RunConfig) and new.get("stages", config.stages) and "steps" in changes.get("training", ()):
+    refuse("training.steps", changes["training"]["steps"],
+           f"no such setting beside stages, which take {config.training.steps} steps: set stages.NAME.steps")
   if isinstance(config, ModelConfig) and "num_hidden_layers" in new and not {"layer_types", "mlp_layer_types"} & set(new):
     config = config.cut_layers(new["num_hidden_layers"])
   return dataclasses.replace(config, **new)
+
+
+def _replace_in(parts: tuple[StageConfig, ...], changes: Mapping[str, Any], name: str) -> tuple[StageConfig, ...]:
+  """Stages, of which some are changed, each called by its name or by its place from 0."""
+  places = {**{str(i): i for i in range(len(parts))}, **{part.name: i for i, part in enumerate(parts)}}
+  new = list(parts)
+  for key, value in changes.items():
+    if key not in places:
+      there = ", ".join(part.name for part in parts)
+      raise ValueError(f"no stage {name}.{key}; there is {f'{there} (or 0 to {len(parts) - 1})' if parts else 'none'}")
+    if not isinstance(value, Mapping):
+      refuse(f"{name}.{key}", value, "a setting of one of its fields")
+    new[places[key]] = _replace(new[places[key]], value, f"{name}.{key}.")
+  return tuple(new)
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:

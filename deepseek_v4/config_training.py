@@ -7,12 +7,16 @@ import typing
 
 from deepseek_v4.config_checks import at_least, one_of, positive, refuse, typed
 
+ATTENTION_MODES = ("sparse", "dense")
+TRAINABLE = ("all", "indexer", "all_but_indexer")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """Muon for matrices, AdamW for the rest, one schedule for both (SPEC: report 2.4, 4.2.2)."""
 
   learning_rate: float = 2.7e-4
+  first_step: int = 0  # of the run, with which the warm-up begins
   warmup_steps: int = 2000
   decay_steps: int = 0  # length of the cosine at the end of the run; 0 = constant to the end
   final_fraction: float = 0.1  # learning rate at the end, as a share of the peak
@@ -32,7 +36,8 @@ class OptimizerConfig:
   def __post_init__(self):
     typed(self)
     positive(self, "learning_rate", "clip_norm", "update_rms")
-    at_least(self, 0, "warmup_steps", "decay_steps", "weight_decay", "adam_eps", "adam_v_floor", "final_fraction")
+    at_least(self, 0, "first_step", "warmup_steps", "decay_steps", "weight_decay", "adam_eps", "adam_v_floor",
+             "final_fraction")
     for name in ("momentum", "adam_b1", "adam_b2"):
       if not 0 <= getattr(self, name) < 1:
         refuse(name, getattr(self, name), "a number in [0, 1)")
@@ -150,11 +155,13 @@ class AnomalyConfig:
 class TrainingConfig:
   """Length, rhythm and seeds of a run."""
 
-  steps: int = 10_000
+  steps: int = 10_000  # of a run with stages: theirs together, whatever is said here
   seed: int = 0
   init_from: str | None = None  # folder of a converted release or of a run with the weights to start with; None = random
   kernels: str = "auto"  # implementation of the ops: auto, reference, blockwise, pallas, interpret
   attention_mode: str = "sparse"  # "dense": CSA layers attend to every visible entry
+  trainable: str = "all"  # "indexer": only the indexers, by their own loss alone; "all_but_indexer": all else, without it
+  watch_gradients: bool = False  # norm of each group of parameters; one that is 0 for log_every steps ends the run
   log_every: int = 10
   eval_every: int = 200
   eval_batches: int = 8
@@ -169,4 +176,5 @@ class TrainingConfig:
     at_least(self, 1, "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
     positive(self, "grace_seconds")
     one_of(self, "kernels", ("auto", "reference", "blockwise", "pallas", "interpret"))
-    one_of(self, "attention_mode", ("sparse", "dense"))
+    one_of(self, "attention_mode", ATTENTION_MODES)
+    one_of(self, "trainable", TRAINABLE)

@@ -1,9 +1,10 @@
 """Compiles the real train step of a run for a slice of TPUs that need not be there, and says what it takes.
 
-python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--set KEY=VALUE]... [--json FILE]
+python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--stage NAME] [--set KEY=VALUE]... [--json FILE]
 
-The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where the run says "auto". A step of
-four layers takes minutes.
+Of a run with stages it is the step of one of them, with the batch that it ends with: the first unless --stage says another
+(a name, or a place from 0). The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where
+the run says "auto". A step of four layers takes minutes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ GIB = 2**30
 def define_flags() -> None:
   flags.DEFINE_string("config", None, "Python file with get_config().", required=True)
   flags.DEFINE_string("topology", None, "The slice: v5p:2x2x1, v5p:4x4x4, v6e:4x4, TPU7x:2x2x1, ...", required=True)
+  flags.DEFINE_string("stage", "", "Of a run with stages: the one to plan, by its name or its place from 0.")
   flags.DEFINE_multi_string("set", [], "KEY=VALUE replaces a setting, for example mesh.expert=64; repeatable.")
   flags.DEFINE_string("json", None, "File for the figures.")
 
@@ -70,12 +72,16 @@ def main(argv: list[str]) -> None:
   os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is described, not used
   from deepseek_v4 import config
   from deepseek_v4.planning import lower
+  from deepseek_v4.training import stages
   from launch.benchmarks.kernels import chips
   os.environ.update(lower.ENVIRONMENT)
   import jax
   say = lambda line: print(line, flush=True)
   try:
     run_config = config.load(flags.FLAGS["config"].value, flags.FLAGS["set"].value)
+    for line in stages.table(run_config):
+      say(line)
+    run_config = stages.of_stage(run_config, flags.FLAGS["stage"].value)
     if run_config.training.kernels == "auto":
       training = dataclasses.replace(run_config.training, kernels="pallas")
       run_config = dataclasses.replace(run_config, training=training)

@@ -59,13 +59,31 @@ def test_pro_and_flash_are_the_released_models(stem, name):
   assert (run.compute_dtype, run.remat) == ("bfloat16", "block")
 
 
-def test_tiny_has_every_kind_of_layer():
-  run = load(ROOT / "configs/tiny.py")
+@pytest.mark.parametrize("stem, tokens, batch", [("v4_flash", 32e12, 75_497_472), ("v4_pro", 33e12, 94_371_840)])
+def test_stages_of_pro_and_flash_are_the_published_ones(stem, tokens, batch):
+  """Report 4.2.2: lengths, dense first (Flash for 1T tokens, Pro for longer), sparse from 64K on behind a warm-up."""
+  run = load(ROOT / f"configs/{stem}.py")
+  data = [stage.data_of(run.data) for stage in run.stages]
+  assert [x.sequence_length for x in data] == [4096, 16384, 65536, 65536, 1048576]
+  assert [stage.attention_mode or run.training.attention_mode for stage in run.stages] == ["dense"] * 3 + ["sparse"] * 2
+  assert [stage.trainable for stage in run.stages] == ["all_but_indexer"] * 2 + ["indexer", None, None]
+  assert all(x.sequence_length * x.batch_size == batch for x, stage in zip(data, run.stages) if stage.trainable != "indexer")
+  whole = sum(stage.tokens or stage.steps * x.batch_size * x.sequence_length for x, stage in zip(data, run.stages))
+  assert whole == pytest.approx(tokens, rel=1e-3)
+  dense = sum(stage.tokens for stage in run.stages[:2])
+  assert dense == 1e12 if stem == "v4_flash" else dense > 1e12
+  assert (run.loss.mtp_weight, run.loss.mtp_weight_final) == (0.3, 0.1) and not any(s.mtp_weight for s in run.stages)
+  assert run.stages[0].ramp_from and (run.optimizer.warmup_steps, run.optimizer.final_fraction) == (2000, 0.1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_stages"])
+def test_tiny_has_every_kind_of_layer(name):
+  run = load(ROOT / f"configs/{name}.py")
   model = run.model
   assert {spec.attention for spec in model.layer_specs} == {SLIDING, CSA, HCA}
   assert {spec.router for spec in model.layer_specs} == {HASH, LEARNED}
-  assert (model.num_nextn_predict_layers, model.hc_mult) == (1, 4) and model.rope_scaling is not None
-  assert run.mesh.emulated_devices == 8
+  assert model.num_nextn_predict_layers == 1 and model.hc_mult > 1 and model.rope_scaling is not None
+  assert run.mesh.emulated_devices == (8 if name == "tiny" else 0)
 
 
 @pytest.mark.long
@@ -336,7 +354,8 @@ def test_every_field_is_read_somewhere():
   assert {kind.__name__ for kind in config_classes()} >= {"ModelConfig", "OptimizerConfig", "RunConfig", "TrainingConfig"}
   reads = config_reads()
   # Properties of config.py, and the list of mesh axes that sharding.py walks through, stand for fields.
-  through = {"layer_specs": ("layer_types", "mlp_layer_types"), "compress_rate": ("csa_compress_rate", "hca_compress_rate")}
+  through = {"layer_specs": ("layer_types", "mlp_layer_types"), "compress_rate": ("csa_compress_rate", "hca_compress_rate"),
+             "length": ("steps", "tokens"), "batch_sizes": ("ramp_from", "ramp_steps")}
   reads |= {field for name, fields in through.items() if name in reads for field in fields}
   reads |= set(config.MeshConfig.axis_names)
   # Special ids are for whoever exports the model: the data have their tokenizer's.

@@ -47,6 +47,7 @@ def loss_curves(lines: Sequence[Mapping[str, Any]], path: str | Path, baselines:
   rate.set_ylabel("learning rate")
   _curve(load, train, "max_load_violation", "fullest expert", color="0.3", linewidth=1.0)
   load.set(title="expert load above the mean", ylabel="(max - mean) / mean", xlabel="step")
+  _stage_borders(next_token, train)
   for axes in (next_token, auxiliary, gradient, load):
     axes.grid(alpha=0.3)
     names = axes.get_legend_handles_labels()
@@ -55,6 +56,44 @@ def loss_curves(lines: Sequence[Mapping[str, Any]], path: str | Path, baselines:
     if names[0]:
       axes.legend(*names, fontsize=9)
   FigureCanvasAgg(figure).print_png(str(path))
+
+
+def stages_and_mass(lines: Sequence[Mapping[str, Any]], path: str | Path,
+                    mass: Mapping[str, tuple[float, float, float]]) -> None:
+  """Draws the loss of a run over its stages, and what the indexer keeps before and after its warm-up, into a PNG.
+
+  Args:
+    lines: what `metrics.read_lines` gives of a run with stages.
+    path: the PNG to write.
+    mass: label -> shares of the attention's mass on the picks of the untrained indexer, of the trained one, of the best.
+  """
+  figure = Figure(figsize=(10, 4), dpi=160, layout="constrained")
+  loss, bars = figure.subplots(1, 2, width_ratios=(2, 1))
+  train, held_out = ([line for line in lines if line["split"] == split] for split in ("train", "held_out"))
+  _curve(loss, train, "next_token", "training", color="0.55", linewidth=1.0)
+  _curve(loss, held_out, "next_token", "held out", color="black", marker="o", markersize=4)
+  _curve(loss, train, "indexer", "indexer's KL loss", color="tab:blue", linestyle="--", linewidth=1.2)
+  _stage_borders(loss, train)
+  loss.set(title="loss over the stages", xlabel="step", ylabel="nats", yscale="log")
+  loss.legend(fontsize=9)
+  shades = (("untrained", "0.85", None), ("after its warm-up", "0.45", None), ("best possible", "white", "///"))
+  for i, (label, color, hatch) in enumerate(shades):
+    places = np.arange(len(mass)) + 0.27 * (i - 1)
+    bars.bar(places, [values[i] for values in mass.values()], 0.25, label=label, color=color, edgecolor="black", hatch=hatch)
+  bars.set(title="attention mass on the picks", ylabel="share", ylim=(0, 1), xticks=np.arange(len(mass)),
+           xticklabels=list(mass))
+  bars.legend(fontsize=9, loc="lower right")
+  for axes in (loss, bars):
+    axes.grid(alpha=0.3)
+  FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _stage_borders(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+  """An upright line and a name where each stage begins; nothing for a run without stages."""
+  for stage, group in itertools.groupby((line for line in lines if "stage" in line), lambda line: line["stage"]):
+    first = next(group)["step"]
+    axes.axvline(first, color="0.3", linestyle=":", linewidth=1.0)
+    axes.annotate(f" {stage}", (first, 1.0), xycoords=("data", "axes fraction"), va="top", rotation=90, fontsize=8)
 
 
 def _curve(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, label: str, scale: float = 1.0, **style: Any) -> None:

@@ -186,14 +186,16 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def restore_variables(directory: str | os.PathLike[str], *, scan_layers: bool | None = None, keep_scales: bool = False,
-                      mesh: jax.sharding.Mesh | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
-  """Weights and router state of the newest usable checkpoint, whatever optimizer the run had.
+                      mesh: jax.sharding.Mesh | None = None,
+                      step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
+  """Weights and router state of the newest usable checkpoint, or of a certain one, whatever optimizer the run had.
 
   Args:
     directory: of the checkpoints, of a run or of a converted release.
     scan_layers: layout of the layers; None = that of the stored config.
     keep_scales: also return the block scales of a quantised release, where the checkpoint holds them.
     mesh: every device reads its own part of each leaf; None = all on the default device.
+    step: of the checkpoint; None = the newest usable one.
 
   Returns:
     ({"params", "router"} and perhaps {"scales"}, config dictionary whose model has this `scan_layers`, step).
@@ -220,6 +222,10 @@ def restore_variables(directory: str | os.PathLike[str], *, scan_layers: bool | 
     tree = unflatten({unscanned_name(n): jnp.asarray(x) for n, x in arrays.items()})
     return restack(tree, model, model.scan_layers), config, step
 
+  if step is not None:
+    if str(step) not in _visible(root):
+      raise FileNotFoundError(f"{directory}: no checkpoint of step {step} there")
+    return read(step, _read_manifest(root / str(step)))
   found = _newest(root, read)
   if found is None:
     raise FileNotFoundError(f"{directory}: no checkpoint there")

@@ -16,19 +16,20 @@ def decay_start(config: OptimizerConfig, steps: int) -> int:
   From this update on the MTP loss has its final weight.
 
   Raises:
-    ValueError: warm-up and cosine do not fit into `steps`.
+    ValueError: warm-up and cosine do not fit between `config.first_step` and `steps`.
   """
-  if config.warmup_steps + config.decay_steps > steps:
+  if config.warmup_steps + config.decay_steps > steps - config.first_step:
+    after = f" - optimizer.first_step = {config.first_step}" if config.first_step else ""
     raise ValueError(f"optimizer.warmup_steps + optimizer.decay_steps = {config.warmup_steps + config.decay_steps}: "
-                     f"expected at most the run's steps = {steps}")
+                     f"expected at most the run's steps = {steps}{after}")
   return steps - config.decay_steps
 
 
 def make_schedule(config: OptimizerConfig, steps: int | None = None) -> Callable[[jax.typing.ArrayLike], jax.Array]:
   """Learning rate of update number `count`, from 0, as float32.
 
-  Update w - 1 is the first at the peak (w = warmup_steps), update 0 already moves by peak / w; the last update of the run
-  has final_fraction * peak, and so has any later one.
+  Counted from `first_step`, update w - 1 is the first at the peak (w = warmup_steps), update 0 already moves by peak / w;
+  the last update of the run has final_fraction * peak, and so has any later one.
 
   Args:
     config: Peak, lengths of warm-up and cosine, final fraction.
@@ -43,7 +44,8 @@ def make_schedule(config: OptimizerConfig, steps: int | None = None) -> Callable
 
   def schedule(count: jax.typing.ArrayLike) -> jax.Array:
     done = jnp.asarray(count, jnp.float32) + 1  # exact to 16 million updates
-    factor = jnp.minimum(done / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+    warm = jnp.maximum(done - config.first_step, 0.0) if config.first_step else done
+    factor = jnp.minimum(warm / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
     if config.decay_steps:
       progress = jnp.clip((done - start) / config.decay_steps, 0.0, 1.0)
       cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))

@@ -49,7 +49,8 @@ def mesh_on(run_config: RunConfig, topology: str) -> jax.sharding.Mesh:
 
 
 def lower_step(run_config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-  """The train step of a run for the devices of a mesh, described or real; `.compile()` is the compiler's work.
+  """The train step of a run (with stages: of its first, see `make_train_step`) for the devices of a mesh, described or real;
+  `.compile()` is the compiler's work.
 
   Raises:
     ValueError: sizes that the mesh does not divide.

@@ -41,8 +41,8 @@ from deepseek_v4.posttraining.teachers import Library, Resident, Teacher, open_t
 from deepseek_v4.training import metrics
 from deepseek_v4.training.data import Batches
 from deepseek_v4.training.feed import dataset, to_device
-from deepseek_v4.training.loop import describe, evaluate
-from deepseek_v4.training.start import check_source, copy_release, state_from
+from deepseek_v4.training.scoring import evaluate
+from deepseek_v4.training.start import check_source, copy_release, describe, state_from
 from deepseek_v4.training.state import abstract_state, init_state
 from deepseek_v4.training.step import make_eval_step
 from deepseek_v4.training.stopping import Stopped, Stopping

@@ -32,7 +32,7 @@ from deepseek_v4.training.ahead import Ahead
 from deepseek_v4.training.anomalies import Record
 from deepseek_v4.training.feed import abstract_batch
 from deepseek_v4.training.state import TrainState, abstract_state
-from deepseek_v4.training.step import compiler_options, make_train_step
+from deepseek_v4.training.step import compiler_options, make_train_step, runs_mtp
 
 
 def make_routing_pass(run_config: RunConfig, mesh: Mesh | None = None) -> sharding.OnMesh:
@@ -56,7 +56,7 @@ def make_routing_pass(run_config: RunConfig, mesh: Mesh | None = None) -> shardi
   def choose(state: TrainState, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     def one(rows):
       out = model.apply({"params": state.params, "router": state.router}, rows["tokens"], rows["positions"],
-                        rows["segment_ids"], logits="none", mtp=run_config.model.num_nextn_predict_layers == 1,
+                        rows["segment_ids"], logits="none", mtp=runs_mtp(run_config),
                         attention_mode=run_config.training.attention_mode)
       found = {"experts": jnp.moveaxis(out.routing["experts"], 0, 2)}
       return found | ({"mtp_experts": out.routing["mtp_experts"]} if "mtp_experts" in out.routing else {})

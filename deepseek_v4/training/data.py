@@ -8,6 +8,8 @@ batch can be made alone: the position in the data is one number, which means the
 batch size, and each process makes only the rows it needs. Of files of ids it reads only those rows; text, for which all
 lengths must be known, is read and encoded by every process once, at the start.
 
+Rows may become longer in the middle of an epoch: see `row_order.py`.
+
 Axes: A accumulation passes, B rows of a pass (those that are made here), S tokens of a row.
 """
 
@@ -25,8 +27,9 @@ import numpy as np
 from deepseek_v4.config import DataConfig
 from deepseek_v4.text import tokenize
 from deepseek_v4.training import packing, sources
+from deepseek_v4.training.row_order import IDENTITY, Batch, Position, RowOrder
 
-Batch = dict[str, np.ndarray]
+SIZES = ("sequence_length", "batch_size", "accumulation")  # what does not change how a document is encoded
 
 
 # ---- documents as ids ---------------------------------------------------------------------------------------------------
@@ -120,19 +123,6 @@ class _RecordDocuments:
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------------
-class _Rows:
-  """The packed rows as a Grain random-access source."""
-
-  def __init__(self, rows: packing.Packing, documents):
-    self._rows, self._documents = rows, documents
-
-  def __len__(self) -> int:
-    return self._rows.rows
-
-  def __getitem__(self, row: int) -> Batch:
-    return packing.build_row(self._rows, row, self._documents.read)
-
-
 class Batches:
   """What `make_dataset` returns: `iter()` of it gives a `BatchIterator` at the start of the data.
 
@@ -143,22 +133,25 @@ class Batches:
     left_out: names of files of this split that are no UTF-8.
     rows, fill: rows of one epoch, and the share of their places that hold a token.
     batch_size: rows of a batch over all processes and accumulation passes; rows / batch_size batches are an epoch.
+    config: the settings that they come from.
   """
 
-  def __init__(self, config: DataConfig, split: str, documents, tokenizer, rows: Sequence[int]):
-    self._config, self._split, self._source = config, split, documents
-    self._packing = packing.pack(documents.lengths, config.sequence_length)
+  def __init__(self, config: DataConfig, split: str, documents, tokenizer, rows: Sequence[int],
+               order: RowOrder | None = None):
+    self.config, self._split, self._source = config, split, documents
+    self._order = order or RowOrder(documents, config, split)
     self.tokenizer = tokenizer
     self.batch_size = config.batch_size
     self.documents = len(documents.lengths)
     self.text_bytes, self.left_out = documents.text_bytes, documents.left_out
-    self.rows, self.fill = self._packing.rows, self._packing.fill
-    self.tokens, self.targets = self._packing.tokens, self._packing.targets
+    rows_of_epoch = self._order.packing
+    self.rows, self.fill = rows_of_epoch.rows, rows_of_epoch.fill
+    self.tokens, self.targets = rows_of_epoch.tokens, rows_of_epoch.targets
     # Places in the batch of the rows that are made here: columns of the [A, B of all processes] grid.
     self._places_AB = np.arange(config.batch_size).reshape(config.accumulation, -1)[:, list(rows)]
     digest = hashlib.sha256(documents.lengths.astype("<i8").tobytes() + documents.checksum.to_bytes(4, "little"))
-    self._identity = {"split": split, "sequence_length": config.sequence_length, "seed": config.seed,
-                      "fim_rate": config.fim_rate, "documents": digest.hexdigest()[:16]}
+    self._identity = dict(zip(IDENTITY, (split, config.sequence_length, config.seed, config.fim_rate,
+                                         digest.hexdigest()[:16]), strict=True))
 
   def __iter__(self) -> "BatchIterator":
     return BatchIterator(self)
@@ -174,32 +167,37 @@ class Batches:
     return (f"{self._split.replace('_', '-')} data: {self.documents:,} documents, {self.tokens:,} tokens, "
             f"{self.rows:,} rows ({self.fill:.1%} full){missing if self.left_out else ''}")
 
+  def reshaped(self, config: DataConfig, rows: Sequence[int] | None = None) -> "Batches":
+    """The same documents, as they are encoded, in rows and batches of other sizes; `config` and `rows` as in `make_dataset`.
+
+    Raises:
+      ValueError: settings that differ in more than sizes; fewer rows than a batch.
+    """
+    sizes = {name: getattr(config, name) for name in SIZES}
+    if config != dataclasses.replace(self.config, **sizes):
+      raise ValueError(f"data = {config}: expected {self.config} with another {', '.join(SIZES)}")
+    order = self._order if config.sequence_length == self.config.sequence_length else None
+    found = Batches(config, self._split, self._source, self.tokenizer, _rows_of_a_pass(config, rows), order)
+    _check_enough(config, self._split, found)
+    return found
+
   @property
   def identity(self) -> dict[str, Any]:
     """What a position refers to: with another value of any of these, the same number would be another place."""
     return dict(self._identity)
 
-  def pipeline(self, first_row: int) -> grain.IterDataset[Batch]:
-    """The batches from a row of the endless (held-out: finite) sequence of rows on, as a Grain dataset."""
-    rows = grain.MapDataset.source(_Rows(self._packing, self._source))
-    if self._split == "train":
-      rows = rows.shuffle(seed=_seed("rows", self._config.seed)).repeat()
-      stop = sys.maxsize
-    else:
-      # One fixed order for all runs; shuffled, because an evaluation may stop early and rows of a long file lie together.
-      rows = rows.shuffle(seed=_seed("held_out", 0))
-      stop = self.rows
+  def pipeline(self, position: Position) -> grain.IterDataset[Batch]:
+    """The batches from a place in the endless (held-out: finite) sequence of rows on, as a Grain dataset."""
+    row_at = self._order.rows_from(position)
+    stop = self.rows if self._split == "held_out" else sys.maxsize
 
     def make_batch(first: int) -> Batch:
-      rows_AB = [[rows[int(r)] if r < stop else self._empty_row() for r in line] for line in first + self._places_AB]
+      rows_AB = [[row_at(int(r)) for r in line] for line in first + self._places_AB]
       return {name: np.stack([np.stack([row[name] for row in line]) for line in rows_AB]) for name in rows_AB[0][0]}
 
     threads = self._source.threads
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return grain.MapDataset.range(first_row, stop, self.batch_size).map(make_batch).to_iter_dataset(options)
-
-  def _empty_row(self) -> Batch:
-    return packing.build_row(self._packing, None, self._source.read)
+    return grain.MapDataset.range(position.row, stop, self.batch_size).map(make_batch).to_iter_dataset(options)
 
 
 class BatchIterator:
@@ -207,15 +205,15 @@ class BatchIterator:
 
   def __init__(self, batches: Batches):
     self._batches = batches
-    self._row = 0
-    self._iterator = iter(batches.pipeline(0))
+    self._place = Position()
+    self._iterator = iter(batches.pipeline(self._place))
 
   def __iter__(self) -> Iterator[Batch]:
     return self
 
   def __next__(self) -> Batch:
     batch = next(self._iterator)
-    self._row += self._batches.batch_size
+    self._place = dataclasses.replace(self._place, row=self._place.row + self._batches.batch_size)
     return batch
 
   def get_state(self) -> dict[str, Any]:
@@ -223,7 +221,8 @@ class BatchIterator:
 
     It is the same in every process, and stays valid for another batch size and another number of processes.
     """
-    return {"row": self._row, **self._batches.identity}
+    earlier = {"earlier": [list(pair) for pair in self._place.earlier]} if self._place.earlier else {}
+    return {"row": self._place.row, **self._batches.identity, **earlier}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes to a position of `get_state`: the next batch is the one that would have followed there.
@@ -231,17 +230,14 @@ class BatchIterator:
     Raises:
       ValueError: the state is none, or comes from other documents, tokenizer, split, sequence length, seed or fim_rate.
     """
-    identity = self._batches.identity
-    row = state.get("row") if isinstance(state, dict) else None
-    if type(row) is not int or row < 0:
-      raise ValueError(f"data position = {state!r}: expected a dictionary with 'row' and {', '.join(identity)}")
-    for name, value in identity.items():
+    place = Position.of_state(state)
+    for name, value in self._batches.identity.items():
       if state.get(name) != value:
         hint = " (the text files, their tokenizer or data.held_out_percent have changed)" if name == "documents" else ""
         raise ValueError(f"data position: {name} = {state.get(name)!r}; expected {value!r}, that of this run's data{hint}")
     self._iterator.close()
-    self._row = row
-    self._iterator = iter(self._batches.pipeline(row))
+    self._place = place
+    self._iterator = iter(self._batches.pipeline(place))
 
   def close(self) -> None:
     """Stops reading ahead."""
@@ -269,11 +265,7 @@ def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", r
   """
   if split not in sources.SPLITS:
     raise ValueError(f"split = {split!r}: expected one of {', '.join(map(repr, sources.SPLITS))}")
-  there = config.batch_size // config.accumulation
-  rows = range(there) if rows is None else rows
-  if not len(rows) or len(set(rows)) < len(rows) or not 0 <= min(rows) <= max(rows) < there:
-    raise ValueError(f"rows = {list(rows)}: expected different ones, from 0 to data.batch_size / data.accumulation - 1 = "
-                     f"{there - 1}")
+  rows = _rows_of_a_pass(config, rows)
   tokenizer = _tokenizer_of(config, vocab_size, document_end)
   if config.fim_rate and tokenizer.fim is None:
     raise ValueError(f"data.fim_rate = {config.fim_rate}: expected 0, since no fill-in-the-middle tokens are known (bytes: "
@@ -282,6 +274,16 @@ def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", r
   batches = Batches(config, split, kind(config, split, vocab_size, tokenizer), tokenizer, rows)
   _check_enough(config, split, batches)
   return batches
+
+
+def _rows_of_a_pass(config: DataConfig, rows: Sequence[int] | None) -> Sequence[int]:
+  """The rows of each pass that are made; None = all."""
+  there = config.batch_size // config.accumulation
+  rows = range(there) if rows is None else rows
+  if not len(rows) or len(set(rows)) < len(rows) or not 0 <= min(rows) <= max(rows) < there:
+    raise ValueError(f"rows = {list(rows)}: expected different ones, from 0 to data.batch_size / data.accumulation - 1 = "
+                     f"{there - 1}")
+  return rows
 
 
 def _tokenizer_of(config: DataConfig, vocab_size: int, document_end: int | None):
@@ -309,8 +311,3 @@ def _check_enough(config: DataConfig, split: str, batches: Batches) -> None:
   if split == "train" and batches.rows < config.batch_size:
     raise ValueError(f"data.batch_size = {config.batch_size}: expected at most {batches.rows}, the rows that the "
                      f"{batches.tokens} tokens of {where} fill with data.sequence_length = {config.sequence_length}")
-
-
-def _seed(purpose: str, seed: int) -> int:
-  """A 32-bit seed; neighbouring ones have nothing in common, as Grain takes seed + 1 for the next epoch."""
-  return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:4], "little")

@@ -9,6 +9,7 @@ Axes: A accumulation passes, B rows of a pass (of all processes), S tokens of a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import secrets
@@ -22,6 +23,7 @@ import numpy as np
 from deepseek_v4.checkpoint import agree
 from deepseek_v4.config import RunConfig, to_dict
 from deepseek_v4.sharding import batch_sharding, check_divides, local_rows
+from deepseek_v4.training import stages
 from deepseek_v4.training.data import Batches, make_dataset
 
 BATCH_ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")
@@ -32,19 +34,44 @@ _PATIENCE = 30.0  # seconds in which a new file has to be seen by all hosts
 def dataset(run_config: RunConfig, split: str, mesh: jax.sharding.Mesh | None = None) -> Batches:
   """This process's part of the batches of a split.
 
+  Of a run with stages these are some rows of the stage with the shortest ones; `in_shape_of` makes the batches of any stage
+  of them. The documents that fit the shortest rows are those that fill-in-the-middle may rearrange, in all stages.
+
   Raises:
     ValueError: as `make_dataset`; rows that the mesh does not divide.
   """
-  if mesh is not None:
-    check_divides(run_config, mesh)
-  rows = None if mesh is None else local_rows(mesh, batch_shape(run_config)[1])
-  return make_dataset(run_config.data, run_config.model.vocab_size, split=split, rows=rows,
-                      document_end=run_config.model.eos_token_id)
+  settings = stages.shortest(run_config)
+  rows = [0] if run_config.stages else _rows_here(settings, mesh)
+  return make_dataset(settings.data, settings.model.vocab_size, split=split, rows=rows,
+                      document_end=settings.model.eos_token_id)
+
+
+def beginning(batches: Batches) -> dict[str, Any]:
+  """The first position in the data."""
+  with contextlib.closing(iter(batches)) as rows:
+    return rows.get_state()
+
+
+def in_shape_of(batches: Batches, run_config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Batches:
+  """The same documents in rows and batches of the sizes that a phase's settings name.
+
+  Raises:
+    ValueError: fewer rows than a batch; rows that the mesh does not divide.
+  """
+  return batches.reshaped(run_config.data, _rows_here(run_config, mesh))
+
+
+def _rows_here(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> list[int] | None:
+  """Rows of each pass that this process makes; None = all."""
+  if mesh is None:
+    return None
+  check_divides(run_config, mesh)
+  return local_rows(mesh, batch_shape(run_config)[1])
 
 
 def batch_shape(run_config: RunConfig) -> tuple[int, int, int]:
-  """[A,B,S] of a batch over all processes."""
-  data = run_config.data
+  """[A,B,S] of a batch over all processes; of a run with stages that of the first, as in `step.make_train_step`."""
+  data = stages.of_stage(run_config).data
   return data.accumulation, data.batch_size // data.accumulation, data.sequence_length
 
 

@@ -1,4 +1,4 @@
-"""The training loop on one page: start, compile, then next batch, step, look, log, evaluate, save.
+"""The training loop: start, compile, then next batch, step, look, log, evaluate, save; phase after phase (`stages.py`).
 
 While the device computes step n, a thread prepares batch n + 1; then the loop waits for step n's metrics and looks at them
 before anything follows. So a step that went wrong is met with the very state and batch that it had (`anomalies.py`), and a
@@ -16,9 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
-import json
-import math
 import time
 from pathlib import Path
 from typing import Any, Callable, Mapping
@@ -26,43 +23,24 @@ from typing import Any, Callable, Mapping
 import jax
 import numpy as np
 
-from deepseek_v4.analysis import plots
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.config import RunConfig, to_dict
-from deepseek_v4.training import anomalies, baselines, metrics
+from deepseek_v4.training import anomalies, baselines, metrics, stages, trainable
 from deepseek_v4.training.ahead import Ahead
 from deepseek_v4.training.anticipation import Anticipation
 from deepseek_v4.training.data import Batches, BatchIterator
-from deepseek_v4.training.feed import abstract_batch, check_same, check_shared, dataset, refuse_alone, to_device
-from deepseek_v4.training.start import check_source, copy_release, state_from
-from deepseek_v4.training.state import abstract_state, init_state
+from deepseek_v4.training.feed import abstract_batch, beginning, in_shape_of, refuse_alone, to_device
+from deepseek_v4.training.row_order import moved
+from deepseek_v4.training.scoring import evaluate, publish
+from deepseek_v4.training.start import Place, Texts, announce, check_source, newest_place, read_texts
 from deepseek_v4.training.step import find_non_finite, make_eval_step, make_train_step
 from deepseek_v4.training.stopping import Stopped, Stopping
-from deepseek_v4.training.workdir import CHECKPOINTS, CONFIG, changes, check_workdir, refuse_lost_checkpoints
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-  """Where a run stands between two steps; what a checkpoint holds.
-
-  Attributes:
-    step: optimizer steps done.
-    state: the TrainState after them.
-    data: position in the data, from which the next batch comes.
-    record: of losses and anomalies.
-    unscored: whether held-out text was to be scored here and was not yet.
-  """
-
-  step: int
-  state: Any
-  data: Mapping[str, Any]
-  record: anomalies.Record = anomalies.Record()
-  unscored: bool = False
+from deepseek_v4.training.workdir import CHECKPOINTS, check_workdir
 
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-  """What the loop works with."""
+  """What the loop works with in one phase of a run: its settings, its programs and batches, and what all phases share."""
 
   run_config: RunConfig
   mesh: jax.sharding.Mesh | None
@@ -74,7 +52,10 @@ class Tools:
   writer: metrics.MetricsWriter
   progress: metrics.Progress
   stop: Stopping
+  phase: stages.Phase
+  watch: trainable.Watch
   routing: Anticipation
+  compile_seconds: float
 
 
 def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | None = None,
@@ -92,103 +73,138 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     NotImplementedError: `training.kernels` names an implementation that does not exist for these devices.
     RuntimeError: a checkpoint could not be written.
     FloatingPointError: a loss, gradient or update was not finite, or a loss spiked, and `anomalies.policy` or its limit says
-      stop; the message names the step, its data and the first tensor that is not finite.
+      stop; the message names the step, its data and the first tensor that is not finite. In a stage, or with
+      `training.watch_gradients`: the gradient of a group of parameters was exactly 0 for `log_every` steps; it is named.
     Stopped: the run was told to stop, and what it had done is saved.
   """
-  training, workdir, first_process = run_config.training, Path(workdir), jax.process_index() == 0
-  say, stop = print if first_process else lambda text: None, stop or Stopping()
+  workdir, stop = Path(workdir), stop or Stopping()
+  say = print if jax.process_index() == 0 else lambda text: None
   refuse_alone(mesh)
   stored = check_workdir(workdir)
-  changed = changes(stored, json.loads(json.dumps(to_dict(run_config)))) if stored else []
   with contextlib.ExitStack() as stack:
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))
-    store = stack.enter_context(CheckpointStore(workdir / CHECKPOINTS, keep=training.keep_checkpoints,
+    store = stack.enter_context(CheckpointStore(workdir / CHECKPOINTS, keep=run_config.training.keep_checkpoints,
                                                 config_dict=to_dict(run_config)))
-    if training.init_from is not None and not store.steps():
+    if run_config.training.init_from is not None and not store.steps():
       check_source(run_config, mesh)  # before text is tokenised
-    held_out, train_data = (dataset(run_config, split, mesh) for split in ("held_out", "train"))
-    check_same(run_config, train_data, held_out)
-    batches = stack.enter_context(contextlib.closing(iter(train_data)))
-    beginning = batches.get_state()
-
-    def go_back() -> Place:
-      """Where to go on, in the order tried: 1. the newest sound checkpoint of this workdir, 2. the weights that
-      training.init_from names, 3. from scratch."""
-      restored = store.restore_latest(abstract_state(run_config, mesh))
-      if restored is not None:
-        step, state, extra = restored
-        return Place(step, state, extra["data"], anomalies.Record.from_dict(extra.get("anomalies", {})),
-                     extra.get("unscored", False))
-      refuse_lost_checkpoints(workdir, stored)
-      key = jax.random.key(training.seed)
-      return Place(0, init_state(run_config, key, mesh) if training.init_from is None else
-                   state_from(run_config, key, mesh, say), beginning)
-
+    texts = read_texts(run_config, mesh)
+    go_back = functools.partial(newest_place, run_config, workdir, mesh, store, stored, beginning(texts.train), say)
     place = go_back()
-    batches.set_state(place.data)
-    if place.step:
-      say(f"resumed at step {place.step}")
-    if place.step > training.steps:
-      raise ValueError(f"training.steps = {training.steps}: expected at least {place.step}, the steps that the run in "
-                       f"{workdir} has done")
-    for change in changed:
-      say(f"changed since the last start: {change}")
-    if first_process:
-      workdir.mkdir(parents=True, exist_ok=True)
-      metrics.write_json(workdir / CONFIG, to_dict(run_config))
-      if not place.step and training.init_from is not None:
-        copy_release(run_config, workdir)
-    check_shared(workdir)
-    say(describe(place.state, mesh))
-    for part in (train_data, held_out):
-      say(part.describe())
-    known = baselines.measure(run_config.data) if first_process and held_out.text_bytes is not None else {}
-    writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(workdir, place.step, first_process)))
-
-    # Compile for the shapes of a batch; no batch is taken yet. Nothing is compiled while a step is unsaved.
-    clock, shapes = time.perf_counter(), abstract_batch(run_config, mesh)
-    step = make_train_step(run_config, mesh).lower(place.state, shapes).compile()
-    compile_seconds = time.perf_counter() - clock
-    say(f"compiled the step in {compile_seconds:.1f} s")
-    clock = time.perf_counter()
-    scorer = make_eval_step(run_config, mesh).lower(place.state, shapes).compile()
-    say(f"compiled the evaluation in {time.perf_counter() - clock:.1f} s")
-    spread = functools.partial(to_device, run_config, mesh)
-    score = lambda state, count=None: evaluate(scorer, held_out, spread, stop, state, count)
-    progress = stack.enter_context(contextlib.closing(metrics.Progress(place.step, training.steps, first_process)))
-    routing = Anticipation(run_config, mesh, step, training.steps, progress.say)
-    tools = Tools(run_config, mesh, step, score, go_back, batches, store, writer, progress, stop, routing)
-    place = run_steps(tools, place)
-
-    progress.say("scoring all held-out text")
-    if (found := score(place.state)) is None:
-      leave(tools, place)
-    writer.write("held_out", training.steps, found)
-    store.wait()
-    stop.unsaved = False
-    summary = {"steps": training.steps, "compile_seconds": compile_seconds, "tokens_per_second": progress.tokens_per_second,
-               "held_out": found, "baselines": known}
-  if first_process:
+    announce(run_config, workdir, mesh, place, stored, texts, say)
+    known = baselines.measure(run_config.data) if jax.process_index() == 0 and texts.held_out.text_bytes is not None else {}
+    open_until_the_end = lambda x: stack.enter_context(contextlib.closing(x))
+    writer = open_until_the_end(metrics.MetricsWriter(workdir, place.step, jax.process_index() == 0))
+    progress = open_until_the_end(metrics.Progress(place.step, run_config.training.steps, jax.process_index() == 0))
+    shared = {"mesh": mesh, "go_back": go_back, "store": store, "writer": writer, "progress": progress, "stop": stop}
+    tools, place = run_phases(run_config, texts, shared, place)
+    summary = summarised(tools, place, known)
+  if jax.process_index() == 0:
     say(publish(summary, workdir))
   return summary
 
 
+# ---- phases ------------------------------------------------------------------------------------------------------------
+def run_phases(run_config: RunConfig, texts: Texts, shared: Mapping[str, Any], place: Place) -> tuple[Tools, Place]:
+  """Phase after phase from `place` to the end of the run, which is being saved then; also the last phase's tools.
+
+  Args:
+    shared: the fields of `Tools` that all phases have in common.
+  """
+  tools = None
+  with contextlib.ExitStack() as stack:
+    while tools is None or place.step < tools.phase.total:
+      if tools is not None:
+        stack.close()
+        tools.store.wait()  # nothing is compiled while a step is unsaved
+        tools.stop.unsaved = False
+      phase = stages.at(run_config, place.step)
+      place = entered(place, phase)
+      tools = prepared(phase, texts, shared, place, tools)
+      stack.enter_context(contextlib.closing(tools.batches))
+      place = run_steps(tools, place)
+  return tools, place
+
+
+def entered(place: Place, phase: stages.Phase) -> Place:
+  """The place as a phase goes on from it: in rows of the stage's length, and at a stage's first step without the losses of
+  the stage before, which would make spikes of its own."""
+  if not phase.stage:
+    return place
+  record = dataclasses.replace(place.record, losses=()) if place.step == phase.begin else place.record
+  return dataclasses.replace(place, data=moved(place.data, phase.run_config.data.sequence_length), record=record)
+
+
+def prepared(phase: stages.Phase, texts: Texts, shared: Mapping[str, Any], place: Place, before: Tools | None) -> Tools:
+  """The tools of a phase, compiled for the shapes of a batch; no batch is taken yet.
+
+  Args:
+    place: where the phase is entered.
+    before: tools of the phase before; what the two have in common is kept.
+  """
+  run_config, mesh, progress = phase.run_config, shared["mesh"], shared["progress"]
+  same_stage = before is not None and before.phase.stage == phase.stage
+  if phase.stage and not same_stage:
+    progress.say(f"stage {phase.stage} from step {place.step + 1} on {trainable.describe(run_config, place.state.params)}")
+  clock, shapes = time.perf_counter(), abstract_batch(run_config, mesh)
+  step = make_train_step(run_config, mesh).lower(place.state, shapes).compile()
+  seconds = time.perf_counter() - clock
+  progress.say(f"compiled the step in {seconds:.1f} s")
+  score = before.score if same_stage else scorer_of(phase, texts.held_out, place, mesh, shared["stop"], progress.say)
+  patience = min(run_config.training.log_every, phase.steps)
+  watch = before.watch if same_stage else trainable.Watch(patience, f"stage {phase.stage}, " if phase.stage else "")
+  batches = iter(in_shape_of(texts.train, run_config, mesh) if phase.stage else texts.train)
+  progress.restart_clock()
+  routing = Anticipation(run_config, mesh, step, phase.end, progress.say)
+  return Tools(run_config=run_config, step=step, score=score, batches=batches, phase=phase, watch=watch, routing=routing,
+               compile_seconds=seconds + (before.compile_seconds if before else 0), **shared)
+
+
+def scorer_of(phase: stages.Phase, held_out: Batches, place: Place, mesh: jax.sharding.Mesh | None, stop: Stopping,
+              say: Callable[[str], None]) -> Callable[..., dict[str, float] | None]:
+  """(state, number of batches or None = all) -> `evaluate` of held-out text in rows of the stage's length."""
+  run_config, clock = phase.stage_config, time.perf_counter()
+  scorer = make_eval_step(run_config, mesh).lower(place.state, abstract_batch(run_config, mesh)).compile()
+  say(f"compiled the evaluation in {time.perf_counter() - clock:.1f} s")
+  spread = functools.partial(to_device, run_config, mesh)
+  rows = in_shape_of(held_out, run_config, mesh) if phase.stage else held_out
+  return lambda state, count=None: evaluate(scorer, rows, spread, stop, state, count)
+
+
+def of_stage(tools: Tools, numbers: Mapping[str, Any]) -> dict[str, Any]:
+  """The numbers of a line of metrics.jsonl, with the name of the stage if there are any."""
+  return ({"stage": tools.phase.stage} if tools.phase.stage else {}) | numbers
+
+
+def summarised(tools: Tools, place: Place, known: Mapping[str, float]) -> dict[str, Any]:
+  """Scores all held-out text at the end of a run, waits for its last checkpoint, and puts the run's figures together."""
+  tools.progress.say("scoring all held-out text")
+  if (found := tools.score(place.state)) is None:
+    leave(tools, place)
+  tools.writer.write("held_out", tools.phase.total, of_stage(tools, found))
+  tools.store.wait()
+  tools.stop.unsaved = False
+  return {"steps": tools.phase.total, "compile_seconds": tools.compile_seconds,
+          "tokens_per_second": tools.progress.tokens_per_second, "held_out": found, "baselines": known}
+
+
 # ---- steps ---------------------------------------------------------------------------------------------------------------
 def run_steps(tools: Tools, place: Place) -> Place:
-  """Step after step from `place` to the last one, which is being saved when this returns."""
-  training, stop = tools.run_config.training, tools.stop
+  """Step after step from `place` to the last of the phase, which is being saved when this returns; or to a place in an
+  earlier phase, to which the run went back."""
+  training, stop, phase = tools.run_config.training, tools.stop, tools.phase
   ahead = batches_from(tools, place)
   if place.unscored:
     place = score_some(tools, place)
-  while place.step < training.steps:
+  while place.step < phase.end:
     tools.store.check_errors()
     taken = tools.routing.take(ahead, place, lambda: stop.asked)
     if stop.agreed():
       leave(tools, place)
     stop.unsaved = True
     state, values = tools.routing.step(place, taken)
-    n, last = place.step + 1, place.step + 1 == training.steps
+    n = place.step + 1
+    last, whole = n == phase.end, n == phase.total
     if not last:
       ahead.start()  # while the device works
     numbers = {name: np.asarray(value).item() for name, value in jax.device_get(values).items()}
@@ -198,7 +214,9 @@ def run_steps(tools: Tools, place: Place) -> Place:
     if anomaly is not None:
       ahead.forget()
       tools.routing.forget()
-      done = recover(tools, dataclasses.replace(place, state=None), done, taken, anomaly)
+      done = entered(recover(tools, dataclasses.replace(place, state=None), done, taken, anomaly), phase)
+      if done.step < phase.first:
+        return done
       ahead = batches_from(tools, done)
       if done.step < n:
         place = done
@@ -207,7 +225,7 @@ def run_steps(tools: Tools, place: Place) -> Place:
       tools.progress.say(anomalies.told_again(tools.run_config.anomalies.policy, n, numbers["loss"], first[0]))
     place = dataclasses.replace(done, record=anomalies.accepted(done.record, tools.run_config.anomalies, n, numbers["loss"]))
     log(tools, n, numbers)
-    if n % training.eval_every == 0 and not last:
+    if n % training.eval_every == 0 and not whole:
       place = score_some(tools, place)
     if n % training.checkpoint_every == 0 or last:
       save(tools, place)
@@ -216,21 +234,20 @@ def run_steps(tools: Tools, place: Place) -> Place:
 
 
 def log(tools: Tools, n: int, numbers: dict[str, float]) -> None:
-  """Counts step n, and writes its numbers where they are due."""
-  training = tools.run_config.training
+  """Counts step n, looks whether all that trains had a gradient, and writes its numbers where they are due."""
   tools.progress.step(numbers["tokens"])
-  if n % training.log_every == 0 or n == training.steps:
-    numbers["tokens_per_second"] = tools.progress.report(n, numbers["loss"])
-    tools.writer.write("train", n, numbers)
+  tools.watch.look(n, numbers)
+  if n % tools.run_config.training.log_every == 0 or n == tools.phase.total:
+    numbers["tokens_per_second"] = tools.progress.report(n, numbers["loss"], tools.phase.stage)
+    tools.writer.write("train", n, of_stage(tools, numbers))
 
 
 def score_some(tools: Tools, place: Place) -> Place:
   """Scores `eval_batches` of held-out text; leaves if told to stop meanwhile."""
-  training = tools.run_config.training
-  if (found := tools.score(place.state, training.eval_batches)) is None:
+  if (found := tools.score(place.state, tools.run_config.training.eval_batches)) is None:
     leave(tools, dataclasses.replace(place, unscored=True))
-  tools.writer.write("held_out", place.step, found)
-  tools.progress.say(f"step {place.step}/{training.steps}  held-out loss {found['next_token']:.4f}")
+  tools.writer.write("held_out", place.step, of_stage(tools, found))
+  tools.progress.say(f"step {place.step}/{tools.phase.total}  held-out loss {found['next_token']:.4f}")
   tools.progress.restart_clock()
   return dataclasses.replace(place, unscored=False)
 
@@ -275,9 +292,9 @@ def recover(tools: Tools, before: Place, after: Place, taken: Taken, anomaly: an
            if anomalies.too_many(record, config) else reasons[config.policy])
     end(tools, after.state, taken, anomaly, why)
   goes_on = config.policy == "log" or again is not None
-  tools.writer.add("anomaly", anomaly.step, {
+  tools.writer.add("anomaly", anomaly.step, of_stage(tools, {
     "kind": anomaly.kind, "loss": anomaly.loss, "limit": anomaly.limit, "first_row": anomaly.rows[0],
-    "end_row": anomaly.rows[1], "action": "log" if goes_on else config.policy})
+    "end_row": anomaly.rows[1], "action": "log" if goes_on else config.policy}))
   tools.progress.say(f"warning: {anomaly}; {'it counts' if goes_on and finite else config.policy}")
   if goes_on and finite:
     return dataclasses.replace(after, record=record)
@@ -332,50 +349,3 @@ def batches_from(tools: Tools, place: Place) -> Ahead:
         return Taken(to_device(tools.run_config, tools.mesh, batch), rows, before, after)
 
   return Ahead(take)
-
-
-# ---- numbers -------------------------------------------------------------------------------------------------------------
-def describe(state: Any, mesh: jax.sharding.Mesh | None) -> str:
-  """Number of parameters and of devices, in a line."""
-  parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-  axes = {} if mesh is None else {name: size for name, size in mesh.shape.items() if size > 1}
-  count, kind = (1 if mesh is None else mesh.size), jax.devices()[0].device_kind
-  layout = f" ({' x '.join(f'{name} {size}' for name, size in axes.items())})" if axes else ""
-  return f"{parameters:,} parameters on {count} {kind} device{'s' if count > 1 else ''}{layout}"
-
-
-def evaluate(eval_step: Any, held_out: Batches, spread: Callable[..., Any], stop: Stopping, state: Any,
-             batches: int | None = None) -> dict[str, float] | None:
-  """Scores the first `batches` held-out batches, or all of them.
-
-  Returns:
-    `next_token` (nats per predicted token), `tokens` (how many), `bits_per_token`, and of text also `bits_per_byte`; None if
-    the run was told to stop meanwhile.
-  """
-  found: list[dict[str, float]] = []
-  with contextlib.closing(iter(held_out)) as rows:
-    ahead = Ahead(functools.partial(next, itertools.islice(rows, batches), {}))
-    while True:
-      batch = ahead.get(lambda: stop.asked)
-      if stop.agreed():
-        return None
-      if not batch:
-        break
-      ahead.start()
-      values = eval_step(state, spread(batch))
-      found.append({name: np.asarray(value).item() for name, value in values.items()})
-  total, count = (math.fsum(x[name] for x in found) for name in ("next_token_sum", "next_token_count"))
-  numbers = {"next_token": total / count, "tokens": int(count), "bits_per_token": total / count / math.log(2)}
-  if held_out.tokens_per_byte is not None:
-    # Document ends are predicted too and cost bits; they stand for no byte of text. The first token of each piece of a
-    # document, one in sequence_length or more, is not predicted and counts as an average one.
-    numbers["bits_per_byte"] = numbers["bits_per_token"] * held_out.tokens_per_byte
-  return numbers
-
-
-def publish(summary: Mapping[str, Any], workdir: Path) -> str:
-  """Writes the summary and the picture of a run; returns the closing table."""
-  unit = "bits_per_byte" if "bits_per_byte" in summary["held_out"] else "bits_per_token"
-  metrics.write_json(workdir / metrics.SUMMARY, summary)
-  plots.loss_curves(metrics.read_lines(workdir / metrics.LINES), workdir / metrics.CURVES, summary["baselines"])
-  return metrics.held_out_table(summary["held_out"][unit], summary["baselines"], unit.replace("_", " "))

@@ -1,8 +1,8 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard event files, a progress bar, the closing table.
 
 Every line of metrics.jsonl is one JSON object with `split` ("train", "held_out" or "anomaly") and `step`, the number of
-optimizer steps done. A step has at most one line of training and one of held-out text, also after a run was interrupted and
-resumed from an earlier checkpoint.
+optimizer steps done, and in a run with stages with `stage`, the name of the one it belongs to. A step has at most one line
+of training and one of held-out text, also after a run was interrupted and resumed from an earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ class Progress:
   def restart_clock(self) -> None:
     """What happened since the last step (compiling, evaluating, saving) counts in no rate."""
     self._clock = time.perf_counter()
+    self._bar.unpause()
 
   def step(self, tokens: float) -> None:
     """Counts one finished step of so many tokens."""
@@ -135,16 +136,17 @@ class Progress:
     self._bar.n = step
     self.restart_clock()
 
-  def report(self, step: int, loss: float) -> float:
-    """Shows the loss and returns the tokens per second since the last report."""
+  def report(self, step: int, loss: float, stage: str = "") -> float:
+    """Shows the loss, and in which stage, and returns the tokens per second since the last report."""
     self._in_all += self._since_report
     tokens, seconds = self._since_report
     rate = tokens / max(seconds, 1e-9)
     self._since_report = np.zeros(2)
-    self._bar.set_postfix_str(f"{rate:,.0f} tokens/s, loss {loss:.4f}")
+    self._bar.set_postfix_str(f"{stage and f'{stage}, '}{rate:,.0f} tokens/s, loss {loss:.4f}")
     if self._bar.disable:
       left = (self._steps - step) * self._in_all[1] / max(1, step - self._first)
-      self.say(f"step {step}/{self._steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {tqdm.tqdm.format_interval(left)} left")
+      self.say(f"step {step}/{self._steps}  {stage and f'{stage}  '}loss {loss:.4f}  {rate:,.0f} tokens/s  "
+               f"{tqdm.tqdm.format_interval(left)} left")
     return rate
 
   @property

@@ -76,6 +76,24 @@ def pack(lengths: np.ndarray, sequence_length: int) -> Packing:
   return Packing(document[order], start[order], length[order], offset, sequence_length)
 
 
+def repack(packing: Packing, rows: np.ndarray, sequence_length: int) -> Packing:
+  """What lies in some rows of a packing, in rows of another length; pieces of a document that follow each other become one.
+
+  Args:
+    rows: int [N], their numbers.
+    sequence_length: S of the new rows.
+  """
+  counts = packing.offset[rows + 1] - packing.offset[rows]
+  pieces = np.repeat(packing.offset[rows] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+  pieces = pieces[np.lexsort((packing.start[pieces], packing.document[pieces]))]
+  document, start, length = (x[pieces] for x in (packing.document, packing.start, packing.length))
+  follows = (document[1:] == document[:-1]) & (start[1:] == start[:-1] + length[:-1])
+  first = np.flatnonzero(np.concatenate([np.ones(min(len(pieces), 1), bool), ~follows]))
+  whole = pack(np.add.reduceat(length, first) if len(first) else length, sequence_length)
+  here = first[whole.document]
+  return dataclasses.replace(whole, document=document[here], start=start[here] + whole.start)
+
+
 def _best_fit(needs: np.ndarray, capacity: int) -> np.ndarray:
   """Bin of each need (in descending order): the fullest one that still has room, else a new one."""
   spaces: list[int] = []  # distinct free spaces of open bins, ascending

@@ -1,28 +1,137 @@
-"""The first state of a run that goes on from finished weights: those of a converted release, or of another run."""
+"""How a run starts: its texts, its place (a checkpoint, finished weights, or nothing yet), what it says of itself."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import jax
 import numpy as np
 
 from deepseek_v4.checkpoint import manifest as manifest_lib
 from deepseek_v4.checkpoint.convert import CHECKPOINTS, RELEASE
-from deepseek_v4.checkpoint.store import newest_manifest, restore_variables
+from deepseek_v4.checkpoint.store import CheckpointStore, newest_manifest, restore_variables
 from deepseek_v4.checkpoint.trees import disk_parts, groups_of, named_leaves
 from deepseek_v4.config import RunConfig, to_dict
-from deepseek_v4.training.state import TrainState, abstract_state, refuse_other_shapes, state_of
+from deepseek_v4.training import anomalies, metrics, stages
+from deepseek_v4.training.data import Batches
+from deepseek_v4.training.feed import check_same, check_shared, dataset, in_shape_of
+from deepseek_v4.training.state import TrainState, abstract_state, init_state, refuse_other_shapes, state_of
+from deepseek_v4.training.workdir import CONFIG, changes, refuse_lost_checkpoints
 
 SETTING = "training.init_from"
 VARIABLES = ("params", "router")
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a run stands between two steps; what a checkpoint holds.
+
+  Attributes:
+    step: optimizer steps done.
+    state: the TrainState after them.
+    data: position in the data, from which the next batch comes.
+    record: of losses and anomalies.
+    unscored: whether held-out text was to be scored here and was not yet.
+  """
+
+  step: int
+  state: Any
+  data: Mapping[str, Any]
+  record: anomalies.Record = anomalies.Record()
+  unscored: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """The documents of a run, in rows of its shortest stage."""
+
+  train: Batches
+  held_out: Batches
+
+
+def read_texts(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> Texts:
+  """Both splits, once all processes have the same."""
+  held_out, train_data = (dataset(run_config, split, mesh) for split in ("held_out", "train"))
+  check_same(run_config, train_data, held_out)
+  return Texts(train_data, held_out)
+
+
+def newest_place(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None, store: CheckpointStore,
+                 stored: Mapping[str, Any], first_row: Mapping[str, Any], say: Callable[[str], None]) -> Place:
+  """Where to go on, in the order tried: 1. the newest sound checkpoint of this workdir, 2. the weights that
+  training.init_from names, 3. from scratch.
+
+  Args:
+    stored: settings of the last start in `workdir`; first_row: the data's first position.
+  """
+  restored = store.restore_latest(abstract_state(run_config, mesh))
+  if restored is not None:
+    step, state, extra = restored
+    return Place(step, state, extra["data"], anomalies.Record.from_dict(extra.get("anomalies", {})),
+                 extra.get("unscored", False))
+  refuse_lost_checkpoints(workdir, stored)
+  key = jax.random.key(run_config.training.seed)
+  return Place(0, init_state(run_config, key, mesh) if run_config.training.init_from is None else
+               state_from(run_config, key, mesh, say), first_row)
+
+
+def announce(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None, place: Place, stored: Mapping[str, Any],
+             texts: Texts, say: Callable[[str], None]) -> None:
+  """Says where the run stands and what it is made of, and writes its settings down.
+
+  Raises:
+    ValueError: it has done more steps than it is to have; the hosts do not share the workdir.
+  """
+  training = run_config.training
+  if place.step:
+    say(f"resumed at step {place.step}")
+  if place.step > training.steps:
+    raise ValueError(f"training.steps = {training.steps}: expected at least {place.step}, the steps that the run in "
+                     f"{workdir} has done")
+  for change in changes(stored, json.loads(json.dumps(to_dict(run_config)))) if stored else []:
+    say(f"changed since the last start: {change}")
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(workdir / CONFIG, to_dict(run_config))
+    if not place.step and training.init_from is not None:
+      copy_release(run_config, workdir)
+  check_shared(workdir)
+  later = refused_later(run_config, mesh, place, texts)
+  for line in (describe(place.state, mesh), texts.train.describe(), texts.held_out.describe(), *stages.table(run_config),
+               *later):
+    say(line)
+
+
+def refused_later(run_config: RunConfig, mesh: jax.sharding.Mesh | None, place: Place, texts: Texts) -> list[str]:
+  """Warnings of stages that cannot begin on this mesh or with these data; the run comes to a stop in front of them, and may
+  go on on another mesh."""
+  found = []
+  for phase in stages.phases(run_config):
+    if phase.first == phase.begin > place.step:
+      try:
+        in_shape_of(texts.train, phase.stage_config, mesh)
+      except ValueError as error:
+        found.append(f"warning: here stage {phase.stage} will not begin: {error}")
+  return found
+
+
+def describe(state: Any, mesh: jax.sharding.Mesh | None) -> str:
+  """Number of parameters and of devices, in a line."""
+  parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+  axes = {} if mesh is None else {name: size for name, size in mesh.shape.items() if size > 1}
+  count, kind = (1 if mesh is None else mesh.size), jax.devices()[0].device_kind
+  layout = f" ({' x '.join(f'{name} {size}' for name, size in axes.items())})" if axes else ""
+  return f"{parameters:,} parameters on {count} {kind} device{'s' if count > 1 else ''}{layout}"
+
+
+# ---- finished weights --------------------------------------------------------------------------------------------------
 def check_source(run_config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> tuple[os.PathLike[str], dict[str, Any]]:
   """(path, manifest) of the newest checkpoint in `training.init_from`, once it fits the run; no weight is read.
 

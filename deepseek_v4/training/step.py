@@ -20,6 +20,7 @@ from deepseek_v4.model.groups import group_layers, split_layers
 from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from deepseek_v4.model.replay import Replay
 from deepseek_v4.model.transformer import DeepseekV4
+from deepseek_v4.training import stages, trainable
 from deepseek_v4.training.state import TrainState, abstract_state, optimizer_of
 
 Batch = Mapping[str, jax.Array]
@@ -45,10 +46,21 @@ def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
   return {name: jnp.maximum(x.sum(), 1).astype(jnp.float32) for name, x in counts.items()}
 
 
-def loss_weights(loss: LossConfig, decaying: jax.Array | bool) -> dict[str, Any]:
-  """Weight of each loss; the MTP weight drops where the learning rate starts to decay."""
-  return {"next_token": 1.0, "mtp": jnp.where(decaying, loss.mtp_weight_final, loss.mtp_weight),
-          "balance": loss.balance_weight, "indexer": loss.indexer_weight}
+def loss_weights(loss: LossConfig, decaying: jax.Array | bool, trains: str = "all") -> dict[str, Any]:
+  """Weight of each loss that counts; the MTP weight drops where the learning rate starts to decay.
+
+  Where the indexer trains alone, its own loss is all that counts, and where it does not train, all but that.
+  """
+  if trains == "indexer":
+    return {"indexer": 1.0}
+  weights = {"next_token": 1.0, "mtp": jnp.where(decaying, loss.mtp_weight_final, loss.mtp_weight),
+             "balance": loss.balance_weight, "indexer": loss.indexer_weight}
+  return weights if trains == "all" else {name: w for name, w in weights.items() if name != "indexer"}
+
+
+def runs_mtp(run_config: RunConfig) -> bool:
+  """Whether a pass runs the prediction block: if there is one and it trains."""
+  return run_config.model.num_nextn_predict_layers == 1 and run_config.training.trainable != "indexer"
 
 
 def _micro_losses(run_config: RunConfig, params: Any, router: Any, rows: Batch):
@@ -58,24 +70,30 @@ def _micro_losses(run_config: RunConfig, params: Any, router: Any, rows: Batch):
   experts_BSLk = rows.get("experts")
   replay = Replay(None if experts_BSLk is None else jnp.moveaxis(experts_BSLk, 2, 0), mtp_experts=rows.get("mtp_experts"))
   out = model.apply({"params": params, "router": router}, rows["tokens"], rows["positions"], rows["segment_ids"],
-                    targets=targets, replay=replay, attention_mode=run_config.training.attention_mode)
+                    targets=targets, replay=replay, mtp=runs_mtp(run_config),
+                    attention_mode=run_config.training.attention_mode)
   load = {"layers": out.routing["load"], **({"mtp": out.routing["mtp_load"]} if "mtp_load" in out.routing else {})}
   return {name: total for name, (total, _) in out.losses.items()}, load
 
 
 def _accumulate(run_config: RunConfig, state: TrainState, batch: Batch, places: Any):
-  """Gradients, mean losses and expert loads of the whole batch, one pass after another over A."""
+  """Gradients (None for frozen leaves), mean losses and expert loads of the whole batch, one pass after another over A."""
   counts = loss_counts(run_config.model, batch)
   decaying = state.step >= optim.decay_start(run_config.optimizer, run_config.training.steps)
-  weights = loss_weights(run_config.loss, decaying)
+  what = run_config.training.trainable
+  weights = loss_weights(run_config.loss, decaying, what)
+  shown = {"next_token", *weights}  # what a frozen model says stays in the log
+  trained = trainable.trained_part(what, state.params)
+  total_of = lambda means: sum(weights[name] * mean for name, mean in means.items() if name in weights)
 
-  def objective(params, rows):
+  def objective(trained, rows):
+    params = trainable.with_frozen(trained, state.params)
     sums, load = _micro_losses(run_config, params, state.router, rows)
-    means = {name: total / counts[name] for name, total in sums.items()}
-    return sum(weights[name] * mean for name, mean in means.items()), (means, load)
+    means = {name: total / counts[name] for name, total in sums.items() if name in shown}
+    return total_of(means), (means, load)
 
   def one(rows):
-    (_, (means, load)), grads = jax.value_and_grad(objective, has_aux=True)(state.params, rows)
+    (_, (means, load)), grads = jax.value_and_grad(objective, has_aux=True)(trained, rows)
     grads = grads if places is None else jax.lax.with_sharding_constraint(grads, places)
     return grads, means, load
 
@@ -86,7 +104,7 @@ def _accumulate(run_config: RunConfig, state: TrainState, batch: Batch, places: 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     add = lambda total, rows: (jax.tree.map(jnp.add, total, one(rows)), None)
     (grads, means, load), _ = jax.lax.scan(add, zeros, dict(batch))
-  return grads, means, sum(weights[name] * mean for name, mean in means.items()), load
+  return grads, means, total_of(means), load
 
 
 # ---- the router's bias ------------------------------------------------------------------------------------------------
@@ -123,10 +141,18 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _updated(run_config: RunConfig, mesh: Mesh | None, state: TrainState, grads: Any, load: Any) -> TrainState:
-  optimizer = optimizer_of(run_config, state.params, mesh)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  router = update_router(run_config.model, state.router, load, run_config.loss.bias_update_speed)
-  return TrainState(state.step + 1, optax.apply_updates(state.params, updates), router, opt_state, state.key)
+  what = run_config.training.trainable
+  trained, opt_state, router = trainable.trained_part(what, state.params), state.opt_state, state.router
+  optimizer = optimizer_of(run_config, trained, mesh)
+  if what != "all":
+    opt_state = trainable.part_of_state(opt_state, jax.eval_shape(optimizer.init, trained))
+  updates, opt_state = optimizer.update(grads, opt_state, trained)
+  if what != "all":
+    opt_state = trainable.whole_state(opt_state, state.opt_state)
+  if what != "indexer":
+    router = update_router(run_config.model, router, load, run_config.loss.bias_update_speed)
+  params = trainable.with_frozen(optax.apply_updates(trained, updates), state.params)
+  return TrainState(state.step + 1, params, router, opt_state, state.key)
 
 
 def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: TrainState,
@@ -142,7 +168,7 @@ def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: Tra
   rate = optim.make_schedule(run_config.optimizer, run_config.training.steps)(state.step)
   metrics = {"loss": loss, **means, "grad_norm": grad_norm, "learning_rate": rate, "finite": finite,
              "tokens": (batch["segment_ids"] > 0).sum(), "max_load_violation": _max_violation(load)}
-  return kept, metrics
+  return kept, metrics | (trainable.norms(grads) if run_config.training.watch_gradients else {})
 
 
 def _places_of(run_config: RunConfig, mesh: Mesh | None) -> Any:
@@ -170,23 +196,31 @@ def make_train_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding
   If loss, gradient norm or a new parameter is not finite, the OLD state comes back and metrics["finite"] is False.
 
   Args:
-    run_config: the run.
+    run_config: the run. Of one with stages it is the step of the first, with the batch that it ends with; those of the
+      others are made of `stages.of_stage` or, while a batch grows, of `stages.at(...).run_config`.
     mesh: devices; None = the default device alone.
 
   Returns:
     A callable, also with `.lower(state, batch)`. Metrics are scalars: "loss" (the weighted sum), the mean of each loss by
-    name (nats), "grad_norm" before clipping, "learning_rate" and "max_load_violation" in float32, "tokens" int32, "finite".
+    name (nats), "grad_norm" before clipping, "learning_rate" and "max_load_violation" in float32, "tokens" int32, "finite",
+    and with `training.watch_gradients` (so in every stage) the norm of each group of parameters, "grad_norm/<group>".
 
   Raises:
     ValueError: sizes that the mesh does not divide.
   """
+  run_config = stages.of_stage(run_config)
   places = _places_of(run_config, mesh)
-  step = functools.partial(train_step, run_config, mesh, None if places is None else places.params)
+  trained = None if places is None else trainable.trained_part(run_config.training.trainable, places.params)
+  step = functools.partial(train_step, run_config, mesh, trained)
   return _jit_on(mesh, places, step, is_step=True)
 
 
 def make_eval_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding.OnMesh:
-  """The jitted (state, batch) -> {"next_token_sum", "next_token_count"}, nats, over all rows of the batch."""
+  """The jitted (state, batch) -> {"next_token_sum", "next_token_count"}, nats, over all rows of the batch.
+
+  Of a run with stages it scores as the first of them attends; see `make_train_step`.
+  """
+  run_config = stages.of_stage(run_config)
   model = DeepseekV4(run_config.model, run_config.training.kernels)
 
   def score(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
@@ -218,18 +252,20 @@ def _first_broken(flags: Mapping[str, Any], backward: bool) -> str | None:
 
 
 def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable[[TrainState, Batch], str | None]:
-  """A second, undonated pass that names the first tensor that is not finite.
+  """A second, undonated pass that names the first tensor that is not finite; `run_config` as in `make_train_step`.
 
   Returns:
     (state, batch) -> a name such as "gradient layers/03/attention/q_b", or None. Looked at in this order: parameters,
     losses, gradients (from the loss backwards, since all gradients behind a broken one are broken too), their norm, updated
     parameters.
   """
+  run_config = stages.of_stage(run_config)
   groups = group_layers(run_config.model)
 
   def flags(state: TrainState, batch: Batch) -> dict[str, Any]:
     grads, means, _, load = _accumulate(run_config, state, batch, None)
     new = _updated(run_config, mesh, state, grads, load)
+    grads = trainable.with_frozen(grads, jax.tree.map(jnp.zeros_like, state.params))
     ok = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), {
         **tree, "layers": dict(enumerate(split_layers(tree["layers"], groups)))})
     norm = {"over all parameters": jnp.isfinite(optax.tree.norm(grads))}

@@ -229,6 +229,17 @@ def test_weights_without_the_optimizer(tiny, states, open_store, tmp_path, equal
     restore_variables(tmp_path / "nothing")
 
 
+def test_weights_of_a_certain_step(tiny, states, open_store, tmp_path, equal):
+  with open_store() as store:
+    for step in (2, 6):
+      store.save(step, states(step), {})
+  for step in (2, 6):
+    variables, _, found = restore_variables(tmp_path / "checkpoints", step=step)
+    assert found == step and equal(variables, tiny.variables(tiny.config, step))
+  with pytest.raises(FileNotFoundError, match="no checkpoint of step 4"):
+    restore_variables(tmp_path / "checkpoints", step=4)
+
+
 def flip_high_bit(file):
   content = bytearray(file.read_bytes())
   content[len(content) // 2] ^= 0x80

@@ -26,7 +26,8 @@ def plan(config, *arguments, timeout=120):
   ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.data=2"],
    "data.batch_size / data.accumulation = 1: expected a multiple of data x fsdp x expert = 2"),
   ("debug", ["--topology", "v5p:2x2x1", "--json", "nowhere/x.json"], "--json = 'nowhere/x.json'"),
-], ids=["config", "topology", "too many devices", "batch", "json"])
+  ("v4_flash", ["--topology", "v5p:2x2x1", "--stage", "sparse"], "stage = 'sparse': expected one of dense_4k, dense_16k, "),
+], ids=["config", "topology", "too many devices", "batch", "json", "stage"])
 def test_mistakes_are_named_before_anything_is_compiled(config, arguments, message):
   result = plan(config, *arguments)
   assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr

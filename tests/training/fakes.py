@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from deepseek_v4.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from deepseek_v4.training import feed, loop, metrics
+from deepseek_v4.training import feed, loop, metrics, scoring, start
 
 RUN = RunConfig(
   model=ModelConfig(vocab_size=320, num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",)),
@@ -46,6 +46,9 @@ class FakeData:
 
   def __init__(self, length=None, world=None):
     self.length, self.world = length, world
+
+  def reshaped(self, config, rows):
+    return self
 
   def __iter__(self):
     return FakeIterator(self.length, self.world)
@@ -119,16 +122,17 @@ class World:
     self.spikes_on = {}  # batch -> what it adds to the loss, and to the weights
     self.reading = lambda place: None
     self.scoring = lambda: None
-    replace = lambda name, value: monkeypatch.setattr(loop, name, value)
+    replace = lambda name, value, module=loop: monkeypatch.setattr(module, name, value)
     lengths = {"train": None, "held_out": HELD_OUT_BATCHES}
     replace("dataset", lambda run_config, split, mesh: FakeData(
-      lengths[split], self if split == "train" else None))
+      lengths[split], self if split == "train" else None), start)
     replace("CheckpointStore", FakeStore)
     replace("baselines", SimpleNamespace(measure=lambda config: {"bigram": 3.5, "zlib": 1.5}))
     # test_metrics.py looks at the picture itself
-    replace("plots", SimpleNamespace(loss_curves=lambda lines, path, baselines: path.write_text(f"{len(lines)} lines")))
-    replace("abstract_state", lambda run_config, mesh: "abstract")
-    replace("init_state", lambda run_config, key, mesh: State(0, {"w": np.float64(1.0)}))
+    replace("plots", SimpleNamespace(loss_curves=lambda lines, path, baselines: path.write_text(f"{len(lines)} lines")),
+            scoring)
+    replace("abstract_state", lambda run_config, mesh: "abstract", start)
+    replace("init_state", lambda run_config, key, mesh: State(0, {"w": np.float64(1.0)}), start)
     replace("make_train_step", lambda run_config, mesh: self)
     replace("make_eval_step", lambda run_config, mesh: SimpleNamespace(
       lower=lambda state, batch: SimpleNamespace(compile=lambda: self.eval_step)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepseek_v4.config import AnomalyConfig
-from deepseek_v4.training import anomalies, loop
+from deepseek_v4.training import anomalies, loop, stages
 from deepseek_v4.training.anomalies import Anomaly, Record
 from deepseek_v4.training.stopping import Stopped, Stopping
 from tests.training.fakes import RUN, World, lines, saved, without_times
@@ -227,7 +227,8 @@ def test_a_run_that_is_stopped_while_it_recovers_leaves_out_the_same(world, tmp_
 def test_what_the_anomalous_step_left_is_freed_first(world, tmp_path, monkeypatch):
   x = jax.numpy.ones(3)
   tools = loop.Tools(with_policy("skip"), None, None, None, lambda: loop.Place(3, "older", {"row": 3}), None, None,
-                     *[type("Quiet", (), {"__getattr__": lambda self, name: lambda *a: None})()] * 2, Stopping(), None)
+                     *[type("Quiet", (), {"__getattr__": lambda self, name: lambda *a: None})()] * 2, None,
+                     stages.at(with_policy("skip"), 0), None, None, 0.0)
   taken = loop.Taken({}, (7, 8), {"row": 7}, {"row": 8})
   spike = Anomaly("spike", 8, (7, 8), 9.0, 1.0)
   place = loop.recover(tools, loop.Place(7, None, {"row": 7}), loop.Place(8, {"w": x}, {"row": 8}), taken, spike)

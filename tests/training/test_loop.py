@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from deepseek_v4.config import AnomalyConfig
-from deepseek_v4.training import loop, metrics
+from deepseek_v4.training import loop, metrics, start
+from deepseek_v4.training import workdir as workdir_lib
 from tests.training.fakes import HELD_OUT_BATCHES, RUN, State, World, lines, saved, without_times
 
 
@@ -25,7 +26,7 @@ def test_a_run_writes_its_files(world, tmp_path, capsys):
     ("train", 1), ("train", 2), ("train", 3), ("train", 4), ("held_out", 4), ("train", 5), ("train", 6), ("train", 7),
     ("train", 8), ("held_out", 8), ("train", 9), ("train", 10), ("held_out", 10)]
   assert saved(workdir) == [3, 6, 9, 10]
-  assert json.loads((workdir / loop.CONFIG).read_text())["training"]["steps"] == 10
+  assert json.loads((workdir / workdir_lib.CONFIG).read_text())["training"]["steps"] == 10
   assert json.loads((workdir / metrics.SUMMARY).read_text()) == summary
   # 8 bits for 4 tokens, 1.25 tokens per byte; the last evaluation takes all of the held-out batches
   assert summary["held_out"] == {"next_token": pytest.approx(2 * math.log(2)), "tokens": 4 * HELD_OUT_BATCHES,
@@ -103,7 +104,7 @@ def test_weights_of_another_run_are_where_a_new_run_starts(world, tmp_path, monk
     asked.append(run_config.training.init_from)
     return State(0, {"w": np.float64(64.0)})
 
-  monkeypatch.setattr(loop, "state_from", state_from)
+  monkeypatch.setattr(start, "state_from", state_from)
   monkeypatch.setattr(loop, "check_source", lambda run_config, mesh: asked.append("fits?"))
   (tmp_path / "other" / "release").mkdir(parents=True)
   (tmp_path / "other" / "release" / "tokenizer.json").write_text("{}")
@@ -180,4 +181,4 @@ def test_changed_settings_are_named(world, tmp_path, capsys):
 
 def test_changes_are_found_at_every_depth():
   old, new = {"a": 1, "b": {"c": [1, 2], "d": None}}, {"a": 1, "b": {"c": [1, 3], "d": {"e": 1}}, "f": 0}
-  assert loop.changes(old, new) == ["b.c: [1, 2] -> [1, 3]", "b.d: None -> {'e': 1}", "f: None -> 0"]
+  assert workdir_lib.changes(old, new) == ["b.c: [1, 2] -> [1, 3]", "b.d: None -> {'e': 1}", "f: None -> 0"]

@@ -24,7 +24,7 @@ from deepseek_v4 import sharding
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.checkpoint.trees import disk_parts, groups_of, named_leaves
 from deepseek_v4.optim import make_schedule
-from deepseek_v4.training import loop, metrics
+from deepseek_v4.training import feed, loop, metrics
 from deepseek_v4.training.state import abstract_state
 from tests.training.small import differing, fast_options, on_host
 
@@ -111,10 +111,10 @@ def lines(workdir, last):
 
 
 def test_the_run_uses_what_resuming_could_lose(runs):
-  batches = iter(loop.dataset(runs.run, "train"))
+  batches = iter(feed.dataset(runs.run, "train"))
   batch = [next(batches) for _ in range(7)]
   assert max(b["segment_ids"].max() for b in batch) > 1 and min(b["segment_ids"].min() for b in batch) == 0
-  assert any((b["tokens"] == sentinel).any() for b in batch for sentinel in loop.dataset(runs.run, "train").tokenizer.fim)
+  assert any((b["tokens"] == sentinel).any() for b in batch for sentinel in feed.dataset(runs.run, "train").tokenizer.fim)
   train = [line for line in lines(runs.first, 7) if line["split"] == "train"]
   assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6, 7]
   assert len({line["learning_rate"] for line in train}) > 3 and train[0]["mtp"] > 1

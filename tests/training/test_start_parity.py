@@ -13,7 +13,7 @@ import deepseek_v4 as dsv4
 from deepseek_v4.checkpoint.store import restore_variables
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig, load
 from deepseek_v4.model.losses import next_token_targets
-from deepseek_v4.training import loop, metrics
+from deepseek_v4.training import feed, loop, metrics
 from launch import convert, generate
 from tests.model.small import random_variables
 
@@ -70,7 +70,7 @@ def continued(tmp_path_factory):
 def test_the_first_loss_is_that_of_the_release(continued):
   """Step 1 reports the loss before its update: of the release's own values on the run's first batch."""
   folder, run = continued
-  batch = {name: x[0] for name, x in next(iter(loop.dataset(run, "train"))).items()}
+  batch = {name: x[0] for name, x in next(iter(feed.dataset(run, "train"))).items()}
   targets = next_token_targets(batch["tokens"], batch["segment_ids"], batch["loss_mask"])
   variables = dsv4.load_hf(folder / "release", ModelConfig.from_hf(folder / "release"))
   places = (batch["positions"], batch["segment_ids"])

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from deepseek_v4.training import loop, stopping
+from deepseek_v4.training import loop, stopping, workdir
 from deepseek_v4.training.ahead import Ahead
 from deepseek_v4.training.stopping import Stopped, Stopping
 from tests.training.fakes import RUN, World, lines, saved, without_times
@@ -213,6 +213,6 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(world, tmp_path):
 
 def test_settings_that_cannot_be_read_are_no_reason_to_stop(world, tmp_path):
   loop.train(RUN, tmp_path / "run")
-  (tmp_path / "run" / loop.CONFIG).write_text('{"training": {"ste')
+  (tmp_path / "run" / workdir.CONFIG).write_text('{"training": {"ste')
   with pytest.warns(UserWarning, match="config.json: unreadable, written anew .*every checkpoint has its own copy"):
     loop.train(RUN, tmp_path / "run")

@@ -1,0 +1,152 @@
+"""Which row of which packing is read when, also where rows become longer in the middle of an epoch.
+
+An epoch is a permutation of the rows of a packing of all documents. When rows of another length follow (`moved`), what lies
+in the rows of the epoch that were not read yet is packed anew, pieces of a document that follow each other as one, and that
+is read first: so every token is still read once in the epoch. The next epoch is packed from whole documents. All of it
+follows from how many rows of which lengths were read, in that order, and nothing else is remembered.
+
+The unread rows are listed in memory when a run starts or moves on: numbers of rows, as the packing itself has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any, Callable, Protocol, Sequence
+
+import grain
+import numpy as np
+
+from deepseek_v4.config import DataConfig
+from deepseek_v4.training import packing
+
+Batch = dict[str, np.ndarray]
+IDENTITY = ("split", "sequence_length", "seed", "fim_rate", "documents")  # of the data that a position is one in
+
+
+class Documents(Protocol):
+  """What rows are made of: lengths int64 [N], and the ids [length] of a part of a document."""
+
+  lengths: np.ndarray
+
+  def read(self, document: int, start: int, length: int) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+  """A place in the data.
+
+  Attributes:
+    row: how many rows were read in the whole run.
+    earlier: of those, (length, number) of the ones that had other lengths than now, one length after the other.
+  """
+
+  row: int = 0
+  earlier: tuple[tuple[int, int], ...] = ()
+
+  @property
+  def begin(self) -> int:
+    """How many rows were read before those of the present length."""
+    return sum(rows for _, rows in self.earlier)
+
+  @staticmethod
+  def of_state(state: Any) -> "Position":
+    """That of `BatchIterator.get_state`.
+
+    Raises:
+      ValueError: the state is none.
+    """
+    row, earlier = (state.get("row"), state.get("earlier", [])) if isinstance(state, dict) else (None, None)
+    whole = lambda x, least: type(x) is int and x >= least
+    if not whole(row, 0) or not isinstance(earlier, (list, tuple)) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and whole(pair[0], 2) and whole(pair[1], 1) for pair in earlier):
+      raise ValueError(f"data position = {state!r}: expected a dictionary with 'row' and {', '.join(IDENTITY)}")
+    position = Position(row, tuple(map(tuple, earlier)))
+    if position.begin > row:
+      raise ValueError(f"data position: row = {row}: expected at least {position.begin}, the rows of other lengths before")
+    return position
+
+
+def moved(state: dict[str, Any], sequence_length: int) -> dict[str, Any]:
+  """The same place in the documents, to go on from in rows of another length; the state itself where it is the same one.
+
+  Args:
+    state: of `BatchIterator.get_state`.
+    sequence_length: of the rows to come.
+  """
+  if state.get("sequence_length", sequence_length) == sequence_length:
+    return state
+  position = Position.of_state(state)
+  read = position.row - position.begin
+  earlier = [list(pair) for pair in position.earlier] + ([[state["sequence_length"], read]] if read else [])
+  return {**state, "sequence_length": sequence_length, "earlier": earlier}
+
+
+class _Rows:
+  """Rows of a packing as a Grain random-access source."""
+
+  def __init__(self, rows: packing.Packing, documents: Documents):
+    self._rows, self._documents = rows, documents
+
+  def __len__(self) -> int:
+    return self._rows.rows
+
+  def __getitem__(self, row: int) -> Batch:
+    return packing.build_row(self._rows, row, self._documents.read)
+
+
+class RowOrder:
+  """The rows of one split, in the order in which they are read.
+
+  Attributes:
+    packing: of all documents, in rows of `config.sequence_length`.
+  """
+
+  def __init__(self, documents: Documents, config: DataConfig, split: str):
+    self._documents, self._config, self._split = documents, config, split
+    self.packing = packing.pack(documents.lengths, config.sequence_length)
+
+  def rows_from(self, position: Position) -> Callable[[int], Batch]:
+    """Row number -> row, for numbers from `position.row` on; behind the one epoch of held-out text rows without tokens."""
+    begin, rest = position.begin, self._left(position.earlier)
+    count = rest.rows if rest else 0
+    first = self._shuffled(_Rows(rest, self._documents), begin) if rest else None
+    epochs = self._epochs(_Rows(self.packing, self._documents))
+
+    def row_at(row: int) -> Batch:
+      if self._split == "held_out" and row >= self.packing.rows:
+        return packing.build_row(self.packing, None, self._documents.read)
+      return first[row - begin] if row - begin < count else epochs[row - begin - count]
+    return row_at
+
+  def _epochs(self, rows: Any) -> grain.MapDataset:
+    """One epoch after another of some rows (or of their numbers); of held-out rows one, in an order of its own."""
+    if self._split == "train":
+      return grain.MapDataset.source(rows).shuffle(seed=_seed("rows", self._config.seed)).repeat()
+    # One fixed order for all runs; shuffled, because an evaluation may stop early and rows of a long file lie together.
+    return grain.MapDataset.source(rows).shuffle(seed=_seed("held_out", 0))
+
+  def _shuffled(self, rows: Any, begin: int) -> grain.MapDataset:
+    """The rest of an epoch, of which the reading begins after so many rows."""
+    return grain.MapDataset.source(rows).shuffle(seed=_seed(f"rest {begin}", self._config.seed))
+
+  def _left(self, earlier: Sequence[tuple[int, int]]) -> packing.Packing | None:
+    """What an epoch begun in rows of other lengths has left, in rows of this length; None = nothing."""
+    rest, begin = None, 0
+    following = [length for length, _ in earlier[1:]] + [self._config.sequence_length]
+    for (length, read), next_length in zip(earlier, following):
+      if rest is not None and read < rest.rows:
+        source, order, unread = rest, self._shuffled(range(rest.rows), begin), range(read, rest.rows)
+      else:
+        source = packing.pack(self._documents.lengths, length)
+        done = read - (rest.rows if rest else 0)
+        order, unread = self._epochs(range(source.rows)), range(done, -(-done // source.rows) * source.rows)
+      rows = np.array([order[i] for i in unread], np.int64)
+      rest = packing.repack(source, rows, next_length) if len(rows) else None
+      begin += read
+    return rest
+
+
+def _seed(purpose: str, seed: int) -> int:
+  """A 32-bit seed; neighbouring ones have nothing in common, as Grain takes seed + 1 for the next epoch."""
+  return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:4], "little")
