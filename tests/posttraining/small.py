@@ -26,7 +26,7 @@ TEACHER = dataclasses.replace(MODEL, hidden_size=24, num_hidden_layers=1, layer_
 def run_config(teachers, model=MODEL, **settings):
   """A run with teachers [(name, folder, folder of text)]; `settings` of its DistillationConfig, or of the run by section."""
   data = lambda path: c.DataConfig(source="text", path=str(path), held_out_percent=20)
-  sections = {name: settings.pop(name) for name in ("training", "mesh", "optimizer", "data") if name in settings}
+  sections = {name: settings.pop(name) for name in ("training", "mesh", "optimizer", "data", "stages") if name in settings}
   distillation = dict(prompt_length=8, shortest_prompt=4, reply_length=24, steps_per_round=2, decode_batch=8,
                       hidden_dtype="float32") | settings
   base = dict(

@@ -191,6 +191,8 @@ def test_what_cannot_be_distilled(root, changes, said):
   (dict(steps_per_round=0), "steps_per_round = 0: expected at least 1"),
   (dict(data=c.DataConfig(sequence_length=48, batch_size=3)), "data.batch_size = 3: expected a multiple of the number of"),
   (dict(data=c.DataConfig(sequence_length=48, batch_size=4, tokenizer="x")), "a: data.tokenizer = None: expected that of"),
+  (dict(stages=(c.StageConfig("long", steps=4),)), r"stages = \['long'\]: expected none in a distillation"),
+  (dict(training=c.TrainingConfig(steps=4, trainable="all_but_indexer")), "training.trainable = 'all_but_indexer': expected"),
 ])
 def test_settings_that_do_not_go_together(changes, said):
   with pytest.raises(ValueError, match=said):
