@@ -192,7 +192,6 @@ def test_what_cannot_be_distilled(root, changes, said):
   (dict(data=c.DataConfig(sequence_length=48, batch_size=3)), "data.batch_size = 3: expected a multiple of the number of"),
   (dict(data=c.DataConfig(sequence_length=48, batch_size=4, tokenizer="x")), "a: data.tokenizer = None: expected that of"),
   (dict(stages=(c.StageConfig("long", steps=4),)), r"stages = \['long'\]: expected none in a distillation"),
-  (dict(training=c.TrainingConfig(steps=4, trainable="all_but_indexer")), "training.trainable = 'all_but_indexer': expected"),
 ])
 def test_settings_that_do_not_go_together(changes, said):
   with pytest.raises(ValueError, match=said):
@@ -207,6 +206,12 @@ def test_settings_that_do_not_go_together(changes, said):
 def test_teachers_that_are_none(teacher, said):
   with pytest.raises(ValueError, match=said):
     c.TeacherConfig(**dict(name="a", checkpoint="b") | teacher)
+
+
+def test_a_distillation_trains_all(root):
+  run = settings(root)
+  with pytest.raises(ValueError, match="training.trainable = 'all_but_indexer': expected 'all' in a distillation"):
+    dataclasses.replace(run, training=dataclasses.replace(run.training, trainable="all_but_indexer"))
 
 
 def test_names_of_teachers():
