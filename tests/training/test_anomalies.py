@@ -227,7 +227,7 @@ def test_a_run_that_is_stopped_while_it_recovers_leaves_out_the_same(world, tmp_
 def test_what_the_anomalous_step_left_is_freed_first(world, tmp_path, monkeypatch):
   x = jax.numpy.ones(3)
   tools = loop.Tools(with_policy("skip"), None, None, None, lambda: loop.Place(3, "older", {"row": 3}), None, None,
-                     *[type("Quiet", (), {"__getattr__": lambda self, name: lambda *a: None})()] * 2, None,
+                     *[type("Quiet", (), {"__getattr__": lambda self, name: lambda *a: None})()] * 2, Stopping(),
                      stages.at(with_policy("skip"), 0), None, None, 0.0)
   taken = loop.Taken({}, (7, 8), {"row": 7}, {"row": 8})
   spike = Anomaly("spike", 8, (7, 8), 9.0, 1.0)
