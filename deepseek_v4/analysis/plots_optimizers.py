@@ -39,9 +39,12 @@ def race(curves: Mapping[str, Sequence[Any]], sweeps: Mapping[str, Mapping[float
     for rate in rates:
       right.plot([rate] * len(finite[rate]), finite[rate], color=colour, marker=marker, linestyle="none", markersize=4)
   left.axhline(loss, color="0.5", linewidth=0.8)
-  left.annotate(f"the same loss: {loss:.2f}", (0.02, loss), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+  left.annotate(f"the same loss: {loss:.2f}", (0.02, loss), xycoords=("axes fraction", "data"), va="top", fontsize=8)
   left.set(title="best learning rate of each", xlabel="step", ylabel="held-out loss, nats per token")
   right.set(title="learning rates tried", xlabel="learning rate", ylabel="loss at the end", xscale="log")
+  tried = sorted({rate for by_rate in sweeps.values() for rate in by_rate})
+  right.set_xticks(tried, [f"{rate:g}" for rate in tried])
+  right.minorticks_off()
   for axes in (left, right):
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)

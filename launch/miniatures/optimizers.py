@@ -8,15 +8,19 @@ the loss on held-out text that no run trains on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import statistics
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from deepseek_v4.analysis import plots_optimizers
@@ -26,7 +30,6 @@ from deepseek_v4.config import (
   HCA,
   LEARNED,
   SLIDING,
-  AnomalyConfig,
   DataConfig,
   ModelConfig,
   OptimizerConfig,
@@ -34,12 +37,14 @@ from deepseek_v4.config import (
   TrainingConfig,
   to_dict,
 )
-from deepseek_v4.training import loop, metrics
-from deepseek_v4.training.workdir import CONFIG
+from deepseek_v4.training import feed, metrics
+from deepseek_v4.training.state import init_state
+from deepseek_v4.training.step import compiler_options, make_eval_step, train_step
 from launch.miniatures import Result
 
 DESCRIPTION = "Muon against AdamW, each at its own best learning rate"
-STEPS = 200
+STEPS, EVERY = 200, 10  # of a training, and between scores
+SCORED = 16  # batches of held-out text
 FACTOR = 2.0  # between neighbouring learning rates
 SWEEPS = {"muon": (4e-3, 8e-3, 16e-3), "adamw": (2e-3, 4e-3, 8e-3)}
 LONGEST = 6  # learning rates of a sweep that goes on
@@ -53,14 +58,12 @@ class Curve:
   """What one training gave.
 
   Attributes:
-    steps: at which a part of the held-out text was scored.
-    losses: nats per token there.
-    bits_per_byte: of all held-out text after the last step.
+    steps: after which the held-out text was scored.
+    losses: nats per token there; infinite where it was no number any more.
   """
 
   steps: tuple[int, ...]
   losses: tuple[float, ...]
-  bits_per_byte: float
 
 
 def run_config(optimizer: str, rate: float, seed: int) -> RunConfig:
@@ -75,29 +78,65 @@ def run_config(optimizer: str, rate: float, seed: int) -> RunConfig:
     model=model,
     optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=20, matrix_owner=optimizer),
     data=DataConfig(source="text", path=str(Path(sysconfig.get_paths()["stdlib"]) / "*.py"), sequence_length=256,
-                    batch_size=8, held_out_percent=1),
-    training=TrainingConfig(steps=STEPS, seed=seed, log_every=10, eval_every=10, eval_batches=4, checkpoint_every=50),
-    anomalies=AnomalyConfig(policy="log", limit=STEPS))  # a rate that is too high is a result too
+                    batch_size=4, held_out_percent=1),
+    training=TrainingConfig(steps=STEPS, seed=seed))
 
 
 # ---- trainings ---------------------------------------------------------------------------------------------------------
-def trained(workdir: Path, say: Say, optimizer: str, rate: float, seed: int) -> Curve:
-  """The curve of one training: read where it is finished, else begun or gone on with."""
-  run, folder = run_config(optimizer, rate, seed), workdir / f"{optimizer}_{rate:g}_{seed}"
-  summary, stored = folder / metrics.SUMMARY, folder / CONFIG
-  if not (summary.is_file() and json.loads(stored.read_text(encoding="utf-8")) == json.loads(json.dumps(to_dict(run)))):
-    say(f"{optimizer}, learning rate {rate:g}, seed {seed}")
-    loop.train(run, folder)
-  points = [(line["step"], line["next_token"]) for line in metrics.read_lines(folder / metrics.LINES)
-            if line["split"] == "held_out" and line["step"] < STEPS]  # the last step scores all text, not this part
-  losses = tuple(math.inf if loss is None else loss for _, loss in points)
-  found = json.loads(summary.read_text(encoding="utf-8"))["held_out"]["bits_per_byte"]
-  return Curve(tuple(step for step, _ in points), losses, math.inf if found is None else found)
+class Bench:
+  """What all trainings with one optimizer share: text, and programs that have the learning rate as an argument.
+
+  An update is proportional to the learning rate, W <- W - rate (O + decay W), so the step is compiled once, for the rate 1,
+  and goes a part of the way.
+  """
+
+  def __init__(self, optimizer: str):
+    self.run = run_config(optimizer, 1.0, 0)
+    self.texts = {split: feed.dataset(self.run, split) for split in ("train", "held_out")}
+    with contextlib.closing(iter(self.texts["held_out"])) as batches:
+      self.held_out = [feed.to_device(self.run, None, batch) for batch in itertools.islice(batches, SCORED)]
+    self._score = make_eval_step(self.run)
+
+    def step(state, batch, rate):
+      new, found = train_step(self.run, None, None, state, batch)
+      part = lambda old, far: old + rate * (far - old)
+      return new.replace(params=jax.tree.map(part, state.params, new.params)), found["loss"]
+
+    self._step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(None))
+
+  def score(self, state: Any) -> float:
+    """Loss on the held-out batches, nats per token; infinite if it is no number."""
+    found = [self._score(state, batch) for batch in self.held_out]
+    total, count = (sum(float(x[name]) for x in found) for name in ("next_token_sum", "next_token_count"))
+    return total / count if math.isfinite(total) else math.inf
+
+  def train(self, rate: float, seed: int) -> Curve:
+    """A whole training from scratch."""
+    state, points = init_state(self.run, jax.random.key(seed)), []
+    with contextlib.closing(iter(self.texts["train"])) as batches:
+      for n, batch in enumerate(itertools.islice(batches, STEPS), start=1):
+        state, _ = self._step(state, feed.to_device(self.run, None, batch), rate)
+        if n % EVERY == 0:
+          points.append((n, self.score(state)))
+    return Curve(*zip(*points))
+
+
+def trained(workdir: Path, say: Say, bench: Callable[[str], Bench], optimizer: str, rate: float, seed: int) -> Curve:
+  """The curve of one training: read from its file if it was finished with these settings, else trained and written."""
+  file = workdir / f"{optimizer}_{rate:g}_{seed}.json"
+  settings = json.loads(json.dumps(to_dict(run_config(optimizer, rate, seed))))  # lists for tuples, as in the file
+  if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["settings"] == settings:
+    return Curve(tuple(found["steps"]), tuple(math.inf if loss is None else loss for loss in found["losses"]))
+  started = time.perf_counter()
+  curve = bench(optimizer).train(rate, seed)
+  say(f"{optimizer}, learning rate {rate:g}, seed {seed}: loss {final(curve):.3f} in {time.perf_counter() - started:.0f} s")
+  metrics.write_json(file, {"settings": settings, **dataclasses.asdict(curve)})
+  return curve
 
 
 def final(curve: Curve) -> float:
-  """The loss at the end: mean of the last two scores."""
-  return statistics.fmean(curve.losses[-2:])
+  """The loss after the last step."""
+  return curve.losses[-1]
 
 
 def best(sweep: Mapping[float, Curve]) -> float:
@@ -132,7 +171,6 @@ def row(optimizer: str, rate: float, curves: Sequence[Curve], loss: float) -> di
   steps = [steps_to(curve, loss) for curve in curves]
   return {"optimizer": optimizer, "learning rate": f"{rate:g}", "seeds": len(curves),
           "loss at the end": statistics.fmean(ends), "range": max(ends) - min(ends) if len(ends) > 1 else None,
-          "bits per byte": statistics.fmean(curve.bits_per_byte for curve in curves),
           "steps to the same loss": None if None in steps else statistics.fmean(steps)}
 
 
@@ -141,9 +179,11 @@ def run(workdir: Path, seeds: int, say: Say) -> Result:
 
   The same loss is the highest that any of the best rate's runs of either optimizer ends with, so that all of them reach it.
   """
+  workdir.mkdir(parents=True, exist_ok=True)
+  bench = functools.cache(Bench)  # if all is trained, nothing is compiled
   runs: dict[str, dict[float, list[Curve]]] = {}
   for optimizer, rates in SWEEPS.items():
-    train = functools.partial(trained, workdir, say, optimizer)
+    train = functools.partial(trained, workdir, say, bench, optimizer)
     sweep = swept(functools.partial(train, seed=0), rates)
     runs[optimizer] = {rate: [curve] for rate, curve in sweep.items()}
     runs[optimizer][best(sweep)] += [train(best(sweep), seed) for seed in range(1, seeds)]

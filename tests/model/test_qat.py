@@ -167,6 +167,7 @@ def test_meshes_that_cut_tiles(sizes):
 
 
 # ---- the whole model --------------------------------------------------------------------------------------------------
+@pytest.mark.long
 def test_the_model_rounds_experts_and_the_indexer_and_nothing_else():
   """Equal to NumPy's network with rounded experts, index queries and keys; in float64, where no last bit decides."""
   config = dataclasses.replace(WIDE, num_nextn_predict_layers=1)
@@ -191,49 +192,83 @@ def with_losses(config, **options):
   return jax.jit(run)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_exported_weights_give_the_bits_of_the_training_forward(dtype, tmp_path):
-  """Float masters of the experts against the release's FP4 in their place; what else the release holds in FP8 both have.
+def exported(config, folder):
+  """(masters, what is read of their export): alike but for the experts, which the first has as float numbers.
 
-  Read back, the experts need no rounding: with every entry attended to, where no indexer has a say, a model without the
-  setting computes the same bits too.
+  What else a release holds in FP8 is rounded by the export, in training not; here both have it as it is read.
   """
-  config = dataclasses.replace(WIDE, compute_dtype=dtype)
-  masters = random_variables(config)
-  dsv4.save_hf(masters, config, tmp_path / "release", "fp8+fp4", dtype="float32")
-  read = jax.tree.map(np.asarray, dsv4.load_hf(tmp_path / "release", config))
+  masters = random_variables(dataclasses.replace(config, compute_dtype="float32"))
+  dsv4.save_hf(masters, config, folder, "fp8+fp4", dtype="float32")
+  read = jax.tree.map(np.asarray, dsv4.load_hf(folder, config))
   trained = jax.tree_util.tree_map_with_path(
     lambda path, old, new: old if any(getattr(p, "key", "") == "experts" for p in path) else new, masters, read)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), trained["params"], read["params"])
   assert max(jax.tree.leaves(moved)) > 0.01
+  return trained, read
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
+def test_exported_weights_give_the_bits_of_the_training_forward(dtype, tmp_path):
+  """Hidden states and all losses."""
+  config = dataclasses.replace(WIDE, compute_dtype=dtype)
+  trained, read = exported(config, tmp_path / "release")
   run = with_losses(config)
   for found, want in zip(jax.tree.leaves(run(read, IDS)), jax.tree.leaves(run(trained, IDS)), strict=True):
     np.testing.assert_array_equal(found, want)
-  plain = with_losses(dataclasses.replace(config, qat=None), attention_mode="dense")(read, IDS)[0]
-  np.testing.assert_array_equal(plain, with_losses(config, attention_mode="dense")(trained, IDS)[0])
 
 
-@pytest.mark.parametrize("storage", ["compute", "mixed"])
-def test_prefill_and_decoding_are_the_training_forward(storage):
-  """Eleven tokens at once and the rest one by one: the logits of the pass over all. A mixed cache rounds keys too."""
-  config = dataclasses.replace(WIDE, n_routed_experts=8)  # two rows' picks are fewer than experts
-  variables = random_variables(config)
-  config = dataclasses.replace(config, compute_dtype="float64")
-  with jax.enable_x64(True):
-    step = jax.jit(lambda v, cache, ids: (lambda out: (out.logits, out.cache))(
-      dsv4.DeepseekV4(config, "blockwise").apply(v, ids, cache=cache)))
-    cache = dsv4.init_cache(config, 2, 20, storage=storage)
-    found = []
-    for ids in np.split(IDS, [11, *range(12, IDS.shape[1])], 1):
-      logits, cache = step(variables, cache, ids)
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_exported_experts_need_no_rounding(dtype, tmp_path):
+  """With every entry attended to, so that no indexer has a say, a model without the setting computes the same bits."""
+  config = dataclasses.replace(WIDE, compute_dtype=dtype)
+  trained, read = exported(config, tmp_path / "release")
+  plain, qat = (with_losses(c, attention_mode="dense") for c in (dataclasses.replace(config, qat=None), config))
+  np.testing.assert_array_equal(plain(read, IDS)[0], qat(trained, IDS)[0])
+
+
+# Float64 leaves sums in another order no say; two rows' picks are fewer than eight experts.
+DECODED = dataclasses.replace(WIDE, n_routed_experts=8, compute_dtype="float64")
+
+
+@functools.cache
+def decoder():
+  """(storage, pieces of `IDS` along the sequence) -> logits of the pieces, one after another through a cache."""
+  step = jax.jit(lambda v, cache, ids: (lambda out: (out.logits, out.cache))(
+    dsv4.DeepseekV4(DECODED, "blockwise").apply(v, ids, cache=cache)))
+
+  def run(storage, pieces):
+    found, cache = [], dsv4.init_cache(DECODED, 2, 20, storage=storage)
+    for ids in pieces:
+      logits, cache = step(decoded_variables(), cache, ids)
       found.append(logits)
-    whole, _ = step(variables, dsv4.init_cache(config, 2, 20, storage=storage), IDS)
-    full = jax.jit(lambda v: dsv4.DeepseekV4(config, "blockwise").apply(v, IDS).logits)(variables)
-  np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=1e-9)
-  if storage == "compute":
-    np.testing.assert_allclose(whole, full, atol=1e-9)
+    return np.concatenate(found, 1)
+
+  return run
 
 
+@functools.cache
+def decoded_variables():
+  return random_variables(dataclasses.replace(DECODED, compute_dtype="float32"))
+
+
+def test_decoding_is_the_training_forward():
+  with jax.enable_x64(True):
+    full = jax.jit(lambda v: dsv4.DeepseekV4(DECODED, "blockwise").apply(v, IDS).logits)(decoded_variables())
+    np.testing.assert_allclose(decoder()("compute", np.split(IDS, IDS.shape[1], 1)), full, atol=1e-9)
+
+
+@pytest.mark.long
+def test_prefill_and_the_packed_cache():
+  """Eleven tokens at once and the rest one by one; a mixed cache rounds keys too, and holds the same index keys."""
+  pieces = np.split(IDS, [11, *range(12, IDS.shape[1])], 1)
+  with jax.enable_x64(True):
+    full = jax.jit(lambda v: dsv4.DeepseekV4(DECODED, "blockwise").apply(v, IDS).logits)(decoded_variables())
+    np.testing.assert_allclose(decoder()("compute", pieces), full, atol=1e-9)
+    np.testing.assert_allclose(decoder()("mixed", pieces), decoder()("mixed", [IDS]), atol=1e-9)
+
+
+@pytest.mark.long
 def test_layers_are_rounded_one_at_a_time():
   """With remat, scanned layers: nothing of the size of all layers' experts exists that is not there without rounding."""
   config = dataclasses.replace(

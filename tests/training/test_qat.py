@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from deepseek_v4.config import CSA, LEARNED
 from tests.model import numpy_model
@@ -13,6 +14,7 @@ SHALLOW = dataclasses.replace(MODEL, num_hidden_layers=1, layer_types=(CSA,), ml
                               num_nextn_predict_layers=0)
 
 
+@pytest.mark.long
 def test_steps_descend_on_float32_masters():
   found = {}
   for qat in (None, "fp4"):
