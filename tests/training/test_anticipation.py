@@ -215,7 +215,9 @@ def test_on_a_mesh_with_accumulation(sizes):
   mesh = sharding.make_mesh(MeshConfig(**{"data": 1} | sizes), jax.devices()[:8])
   run = dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, accumulation=2))
   choose, step = with_choices(run, mesh)
-  state = jax.device_put(random_state(), jax.tree.map(lambda x: x.sharding, abstract_state(run, mesh)))
+  state = random_state()
+  state = state.replace(key=jax.random.wrap_key_data(np.array(jax.random.key_data(state.key))))  # the step consumes it
+  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract_state(run, mesh)))
   batch = jax.device_put(random_batch(2), sharding.batch_sharding(mesh))
   experts = choose(state, batch)
   _, metrics = step(state, {**batch, **experts})
