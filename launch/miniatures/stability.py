@@ -156,7 +156,8 @@ def mixed(kind: str, seed: int, folder: Path, say: Say) -> tuple[Lines, list[gai
   with mixing_of(kind):
     lines = trained(run_config, folder, say)
     variables = restore_variables(folder / loop.CHECKPOINTS)[0]
-    batch = next(iter(feed.dataset(run_config, "held_out")))
+    with contextlib.closing(iter(feed.dataset(run_config, "held_out"))) as batches:
+      batch = next(batches)
     rows = {name: jnp.asarray(x[0]) for name, x in batch.items()}
     model = DeepseekV4(run_config.model, run_config.training.kernels)
     combs = gains.model_maps(model, variables, rows["tokens"], rows["positions"], rows["segment_ids"])
