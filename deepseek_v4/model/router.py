@@ -148,8 +148,8 @@ class Router(nn.Module):
     experts_BSk = remat.keep(experts_BSk)
     self.sow("intermediates", "scores", scores_BSE)
     self.sow("intermediates", "experts", experts_BSk)
-    weights_BSk = combine_weights(scores_BSE, experts_BSk, config.routed_scaling_factor)
+    weighed_BSk = experts_BSk
     if given is not None and self.kind != HASH:
-      unknown_BS = ((given != experts_BSk).any(-1)) & (context.segment_ids > 0)
-      weights_BSk = jnp.where(unknown_BS[..., None], jnp.nan, weights_BSk)
-    return experts_BSk, weights_BSk, scores_BSE
+      # What is beyond the scores has the score NaN; a change of the weights themselves would round gradients otherwise.
+      weighed_BSk = jnp.where((given != experts_BSk) & (context.segment_ids > 0)[..., None], num_experts, experts_BSk)
+    return experts_BSk, combine_weights(scores_BSE, weighed_BSk, config.routed_scaling_factor), scores_BSE

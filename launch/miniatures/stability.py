@@ -92,10 +92,10 @@ def trained(run_config: RunConfig, folder: Path, say: Say) -> Lines:
 def spiking_run(policy: str, seed: int) -> RunConfig:
   """Up to a learning rate that is far too high, and down again."""
   return RunConfig(
-    model=SMALL, optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=150, decay_steps=150),
+    model=SMALL, optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=150, decay_steps=60),
     data=TEXT,
-    training=TrainingConfig(steps=300, seed=seed, log_every=1, eval_every=50, eval_batches=4, checkpoint_every=25),
-    anomalies=AnomalyConfig(policy=policy, window=32, limit=300, anticipation_delay=4, anticipation_steps=50))
+    training=TrainingConfig(steps=240, seed=seed, log_every=1, eval_every=60, eval_batches=4, checkpoint_every=25),
+    anomalies=AnomalyConfig(policy=policy, window=32, limit=240, anticipation_delay=4, anticipation_steps=50))
 
 
 def of_split(lines: Lines, split: str) -> Lines:
@@ -156,7 +156,8 @@ def mixed(kind: str, seed: int, folder: Path, say: Say) -> tuple[Lines, list[gai
   with mixing_of(kind):
     lines = trained(run_config, folder, say)
     variables = restore_variables(folder / loop.CHECKPOINTS)[0]
-    batch = next(iter(feed.dataset(run_config, "held_out")))
+    with contextlib.closing(iter(feed.dataset(run_config, "held_out"))) as batches:
+      batch = next(batches)
     rows = {name: jnp.asarray(x[0]) for name, x in batch.items()}
     model = DeepseekV4(run_config.model, run_config.training.kernels)
     combs = gains.model_maps(model, variables, rows["tokens"], rows["positions"], rows["segment_ids"])

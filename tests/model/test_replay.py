@@ -219,7 +219,7 @@ def test_chunks_with_a_cache_take_their_part_of_a_replay():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sizes", [dict(data=2), dict(expert=2), dict(context=2), dict(tensor=2)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(data=2), dict(expert=2), dict(context=2)], ids=str)
 def test_a_replay_on_a_mesh_gives_the_numbers_of_one_device(sizes):
   """float32 sums in another order."""
   mesh = sharding.make_mesh(MeshConfig(**({"data": 1} | sizes)), jax.devices()[:2])

@@ -5,6 +5,7 @@ pass returns the weight that it sees, and the fake step moves its weight by a th
 """
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from deepseek_v4 import sharding
+from deepseek_v4.checkpoint.store import restore_variables
 from deepseek_v4.config import AnomalyConfig, MeshConfig
 from deepseek_v4.training import anomalies, anticipation, loop
 from deepseek_v4.training.anomalies import Anomaly, Record
@@ -19,6 +21,7 @@ from deepseek_v4.training.feed import abstract_batch
 from deepseek_v4.training.state import abstract_state
 from deepseek_v4.training.step import make_train_step
 from deepseek_v4.training.stopping import Stopped, Stopping
+from tests.launch.small_run import get_config
 from tests.training.fakes import RUN, World, lines, without_times
 from tests.training.small import RUN as SMALL
 from tests.training.small import differing, fast_options, random_batch, random_state, single_step
@@ -175,6 +178,32 @@ def test_one_that_was_told_to_stop_between_checkpoints_is_determined_too(world, 
   assert not differing_lines(tmp_path / "once", tmp_path / "twice")
 
 
+@pytest.mark.long
+def test_a_real_run_goes_on_in_a_period_bit_for_bit(tmp_path):
+  """The loop with a model of one layer, and a limit so low that the first loss that rises is a spike. What a finished run
+  left behind its checkpoint of step 6, in the middle of a period, is taken away; the same command computes it again."""
+  (tmp_path / "texts").mkdir()
+  for n in range(40):
+    (tmp_path / "texts" / f"{n}.txt").write_text(f"document {n}: " + "some words " * (n % 7 + 3))
+  run = get_config()
+  run = dataclasses.replace(
+    run, data=dataclasses.replace(run.data, path=str(tmp_path / "texts"), fim_rate=0.0),
+    training=dataclasses.replace(run.training, steps=10, keep_checkpoints=10),
+    optimizer=dataclasses.replace(run.optimizer, learning_rate=0.3),
+    anomalies=AnomalyConfig("anticipate", window=2, deviations=1e-3, limit=10, anticipation_delay=2, anticipation_steps=20))
+  loop.train(run, tmp_path / "run")
+  found, whole = lines(tmp_path / "run"), dict(ages(tmp_path / "run"))
+  assert set(whole.values()) == {0, 1, 2} and any(x["action"] == "anticipate" for x in found if x["split"] == "anomaly")
+  last = restore_variables(tmp_path / "run" / loop.CHECKPOINTS)
+  shutil.copytree(tmp_path / "run", tmp_path / "again")
+  for step in (9, 10):
+    shutil.rmtree(tmp_path / "again" / loop.CHECKPOINTS / str(step))
+  loop.train(run, tmp_path / "again")
+  again = restore_variables(tmp_path / "again" / loop.CHECKPOINTS)
+  assert (last[2], again[2]) == (10, 10) and not differing(last[0], again[0])
+  assert ages(tmp_path / "again") == whole and not differing_lines(tmp_path / "run", tmp_path / "again")
+
+
 # ---- a real step -------------------------------------------------------------------------------------------------------
 def with_choices(run, mesh=None):
   """(chooser, step of a batch with experts), compiled for the small run's shapes."""
@@ -215,7 +244,9 @@ def test_on_a_mesh_with_accumulation(sizes):
   mesh = sharding.make_mesh(MeshConfig(**{"data": 1} | sizes), jax.devices()[:8])
   run = dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, accumulation=2))
   choose, step = with_choices(run, mesh)
-  state = jax.device_put(random_state(), jax.tree.map(lambda x: x.sharding, abstract_state(run, mesh)))
+  state = random_state()
+  state = state.replace(key=jax.random.wrap_key_data(np.array(jax.random.key_data(state.key))))  # the step consumes it
+  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract_state(run, mesh)))
   batch = jax.device_put(random_batch(2), sharding.batch_sharding(mesh))
   experts = choose(state, batch)
   _, metrics = step(state, {**batch, **experts})
