@@ -71,7 +71,7 @@ class RunConfig:
     typed(self)
     if self.model.inference_rounding:
       refuse("model.inference_rounding", True, "False in a run: rounding has no gradient to train with")
-    if self.data.sequence_length > self.model.max_position_embeddings:
+    if not self.stages and self.data.sequence_length > self.model.max_position_embeddings:
       refuse("data.sequence_length", self.data.sequence_length,
               f"at most model.max_position_embeddings = {self.model.max_position_embeddings}")
     config_stages.refuse_without_indexer(self.model, "training.trainable", self.training.trainable)

@@ -11,6 +11,7 @@ Axis letters: B batch   S queries   H heads   T entries
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -73,11 +74,15 @@ def model_mass(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: 
     model, variables, tokens, positions, segment_ids: as in `dsv4.trace`, which keeps [S, S] weights: short texts only.
     top_k: picks of a query; default the model's `index_topk`.
   """
+  found = jax.device_get(_dense_weights(model, variables, tokens, positions, segment_ids))
+  return {layer: selection_mass(weight, scores, top_k or model.config.index_topk)
+          for layer, (weight, scores) in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dense_weights(model: DeepseekV4, *arguments: Any) -> dict[int, tuple[jax.Array, jax.Array]]:
+  """Of every CSA layer the entries' weights and the indexer's scores; what else a trace holds is not computed."""
   layers = [layer for layer, kind in enumerate(model.config.layer_types) if kind == CSA]
-  run = jax.jit(lambda variables, *places: {
-      name: x for name, x in trace(model, variables, *places, layers=layers, attention_mode="dense", logits="none").items()
-      if name.endswith(("entry_weight", "indexer/scores"))})
-  found = jax.device_get(run(variables, tokens, positions, segment_ids))
-  return {layer: selection_mass(found[f"layers/{layer:02d}/attention/entry_weight"],
-                                found[f"layers/{layer:02d}/indexer/scores"], top_k or model.config.index_topk)
+  found = trace(model, *arguments, layers=layers, attention_mode="dense", logits="none")
+  return {layer: (found[f"layers/{layer:02d}/attention/entry_weight"], found[f"layers/{layer:02d}/indexer/scores"])
           for layer in layers}

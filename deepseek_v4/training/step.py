@@ -151,8 +151,8 @@ def _updated(run_config: RunConfig, mesh: Mesh | None, state: TrainState, grads:
     opt_state = trainable.whole_state(opt_state, state.opt_state)
   if what != "indexer":
     router = update_router(run_config.model, router, load, run_config.loss.bias_update_speed)
-  params = trainable.with_frozen(optax.apply_updates(trained, updates), state.params)
-  return TrainState(state.step + 1, params, router, opt_state, state.key)
+  return TrainState(state.step + 1, trainable.with_frozen(optax.apply_updates(trained, updates), state.params), router,
+                    opt_state, state.key)
 
 
 def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: TrainState,
