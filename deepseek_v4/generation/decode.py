@@ -5,7 +5,7 @@ beside it. Programs are compiled for a few widths of chunks and a few reaches (h
 length: the cache has static shapes and is donated. Layers that are scanned copy their cache at every step;
 `dsv4.restack(variables, config, scan_layers=False)` with a model of `scan_layers=False` updates it in place.
 
-Axis letters: B requests   S tokens of a chunk   V vocabulary
+Axis letters: B requests   S tokens of a chunk   V vocabulary   L layers   k experts per token
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from deepseek_v4.model.transformer import DeepseekV4
 
 _SMALLEST_REACH = 1024
 _TOGETHER, _PATIENCE = 16, 0.1  # tokens that come from one call at most, and the seconds that it should not exceed
+RECORDS = ("experts", "kept")  # what `generate` can record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Generation:
     acceptance: drafts that became tokens of the replies, as a share of those that were verified; None if none were.
     cache_bytes: of all rows together.
     prefill_seconds, decode_seconds: with compilation, where something was compiled.
+    experts: if recorded: of each request uint16 [L, n, k], the experts of the n tokens that were fed: the prompt and the
+      reply but its last token.
+    kept: if recorded: of each request uint8 [m, ceil(V / 8)], for each token of the reply the set that it was drawn from, as
+      bits in the order of `numpy.packbits`.
   """
 
   tokens: list[list[int]]
@@ -71,30 +76,34 @@ class Generation:
   cache_bytes: int
   prefill_seconds: float
   decode_seconds: float
+  experts: list[np.ndarray] | None = None
+  kept: list[np.ndarray] | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "reach"), donate_argnames=("cache", "logits"))
+@functools.partial(jax.jit, static_argnames=("model", "reach", "with_experts"), donate_argnames=("cache", "logits"))
 def advance(model: DeepseekV4, variables: Any, cache: Cache, tokens: jax.Array, segment_ids: jax.Array, logits: jax.Array,
-            *, reach: int) -> tuple[Cache, jax.Array]:
+            *, reach: int, with_experts: bool = False) -> tuple[Any, ...]:
   """Feeds a chunk; the cache and the logits that came in are given up.
 
   Args:
     tokens, segment_ids: int32 [B, S]; segment 0 = not a token.
     logits: [B, V] after each row's last token so far.
     reach: see `cache_reach` of `DeepseekV4.__call__`.
+    with_experts: also return who worked on each token.
 
   Returns:
-    The cache and logits [B, V] after these tokens; rows without a token keep theirs.
+    The cache and logits [B, V] after these tokens; rows without a token keep theirs. And int32 [L, B, S, k], if wanted.
   """
   out = model.apply(variables, tokens, None, segment_ids, cache, logits="last", cache_reach=reach)
   moved_B1 = (segment_ids > 0).any(1, keepdims=True)
-  return out.cache, jnp.where(moved_B1, out.logits[:, 0], logits)
+  moved = out.cache, jnp.where(moved_B1, out.logits[:, 0], logits)
+  return (*moved, out.routing["experts"]) if with_experts else moved
 
 
-@functools.partial(jax.jit, static_argnames=("model", "reach"), donate_argnames=("cache", "logits"))
+@functools.partial(jax.jit, static_argnames=("model", "reach", "record"), donate_argnames=("cache", "logits"))
 def _go_on(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, last: jax.Array, stopped: jax.Array,
            stop: jax.Array, keys: jax.Array, number: jax.Array, count: jax.Array, settings: Rows, forced: jax.Array,
-           *, reach: int):
+           *, reach: int, record: tuple[str, ...] = ()):
   """Up to `count` tokens of each reply, one after another; the cache and the logits that came in are given up.
 
   Args:
@@ -102,31 +111,43 @@ def _go_on(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, l
     last: int32 [B], the token before, not fed yet.
     stopped: bool [B], replies that take no more; stop: int32 [s], tokens that end one.
     number: of the first token; count: at most `_TOGETHER`, fewer tokens come if all replies stop.
-    keys, settings, forced: see `_draw`.
+    keys, settings, forced: see `_draw`; record: of `generate`.
 
   Returns:
-    (cache, logits, tokens int32 [_TOGETHER, B], their log-probabilities).
+    (cache, logits, what `_draw` returns for each token, [_TOGETHER, B, ...]; with recorded "experts", int32
+    [_TOGETHER, L, B, 1, k], of the token before).
   """
+  experts = "experts" in record
+
   def one(state):
-    i, cache, logits, last, stopped, tokens, logprobs = state
+    i, cache, logits, last, stopped, found = state
     goes_on = (~stopped[:, None]).astype(jnp.int32)
-    cache, logits = advance(model, variables, cache, last[:, None], goes_on, logits, reach=reach)
-    drawn, logprob = _draw(logits, keys, number + i, settings, forced)
-    stopped |= (drawn[:, None] == stop).any(1)
-    return i + 1, cache, logits, drawn, stopped, tokens.at[i].set(drawn), logprobs.at[i].set(logprob)
+    cache, logits, *used = advance(model, variables, cache, last[:, None], goes_on, logits, reach=reach,
+                                   with_experts=experts)
+    new = _draw(logits, keys, number + i, settings, forced, record=record) | ({"experts": used[0]} if experts else {})
+    stopped |= (new["tokens"][:, None] == stop).any(1)
+    return i + 1, cache, logits, new["tokens"], stopped, jax.tree.map(lambda so_far, x: so_far.at[i].set(x), found, new)
 
-  found = (jnp.zeros((_TOGETHER, *last.shape), dtype) for dtype in (last.dtype, logits.dtype))
-  state = jnp.int32(0), cache, logits, last, stopped, *found
-  _, cache, logits, _, _, *found = jax.lax.while_loop(lambda state: (state[0] < count) & ~state[4].all(), one, state)
-  return cache, logits, *found
+  config, rows = model.config, last.shape[0]
+  shapes = jax.eval_shape(lambda *x: _draw(*x, record=record), logits, keys, number, settings, forced)
+  if experts:
+    shapes["experts"] = jax.ShapeDtypeStruct((config.num_hidden_layers, rows, 1, config.num_experts_per_tok), jnp.int32)
+  found = {name: jnp.zeros((_TOGETHER, *x.shape), x.dtype) for name, x in shapes.items()}
+  state = jnp.int32(0), cache, logits, last, stopped, found
+  _, cache, logits, _, _, found = jax.lax.while_loop(lambda state: (state[0] < count) & ~state[4].all(), one, state)
+  return cache, logits, found
 
 
-@jax.jit
-def _draw(logits: jax.Array, keys: jax.Array, number: jax.Array, settings: Rows, forced: jax.Array):
-  """Token number `number` of each request and its log-probability; a forced token (>= 0) comes instead, with 0."""
+@functools.partial(jax.jit, static_argnames="record")
+def _draw(logits: jax.Array, keys: jax.Array, number: jax.Array, settings: Rows, forced: jax.Array,
+          *, record: tuple[str, ...] = ()) -> dict[str, jax.Array]:
+  """"tokens": number `number` of each request, "logprobs" of them; a forced token (>= 0) comes instead, with 0. Recorded:
+  "kept", see `Generation`."""
   drawn = sample.sample(sample.token_keys(keys, jnp.full(keys.shape, number)), logits, settings)
-  logprob = jnp.take_along_axis(sample.log_probabilities(logits, settings), drawn[:, None], 1)[:, 0]
-  return jnp.where(forced >= 0, forced, drawn), jnp.where(forced >= 0, 0, logprob)
+  logprobs_BV = sample.log_probabilities(logits, settings)
+  logprob = jnp.take_along_axis(logprobs_BV, drawn[:, None], 1)[:, 0]
+  found = {"tokens": jnp.where(forced >= 0, forced, drawn), "logprobs": jnp.where(forced >= 0, 0, logprob)}
+  return found | ({"kept": jnp.packbits(logprobs_BV > -jnp.inf, axis=1)} if "kept" in record else {})
 
 
 def reach_of(length: int, max_length: int) -> int:
@@ -157,20 +178,25 @@ def chunks(prompts: Sequence[Sequence[int]], chunk_size: int) -> Iterator[tuple[
 
 
 def prefill(model: DeepseekV4, variables: Any, cache: Cache, prompts: Sequence[Sequence[int]], *, chunk_size: int = 512,
-            on_chunk: Callable[[int], None] | None = None) -> tuple[Cache, jax.Array]:
+            on_chunk: Callable[[int], None] | None = None,
+            on_experts: Callable[[jax.Array], None] | None = None) -> tuple[Cache, jax.Array]:
   """Feeds prompts into an empty cache, which is given up.
 
   Args:
     prompts: ids of each row, at least one.
     chunk_size: tokens of a row that are fed at a time.
     on_chunk: called after each chunk with the number of tokens fed so far, once they are computed.
+    on_experts: called with the experts int32 [L, B, S, k] of each chunk.
 
   Returns:
     The cache and the logits [B, V] after each prompt.
   """
   logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.promote_types(model.config.compute_dtype, jnp.float32))
   for tokens, segment_ids, fed in chunks(prompts, chunk_size):
-    cache, logits = advance(model, variables, cache, tokens, segment_ids, logits, reach=reach_of(fed, cache.max_length))
+    cache, logits, *experts = advance(model, variables, cache, tokens, segment_ids, logits,
+                                      reach=reach_of(fed, cache.max_length), with_experts=on_experts is not None)
+    if on_experts is not None:
+      on_experts(*experts)
     if on_chunk is not None:
       logits.block_until_ready()
       on_chunk(fed)
@@ -180,7 +206,8 @@ def prefill(model: DeepseekV4, variables: Any, cache: Cache, prompts: Sequence[S
 def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, keys: jax.Array, max_new_tokens: int,
              temperature: Any = 1.0, top_p: Any = 1.0, top_k: Any = 0, min_p: Any = 0.0, stop_tokens: Sequence[int] = (),
              thinking_budget: ThinkingBudget | None = None, chunk_size: int = 512, speculative: bool | int = False,
-             cache_storage: str = "compute", on_token: Callable[[int, int], None] | None = None,
+             cache_storage: str = "compute", record: Sequence[str] = (),
+             on_token: Callable[[int, int], None] | None = None,
              on_chunk: Callable[[int], None] | None = None) -> Generation:
   """Replies to prompts.
 
@@ -196,6 +223,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
     speculative: number of tokens that the prediction block guesses and one step verifies; True = 1, False = none. Greedy
       replies are the same tokens, drawn ones have the same distribution; see `speculative.py`.
     cache_storage: see `init_cache`.
+    record: what the result holds beside the tokens, of `RECORDS`; not with speculation.
     on_token: called with (request, token) as tokens come.
     on_chunk: called during prefill; see `prefill`.
 
@@ -206,6 +234,9 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   _check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, thinking_budget)
   if cache_storage not in STORAGES:
     refuse("cache_storage", cache_storage, f"one of {', '.join(STORAGES)}")
+  record = tuple(record)
+  if not set(record) <= set(RECORDS) or (record and speculative):
+    refuse("record", record, f"some of {', '.join(RECORDS)}, without speculation")
   from deepseek_v4.generation import speculative as speculation  # it builds on this module
   drafts = speculation.check(model.config, variables, speculative)
   if drafts:
@@ -217,30 +248,44 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
                      room_for(longest + max_new_tokens, model.config.max_position_embeddings), storage=cache_storage)
   size = sum(cache.bytes_by_kind.values())
   started = time.perf_counter()
-  cache, logits = prefill(model, variables, cache, prompts, chunk_size=chunk_size, on_chunk=on_chunk)
+  experts: list[jax.Array] = []
+  cache, logits = prefill(model, variables, cache, prompts, chunk_size=chunk_size, on_chunk=on_chunk,
+                          on_experts=experts.append if "experts" in record else None)
   logits.block_until_ready()
   prefilled = time.perf_counter()
 
-  tokens, logprobs, finish = _reply(model, variables, cache, logits, keys, settings, longest, max_new_tokens, stop_tokens,
-                                    thinking_budget, on_token)
-  return Generation(tokens, logprobs, finish, None, size, prefilled - started, time.perf_counter() - prefilled)
+  found, finish = _reply(model, variables, cache, logits, keys, settings, longest, max_new_tokens, stop_tokens,
+                         thinking_budget, record, on_token)
+  recorded: dict[str, Any] = {name: [np.stack(x) for x in found[name]] for name in record if name == "kept"}
+  if experts:
+    fed = np.concatenate(jax.device_get(experts), axis=2).astype(np.uint16)
+    recorded["experts"] = [np.concatenate([fed[:, i, :len(prompt)], *later], axis=1) for i, (prompt, later) in
+                           enumerate(zip(prompts, found["experts"], strict=True))]
+  return Generation(found["tokens"], found["logprobs"], finish, None, size, prefilled - started,
+                    time.perf_counter() - prefilled, **recorded)
 
 
 def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, keys: jax.Array, settings: Rows, longest: int,
-           max_new_tokens: int, stop_tokens: Sequence[int], budget: ThinkingBudget | None,
-           on_token: Callable[[int, int], None] | None) -> tuple[list[list[int]], list[list[float]], list[str]]:
-  """(tokens, logprobs, finish) of `Generation`, going on from what `prefill` returns for prompts of at most `longest`
-  tokens; the other arguments are those of `generate`."""
+           max_new_tokens: int, stop_tokens: Sequence[int], budget: ThinkingBudget | None, record: tuple[str, ...],
+           on_token: Callable[[int, int], None] | None) -> tuple[dict[str, list[list[Any]]], list[str]]:
+  """What `_go_on` found for each token of each reply, by name, and `Generation.finish`; goes on from what `prefill` returns
+  for prompts of at most `longest` tokens. The other arguments are those of `generate`."""
   rows = range(keys.shape[0])
-  tokens, logprobs, stopped = [[] for _ in rows], [[] for _ in rows], np.zeros(len(rows), bool)
+  said: dict[str, list[list[Any]]] = {name: [[] for _ in rows] for name in ("tokens", "logprobs", *record)}
+  tokens, stopped = said["tokens"], np.zeros(len(rows), bool)
   closed = [False for _ in rows]  # the thought of a reply
   stop = np.array(sorted(stop_tokens), np.int32)
 
-  def take(drawn: np.ndarray, logprob: np.ndarray) -> None:
+  def take(new: dict[str, np.ndarray]) -> None:
     """The next token of each reply that goes on."""
+    drawn = new["tokens"]
     for i in np.flatnonzero(~stopped):
       tokens[i].append(int(drawn[i]))
-      logprobs[i].append(float(logprob[i]))
+      said["logprobs"][i].append(float(new["logprobs"][i]))
+      if "kept" in new:
+        said["kept"][i].append(new["kept"][i])
+      if "experts" in new:
+        said["experts"][i].append(new["experts"][:, i].astype(np.uint16))
       if budget is not None:
         closed[i] |= tuple(tokens[i][-len(budget.close):]) == tuple(budget.close)
       if on_token is not None:
@@ -248,8 +293,9 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
     stopped[:] |= np.isin(drawn, stop)
 
   forced = lambda: np.array([forced_token(tokens[i], closed[i], budget) for i in rows], np.int32)
-  last, logprob = jax.device_get(_draw(logits, keys, 0, settings, forced()))
-  take(last, logprob)
+  new = jax.device_get(_draw(logits, keys, 0, settings, forced(), record=record))
+  take(new)
+  last = new["tokens"]
   number, seconds = 1, _PATIENCE  # tokens so far, and what one takes: not known yet, so the first comes alone
   while number < max_new_tokens and not stopped.all():
     # Nobody has to look at tokens before the first that a budget may force.
@@ -257,14 +303,14 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
     reach, begun = reach_of(longest + number, cache.max_length), time.perf_counter()
     # A token is computed in one reach only, so that no clock has a say in its bits.
     count = max(1, min(_TOGETHER, max_new_tokens - number, reach - longest - number + 1, int(_PATIENCE / seconds), *free))
-    cache, logits, *found = _go_on(model, variables, cache, logits, last, stopped, stop, keys, number, count, settings,
-                                   forced(), reach=reach)
-    drawn, logprob = jax.device_get(found)
+    cache, logits, found = _go_on(model, variables, cache, logits, last, stopped, stop, keys, number, count, settings,
+                                  forced(), reach=reach, record=record)
+    found = jax.device_get(found)
     seconds = (time.perf_counter() - begun) / count
     for i in range(count):
-      take(drawn[i], logprob[i])
-    number, last = number + count, drawn[count - 1]
-  return tokens, logprobs, ["stop" if ended else "length" for ended in stopped]
+      take({name: x[i] for name, x in found.items()})
+    number, last = number + count, found["tokens"][count - 1]
+  return said, ["stop" if ended else "length" for ended in stopped]
 
 
 def _settings(count: int, *values: Any) -> Rows:

@@ -1,0 +1,164 @@
+"""Replies to prompts, sampled by our own decoder, with all that training on them needs; what a sample is.
+
+Samples live on the host: token ids and numbers as Python and NumPy hold them, so that they can be written to disk, sorted
+and packed. A request draws the same reply in any batch, so a rollout that was cut off can be made again from its requests.
+
+Axis letters: n tokens fed   m tokens of a reply   L layers   k experts per token   V vocabulary
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from deepseek_v4 import sharding
+from deepseek_v4.config_checks import refuse
+from deepseek_v4.generation.decode import RECORDS, ThinkingBudget, forced_token, generate
+from deepseek_v4.model.transformer import DeepseekV4
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A reply that is asked for.
+
+  Attributes:
+    prompt: token ids, at least one.
+    seed: whole numbers that its random key is made of: the first is a seed, the others are folded in one after another.
+    budget: of a reply that begins inside a thought; None = no limit.
+    metadata: goes through to the sample, such as the group or the task it belongs to.
+  """
+
+  prompt: tuple[int, ...]
+  seed: tuple[int, ...]
+  budget: ThinkingBudget | None = None
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A reply that was drawn.
+
+  Attributes:
+    prompt: token ids.
+    reply: token ids, the stop token included.
+    logprobs: of each token of the reply when it was drawn, in nats: under the distribution that it was drawn from, with
+      temperature and filters. 0 where nothing was drawn.
+    drawn: whether the model drew the token; False where a thinking budget put it there.
+    finish: "stop" (a stop token came) or "length".
+    seed: that of the request.
+    experts: uint16 [L, n, k], the experts of the n tokens that were fed, all but the last of prompt + reply; or None.
+    kept: uint8 [m, ceil(V / 8)], the tokens that each one of the reply was drawn from, as bits in the order of
+      `numpy.packbits`; or None.
+    metadata: that of the request, and what is added later.
+  """
+
+  prompt: tuple[int, ...]
+  reply: tuple[int, ...]
+  logprobs: tuple[float, ...]
+  drawn: tuple[bool, ...]
+  finish: str
+  seed: tuple[int, ...]
+  experts: np.ndarray | None = None
+  kept: np.ndarray | None = None
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def tokens(self) -> tuple[int, ...]:
+    """Prompt and reply."""
+    return (*self.prompt, *self.reply)
+
+
+def sample_replies(model: DeepseekV4, variables: Any, requests: Sequence[Request], *, max_new_tokens: int, batch_size: int,
+                   stop_tokens: Sequence[int], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
+                   record: Sequence[str] = (), chunk_size: int = 512, mesh: jax.sharding.Mesh | None = None,
+                   on_batch: Callable[[list[Sample]], None] | None = None) -> list[Sample]:
+  """Draws a reply to each request, in batches.
+
+  Every batch has `batch_size` rows (the last one is filled up with a request that is there already), and those with equal
+  budgets go together, so that little is compiled.
+
+  Args:
+    model, variables: as in `DeepseekV4.apply`; `scan_layers=False` decodes faster.
+    requests: what is asked for.
+    max_new_tokens: of each reply.
+    batch_size: requests that are worked on at a time.
+    stop_tokens: ids that end a reply.
+    temperature, top_p, top_k: see `generation.sample.Sampling`; one value for all.
+    record: what samples hold beside the tokens: "experts", "kept".
+    chunk_size: tokens of a prompt that are fed at a time.
+    mesh: the devices that hold the variables; None = the default one.
+    on_batch: called with the samples of each batch once they are there, such as to write them down.
+
+  Returns:
+    The samples in the order of their requests.
+
+  Raises:
+    ValueError: what `generate` refuses, a request without a seed, or a batch that the mesh does not divide.
+  """
+  if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    refuse("batch_size", batch_size, "a whole number, at least 1")
+  if not set(record) <= set(RECORDS):
+    refuse("record", tuple(record), f"some of {', '.join(RECORDS)}")
+  for i, request in enumerate(requests):
+    if not request.seed:
+      refuse(f"requests[{i}].seed", request.seed, "at least one whole number")
+  samples: list[Sample | None] = [None] * len(requests)
+  with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    if batch_size % sharding.batch_shards():
+      refuse("batch_size", batch_size, f"a multiple of data x fsdp x expert = {sharding.batch_shards()}")
+    for places in _batches(requests, batch_size):
+      chosen = [requests[i] for i in places]
+      filled = [*chosen, *chosen[-1:] * (batch_size - len(chosen))]
+      found = generate(model, variables, [request.prompt for request in filled], keys=_keys(filled),
+                       max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+                       stop_tokens=stop_tokens, thinking_budget=chosen[0].budget, chunk_size=chunk_size, record=record)
+      new = [_sample(request, found, row) for row, request in enumerate(chosen)]
+      for i, sample in zip(places, new, strict=True):
+        samples[i] = sample
+      if on_batch is not None:
+        on_batch(new)
+  return samples
+
+
+def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
+  """Numbers of the requests of each batch; those of a batch have one budget."""
+  by_budget: dict[ThinkingBudget | None, list[int]] = {}
+  for i, request in enumerate(requests):
+    by_budget.setdefault(request.budget, []).append(i)
+  for numbers in by_budget.values():
+    yield from (numbers[start:start + batch_size] for start in range(0, len(numbers), batch_size))
+
+
+def _keys(requests: Sequence[Request]) -> jax.Array:
+  """Typed keys, one per request."""
+  def key(seed):
+    made = jax.random.key(seed[0])
+    for number in seed[1:]:
+      made = jax.random.fold_in(made, number)
+    return made
+
+  return jax.numpy.stack([key(request.seed) for request in requests])
+
+
+def _sample(request: Request, found: Any, row: int) -> Sample:
+  """The sample of a row of a `Generation`."""
+  reply = found.tokens[row]
+  return Sample(tuple(request.prompt), tuple(reply), tuple(found.logprobs[row]), _drawn(reply, request.budget),
+                found.finish[row], tuple(request.seed), None if found.experts is None else found.experts[row],
+                None if found.kept is None else found.kept[row], dict(request.metadata))
+
+
+def _drawn(reply: Sequence[int], budget: ThinkingBudget | None) -> tuple[bool, ...]:
+  """Which tokens of a reply were drawn: the decoder's rule of what a budget puts next, applied again."""
+  drawn, closed = [True] * len(reply), False
+  for i in range(len(reply) if budget is not None else 0):
+    if not closed and i >= budget.tokens:
+      drawn[i] = forced_token(list(reply[:i]), closed, budget) < 0
+    closed |= tuple(reply[max(0, i + 1 - len(budget.close)):i + 1]) == budget.close
+    if closed:
+      break
+  return tuple(drawn)
