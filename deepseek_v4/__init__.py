@@ -8,6 +8,7 @@ import importlib
 _NAMES = {
     "ModelConfig": "deepseek_v4.config", "RunConfig": "deepseek_v4.config",
     "DeepseekV4": "deepseek_v4.model.transformer", "ModelOutput": "deepseek_v4.model.transformer",
+    "Replay": "deepseek_v4.model.replay",
     **dict.fromkeys(("init_cache", "cache_lengths", "cache_entries", "rewind"), "deepseek_v4.model.cache"),
     "trace": "deepseek_v4.analysis.trace", "count": "deepseek_v4.analysis.count",
     "load_hf": "deepseek_v4.checkpoint.hf_read", "save_hf": "deepseek_v4.checkpoint.hf_write",

@@ -36,8 +36,12 @@ class Attention(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, context: Context, cache: LayerCache | None = None):
-    """Returns (output [B, S, D], indexer loss as (sum, count) or None, the cache after these tokens or None)."""
+  def __call__(self, x_BSD: jax.Array, context: Context, cache: LayerCache | None = None, given: Selection | None = None):
+    """Returns (output [B, S, D], indexer loss as (sum, count) or None, the cache after these tokens or None, the selection
+    of entries that was read).
+
+    A `given` selection is taken instead of the indexer's own.
+    """
     config = self.config
     heads, width = config.num_attention_heads, config.head_dim
     cos, sin = context.phases[self.attention]
@@ -52,7 +56,7 @@ class Attention(nn.Module):
     kv_BSd, stored = self._kept(rope.rotate(kv_BSd, cos, sin), cache)
     sink_H = weights.exact(self, config, "sink", (heads,), nn.initializers.zeros)
 
-    entries_BTd, selection, index, new_cache = self._entries(x_BSD, latent_BSr, context, cache)
+    entries_BTd, selection, index, new_cache = self._entries(x_BSD, latent_BSr, context, cache, given)
     past = ()
     if context.past_segment is not None:
       past = sequence.before_parts(kv_BSd, config.sliding_window - 1), context.past_segment
@@ -68,7 +72,7 @@ class Attention(nn.Module):
     if self.is_mutable_collection("intermediates"):
       self._trace(q_BSHd, kv_BSd, entries_BTd, selection, lse_BSH, context)
     out_BSHd = rope.rotate(out_BSHd, cos[:, :, None], sin[:, :, None], inverse=True)
-    return self._project(out_BSHd), loss, new_cache
+    return self._project(out_BSHd), loss, new_cache, selection
 
   def _kept(self, x: jax.Array, cache: LayerCache | None) -> tuple[jax.Array, Any]:
     """Keys = values [B, S or C, d] as attention reads them and as the cache keeps them."""
@@ -79,7 +83,7 @@ class Attention(nn.Module):
     x = quantize.round_kv(x, rotary) if self.config.inference_rounding else x
     return x, x
 
-  def _entries(self, x_BSD, latent_BSr, context: Context, cache: LayerCache | None):
+  def _entries(self, x_BSD, latent_BSr, context: Context, cache: LayerCache | None, given: Selection | None):
     """Compressed entries of the sequence (as a packed cache holds them), which of them each query reads, the indexer's
     tensors, the cache with the new entries."""
     config = self.config
@@ -99,7 +103,8 @@ class Attention(nn.Module):
       entries_BTd = entries_BTd if cache.packed else entries_BTd.astype(x_BSD.dtype)
     if self.attention == HCA:
       return entries_BTd, Selection.all(batch, length), None, cache
-    return entries_BTd, *indexer.Indexer(config, self.kernels, name="indexer")(x_BSD, latent_BSr, context, cache)
+    of_indexer = indexer.Indexer(config, self.kernels, name="indexer")(x_BSD, latent_BSr, context, cache, given)
+    return entries_BTd, *of_indexer
 
   def _past(self, cache: LayerCache, context: Context) -> tuple[jax.Array, jax.Array]:
     """Keys of the window in front of the chunk [B, P, d], and their documents [B, P]."""

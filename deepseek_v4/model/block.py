@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_v4 import sharding
-from deepseek_v4.config import LayerSpec, ModelConfig
+from deepseek_v4.config import CSA, LayerSpec, ModelConfig
 from deepseek_v4.model import weights
 from deepseek_v4.model.attention import Attention
 from deepseek_v4.model.cache import LayerCache
@@ -21,6 +21,8 @@ from deepseek_v4.model.context import Context
 from deepseek_v4.model.experts import MoE
 from deepseek_v4.model.hyper_connections import HyperConnection, expand
 from deepseek_v4.model.norm import RMSNorm
+from deepseek_v4.model.replay import Choice
+from pallas_kernels.selection import Selection
 
 
 @flax.struct.dataclass
@@ -31,6 +33,7 @@ class LayerOutput:
     experts: int32 [B, S, k].
     load: int32 [E], without padding.
     balance, balance_count, indexer, indexer_count: scalars.
+    selection: of a CSA layer, where the context says that selections are kept; else None.
   """
 
   experts: jax.Array
@@ -39,6 +42,7 @@ class LayerOutput:
   balance_count: jax.Array
   indexer: jax.Array
   indexer_count: jax.Array
+  selection: Selection | None = None
 
 
 class Block(nn.Module):
@@ -49,24 +53,27 @@ class Block(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array, context: Context, layer: Any, cache: LayerCache | None = None):
+  def __call__(self, streams_BSND: jax.Array, context: Context, layer: Any, cache: LayerCache | None = None,
+               given: Choice | None = None):
     """Returns the new streams, the layer's report and its cache after these tokens (None without one).
 
-    `layer` is the layer's number (it seeds a fresh hash table).
+    `layer` is the layer's number (it seeds a fresh hash table); `given` are choices that the layer does not make itself.
     """
-    config, kernels = self.config, self.kernels
+    config, kernels, given = self.config, self.kernels, given or Choice()
     streams_BSND = sharding.constrain(streams_BSND, ("batch", "sequence", None, None))
     streams_BSND, z_BSD, post, comb = HyperConnection(config, kernels, name="attn_hc")(streams_BSND)
     attention = Attention(config, self.spec.attention, kernels, name="attention")
     x_BSD = sharding.constrain(RMSNorm(config, name="attn_norm")(z_BSD), ("batch", "sequence", None))
-    y_BSD, indexer_loss, cache = attention(x_BSD, context, cache)
+    y_BSD, indexer_loss, cache, selection = attention(x_BSD, context, cache, given.selection)
 
     ffn_hc = HyperConnection(config, kernels, name="ffn_hc")
     streams_BSND, z_BSD, post, comb = ffn_hc(streams_BSND, (y_BSD, post, comb))
     moe = MoE(config, self.spec.router, kernels, name="moe")
     x_BSD = sharding.constrain(RMSNorm(config, name="ffn_norm")(z_BSD), ("batch", "sequence", None))
-    y_BSD, experts, load, balance_loss = moe(x_BSD, context, layer)
+    y_BSD, experts, load, balance_loss = moe(x_BSD, context, layer, given.experts)
     streams_BSND = expand(streams_BSND, y_BSD, post, comb, kernels=kernels)
     self.sow("intermediates", "streams", streams_BSND)
     nothing = (jnp.zeros((), weights.exact_dtype(config)),) * 2
-    return streams_BSND, LayerOutput(experts, load, *(balance_loss or nothing), *(indexer_loss or nothing)), cache
+    selection = selection if context.keep_selection and self.spec.attention == CSA else None
+    report = LayerOutput(experts, load, *(balance_loss or nothing), *(indexer_loss or nothing), selection)
+    return streams_BSND, report, cache

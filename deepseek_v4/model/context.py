@@ -28,8 +28,9 @@ class Chunk:
   reach: int
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=["attention_mode", "contiguous", "with_losses"],
-                   data_fields=["tokens", "positions", "segment_ids", "phases", "entries", "chunk", "past_segment"])
+@functools.partial(jax.tree_util.register_dataclass,
+                   data_fields=["tokens", "positions", "segment_ids", "phases", "entries", "chunk", "past_segment"],
+                   meta_fields=["attention_mode", "contiguous", "with_losses", "keep_selection"])
 @dataclasses.dataclass(frozen=True)
 class Context:
   """Inputs that layers read beside the residual streams.
@@ -42,6 +43,7 @@ class Context:
     contiguous: each row is one document that starts at place 0.
     with_losses: layers compute their own losses (balance, indexer).
     chunk: with a cache; `entries` are then those that the new tokens can close.
+    keep_selection: layers report the entries that their queries read.
     past_segment: in a split sequence, documents of the window keys in front of each part, [B, N (window - 1)] for N parts.
   """
 
@@ -55,6 +57,7 @@ class Context:
   with_losses: bool
   chunk: Chunk | None = None
   past_segment: jax.Array | None = None
+  keep_selection: bool = False
 
   def places(self, attention: str) -> tuple[jax.Array, jax.Array]:
     """(position of the last token, document) int32 [B, T] of all entries that attention of this kind may read."""

@@ -233,10 +233,13 @@ class MoE(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int):
-    """Returns (output [B, S, D], experts int32 [B, S, k], load int32 [E], balance loss (sum, count) or None)."""
+  def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int, given: jax.Array | None = None):
+    """Returns (output [B, S, D], experts int32 [B, S, k], load int32 [E], balance loss (sum, count) or None).
+
+    `given` experts are taken instead of the router's own, see `Router`; load and balance loss are then of these.
+    """
     config = self.config
-    experts_BSk, weights_BSk, scores_BSE = Router(config, self.kind, name="router")(x_BSD, context, layer)
+    experts_BSk, weights_BSk, scores_BSE = Router(config, self.kind, name="router")(x_BSD, context, layer, given)
     in_BSD = quantize.linear_input(config, x_BSD)
     out_BSD = Experts(config, self.kernels, name="experts")(in_BSD, experts_BSk, weights_BSk)
     out_BSD += SharedExpert(config, name="shared")(in_BSD)

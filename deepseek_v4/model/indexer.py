@@ -43,7 +43,8 @@ class Indexer(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, latent_BSr: jax.Array, context: Context, cache: LayerCache | None = None):
+  def __call__(self, x_BSD: jax.Array, latent_BSr: jax.Array, context: Context, cache: LayerCache | None = None,
+               given: Selection | None = None):
     """Returns (selection, (queries [B, S, h, c], weights [B, S, h], keys [B, T, c]), the cache with the new keys or None);
     keys of a packed cache as it holds them.
 
@@ -52,6 +53,7 @@ class Indexer(nn.Module):
       latent_BSr: the normalised query latent that the attention's queries come from, rounded where they are.
       context: of the forward pass.
       cache: of the layer.
+      given: a selection to return instead of one from the scores.
     """
     config = self.config
     x_BSD, latent_BSr = jax.lax.stop_gradient((x_BSD, latent_BSr))
@@ -76,7 +78,7 @@ class Indexer(nn.Module):
     weights_BSh = jnp.einsum("BSD,Dh->BSh", x_BSD, head_weights, preferred_element_type=weights.exact_dtype(config))
     weights_BSh = sharding.constrain(weights_BSh * (heads * width) ** -0.5, ("batch", "sequence", "index_heads"))
     index = (queries_BShc, weights_BSh, keys_BTc)
-    selection = self._select(index, context)
+    selection = self._select(index, context) if given is None else given
     if self.is_mutable_collection("intermediates"):
       self._trace(index, selection, context)
     return selection, index, cache

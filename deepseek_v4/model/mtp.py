@@ -16,6 +16,7 @@ from deepseek_v4.model.cache import LayerCache
 from deepseek_v4.model.context import Context
 from deepseek_v4.model.hyper_connections import HyperHead
 from deepseek_v4.model.norm import RMSNorm
+from deepseek_v4.model.replay import Choice
 
 
 class MTP(nn.Module):
@@ -25,8 +26,8 @@ class MTP(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array, next_BSD: jax.Array, context: Context, cache: LayerCache | None = None
-               ) -> tuple[jax.Array, jax.Array, LayerOutput, LayerCache | None]:
+  def __call__(self, streams_BSND: jax.Array, next_BSD: jax.Array, context: Context, cache: LayerCache | None = None,
+               given: Choice | None = None) -> tuple[jax.Array, jax.Array, LayerOutput, LayerCache | None]:
     """Returns (what the shared head multiplies [B, S, D], the block's streams, the layer's report, its cache or None).
 
     Args:
@@ -34,6 +35,7 @@ class MTP(nn.Module):
       next_BSD: embedding of the token after each place.
       context: of the forward pass.
       cache: of the block's window.
+      given: choices that the block's layer does not make itself.
     """
     config = self.config
     d = config.hidden_size
@@ -42,7 +44,7 @@ class MTP(nn.Module):
     h_BSND = quantize.linear_input(config, RMSNorm(config, name="hidden_norm")(streams_BSND))
     h_BSND = h_BSND @ weights.matrix(self, config, "hidden_proj", (d, d))
     block = Block(config, config.mtp_spec, self.kernels, name="block")
-    streams_BSND, report, cache = block(e_BSD[:, :, None] + h_BSND, context, config.num_hidden_layers, cache)
+    streams_BSND, report, cache = block(e_BSD[:, :, None] + h_BSND, context, config.num_hidden_layers, cache, given)
     out_BSD = RMSNorm(config, name="final_norm")(HyperHead(config, name="hc_head")(streams_BSND))
     return out_BSD, streams_BSND, report, cache
 

@@ -122,8 +122,12 @@ class Router(nn.Module):
   kind: str
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int):
-    """Returns (experts int32 [B, S, k], weights [B, S, k], scores [B, S, E]); weights sum to routed_scaling_factor."""
+  def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int, given: jax.Array | None = None):
+    """Returns (experts int32 [B, S, k], weights [B, S, k], scores [B, S, E]); weights sum to routed_scaling_factor.
+
+    `given` experts int32 [B, S, k] are taken instead of the best ones by a learned router; the weights are their current
+    scores. The weights of a token with an unknown expert are NaN.
+    """
     config = self.config
     num_experts, top_k = config.n_routed_experts, config.num_experts_per_tok
     gate_DE = weights.exact(self, config, "gate", (config.hidden_size, num_experts))
@@ -133,6 +137,8 @@ class Router(nn.Module):
       table = self.variable("router", "hash_table",
                             lambda: hash_table(config.vocab_size, num_experts, top_k, layer)).value
       experts_BSk = table[context.tokens]
+    elif given is not None:
+      experts_BSk = jnp.clip(given, 0, num_experts - 1)
     else:
       bias_E = self.variable("router", "bias", jnp.zeros, (num_experts,), jnp.float32).value
       best = lambda biased_BSE: jax.lax.top_k(biased_BSE, top_k)[1]
@@ -140,4 +146,8 @@ class Router(nn.Module):
       experts_BSk = sharding.per_shard(best, (sequence.TOKENS,), sequence.TOKENS)(jax.lax.stop_gradient(scores_BSE) + bias_E)
     self.sow("intermediates", "scores", scores_BSE)
     self.sow("intermediates", "experts", experts_BSk)
-    return experts_BSk, combine_weights(scores_BSE, experts_BSk, config.routed_scaling_factor), scores_BSE
+    weights_BSk = combine_weights(scores_BSE, experts_BSk, config.routed_scaling_factor)
+    if given is not None and self.kind != HASH:
+      unknown_BS = ((given != experts_BSk).any(-1)) & (context.segment_ids > 0)
+      weights_BSk = jnp.where(unknown_BS[..., None], jnp.nan, weights_BSk)
+    return experts_BSk, weights_BSk, scores_BSE

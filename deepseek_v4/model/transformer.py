@@ -5,6 +5,7 @@ Axis letters: B batch   S sequence   N streams   D hidden size   V vocabulary   
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,7 @@ from deepseek_v4.model.groups import LayerGroups, group_layers
 from deepseek_v4.model.hyper_connections import HyperHead
 from deepseek_v4.model.mtp import MTP, next_embeddings
 from deepseek_v4.model.norm import RMSNorm
+from deepseek_v4.model.replay import Choice, Replay, choices, stacked
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -36,7 +38,9 @@ class ModelOutput:
     hidden: [B, S, D] after the final norm, what the head multiplies.
     mtp_hidden: [B, S, D], the same of the multi-token-prediction block.
     losses: {"next_token", "mtp", "balance", "indexer": (sum, count)} when targets were given.
-    routing: {"experts": int32 [L, B, S, k], "load": int32 [L, E] without padding, and "mtp_load": int32 [E]}.
+    routing: {"experts": int32 [L, B, S, k], "load": int32 [L, E] without padding}; of the prediction block, where it ran,
+      also {"mtp_experts": int32 [B, S, k], "mtp_load": int32 [E]}; if asked for also {"selection": a Selection of each CSA
+      layer}. `Replay.of(routing)` makes another pass choose the same.
     cache: after the tokens, when one was given.
     streams: [B, S, N, D] after the last layer, when a cache was given: what the prediction block reads.
   """
@@ -55,10 +59,10 @@ class _Unit(nn.Module):
 
   blocks: tuple[Block, ...]
 
-  def __call__(self, streams_BSND, layers, context, caches):
+  def __call__(self, streams_BSND, layers, context, caches, given):
     reports, caches = [], list(caches)
     for j, block in enumerate(self.blocks):
-      streams_BSND, report, caches[j] = block(streams_BSND, context, layers[j], caches[j])
+      streams_BSND, report, caches[j] = block(streams_BSND, context, layers[j], caches[j], given[j])
       reports.append(report)
     return streams_BSND, (tuple(reports), tuple(caches))
 
@@ -70,10 +74,13 @@ class Stack(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array, context: Context, caches: dict[str, LayerCache]):
-    """Returns the streams after the last layer, the reports of all layers, stacked over L, and the layers' caches.
+  def __call__(self, streams_BSND: jax.Array, context: Context, caches: dict[str, LayerCache], given: list[Choice]):
+    """Returns the streams after the last layer, the reports of all layers, stacked over L, the selections of the CSA layers
+    if they are kept, and the layers' caches.
 
-    `caches` are those of `Cache.layers`, or {} without a cache.
+    Args:
+      caches: those of `Cache.layers`, or {} without a cache.
+      given: choices that the layers do not make themselves.
     """
     config, groups = self.config, group_layers(self.config)
     reports: list[LayerOutput] = []
@@ -82,27 +89,31 @@ class Stack(nn.Module):
       if layer >= 0:
         key = groups.key_of(layer)[0]
         block = self._block(config.layer_specs[layer], key, in_scan=False)
-        streams_BSND, report, new_caches[key] = block(streams_BSND, context, layer, caches.get(key))
+        streams_BSND, report, new_caches[key] = block(streams_BSND, context, layer, caches.get(key), given[layer])
         reports.append(report)
       elif groups.repeats:
         keys = [f"unit_{j}" for j in range(groups.unit)]
-        streams_BSND, scanned, units = self._scan(streams_BSND, context, groups, tuple(map(caches.get, keys)))
+        streams_BSND, scanned, units = self._scan(streams_BSND, context, groups, tuple(map(caches.get, keys)), given)
         reports += scanned
         new_caches |= zip(keys, units)
-    return streams_BSND, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports), new_caches
+    selections = tuple(report.selection for report in reports if report.selection is not None)
+    reports = [report.replace(selection=None) for report in reports]
+    return streams_BSND, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports), selections, new_caches
 
   def _block(self, spec: LayerSpec, name: str, in_scan: bool) -> Block:
     # Inside a scan the loop's body already keeps XLA from merging the recomputation with the forward pass.
     kind = nn.remat(Block, prevent_cse=not in_scan) if self.config.remat == "block" else Block
     return kind(self.config, spec, self.kernels, name=name)
 
-  def _scan(self, streams_BSND, context: Context, groups: LayerGroups, caches: tuple[LayerCache | None, ...]):
+  def _scan(self, streams_BSND, context: Context, groups: LayerGroups, caches: tuple[LayerCache | None, ...],
+            given: list[Choice]):
     blocks = tuple(self._block(self.config.layer_specs[groups.prefix + j], f"unit_{j}", in_scan=True)
                    for j in range(groups.unit))
     scan = nn.scan(_Unit, variable_axes={"params": 0, "router": 0, "intermediates": 0}, split_rngs={"params": True},
-                   in_axes=(0, nn.broadcast, 0), length=groups.repeats)
+                   in_axes=(0, nn.broadcast, 0, 0), length=groups.repeats)
     numbers = groups.prefix + jnp.arange(groups.repeats * groups.unit).reshape(groups.repeats, groups.unit)
-    streams_BSND, (reports, caches) = scan(blocks, name="scan")(streams_BSND, numbers, context, caches)
+    given = tuple(stacked(given[groups.prefix + j:groups.suffix_start:groups.unit]) for j in range(groups.unit))
+    streams_BSND, (reports, caches) = scan(blocks, name="scan")(streams_BSND, numbers, context, caches, given)
     return streams_BSND, [jax.tree.map(lambda x, r=r: x[r], reports[j]) for r in range(groups.repeats)
                           for j in range(groups.unit)], caches
 
@@ -129,7 +140,8 @@ class DeepseekV4(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None,
                cache: Cache | None = None, *, logits: str = "all", attention_mode: str = "sparse",
-               targets: jax.Array | None = None, mtp: bool | None = None, cache_reach: int | None = None) -> ModelOutput:
+               replay: Replay | None = None, targets: jax.Array | None = None, mtp: bool | None = None,
+               cache_reach: int | None = None, keep_selection: bool = False) -> ModelOutput:
     """Runs the network.
 
     Args:
@@ -143,10 +155,13 @@ class DeepseekV4(nn.Module):
         outgrows the cache gets NaN.
       logits: "all" places, "last" place only (with a cache: each row's last token, any place if it has none), or "none".
       attention_mode: "sparse", or "dense": CSA layers attend to every visible entry.
+      replay: choices that the pass takes instead of making them itself: experts, compressed entries; see `Replay`.
       targets: int32 [B, S], next token of each place, -1 = not counted. Given: `losses` is filled and no logits are made.
       mtp: run the multi-token-prediction block; default: if targets are given.
       cache_reach: with a cache: no row has more tokens than this after the call, so that fewer entries are read; default
         all that there is room for.
+      keep_selection: give the entries that the queries of CSA layers read back in `routing`; int32 [B, S, index_topk] of
+        each layer, or what the kernels make.
 
     Returns:
       ModelOutput.
@@ -172,20 +187,23 @@ class DeepseekV4(nn.Module):
       context, back = make_chunk_context(config, tokens, segment_ids, cache, attention_mode,
                                          min(cache.max_length, cache_reach or cache.max_length))
       tokens = context.tokens
+    context = dataclasses.replace(context, keep_selection=keep_selection)
+    given, given_to_mtp = choices(replay, config, context, segment_ids, back, run_mtp)
 
     embedded_BSD = Embedding(config, name="embed")(tokens)
     streams_BSND = jnp.broadcast_to(embedded_BSD[:, :, None], (*tokens.shape, config.hc_mult, config.hidden_size))
     layer_caches = {} if cache is None else cache.layers
-    streams_BSND, reports, layer_caches = Stack(config, kernels, name="layers")(streams_BSND, context, layer_caches)
+    stack = Stack(config, kernels, name="layers")
+    streams_BSND, reports, selections, layer_caches = stack(streams_BSND, context, layer_caches, given)
     hidden_BSD = RMSNorm(config, name="final_norm")(HyperHead(config, name="hc_head")(streams_BSND))
     self.sow("intermediates", "hidden", hidden_BSD)
     head_DV = LMHead(config, name="lm_head")()
-    routing = {"experts": reports.experts, "load": reports.load}
+    routing = {"experts": reports.experts, "load": reports.load} | ({"selection": selections} if keep_selection else {})
     mtp_BSD = None
     if run_mtp:
       next_BSD = next_embeddings(embedded_BSD, context.segment_ids)
-      mtp_BSD, _, mtp_report, _ = MTP(config, kernels, name="mtp")(streams_BSND, next_BSD, context)
-      routing["mtp_load"] = mtp_report.load
+      mtp_BSD, _, mtp_report, _ = MTP(config, kernels, name="mtp")(streams_BSND, next_BSD, context, given=given_to_mtp)
+      routing |= {"mtp_experts": mtp_report.experts, "mtp_load": mtp_report.load}
     found = None
     if targets is not None:
       found = self._losses(head_DV, hidden_BSD, reports, targets)
@@ -194,8 +212,8 @@ class DeepseekV4(nn.Module):
       logits = "none"
     chosen = hidden_BSD[:, -1:] if logits == "last" else hidden_BSD
     if cache is not None:
-      cache, hidden_BSD, chosen, routing["experts"] = self._continued(cache, layer_caches, context.chunk, back, hidden_BSD,
-                                                                      routing["experts"], logits)
+      cache, hidden_BSD, chosen, routing = self._continued(cache, layer_caches, context.chunk, back, hidden_BSD, routing,
+                                                           logits)
       streams_BSND = streams_BSND if back is None else jnp.take_along_axis(streams_BSND, back[..., None, None], 1)
     out = None
     if logits != "none":
@@ -218,18 +236,21 @@ class DeepseekV4(nn.Module):
     if reach is not None and reach < 1:
       raise ValueError(f"cache_reach = {reach!r}: expected None or a number of tokens")
 
-  def _continued(self, cache: Cache, layers: dict[str, LayerCache], chunk: Chunk, back, hidden_BSD, experts_LBSk,
-                 logits: str):
-    """(cache after the chunk, hidden states and experts in the caller's places, hidden states that the head reads)."""
+  def _continued(self, cache: Cache, layers: dict[str, LayerCache], chunk: Chunk, back, hidden_BSD, routing, logits: str):
+    """(cache after the chunk, hidden states in the caller's places, hidden states that the head reads, the routing in the
+    caller's places)."""
     lengths_B = chunk.start + chunk.count
     hidden_BSD = jnp.where((lengths_B <= chunk.reach)[:, None, None], hidden_BSD, jnp.nan)
     last_B = jnp.maximum(chunk.count - 1, 0)
     chosen = jnp.take_along_axis(hidden_BSD, last_B[:, None, None], 1)
     if back is not None:
       hidden_BSD = jnp.take_along_axis(hidden_BSD, back[..., None], 1)
-      experts_LBSk = jnp.take_along_axis(experts_LBSk, back[None, ..., None], 2)
+      routing = routing | {"experts": jnp.take_along_axis(routing["experts"], back[None, ..., None], 2)}
+      if "selection" in routing:
+        at = lambda x: jnp.take_along_axis(x, back[..., None], 1)
+        routing["selection"] = jax.tree.map(at, routing["selection"])
     cache = cache.replace(layers=layers, lengths=lengths_B, furthest=jnp.maximum(cache.furthest, lengths_B))
-    return cache, hidden_BSD, chosen if logits == "last" else hidden_BSD, experts_LBSk
+    return cache, hidden_BSD, chosen if logits == "last" else hidden_BSD, routing
 
   def _losses(self, head_DV, hidden_BSD, reports: LayerOutput, targets) -> dict[str, tuple[jax.Array, jax.Array]]:
     """(sum, count) of the losses of the layers and the head."""

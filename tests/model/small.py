@@ -34,7 +34,8 @@ def random_variables(config, seed=0):
     name = "/".join(str(p.key) for p in path)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if name.endswith("hash_table"):
-      return np.asarray(hash_table(*leaf.shape[-2:-1], config.n_routed_experts, leaf.shape[-1], len(name)))
+      table = hash_table(*leaf.shape[-2:-1], config.n_routed_experts, leaf.shape[-1], len(name))
+      return np.broadcast_to(table, leaf.shape)  # of scanned layers the same
     noise = rng.normal(size=leaf.shape)
     if "norm/scale" in name:
       noise = 1 + 0.2 * noise
