@@ -1,9 +1,9 @@
 """Every setting of a model and of a run, as frozen dataclasses; no JAX here.
 
-Everybody imports them from here; they are written down in `config_model.py` (the architecture) and `config_training.py`
-(all else). A run is one Python file under `configs/` with `get_config() -> RunConfig`; `load(path, overrides)` reads it and
-applies typed `key.path=value` overrides. Reading and writing the dictionaries of released models lives in `config_hf.py`
-(`ModelConfig.from_hf` / `to_hf`).
+Everybody imports them from here; they are written down in `config_model.py` (the architecture), `config_reinforcement.py`
+(learning from rewards) and `config_training.py` (all else). A run is one Python file under `configs/` with
+`get_config() -> RunConfig`; `load(path, overrides)` reads it and applies typed `key.path=value` overrides. Reading and
+writing the dictionaries of released models lives in `config_hf.py` (`ModelConfig.from_hf` / `to_hf`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import typing
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+from deepseek_v4 import config_reinforcement
 from deepseek_v4.config_checks import fields_of, options_of, refuse, typed
 from deepseek_v4.config_model import (
   ATTENTION_KINDS,
@@ -29,6 +30,7 @@ from deepseek_v4.config_model import (
   ModelConfig,
   Yarn,
 )
+from deepseek_v4.config_reinforcement import ReinforcementConfig
 from deepseek_v4.config_training import (
   AnomalyConfig,
   DataConfig,
@@ -39,8 +41,8 @@ from deepseek_v4.config_training import (
 )
 
 __all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "ROUTER_KINDS", "SLIDING", "AnomalyConfig", "DataConfig",
-           "LayerSpec", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "TrainingConfig", "Yarn",
-           "from_dict", "load", "override", "to_dict"]
+           "LayerSpec", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "ReinforcementConfig", "RunConfig",
+           "TrainingConfig", "Yarn", "from_dict", "load", "override", "to_dict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class RunConfig:
   mesh: MeshConfig = MeshConfig()
   training: TrainingConfig = TrainingConfig()
   anomalies: AnomalyConfig = AnomalyConfig()
+  reinforcement: ReinforcementConfig | None = None  # learning from rewards instead of from text
 
   def __post_init__(self):
     typed(self)
@@ -65,6 +68,8 @@ class RunConfig:
     if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.training.steps:
       refuse("optimizer.warmup_steps + optimizer.decay_steps", self.optimizer.warmup_steps + self.optimizer.decay_steps,
               f"at most training.steps = {self.training.steps}")
+    if self.reinforcement is not None:
+      config_reinforcement.check(self)
 
 
 # ---- reading run files and overrides ----------------------------------------------------------------------------------

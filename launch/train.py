@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import Any, Callable
 
 from absl import app, flags, logging
 
@@ -33,6 +34,19 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
+  run(argv, train)
+
+
+def train(run_config: Any, *arguments: Any) -> None:
+  """Learns from text or conversations, or with `reinforcement` from rewards; see `training.loop.train`."""
+  from deepseek_v4.posttraining import reinforcement
+  from deepseek_v4.training import loop
+  work = loop.train if run_config.reinforcement is None else reinforcement.reinforce
+  work(run_config, *arguments)
+
+
+def run(argv: list[str], work: Callable[..., Any]) -> None:
+  """Reads the settings, wakes JAX, joins the other processes, and does the work (run_config, workdir, mesh, stop)."""
   if argv[1:]:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):  # until Stopping listens, there is nothing to save
@@ -49,7 +63,6 @@ def main(argv: list[str]) -> None:
   import jax
 
   from deepseek_v4.sharding import make_mesh
-  from deepseek_v4.training import loop
   from deepseek_v4.training.stopping import Stopped, Stopping
   stop = Stopping(run_config.training.grace_seconds)
   try:
@@ -57,7 +70,7 @@ def main(argv: list[str]) -> None:
       processes.start(join, os.environ)
       processes.refuse_unjoined()
       try:
-        loop.train(run_config, flags.FLAGS["workdir"].value, make_mesh(run_config.mesh), stop)
+        work(run_config, flags.FLAGS["workdir"].value, make_mesh(run_config.mesh), stop)
       except Stopped as stopped:
         if jax.process_index() == 0:
           print(stopped)
