@@ -20,6 +20,7 @@ _MODULES = {name: f"deepseek_v4.{name}" for name in
             ("config", "sharding", "text", "model", "analysis", "optim", "checkpoint", "training", "posttraining",
              "generation")}
 _MODULES["chat"] = "deepseek_v4.text.chat"
+_MODULES["distillation"] = "deepseek_v4.posttraining.distillation"
 
 __all__ = [*_NAMES, *_MODULES]
 

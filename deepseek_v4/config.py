@@ -1,9 +1,10 @@
 """Every setting of a model and of a run, as frozen dataclasses; no JAX here.
 
-Everybody imports them from here; they are written down in `config_model.py` (the architecture), `config_reinforcement.py`
-(learning from rewards) and `config_training.py` (all else). A run is one Python file under `configs/` with
-`get_config() -> RunConfig`; `load(path, overrides)` reads it and applies typed `key.path=value` overrides. Reading and
-writing the dictionaries of released models lives in `config_hf.py` (`ModelConfig.from_hf` / `to_hf`).
+Everybody imports them from here; they are written down in `config_model.py` (the architecture), `config_distillation.py`
+(students and teachers), `config_reinforcement.py` (learning from rewards) and `config_training.py` (all else). A run is one
+Python file under `configs/` with `get_config() -> RunConfig`; `load(path, overrides)` reads it and applies typed
+`key.path=value` overrides. Reading and writing the dictionaries of released models lives in `config_hf.py`
+(`ModelConfig.from_hf` / `to_hf`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import typing
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from deepseek_v4 import config_reinforcement
+from deepseek_v4 import config_distillation, config_reinforcement
 from deepseek_v4.config_checks import fields_of, options_of, refuse, typed
+from deepseek_v4.config_distillation import STUDENT, TEXT, DistillationConfig, TeacherConfig
 from deepseek_v4.config_model import (
   ATTENTION_KINDS,
   CSA,
@@ -40,9 +42,10 @@ from deepseek_v4.config_training import (
   TrainingConfig,
 )
 
-__all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "ROUTER_KINDS", "SLIDING", "AnomalyConfig", "DataConfig",
-           "LayerSpec", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "ReinforcementConfig", "RunConfig",
-           "TrainingConfig", "Yarn", "from_dict", "load", "override", "to_dict"]
+__all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "ROUTER_KINDS", "SLIDING", "STUDENT", "AnomalyConfig",
+           "DataConfig", "DistillationConfig", "LayerSpec", "LossConfig", "MeshConfig", "ModelConfig", "OptimizerConfig",
+           "ReinforcementConfig", "RunConfig", "TEXT", "TeacherConfig", "TrainingConfig", "Yarn", "from_dict", "load",
+           "override", "to_dict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ class RunConfig:
   mesh: MeshConfig = MeshConfig()
   training: TrainingConfig = TrainingConfig()
   anomalies: AnomalyConfig = AnomalyConfig()
+  distillation: DistillationConfig | None = None  # a run of launch.distill
   reinforcement: ReinforcementConfig | None = None  # learning from rewards instead of from text
 
   def __post_init__(self):
@@ -68,6 +72,8 @@ class RunConfig:
     if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.training.steps:
       refuse("optimizer.warmup_steps + optimizer.decay_steps", self.optimizer.warmup_steps + self.optimizer.decay_steps,
               f"at most training.steps = {self.training.steps}")
+    if self.distillation is not None:
+      config_distillation.check(self)
     if self.reinforcement is not None:
       config_reinforcement.check(self)
 
@@ -165,5 +171,9 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
     if name not in names:
       raise ValueError(f"{kind.__name__} has no field {name!r}; it has {', '.join(names)}")
     nested = [t for t in (typing.get_args(hints[name]) or (hints[name],)) if dataclasses.is_dataclass(t)]
-    fields[name] = from_dict(nested[0], value) if nested and value is not None else value
+    if nested and isinstance(value, (list, tuple)):
+      value = tuple(from_dict(nested[0], item) for item in value)
+    elif nested and value is not None:
+      value = from_dict(nested[0], value)
+    fields[name] = value
   return kind(**fields)

@@ -39,7 +39,8 @@ def normalised(name):
 def test_every_run_file_loads_and_names_its_command(path):
   assert isinstance(load(path), RunConfig)
   docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-  assert f"python -m launch.train --config configs/{path.name}" in docstring
+  command = "train" if load(path).distillation is None else "distill"
+  assert f"python -m launch.{command} --config configs/{path.name}" in docstring
 
 
 @pytest.mark.parametrize("path", DEBUG, ids=lambda path: path.stem)

@@ -20,6 +20,7 @@ def test_names_exist():
     assert callable(getattr(dsv4.optim, name)), name
   for name in ("encode", "parse", "ChatTemplate"):
     assert callable(getattr(dsv4.chat, name)), name
+  assert callable(dsv4.distillation.reverse_kl)
   assert callable(pallas_kernels.sparse_attention.attend) and callable(pallas_kernels.indexer.select)
 
 

@@ -52,11 +52,26 @@ class ThinkingBudget:
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawn:
+  """Tokens of one reply that came together.
+
+  Attributes:
+    request: which one.
+    tokens: ids, in order.
+    logprobs: of each of them; see `Generation`.
+  """
+
+  request: int
+  tokens: tuple[int, ...]
+  logprobs: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Generation:
   """Result of `generate`.
 
   Attributes:
-    tokens: of each reply, the stop token included.
+    tokens: of each reply, the stop token included; what it had begun with is not repeated.
     logprobs: of each token, under the distribution that it was drawn from (filters and temperature applied); 0 for greedy
       choices and for tokens that a thinking budget put there.
     finish: "stop" (a stop token came) or "length", of each reply.
@@ -110,7 +125,7 @@ def _go_on(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, l
     logits: [B, V], see `advance`.
     last: int32 [B], the token before, not fed yet.
     stopped: bool [B], replies that take no more; stop: int32 [s], tokens that end one.
-    number: of the first token; count: at most `_TOGETHER`, fewer tokens come if all replies stop.
+    number: int32 [B], of each reply's first token; count: at most `_TOGETHER`, fewer tokens come if all replies stop.
     keys, settings, forced: see `_draw`; record: of `generate`.
 
   Returns:
@@ -141,9 +156,9 @@ def _go_on(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, l
 @functools.partial(jax.jit, static_argnames="record")
 def _draw(logits: jax.Array, keys: jax.Array, number: jax.Array, settings: Rows, forced: jax.Array,
           *, record: tuple[str, ...] = ()) -> dict[str, jax.Array]:
-  """"tokens": number `number` of each request, "logprobs" of them; a forced token (>= 0) comes instead, with 0. Recorded:
+  """"tokens": number `number` [B] of each one, "logprobs" of them; a forced token (>= 0) comes instead, with 0. Recorded:
   "kept", see `Generation`."""
-  drawn = sample.sample(sample.token_keys(keys, jnp.full(keys.shape, number)), logits, settings)
+  drawn = sample.sample(sample.token_keys(keys, number), logits, settings)
   logprobs_BV = sample.log_probabilities(logits, settings)
   logprob = jnp.take_along_axis(logprobs_BV, drawn[:, None], 1)[:, 0]
   found = {"tokens": jnp.where(forced >= 0, forced, drawn), "logprobs": jnp.where(forced >= 0, 0, logprob)}
@@ -206,7 +221,8 @@ def prefill(model: DeepseekV4, variables: Any, cache: Cache, prompts: Sequence[S
 def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, keys: jax.Array, max_new_tokens: int,
              temperature: Any = 1.0, top_p: Any = 1.0, top_k: Any = 0, min_p: Any = 0.0, stop_tokens: Sequence[int] = (),
              thinking_budget: ThinkingBudget | None = None, chunk_size: int = 512, speculative: bool | int = False,
-             cache_storage: str = "compute", record: Sequence[str] = (),
+             cache_storage: str = "compute", record: Sequence[str] = (), begun: Sequence[Sequence[int]] | None = None,
+             on_drawn: Callable[[list[Drawn]], None] | None = None,
              on_token: Callable[[int, int], None] | None = None,
              on_chunk: Callable[[int], None] | None = None) -> Generation:
   """Replies to prompts.
@@ -224,6 +240,9 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
       replies are the same tokens, drawn ones have the same distribution; see `speculative.py`.
     cache_storage: see `init_cache`.
     record: what the result holds beside the tokens, of `RECORDS`; not with speculation.
+    begun: of each request the first tokens of its reply, drawn earlier with the same prompt, settings and key: the reply
+      goes on behind them as if it had never been interrupted. None = no reply has begun. Not with speculation.
+    on_drawn: called with the tokens that came together, before any that are drawn after them; not with speculation.
     on_token: called with (request, token) as tokens come.
     on_chunk: called during prefill; see `prefill`.
 
@@ -234,7 +253,9 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   _check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, thinking_budget)
   if cache_storage not in STORAGES:
     refuse("cache_storage", cache_storage, f"one of {', '.join(STORAGES)}")
-  record = tuple(record)
+  record, begun = tuple(record), _begun(begun, prompts, max_new_tokens, stop_tokens, model.config.vocab_size)
+  if speculative and (any(begun) or on_drawn is not None):
+    refuse("speculative", speculative, "False with begun or on_drawn")
   if not set(record) <= set(RECORDS) or (record and speculative):
     refuse("record", record, f"some of {', '.join(RECORDS)}, without speculation")
   from deepseek_v4.generation import speculative as speculation  # it builds on this module
@@ -243,9 +264,9 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
     return speculation.generate(model, variables, prompts, drafts=drafts, keys=keys, settings=settings,
                                 max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, thinking_budget=thinking_budget,
                                 chunk_size=chunk_size, cache_storage=cache_storage, on_token=on_token, on_chunk=on_chunk)
-  longest = max(map(len, prompts))
-  cache = init_cache(model.config, len(prompts),
-                     room_for(longest + max_new_tokens, model.config.max_position_embeddings), storage=cache_storage)
+  room = room_for(max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings)
+  cache = init_cache(model.config, len(prompts), room, storage=cache_storage)
+  prompts = [[*prompt, *reply] for prompt, reply in zip(prompts, begun, strict=True)]
   size = sum(cache.bytes_by_kind.values())
   started = time.perf_counter()
   experts: list[jax.Array] = []
@@ -254,32 +275,38 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   logits.block_until_ready()
   prefilled = time.perf_counter()
 
-  found, finish = _reply(model, variables, cache, logits, keys, settings, longest, max_new_tokens, stop_tokens,
-                         thinking_budget, record, on_token)
+  found, finish = _reply(model, variables, cache, logits, keys, settings, max(map(len, prompts)), begun, max_new_tokens,
+                         stop_tokens, thinking_budget, record, on_token, on_drawn)
   recorded: dict[str, Any] = {name: [np.stack(x) for x in found[name]] for name in record if name == "kept"}
   if experts:
     fed = np.concatenate(jax.device_get(experts), axis=2).astype(np.uint16)
     recorded["experts"] = [np.concatenate([fed[:, i, :len(prompt)], *later], axis=1) for i, (prompt, later) in
                            enumerate(zip(prompts, found["experts"], strict=True))]
-  return Generation(found["tokens"], found["logprobs"], finish, None, size, prefilled - started,
+  tokens = [reply[len(first):] for reply, first in zip(found["tokens"], begun, strict=True)]
+  return Generation(tokens, found["logprobs"], finish, None, size, prefilled - started,
                     time.perf_counter() - prefilled, **recorded)
 
 
 def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, keys: jax.Array, settings: Rows, longest: int,
-           max_new_tokens: int, stop_tokens: Sequence[int], budget: ThinkingBudget | None, record: tuple[str, ...],
-           on_token: Callable[[int, int], None] | None) -> tuple[dict[str, list[list[Any]]], list[str]]:
+           begun: list[list[int]], max_new_tokens: int, stop_tokens: Sequence[int], budget: ThinkingBudget | None,
+           record: tuple[str, ...], on_token: Callable[[int, int], None] | None,
+           on_drawn: Callable[[list[Drawn]], None] | None) -> tuple[dict[str, list[list[Any]]], list[str]]:
   """What `_go_on` found for each token of each reply, by name, and `Generation.finish`; goes on from what `prefill` returns
-  for prompts of at most `longest` tokens. The other arguments are those of `generate`."""
+  for prompts, with what is begun, of at most `longest` tokens. The other arguments are those of `generate`."""
   rows = range(keys.shape[0])
   said: dict[str, list[list[Any]]] = {name: [[] for _ in rows] for name in ("tokens", "logprobs", *record)}
   tokens, stopped = said["tokens"], np.zeros(len(rows), bool)
-  closed = [False for _ in rows]  # the thought of a reply
+  for reply, first in zip(tokens, begun, strict=True):
+    reply += first
+  closed = [budget is not None and _holds(reply, budget.close) for reply in tokens]  # the thought of a reply
+  going = lambda: ~stopped & (lengths() < max_new_tokens)
+  lengths = lambda: np.array([len(reply) for reply in tokens], np.int32)
   stop = np.array(sorted(stop_tokens), np.int32)
 
   def take(new: dict[str, np.ndarray]) -> None:
     """The next token of each reply that goes on."""
     drawn = new["tokens"]
-    for i in np.flatnonzero(~stopped):
+    for i in np.flatnonzero(going()):
       tokens[i].append(int(drawn[i]))
       said["logprobs"][i].append(float(new["logprobs"][i]))
       if "kept" in new:
@@ -290,26 +317,37 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
         closed[i] |= tuple(tokens[i][-len(budget.close):]) == tuple(budget.close)
       if on_token is not None:
         on_token(int(i), int(drawn[i]))
-    stopped[:] |= np.isin(drawn, stop)
+      stopped[i] = drawn[i] in stop
+
+  def tell(before: np.ndarray) -> None:
+    """Hands on what has come since the replies had these lengths."""
+    if on_drawn is not None:
+      on_drawn([Drawn(i, tuple(tokens[i][before[i]:]), tuple(said["logprobs"][i][before[i] - len(begun[i]):]))
+                for i in rows if len(tokens[i]) > before[i]])
 
   forced = lambda: np.array([forced_token(tokens[i], closed[i], budget) for i in rows], np.int32)
-  new = jax.device_get(_draw(logits, keys, 0, settings, forced(), record=record))
+  numbers = lengths()
+  new = jax.device_get(_draw(logits, keys, numbers, settings, forced(), record=record))
   take(new)
+  tell(numbers)
   last = new["tokens"]
-  number, seconds = 1, _PATIENCE  # tokens so far, and what one takes: not known yet, so the first comes alone
-  while number < max_new_tokens and not stopped.all():
+  drawn, seconds = 1, _PATIENCE  # tokens so far, and what one takes: not known yet, so the first comes alone
+  while going().any():
+    numbers, alive = lengths(), np.flatnonzero(going())
+    left = [max_new_tokens - numbers[i] for i in alive]
     # Nobody has to look at tokens before the first that a budget may force.
-    free = [budget.tokens - number for i in rows if budget is not None and not closed[i] and not stopped[i]]
-    reach, begun = reach_of(longest + number, cache.max_length), time.perf_counter()
+    free = [budget.tokens - numbers[i] for i in alive if budget is not None and not closed[i]]
+    reach, started = reach_of(longest + drawn, cache.max_length), time.perf_counter()
     # A token is computed in one reach only, so that no clock has a say in its bits.
-    count = max(1, min(_TOGETHER, max_new_tokens - number, reach - longest - number + 1, int(_PATIENCE / seconds), *free))
-    cache, logits, found = _go_on(model, variables, cache, logits, last, stopped, stop, keys, number, count, settings,
+    count = int(max(1, min(_TOGETHER, *left, reach - longest - drawn + 1, int(_PATIENCE / seconds), *free)))
+    cache, logits, found = _go_on(model, variables, cache, logits, last, ~going(), stop, keys, numbers, count, settings,
                                   forced(), reach=reach, record=record)
     found = jax.device_get(found)
-    seconds = (time.perf_counter() - begun) / count
+    seconds = (time.perf_counter() - started) / count
     for i in range(count):
       take({name: x[i] for name, x in found.items()})
-    number, last = number + count, found["tokens"][count - 1]
+    tell(numbers)
+    drawn, last = drawn + count, found["tokens"][count - 1]
   return said, ["stop" if ended else "length" for ended in stopped]
 
 
@@ -342,6 +380,26 @@ def _check(config, prompts, keys, max_new_tokens: int, chunk_size: int, stop_tok
     if not 1 <= len(prompt) <= config.max_position_embeddings - max_new_tokens:
       refuse(f"prompts[{i}]", f"{len(prompt)} tokens", "1 to max_position_embeddings - max_new_tokens = "
              f"{config.max_position_embeddings - max_new_tokens}")
+
+
+def _begun(begun: Sequence[Sequence[int]] | None, prompts, max_new_tokens: int, stop_tokens, vocab_size: int
+           ) -> list[list[int]]:
+  """The replies that have begun, checked."""
+  if begun is None:
+    return [[] for _ in prompts]
+  if len(begun) != len(prompts):
+    refuse("begun", f"{len(begun)} replies", f"one for each of the {len(prompts)} requests")
+  for i, reply in enumerate(begun):
+    if len(reply) >= max_new_tokens or set(reply) & set(stop_tokens):
+      refuse(f"begun[{i}]", f"{len(reply)} tokens", f"fewer than max_new_tokens = {max_new_tokens}, and no stop token")
+    if len(reply) and not 0 <= min(reply) <= max(reply) < vocab_size:
+      refuse(f"begun[{i}]", f"ids from {min(reply)} to {max(reply)}", f"ids below vocab_size = {vocab_size}")
+  return [list(reply) for reply in begun]
+
+
+def _holds(reply: list[int], part: Sequence[int]) -> bool:
+  """Whether these tokens stand somewhere in the reply, one after another."""
+  return any(tuple(reply[i:i + len(part)]) == tuple(part) for i in range(len(reply) - len(part) + 1))
 
 
 def forced_token(reply: list[int], closed: bool, budget: ThinkingBudget | None) -> int:

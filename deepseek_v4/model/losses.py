@@ -36,12 +36,17 @@ def cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Arr
   return sums.sum(), (targets_BS >= 0).sum().astype(sums.dtype)
 
 
+def in_chunks(x_T: jax.Array, chunk_size: int, fill: int = 0) -> jax.Array:
+  """[T, ...] -> [n, C, ...]; `fill` stands in the places of the last chunk that hold no token."""
+  size = min(chunk_size, x_T.shape[0])
+  missing = -x_T.shape[0] % size
+  padded = jnp.pad(x_T, ((0, missing), *((0, 0),) * (x_T.ndim - 1)), constant_values=fill)
+  return padded.reshape(-1, size, *x_T.shape[1:])
+
+
 def _chunks(hidden_TD, targets_T, chunk_size):
   """[n, C, D] and [n, C]; the tokens that fill the last chunk have no target."""
-  size = min(chunk_size, hidden_TD.shape[0])
-  missing = -hidden_TD.shape[0] % size
-  hidden = jnp.pad(hidden_TD, ((0, missing), (0, 0))).reshape(-1, size, hidden_TD.shape[1])
-  return hidden, jnp.pad(targets_T, (0, missing), constant_values=-1).reshape(-1, size)
+  return in_chunks(hidden_TD, chunk_size), in_chunks(targets_T, chunk_size, -1)
 
 
 def _chunk(hidden_CD, head_DV, targets_C, axis):
@@ -86,11 +91,16 @@ def _sum_forward(hidden_TD, head_DV, targets_T, chunk_size, axis):
   return total, (d_hidden, d_head.astype(head_DV.dtype))
 
 
-def _sum_backward(chunk_size, axis, saved, g):
+def weighed(gradients: tuple[jax.Array, ...], g: jax.Array, axis: str | None) -> tuple[jax.Array, ...]:
+  """Gradients of a sum times its cotangent `g`; `axis` is the mesh axis along which the vocabulary is split."""
   # Inside shard_map each device of the vocabulary's axis holds its share of the cotangent of a sum that all of them hold.
   g = g if axis is None else jax.lax.psum(g, axis)
   # In the cotangent's own precision: weight over count, rounded to bfloat16, would weigh this loss wrongly.
-  return *((d.astype(g.dtype) * g).astype(d.dtype) for d in saved), None
+  return tuple((d.astype(g.dtype) * g).astype(d.dtype) for d in gradients)
+
+
+def _sum_backward(chunk_size, axis, saved, g):
+  return *weighed(saved, g, axis), None
 
 
 _sum.defvjp(_sum_forward, _sum_backward)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 
 from deepseek_v4 import sharding
 from deepseek_v4.config_checks import refuse
-from deepseek_v4.generation.decode import RECORDS, ThinkingBudget, forced_token, generate
+from deepseek_v4.generation.decode import RECORDS, Drawn, ThinkingBudget, forced_token, generate
 from deepseek_v4.model.transformer import DeepseekV4
 
 
@@ -30,12 +31,15 @@ class Request:
     seed: whole numbers that its random key is made of: the first is a seed, the others are folded in one after another.
     budget: of a reply that begins inside a thought; None = no limit.
     metadata: goes through to the sample, such as the group or the task it belongs to.
+    begun: the first tokens of the reply, where they have been drawn already, and their log-probabilities.
   """
 
   prompt: tuple[int, ...]
   seed: tuple[int, ...]
   budget: ThinkingBudget | None = None
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  begun: tuple[int, ...] = ()
+  begun_logprobs: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Sample:
 def sample_replies(model: DeepseekV4, variables: Any, requests: Sequence[Request], *, max_new_tokens: int, batch_size: int,
                    stop_tokens: Sequence[int], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
                    record: Sequence[str] = (), chunk_size: int = 512, mesh: jax.sharding.Mesh | None = None,
-                   on_batch: Callable[[list[Sample]], None] | None = None) -> list[Sample]:
+                   on_batch: Callable[[list[Sample]], None] | None = None,
+                   on_drawn: Callable[[list[Drawn]], None] | None = None) -> list[Sample]:
   """Draws a reply to each request, in batches.
 
   Every batch has `batch_size` rows (the last one is filled up with a request that is there already), and those with equal
@@ -92,6 +97,7 @@ def sample_replies(model: DeepseekV4, variables: Any, requests: Sequence[Request
     chunk_size: tokens of a prompt that are fed at a time.
     mesh: the devices that hold the variables; None = the default one.
     on_batch: called with the samples of each batch once they are there, such as to write them down.
+    on_drawn: called with the tokens that came together, by the number of their request, before any are drawn after them.
 
   Returns:
     The samples in the order of their requests.
@@ -106,6 +112,8 @@ def sample_replies(model: DeepseekV4, variables: Any, requests: Sequence[Request
   for i, request in enumerate(requests):
     if not request.seed:
       refuse(f"requests[{i}].seed", request.seed, "at least one whole number")
+    if len(request.begun) != len(request.begun_logprobs) or (request.begun and record):
+      refuse(f"requests[{i}].begun", f"{len(request.begun)} tokens", "a log-probability for each, and nothing to record")
   samples: list[Sample | None] = [None] * len(requests)
   with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
     if batch_size % sharding.batch_shards():
@@ -113,7 +121,9 @@ def sample_replies(model: DeepseekV4, variables: Any, requests: Sequence[Request
     for places in _batches(requests, batch_size):
       chosen = [requests[i] for i in places]
       filled = [*chosen, *chosen[-1:] * (batch_size - len(chosen))]
-      found = generate(model, variables, [request.prompt for request in filled], keys=_keys(filled),
+      tell = None if on_drawn is None else functools.partial(_tell, on_drawn, places)
+      found = generate(model, variables, [request.prompt for request in filled], keys=_keys(filled), on_drawn=tell,
+                       begun=[request.begun for request in filled],
                        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                        stop_tokens=stop_tokens, thinking_budget=chosen[0].budget, chunk_size=chunk_size, record=record)
       new = [_sample(request, found, row) for row, request in enumerate(chosen)]
@@ -133,6 +143,11 @@ def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]
     yield from (numbers[start:start + batch_size] for start in range(0, len(numbers), batch_size))
 
 
+def _tell(on_drawn: Callable[[list[Drawn]], None], places: Sequence[int], new: list[Drawn]) -> None:
+  """Hands tokens of a batch on; those of rows that fill it up are nobody's."""
+  on_drawn([dataclasses.replace(drawn, request=places[drawn.request]) for drawn in new if drawn.request < len(places)])
+
+
 def _keys(requests: Sequence[Request]) -> jax.Array:
   """Typed keys, one per request."""
   def key(seed):
@@ -146,8 +161,9 @@ def _keys(requests: Sequence[Request]) -> jax.Array:
 
 def _sample(request: Request, found: Any, row: int) -> Sample:
   """The sample of a row of a `Generation`."""
-  reply = found.tokens[row]
-  return Sample(tuple(request.prompt), tuple(reply), tuple(found.logprobs[row]), _drawn(reply, request.budget),
+  reply = [*request.begun, *found.tokens[row]]
+  return Sample(tuple(request.prompt), tuple(reply), (*request.begun_logprobs, *found.logprobs[row]),
+                _drawn(reply, request.budget),
                 found.finish[row], tuple(request.seed), None if found.experts is None else found.experts[row],
                 None if found.kept is None else found.kept[row], dict(request.metadata))
 

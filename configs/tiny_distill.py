@@ -1,0 +1,45 @@
+"""One student learns from two teachers on its own replies: Python's standard library, and the headers of its C interface.
+
+The teachers are runs of configs/tiny.py: the one of the README, and one that goes on from it on other text:
+  python -m launch.train --config configs/tiny.py --workdir runs/tiny
+  python -m launch.train --config configs/tiny.py --workdir runs/headers --set training.init_from=runs/tiny
+      --set data.source=text --set data.path=INCLUDE --set data.held_out_percent=10
+where INCLUDE is what python -c "import sysconfig; print(sysconfig.get_paths()['include'])" says. The student begins with the
+weights of runs/tiny.
+
+command   python -m launch.distill --config configs/tiny_distill.py --workdir runs/student
+hardware  2 CPU cores
+duration  about 10 minutes with compilation
+result    held-out bits per byte of both teachers' text, KL to both, distillation.png
+"""
+
+import dataclasses
+import sysconfig
+from pathlib import Path
+
+from deepseek_v4.config import (
+  DataConfig,
+  DistillationConfig,
+  MeshConfig,
+  OptimizerConfig,
+  RunConfig,
+  TeacherConfig,
+  TrainingConfig,
+  load,
+)
+
+
+def get_config() -> RunConfig:
+  tiny = load(Path(__file__).with_name("tiny.py"))
+  headers = DataConfig(source="text", path=sysconfig.get_paths()["include"], held_out_percent=10)
+  return dataclasses.replace(
+    tiny,
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=4, decay_steps=20),
+    data=DataConfig(sequence_length=256, batch_size=16, accumulation=2),
+    mesh=MeshConfig(data=1),
+    training=TrainingConfig(steps=80, init_from="runs/tiny", log_every=4, eval_every=20, eval_batches=4,
+                            checkpoint_every=20),
+    distillation=DistillationConfig(
+      teachers=(TeacherConfig("python", "runs/tiny", DataConfig(held_out_percent=1)),
+                TeacherConfig("headers", "runs/headers", headers)),
+      prompt_length=96, shortest_prompt=32, reply_length=160, steps_per_round=4, decode_batch=64))

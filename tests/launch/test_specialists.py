@@ -1,0 +1,80 @@
+"""Miniature 2: its text, its figures, and a short version of the whole that has to show learning."""
+
+import itertools
+
+import pytest
+
+from deepseek_v4 import config as c
+from deepseek_v4.analysis import plots_distillation
+from launch import miniatures
+from launch.miniatures import specialists, specialists_text
+from launch.miniatures.specialists_text import KINDS
+
+SCORES = {"start": dict(python=3.0, c=2.5, english=4.0), "python": dict(python=2.0, c=2.6, english=4.1),
+          "c": dict(python=3.1, c=2.0, english=4.0), "english": dict(python=3.0, c=2.5, english=3.0),
+          "student": dict(python=2.1, c=2.1, english=3.15), "off_policy": dict(python=2.5, c=2.25, english=3.5),
+          "mixed": dict(python=3.0, c=2.6, english=2.9)}
+
+
+def test_it_is_one_of_the_miniatures():
+  assert "specialists" in miniatures.NAMES and specialists.DESCRIPTION
+
+
+def test_shares_of_a_gain():
+  share = lambda name, kind: pytest.approx(specialists.share(SCORES, name, kind))
+  assert share("student", "python") == 0.9 and share("student", "c") == 0.8 and share("student", "english") == 0.85
+  assert share("python", "python") == 1 and share("start", "c") == 0 and share("mixed", "c") == -0.2
+  row = specialists.row_of([SCORES, SCORES], "off_policy")
+  assert row["model"] == "off-policy distillation" and list(row.values())[1:] == pytest.approx([2.5, 2.25, 3.5, .5, .5, .5])
+
+
+def test_paragraphs_are_kept_once_and_long_texts_cut(monkeypatch):
+  paragraph = lambda i: f"Paragraph number {i} " * 30
+  texts = ["\n\n".join([paragraph(1), paragraph(2)]), "\n \n".join([paragraph(3), paragraph(1).upper()]), paragraph(2),
+           "short", "\n\n".join(paragraph(10 + i) for i in range(30))]
+  found = specialists_text.chosen(iter(texts))
+  assert sorted(map(len, found)) == sorted([len(paragraph(3).rstrip()), 2 * len(paragraph(1).rstrip()) + 2, 10_000])
+  assert sum("number 1 " in text.lower() for text in found) == 1 and found == specialists_text.chosen(iter(texts))
+  monkeypatch.setattr(specialists_text, "MAX_BYTES", 1000)
+  assert len(specialists_text.chosen(iter(texts))) < 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_machine_has_these_texts(kind):
+  some = [text for text in itertools.islice(specialists_text.documents(kind), 60) if len(text) > 400]
+  assert len(some) > 10
+  sign = {"python": "def ", "c": "#define", "english": " the "}[kind]
+  assert sum(sign in text for text in some) > 0.5 * len(some)
+
+
+def test_the_picture(tmp_path):
+  lines = [{"split": "held_out", "step": s, **{f"bits_per_byte/{kind}": 3 - s / 10 for kind in KINDS}} for s in (0, 2, 4)]
+  plots_distillation.shares(lines, SCORES, KINDS, specialists.METHODS, tmp_path / "a.png")
+  assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_all_ways_have_as_many_updates_of_as_many_tokens(tmp_path):
+  """Samples of 56 + 64 tokens in the mean, two of them in a row; all rows are of one length."""
+  runs = [specialists.distillation_run(tmp_path, dict.fromkeys(KINDS, tmp_path), 40, samples, 0, tmp_path)
+          for samples in (c.STUDENT, c.TEXT)] + [specialists.training_run(tmp_path, None, 40, 3e-3, 0, tmp_path)]
+  assert len({(run.training.steps, run.data.sequence_length, run.optimizer) for run in runs}) == 1
+  asked = runs[0].distillation
+  tokens = (asked.prompt_length + asked.shortest_prompt) / 2 + asked.reply_length
+  assert 0.9 < runs[0].data.batch_size * tokens / (runs[1].data.batch_size * specialists.LENGTH) < 1
+  assert runs[1].data.batch_size == runs[2].data.batch_size
+  kinds = {(spec.attention, spec.router) for spec in specialists.model().layer_specs}
+  assert {a for a, _ in kinds} == set(c.ATTENTION_KINDS) and {r for _, r in kinds} == set(c.ROUTER_KINDS)
+
+
+@pytest.mark.long
+def test_a_short_version_learns(tmp_path):
+  said = []
+  plan = specialists.Plan(start=40, specialist=24, student=24, batches=2)
+  result = specialists.run(tmp_path, 1, said.append, plan)
+  rows = {row["model"]: row for row in result.rows}
+  assert (tmp_path / result.picture).is_file() and len(result.targets) == 2
+  for kind in KINDS:
+    assert rows[f"specialist: {kind}"][f"{kind}, bits/byte"] < rows["common start"][f"{kind}, bits/byte"] - 0.05
+    assert rows["on-policy distillation"][f"{kind}, share"] > 0.3
+  # the same command again finds everything done
+  assert specialists.run(tmp_path, 1, said.append, plan).rows == result.rows
