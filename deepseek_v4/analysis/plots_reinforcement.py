@@ -45,3 +45,28 @@ def _curve(axes: Axes, lines: Lines, name: str, label: str, **style: Any) -> Non
   points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
   if points:
     axes.plot(*zip(*points), label=label, **style)
+
+
+def depth(found: Sequence[Mapping[str, Any]], efforts: Sequence[str], models: Sequence[str], path: str | Path) -> None:
+  """Draws accuracy over the length of replies, a line from effort to effort for each model, into a PNG.
+
+  Args:
+    found: {model: {effort: {"accuracy", "tokens"}}} of each repetition.
+    efforts: in the order of the lines.
+    models: what is drawn.
+    path: the PNG to write.
+  """
+  figure = Figure(figsize=(7, 4.2), dpi=160, layout="constrained")
+  axes = figure.subplots()
+  styles = zip(models, ("0.6", "tab:blue", "black"), ("s", "^", "o"))
+  for model, color, marker in styles:
+    for i, scores in enumerate(found):
+      points = [(scores[model][effort]["tokens"], scores[model][effort]["accuracy"]) for effort in efforts]
+      axes.plot(*zip(*points), color=color, marker=marker, linewidth=1, label=model if i == 0 else None)
+      if model == models[-1] and i == 0:
+        for effort, point in zip(efforts, points):
+          axes.annotate(effort, point, xytext=(6, -12), textcoords="offset points")
+  axes.set(xlabel="tokens of a reply, mean", ylabel="right answers on unseen problems", ylim=(0, 1.03))
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=9, loc="lower right")
+  FigureCanvasAgg(figure).print_png(str(path))

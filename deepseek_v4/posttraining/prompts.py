@@ -1,7 +1,8 @@
 """What a student is asked, and how what it says becomes rows for training.
 
 A prompt is the beginning of a piece of one of the teacher's training documents, which are cut into pieces of the length of
-the longest prompt; or of a conversation, what comes before the assistant's first word. Prompt number i is always the same, whoever asks for it and whenever.
+the longest prompt; or of a conversation, what comes before the assistant's first word. Prompt number i is always the same,
+whoever asks for it and whenever.
 
 Axes: R rows, S tokens of a row.
 """

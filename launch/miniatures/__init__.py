@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-NAMES: tuple[str, ...] = ("specialists",)
+NAMES: tuple[str, ...] = ("depth", "specialists")
 
 
 @dataclasses.dataclass(frozen=True)
