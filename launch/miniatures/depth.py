@@ -57,7 +57,7 @@ def model() -> c.ModelConfig:
     num_attention_heads=4, head_dim=32, qk_rope_head_dim=16, q_lora_rank=48, o_groups=2, o_lora_rank=48, sliding_window=48,
     index_n_heads=2, index_head_dim=16, index_topk=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=96,
     hc_mult=2, rope_scaling=None, max_position_embeddings=256, num_nextn_predict_layers=0, init_std=0.02,
-    eos_token_id=None, bos_token_id=None)
+    bos_token_id=256, eos_token_id=257)  # of depth_task's tokenizer, behind the bytes
 
 
 # ---- the runs -----------------------------------------------------------------------------------------------------------
