@@ -36,8 +36,8 @@ def get_config() -> RunConfig:
     csa_compress_rate=4,
     hca_compress_rate=16,
     num_attention_heads=4,
-    head_dim=32,
-    qk_rope_head_dim=16,
+    head_dim=64,
+    qk_rope_head_dim=32,
     q_lora_rank=48,
     o_groups=2,
     o_lora_rank=48,
@@ -49,6 +49,8 @@ def get_config() -> RunConfig:
     num_experts_per_tok=2,
     moe_intermediate_size=96,
     hc_mult=2,
+    rope_theta=100.0,  # texts are short
+    compress_rope_theta=100.0,
     rope_scaling=None,
     max_position_embeddings=256,
     num_nextn_predict_layers=0,
@@ -58,7 +60,7 @@ def get_config() -> RunConfig:
   )
   return RunConfig(
     model=model,
-    optimizer=OptimizerConfig(learning_rate=8e-3, warmup_steps=20, decay_steps=130),
+    optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=20, decay_steps=130),
     data=DataConfig(source="chat", path="runs/depth/task/talks", tokenizer="runs/depth/task/tokenizer.json",
                     sequence_length=128, batch_size=32, held_out_percent=4),
     mesh=MeshConfig(data=1),

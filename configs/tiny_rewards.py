@@ -24,5 +24,5 @@ def get_config() -> RunConfig:
     training=TrainingConfig(steps=60, init_from="runs/chat", log_every=1, eval_every=10, eval_batches=1,
                             checkpoint_every=20),
     reinforcement=ReinforcementConfig(
-      reasoning_effort="high", problems=32, replies=8, minibatches=2, max_new_tokens=16, thinking_tokens=12,
+      reasoning_effort="high", problems=32, replies=8, minibatches=2, max_new_tokens=14, thinking_tokens=10,
       decode_batch=256, clip=0.2, kl_weight=0.01, reference_steps=20, length_penalty=0.1))

@@ -2,7 +2,7 @@
 
 Conversations of three efforts teach a start the forms; from it a specialist of each effort learns from rewards, with its own
 price of length and its own limit of a thought; and a student is distilled from the three on its own replies. What counts is
-how many sums of eight digits that no run has seen the student gets right, and how long it takes, for each effort.
+how many sums of six digits that no run has seen the student gets right, and how long it takes, for each effort.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from launch.miniatures.depth_task import EFFORTS
 DESCRIPTION = "sums of digits with no, some and long thought: conversations, rewards, and one student of all three"
 PICTURE = "depth.png"
 LENGTH = 128
-THOUGHT = {"none": None, "high": 12, "max": 24}  # most tokens of a thought, which the decoder closes
-REPLY = {"none": 4, "high": 16, "max": 32}
+THOUGHT = {"none": None, "high": 10, "max": 20}  # most tokens of a thought, which the decoder closes
+REPLY = {"none": 4, "high": 14, "max": 26}
 PRICE = {"none": 0.2, "high": 0.1, "max": 0.0}  # of a reply of that many tokens, taken off a reward of 1
 MODELS = ("conversations", "rewards", "student")
 
@@ -54,9 +54,10 @@ def model() -> c.ModelConfig:
   return c.ModelConfig(
     vocab_size=264, hidden_size=64, num_hidden_layers=4, layer_types=(c.SLIDING, c.CSA, c.HCA, c.CSA),
     mlp_layer_types=(c.HASH, c.LEARNED, c.LEARNED, c.LEARNED), csa_compress_rate=4, hca_compress_rate=16,
-    num_attention_heads=4, head_dim=32, qk_rope_head_dim=16, q_lora_rank=48, o_groups=2, o_lora_rank=48, sliding_window=48,
+    num_attention_heads=4, head_dim=64, qk_rope_head_dim=32, q_lora_rank=48, o_groups=2, o_lora_rank=48, sliding_window=48,
     index_n_heads=2, index_head_dim=16, index_topk=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=96,
-    hc_mult=2, rope_scaling=None, max_position_embeddings=256, num_nextn_predict_layers=0, init_std=0.02,
+    hc_mult=2, rope_theta=100.0, compress_rope_theta=100.0, rope_scaling=None,  # texts are short
+    max_position_embeddings=256, num_nextn_predict_layers=0, init_std=0.02,
     bos_token_id=256, eos_token_id=257)  # of depth_task's tokenizer, behind the bytes
 
 
@@ -70,7 +71,7 @@ def start_run(folder: Path, steps: int, seed: int) -> c.RunConfig:
   """Conversations of all efforts."""
   return c.RunConfig(
     model=model(), data=data_of(folder / depth_task.TALKS, folder / depth_task.TOKENIZER, 32),
-    optimizer=c.OptimizerConfig(learning_rate=8e-3, warmup_steps=min(20, steps // 4), decay_steps=steps // 3),
+    optimizer=c.OptimizerConfig(learning_rate=6e-3, warmup_steps=min(20, steps // 4), decay_steps=steps // 3),
     training=c.TrainingConfig(steps=steps, seed=seed, log_every=20, eval_every=max(1, steps // 4), eval_batches=2,
                               checkpoint_every=max(1, steps // 4), keep_checkpoints=1))
 
@@ -99,7 +100,7 @@ def student_run(folder: Path, specialists: dict[str, Path], steps: int, seed: in
     optimizer=c.OptimizerConfig(learning_rate=2e-3, warmup_steps=2, decay_steps=steps // 2, weight_decay=0.0),
     training=c.TrainingConfig(steps=steps, seed=seed, log_every=4, eval_every=max(1, steps // 3), eval_batches=1,
                               checkpoint_every=max(1, steps // 3), keep_checkpoints=1, init_from=str(start)),
-    distillation=c.DistillationConfig(teachers=teachers, prompt_length=16, shortest_prompt=16, reply_length=32,
+    distillation=c.DistillationConfig(teachers=teachers, prompt_length=16, shortest_prompt=16, reply_length=26,
                                       steps_per_round=4, decode_batch=192, hidden_dtype="float32"))
 
 

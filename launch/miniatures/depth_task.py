@@ -1,9 +1,9 @@
 """Sums of digits modulo ten, as conversations of three reasoning efforts: what is learnt in the miniature of depth.
 
-    effort   thought on "38592714"                      answer
-    none     -                                          9
-    high     the sum after every second digit: 1 5 4 9  9
-    max      the sum after every digit, then once more  9
+    effort   thought on "385927"                                                      answer
+    none     -                                                                        4
+    high     +1+5+4            the sum after every second digit                       4
+    max      316574?316574     the sum after every digit, and all of them once more   4
 
 The layout is that of the chat format (`text/chat.py`); a vocabulary of single bytes and the format's own tokens makes a
 conversation about twenty tokens long.
@@ -22,7 +22,7 @@ from deepseek_v4.text import chat
 from deepseek_v4.text.chat_template import DEFAULT, THINK, THINK_END
 
 EFFORTS = ("none", "high", "max")
-DIGITS = 8
+DIGITS = 6
 TALKS, PROBLEMS, TOKENIZER = "talks", "problems.jsonl", "tokenizer.json"
 
 
