@@ -43,7 +43,7 @@ def get_config() -> RunConfig:
     o_lora_rank=48,
     sliding_window=48,
     index_n_heads=2,
-    index_head_dim=16,
+    index_head_dim=32,
     index_topk=8,
     n_routed_experts=4,
     num_experts_per_tok=2,

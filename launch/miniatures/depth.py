@@ -55,7 +55,7 @@ def model() -> c.ModelConfig:
     vocab_size=264, hidden_size=64, num_hidden_layers=4, layer_types=(c.SLIDING, c.CSA, c.HCA, c.CSA),
     mlp_layer_types=(c.HASH, c.LEARNED, c.LEARNED, c.LEARNED), csa_compress_rate=4, hca_compress_rate=16,
     num_attention_heads=4, head_dim=64, qk_rope_head_dim=32, q_lora_rank=48, o_groups=2, o_lora_rank=48, sliding_window=48,
-    index_n_heads=2, index_head_dim=16, index_topk=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=96,
+    index_n_heads=2, index_head_dim=32, index_topk=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=96,
     hc_mult=2, rope_theta=100.0, compress_rope_theta=100.0, rope_scaling=None,  # texts are short
     max_position_embeddings=256, num_nextn_predict_layers=0, init_std=0.02,
     bos_token_id=256, eos_token_id=257)  # of depth_task's tokenizer, behind the bytes
