@@ -1,10 +1,10 @@
 """Every setting of a model and of a run, as frozen dataclasses; no JAX here.
 
 Everybody imports them from here; they are written down in `config_model.py` (the architecture), `config_training.py` (what
-shapes a training run), `config_stages.py` (its stages) and `config_distillation.py` (students and teachers). A run is one
-Python file under `configs/` with `get_config() -> RunConfig`; `load(path, overrides)` reads it and applies typed
-`key.path=value` overrides. Reading and writing the dictionaries of released models lives in `config_hf.py`
-(`ModelConfig.from_hf` / `to_hf`).
+shapes a training run), `config_stages.py` (its stages), `config_distillation.py` (students and teachers) and
+`config_reinforcement.py` (learning from rewards). A run is one Python file under `configs/` with `get_config() -> RunConfig`;
+`load(path, overrides)` reads it and applies typed `key.path=value` overrides. Reading and writing the dictionaries of
+released models lives in `config_hf.py` (`ModelConfig.from_hf` / `to_hf`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typing
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from deepseek_v4 import config_distillation, config_stages
+from deepseek_v4 import config_distillation, config_reinforcement, config_stages
 from deepseek_v4.config_checks import fields_of, options_of, refuse, typed
 from deepseek_v4.config_distillation import STUDENT, TEXT, DistillationConfig, TeacherConfig
 from deepseek_v4.config_model import (
@@ -33,6 +33,7 @@ from deepseek_v4.config_model import (
   ModelConfig,
   Yarn,
 )
+from deepseek_v4.config_reinforcement import ReinforcementConfig
 from deepseek_v4.config_stages import StageConfig
 from deepseek_v4.config_training import (
   AnomalyConfig,
@@ -45,8 +46,8 @@ from deepseek_v4.config_training import (
 
 __all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "REMAT_POLICIES", "ROUTER_KINDS", "SLIDING", "STUDENT",
            "TEXT", "AnomalyConfig", "DataConfig", "DistillationConfig", "LayerSpec", "LossConfig", "MeshConfig",
-           "ModelConfig", "OptimizerConfig", "RunConfig", "StageConfig", "TeacherConfig", "TrainingConfig", "Yarn",
-           "from_dict", "load", "override", "to_dict"]
+           "ModelConfig", "OptimizerConfig", "ReinforcementConfig", "RunConfig", "StageConfig", "TeacherConfig",
+           "TrainingConfig", "Yarn", "from_dict", "load", "override", "to_dict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class RunConfig:
   anomalies: AnomalyConfig = AnomalyConfig()
   stages: tuple[StageConfig, ...] = ()
   distillation: DistillationConfig | None = None  # a run of launch.distill
+  reinforcement: ReinforcementConfig | None = None  # learning from rewards instead of from text
 
   def __post_init__(self):
     typed(self)
@@ -82,8 +84,22 @@ class RunConfig:
     if self.optimizer.warmup_steps + self.optimizer.decay_steps > steps - first:
       refuse("optimizer.warmup_steps + optimizer.decay_steps", self.optimizer.warmup_steps + self.optimizer.decay_steps,
              f"at most training.steps = {steps}{f' - optimizer.first_step = {first}' if first else ''}")
+    self._check_post_training()
     if self.distillation is not None:
       config_distillation.check(self)
+    if self.reinforcement is not None:
+      config_reinforcement.check(self)
+
+  def _check_post_training(self):
+    """Refuses settings of pre-training that post-training has no use for."""
+    kinds = [name for name in ("distillation", "reinforcement") if getattr(self, name) is not None]
+    if len(kinds) > 1:
+      refuse("reinforcement", "given", "None beside distillation: one of them is a run")
+    for name in kinds:
+      if self.stages:
+        refuse("stages", [stage.name for stage in self.stages], f"none beside {name}")
+      if self.training.trainable != "all":
+        refuse("training.trainable", self.training.trainable, f"'all' beside {name}")
 
 
 # ---- reading run files and overrides ----------------------------------------------------------------------------------

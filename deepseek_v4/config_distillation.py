@@ -68,10 +68,6 @@ def check(run: Any) -> None:
   """Refuses a RunConfig with a distillation that does not go with its other settings."""
   distillation, data = run.distillation, run.data
   teachers = distillation.teachers
-  if run.stages:
-    refuse("stages", [stage.name for stage in run.stages], "none in a distillation")
-  if run.training.trainable != "all":
-    refuse("training.trainable", run.training.trainable, "'all' in a distillation")
   if data.batch_size % len(teachers):
     refuse("data.batch_size", data.batch_size, f"a multiple of the number of distillation.teachers, {len(teachers)}")
   longest = distillation.prompt_length + distillation.reply_length

@@ -70,10 +70,12 @@ class LossConfig:
 class DataConfig:
   """Where the tokens come from and how rows are packed."""
 
-  source: str = "stdlib"  # "stdlib", "text" (folder), "jsonl" (file or folder), "array_record" (files of token ids)
+  # "stdlib", "text" (folder), "jsonl" (file or folder), "chat" (JSON lines of conversations), "array_record" (token ids)
+  source: str = "stdlib"
   path: str | None = None  # folder, file or glob; None for "stdlib"
   tokenizer: str | None = None  # a tokenizer.json; None = bytes
   text_field: str = "text"  # of JSON lines
+  chat_template: str | None = None  # of conversations: folder of a release with its wording; None = our own
   sequence_length: int = 512
   batch_size: int = 8  # rows per optimizer step over the whole mesh, all accumulation passes together
   accumulation: int = 1
@@ -83,7 +85,7 @@ class DataConfig:
 
   def __post_init__(self):
     typed(self)
-    one_of(self, "source", ("stdlib", "text", "jsonl", "array_record"))
+    one_of(self, "source", ("stdlib", "text", "jsonl", "chat", "array_record"))
     if (self.path is None) != (self.source == "stdlib"):
       expected = "None" if self.source == "stdlib" else "a folder, file or glob"
       refuse("path", self.path, f"{expected} for source {self.source!r}")
@@ -95,6 +97,10 @@ class DataConfig:
       refuse("held_out_percent", self.held_out_percent, "0 to 99")
     if not 0 <= self.fim_rate <= 1:
       refuse("fim_rate", self.fim_rate, "a number in [0, 1]")
+    if self.source == "chat" and self.fim_rate:
+      refuse("fim_rate", self.fim_rate, "0 for source 'chat'")
+    if self.source != "chat" and self.chat_template is not None:
+      refuse("chat_template", self.chat_template, f"None for source {self.source!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -238,6 +238,12 @@ def axis_name(logical: str) -> str | None:
   return axis if mesh is not None and mesh.shape[axis] > 1 else None
 
 
+def axis_size(logical: str) -> int:
+  """Into how many parts the ambient mesh splits a logical axis that lies on one mesh axis; 1 without a mesh."""
+  mesh = _ambient()
+  return 1 if mesh is None else mesh.shape[RULES[logical]]
+
+
 def per_shard(fn: Callable, in_axes: Sequence[Any], out_axes: Any) -> Callable:
   """The one shard_map wrapper for ops: `fn` sees each device's part of its arguments.
 

@@ -114,10 +114,13 @@ class Speaker:
     import jax
 
     from deepseek_v4.generation.decode import generate
+    from deepseek_v4.text import chat
     budget = self.thinking_budget(effort)
     stream = None if on_text is None else _Stream(self.tokenizer, on_text)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), number), len(texts))
-    found = generate(self.model, self.variables, [self.tokenizer.encode(text) for text in texts], keys=keys,
+    # A conversation has ends of turns in it, which are what its replies are stopped at.
+    encode = self.tokenizer.encode if effort is None else lambda text: chat.to_ids(text, self.tokenizer)
+    found = generate(self.model, self.variables, [encode(text) for text in texts], keys=keys,
                      stop_tokens=(self.tokenizer.document_end,), thinking_budget=budget, on_token=stream, **self.options)
     if stream is not None:
       stream.finish()
@@ -206,6 +209,7 @@ def load(checkpoint: str, options: dict[str, Any], seed: int, *, prompts: Sequen
   from deepseek_v4.model.transformer import DeepseekV4
   from deepseek_v4.text import chat_template
   from deepseek_v4.text.tokenize import load_tokenizer
+  from deepseek_v4.training import conversations
   _, manifest = newest_manifest(Path(checkpoint) / CHECKPOINTS)
   stored = manifest["config"]
   model_config = dataclasses.replace(config.from_dict(config.ModelConfig, stored["model"]), scan_layers=False,
@@ -218,6 +222,8 @@ def load(checkpoint: str, options: dict[str, Any], seed: int, *, prompts: Sequen
     template = chat_template.DEFAULT
     if (release / "encoding").is_dir():
       template = chat_template.ChatTemplate.from_checkpoint(release)
+    elif stored.get("data", {}).get("chat_template") is not None:
+      template = conversations.template_of(config.from_dict(config.DataConfig, stored["data"]))
     effort = template.check_effort(effort)
   tokenizer = load_tokenizer(source, model_config.vocab_size)
   speaker = Speaker(DeepseekV4(model_config), None, tokenizer, template, options, seed, drift)

@@ -38,15 +38,17 @@ def main(argv: list[str]) -> None:
 
 
 def train(run_config: Any, *arguments: Any) -> None:
-  """See `training.loop.train`.
+  """Learns from text or conversations (`training.loop.train`), or from rewards (`posttraining.reinforcement.reinforce`).
 
   Raises:
     ValueError: a run that asks for more than training.
   """
+  from deepseek_v4.posttraining import reinforcement
   from deepseek_v4.training import loop
   if run_config.distillation is not None:
     raise ValueError("distillation: expected None, or the command python -m launch.distill")
-  loop.train(run_config, *arguments)
+  work = loop.train if run_config.reinforcement is None else reinforcement.reinforce
+  work(run_config, *arguments)
 
 
 def run(argv: list[str], work: Callable[..., Any]) -> None:

@@ -35,7 +35,7 @@ from deepseek_v4.config_checks import refuse
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.posttraining import journal as journals
 from deepseek_v4.posttraining.distillation_step import Pass, Steps
-from deepseek_v4.posttraining.prompts import Prompts, Text, in_passes, rows_of
+from deepseek_v4.posttraining.prompts import ChatPrompts, Prompts, Text, in_passes, rows_of
 from deepseek_v4.posttraining.rollout import Request, sample_replies
 from deepseek_v4.posttraining.teachers import Library, Resident, Teacher, open_teacher
 from deepseek_v4.training import metrics
@@ -154,7 +154,8 @@ def read_data(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> tuple[tu
   for teacher in run_config.distillation.teachers:
     data = dataclasses.replace(teacher.data, **{name: getattr(run_config.data, name) for name in (
       "sequence_length", "batch_size", "accumulation")})
-    sources.append(Prompts(run_config, teacher) if run_config.distillation.samples == STUDENT else
+    asked = ChatPrompts if teacher.data.source == "chat" else Prompts
+    sources.append(asked(run_config, teacher) if run_config.distillation.samples == STUDENT else
                    Text(run_config, teacher.data, run_config.data.sequence_length))
     held_out[teacher.name] = dataset(dataclasses.replace(run_config, data=data), "held_out", mesh)
     print(f"{teacher.name}: {sources[-1].describe()}; {held_out[teacher.name].describe()}")

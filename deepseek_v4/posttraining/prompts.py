@@ -1,7 +1,8 @@
 """What a student is asked, and how what it says becomes rows for training.
 
 A prompt is the beginning of a piece of one of the teacher's training documents, which are cut into pieces of the length of
-the longest prompt. Prompt number i is always the same, whoever asks for it and whenever.
+the longest prompt; or of a conversation, what comes before the assistant's first word. Prompt number i is always the same,
+whoever asks for it and whenever.
 
 Axes: R rows, S tokens of a row.
 """
@@ -16,7 +17,9 @@ from typing import Any, Sequence
 import numpy as np
 
 from deepseek_v4.config import DataConfig, RunConfig, TeacherConfig
-from deepseek_v4.training import packing
+from deepseek_v4.config_checks import refuse
+from deepseek_v4.text import tokenize
+from deepseek_v4.training import conversations, packing
 from deepseek_v4.training.data import make_dataset
 
 
@@ -76,6 +79,47 @@ class Prompts:
     digest = hashlib.sha256(f"prompt {self._seed} {number}".encode()).digest()
     length = self._shortest + int.from_bytes(digest[:8], "little") % (self._longest - self._shortest + 1)
     return tuple(piece[:length].tolist())
+
+
+class ChatPrompts:
+  """The endless sequence of a teacher's prompts, from conversations; each epoch has another order.
+
+  Raises:
+    ValueError: data that cannot be used; each bad line with its cause.
+  """
+
+  def __init__(self, run_config: RunConfig, teacher: TeacherConfig):
+    data, longest = teacher.data, run_config.distillation.prompt_length
+    tokenizer = tokenize.load_tokenizer(data.tokenizer, run_config.model.vocab_size)
+    found, bad = conversations.read(data, "train")
+    template, self._prompts = conversations.template_of(data), []
+    for conversation in found:
+      try:
+        ids, written = conversations.encode(conversation, template, tokenizer)
+        first = int(np.argmax(written)) if written.any() else 0
+        if not 1 <= first <= longest:
+          refuse("prompt", f"{first} tokens", f"1 to distillation.prompt_length = {longest}, and a reply of the assistant")
+        self._prompts.append(tuple(ids[:first].tolist()))
+      except (ValueError, TypeError, KeyError, AttributeError) as error:  # messages are whatever JSON holds
+        bad.append(conversations.bad_line(conversation, error))
+    conversations.refuse_lines(bad)
+    if not self._prompts:
+      refuse("data.path", data.path, f"conversations to train on with data.held_out_percent = {data.held_out_percent}")
+    self._seed, self.document_end = data.seed, tokenizer.document_end
+
+  def take(self, first: int, count: int) -> list[tuple[int, ...]]:
+    """Prompts number `first` to `first + count - 1`, token ids."""
+    found, orders = [], {}
+    for number in range(first, first + count):
+      epoch, place = divmod(number, len(self._prompts))
+      if epoch not in orders:
+        orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+      found.append(self._prompts[orders[epoch][place]])
+    return found
+
+  def describe(self) -> str:
+    """What an epoch holds, in a line."""
+    return f"prompts of {len(self._prompts):,} conversations"
 
 
 def rows_of(samples: Sequence[tuple[Sequence[int], Sequence[int]]], sequence_length: int) -> dict[str, np.ndarray]:

@@ -42,6 +42,17 @@ def encode(messages: Sequence[Mapping[str, Any]], *, reasoning_effort: str | Non
   Raises:
     ValueError: an unknown role, level or task, content of a wrong type or malformed tool calls; names the message.
   """
+  return "".join(text for text, _ in parts(messages, reasoning_effort=reasoning_effort, drop_thinking=drop_thinking,
+                                           template=template))
+
+
+def parts(messages: Sequence[Mapping[str, Any]], *, reasoning_effort: str | None = "high", drop_thinking: bool = True,
+          template: ChatTemplate | None = None) -> list[tuple[str, bool]]:
+  """The text of `encode` cut into (text, whether the assistant wrote it), arguments and errors as there.
+
+  The assistant writes its thought and what closes it, its answer, its tool calls and the end of its turn; the tokens that
+  hand the turn to it, the opening of the thought among them, it is given.
+  """
   template = DEFAULT if template is None else template
   effort = template.check_effort(reasoning_effort)
   thinking = effort != NONE
@@ -55,14 +66,26 @@ def encode(messages: Sequence[Mapping[str, Any]], *, reasoning_effort: str | Non
     last = _last_user(turns)
     turns = [turn for i, turn in enumerate(turns) if i >= last or turn["role"] != "developer"]
   last = _last_user(turns)
-  pieces = [BOS, template.effort_prefix.get(effort, "") if thinking else ""]
+  pieces = [(BOS + (template.effort_prefix.get(effort, "") if thinking else ""), False)]
   for i, turn in enumerate(turns):
     thought = thinking and (not drop or i > last) and not (i and turns[i - 1].get("task"))
-    pieces.append(_body(turn, template, thought))
+    pieces.append((_body(turn, template, thought), turn["role"] == "assistant"))
     if i + 1 == len(turns) or turns[i + 1]["role"] in ("assistant", "latest_reminder"):
       opens = thinking and (not drop or i >= last)
-      pieces.append(_transition(turn, THINK if opens else THINK_END, THINK if thinking else THINK_END))
-  return "".join(pieces)
+      pieces.append((_transition(turn, THINK if opens else THINK_END, THINK if thinking else THINK_END), False))
+  return [(text, written) for text, written in pieces if text]
+
+
+def to_ids(text: str, tokenizer: Any) -> list[int]:
+  """Token ids of a text of `encode` or `parts`, as the model is trained on it and asked with it.
+
+  The end of a turn is the token that ends a document, whatever the tokenizer would make of its spelling: it is what a reply
+  is stopped at.
+  """
+  ids: list[int] = []
+  for i, piece in enumerate(text.split(EOS)):
+    ids += [tokenizer.document_end] * (i > 0) + list(tokenizer.encode(piece) if piece else ())
+  return ids
 
 
 def _check(where: str, message: Mapping[str, Any]) -> None:

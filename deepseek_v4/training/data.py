@@ -27,6 +27,7 @@ import numpy as np
 from deepseek_v4.config import DataConfig
 from deepseek_v4.text import tokenize
 from deepseek_v4.training import packing, sources
+from deepseek_v4.training.conversations import ChatDocuments
 from deepseek_v4.training.row_order import IDENTITY, Batch, Position, RowOrder
 
 SIZES = ("sequence_length", "batch_size", "accumulation")  # what does not change how a document is encoded
@@ -70,6 +71,7 @@ class _TextDocuments:
   """Documents of text, encoded once and held as one array of ids."""
 
   threads = 0  # everything is in memory: reading takes microseconds
+  counted = targets = None  # all tokens are learnt
 
   def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer):
     found = sources.read_texts(config, split)
@@ -97,6 +99,7 @@ class _RecordDocuments:
   """
 
   threads = 4  # reads wait for a disk or for the network
+  counted = targets = None
   text_bytes = None
   left_out = ()
 
@@ -128,8 +131,9 @@ class Batches:
 
   Attributes:
     tokenizer: how the text was encoded.
-    documents, tokens, targets: number of them in one epoch (`tokens` counts document ends and FIM sentinels).
-    text_bytes: bytes of text behind them; None for files of ids.
+    documents, tokens, targets: number of them in one epoch (`tokens` counts document ends and FIM sentinels; `targets` are
+      the tokens whose prediction counts).
+    text_bytes: bytes of text behind them; None for files of ids and for conversations.
     left_out: names of files of this split that are no UTF-8.
     rows, fill: rows of one epoch, and the share of their places that hold a token.
     batch_size: rows of a batch over all processes and accumulation passes; rows / batch_size batches are an epoch.
@@ -145,8 +149,8 @@ class Batches:
     self.documents = len(documents.lengths)
     self.text_bytes, self.left_out = documents.text_bytes, documents.left_out
     rows_of_epoch = self._order.packing
-    self.rows, self.fill = rows_of_epoch.rows, rows_of_epoch.fill
-    self.tokens, self.targets = rows_of_epoch.tokens, rows_of_epoch.targets
+    self.rows, self.fill, self.tokens = rows_of_epoch.rows, rows_of_epoch.fill, rows_of_epoch.tokens
+    self.targets = rows_of_epoch.targets if documents.targets is None else documents.targets
     # Places in the batch of the rows that are made here: columns of the [A, B of all processes] grid.
     self._places_AB = np.arange(config.batch_size).reshape(config.accumulation, -1)[:, list(rows)]
     digest = hashlib.sha256(documents.lengths.astype("<i8").tobytes() + documents.checksum.to_bytes(4, "little"))
@@ -270,7 +274,7 @@ def make_dataset(config: DataConfig, vocab_size: int, *, split: str = "train", r
   if config.fim_rate and tokenizer.fim is None:
     raise ValueError(f"data.fim_rate = {config.fim_rate}: expected 0, since no fill-in-the-middle tokens are known (bytes: "
                      f"model.vocab_size of {tokenize.BYTE_FIM[-1] + 1} or more; ids: a data.tokenizer that has them)")
-  kind = _RecordDocuments if config.source == "array_record" else _TextDocuments
+  kind = {"array_record": _RecordDocuments, "chat": ChatDocuments}.get(config.source, _TextDocuments)
   batches = Batches(config, split, kind(config, split, vocab_size, tokenizer), tokenizer, rows)
   _check_enough(config, split, batches)
   return batches

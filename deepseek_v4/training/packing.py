@@ -119,12 +119,14 @@ def _best_fit(needs: np.ndarray, capacity: int) -> np.ndarray:
   return bins
 
 
-def build_row(packing: Packing, row: int | None, read: Callable[[int, int, int], np.ndarray]) -> dict[str, np.ndarray]:
+def build_row(packing: Packing, row: int | None, read: Callable[[int, int, int], np.ndarray],
+              counted: Callable[[int, int, int], np.ndarray] | None = None) -> dict[str, np.ndarray]:
   """The four int32 [S] arrays of a row: tokens, segment_ids, positions, loss_mask.
 
   Args:
     row: its number; None = a row without tokens.
     read: (document, start, length) -> ids [length].
+    counted: the same of which tokens are learnt, bool [length]; None = all.
   """
   names = ("tokens", "segment_ids", "positions", "loss_mask")
   arrays = {name: np.zeros(packing.sequence_length, np.int32) for name in names}
@@ -132,10 +134,12 @@ def build_row(packing: Packing, row: int | None, read: Callable[[int, int, int],
   pieces = range(packing.offset[row], packing.offset[row + 1]) if row is not None else ()
   for segment, piece in enumerate(pieces, 1):
     n = int(packing.length[piece])
-    arrays["tokens"][at:at + n] = read(int(packing.document[piece]), int(packing.start[piece]), n)
+    where = int(packing.document[piece]), int(packing.start[piece]), n
+    arrays["tokens"][at:at + n] = read(*where)
     arrays["segment_ids"][at:at + n] = segment
     arrays["positions"][at:at + n] = np.arange(n)
-    arrays["loss_mask"][at + 1:at + n] = 1  # the first token of a piece has nothing before it that could predict it
+    # The first token of a piece has nothing before it that could predict it.
+    arrays["loss_mask"][at + 1:at + n] = 1 if counted is None else counted(*where)[1:]
     at += n
   return arrays
 

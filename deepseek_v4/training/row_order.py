@@ -25,9 +25,11 @@ IDENTITY = ("split", "sequence_length", "seed", "fim_rate", "documents")  # of t
 
 
 class Documents(Protocol):
-  """What rows are made of: lengths int64 [N], and the ids [length] of a part of a document."""
+  """What rows are made of: lengths int64 [N], the ids [length] of a part of a document, and which of its tokens are learnt,
+  bool [length] (None: all)."""
 
   lengths: np.ndarray
+  counted: Callable[[int, int, int], np.ndarray] | None
 
   def read(self, document: int, start: int, length: int) -> np.ndarray: ...
 
@@ -92,7 +94,7 @@ class _Rows:
     return self._rows.rows
 
   def __getitem__(self, row: int) -> Batch:
-    return packing.build_row(self._rows, row, self._documents.read)
+    return packing.build_row(self._rows, row, self._documents.read, self._documents.counted)
 
 
 class RowOrder:

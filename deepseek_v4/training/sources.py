@@ -1,5 +1,7 @@
 """Where documents come from: the standard library's sources, text files, JSON lines, ArrayRecord files of token ids.
 
+Conversations are JSON lines too; `conversations.py` reads what is on them.
+
 Every document has a name (path inside the source, and line or record number), and a hash of the name decides whether it is
 training or held-out text. Names do not hold the folder's own place, so a data set may move; files are read in the order of
 their names.
@@ -63,7 +65,8 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
   path = Path(config.path)
   if path.is_dir():
     accept = {"text": lambda name: True, "jsonl": lambda name: name.endswith((".jsonl", ".ndjson")),
-              "array_record": lambda name: ".array_record" in name and not name.endswith(".npz")}[config.source]
+              "array_record": lambda name: ".array_record" in name and not name.endswith(".npz")}
+    accept = (accept | {"chat": accept["jsonl"]})[config.source]
     root, names = path, _walk(path, accept, ("__pycache__",))
   elif path.is_file():
     root, names = path.parent, [path.name]
@@ -74,7 +77,7 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
     names = sorted(os.path.relpath(p, root).replace(os.sep, "/") for p in found
                    if p.is_file() and not p.name.endswith(".index.npz"))
   if not names:
-    kind = {"text": "files", "jsonl": ".jsonl or .ndjson files", "array_record": ".array_record files"}[config.source]
+    kind = {"text": "files", "array_record": ".array_record files"}.get(config.source, ".jsonl or .ndjson files")
     raise ValueError(f"data.path = {config.path!r}: expected a file, a glob or a folder with {kind}; found none")
   return root, names
 
@@ -92,7 +95,8 @@ def _walk(root: Path, accept, skip: Sequence[str]) -> list[str]:
   return sorted(names)
 
 
-def _read(file: Path) -> bytes:
+def read_file(file: Path) -> bytes:
+  """The bytes of a file, or a ValueError that names it."""
   try:
     return file.read_bytes()
   except OSError as error:
@@ -124,7 +128,7 @@ def read_texts(config: DataConfig, split: str) -> Texts:
       found = [(name, text) for name, text in _json_lines(root / file, file, config.text_field)
                if in_split(name, split, config.held_out_percent)]
     elif in_split(file, split, config.held_out_percent):
-      text = _read(root / file)
+      text = read_file(root / file)
       found = [(file, text)] if _is_utf8(text) else []
       left_out += [] if found else [file]
     else:
@@ -143,7 +147,7 @@ def _is_utf8(text: bytes) -> bool:
 
 
 def _json_lines(file: Path, name: str, field: str) -> Iterator[tuple[str, bytes]]:
-  for number, line in enumerate(_read(file).split(b"\n"), 1):
+  for number, line in enumerate(read_file(file).split(b"\n"), 1):
     if not line.strip():
       continue
     try:

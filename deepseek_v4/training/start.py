@@ -179,6 +179,9 @@ def state_from(run_config: RunConfig, key: jax.Array, mesh: jax.sharding.Mesh | 
   if run_config.data.tokenizer is None and tokenizer.is_file():
     say(f"warning: data.tokenizer = None trains on bytes, but the weights came with another vocabulary: expected "
         f"--set data.tokenizer={tokenizer}")
+  if run_config.data.source == "chat" and run_config.data.chat_template is None and (folder / RELEASE / "encoding").is_dir():
+    say(f"warning: data.chat_template = None trains on our own wording, but the weights came with another one: expected "
+        f"--set data.chat_template={folder}")
   return state
 
 

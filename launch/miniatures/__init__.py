@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-NAMES: tuple[str, ...] = ("optimizers", "specialists", "stability", "stages")
+NAMES: tuple[str, ...] = ("depth", "optimizers", "specialists", "stability", "stages")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,8 +43,8 @@ def speaker(folder):
 def reply_to(speaker, text):
   """The text that `generate` itself gives."""
   found = dsv4.generate(speaker.model, random_variables(dataclasses.replace(BYTES, scan_layers=False)),
-                        [speaker.tokenizer.encode(text)], keys=jax.random.split(jax.random.key(9), 1), max_new_tokens=6,
-                        temperature=0.0, chunk_size=32, stop_tokens=(1,))
+                        [chat.to_ids(text, speaker.tokenizer)], keys=jax.random.split(jax.random.key(9), 1),
+                        max_new_tokens=6, temperature=0.0, chunk_size=32, stop_tokens=(1,))
   return speaker.tokenizer.decode(found.tokens[0])
 
 

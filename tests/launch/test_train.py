@@ -127,3 +127,18 @@ def test_a_signal_while_it_trains(tmp_path, number, code):
   assert f"stopped after step {done}, which is saved; the same command goes on from there" in log.read_text()
   assert (tmp_path / "run" / "checkpoints" / str(done) / "manifest" / "manifest.json").is_file()
   assert "Traceback" not in log.read_text()
+
+
+def test_rewards_have_a_loop_of_their_own(monkeypatch):
+  from deepseek_v4 import config
+  from deepseek_v4.posttraining import reinforcement
+  from deepseek_v4.training import loop
+  from launch import train
+  called = []
+  monkeypatch.setattr(loop, "train", lambda *arguments: called.append(("train", *arguments[1:])))
+  monkeypatch.setattr(reinforcement, "reinforce", lambda *arguments: called.append(("reinforce", *arguments[1:])))
+  for name in ("tiny_chat", "tiny_rewards"):
+    train.train(config.load(ROOT / f"configs/{name}.py"), "runs/x", None, None)
+  assert called == [("train", "runs/x", None, None), ("reinforce", "runs/x", None, None)]
+  with pytest.raises(ValueError, match="the command python -m launch.distill"):
+    train.train(config.load(ROOT / "configs/tiny_distill.py"), "runs/x", None, None)

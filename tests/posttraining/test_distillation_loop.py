@@ -191,7 +191,7 @@ def test_what_cannot_be_distilled(root, changes, said):
   (dict(steps_per_round=0), "steps_per_round = 0: expected at least 1"),
   (dict(data=c.DataConfig(sequence_length=48, batch_size=3)), "data.batch_size = 3: expected a multiple of the number of"),
   (dict(data=c.DataConfig(sequence_length=48, batch_size=4, tokenizer="x")), "a: data.tokenizer = None: expected that of"),
-  (dict(stages=(c.StageConfig("long", steps=4),)), r"stages = \['long'\]: expected none in a distillation"),
+  (dict(stages=(c.StageConfig("long", steps=4),)), r"stages = \['long'\]: expected none beside distillation"),
 ])
 def test_settings_that_do_not_go_together(changes, said):
   with pytest.raises(ValueError, match=said):
@@ -210,8 +210,13 @@ def test_teachers_that_are_none(teacher, said):
 
 def test_a_distillation_trains_all(root):
   run = settings(root)
-  with pytest.raises(ValueError, match="training.trainable = 'all_but_indexer': expected 'all' in a distillation"):
+  with pytest.raises(ValueError, match="training.trainable = 'all_but_indexer': expected 'all' beside distillation"):
     dataclasses.replace(run, training=dataclasses.replace(run.training, trainable="all_but_indexer"))
+
+
+def test_a_run_is_one_kind_of_post_training(root):
+  with pytest.raises(ValueError, match="reinforcement = 'given': expected None beside distillation"):
+    dataclasses.replace(settings(root), reinforcement=c.ReinforcementConfig(rewards=("a.b",)))
 
 
 def test_names_of_teachers():

@@ -1,10 +1,14 @@
 """Prompts are fixed by their numbers, and rows hold every token of every sample once, with the mask on what was said."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
 from deepseek_v4.config import DataConfig, TeacherConfig
-from deepseek_v4.posttraining.prompts import Prompts, Text, in_passes, rows_of
+from deepseek_v4.posttraining.prompts import ChatPrompts, Prompts, Text, in_passes, rows_of
+from deepseek_v4.text import chat
 from deepseek_v4.training import sources
 from tests.posttraining.small import run_config
 
@@ -44,6 +48,29 @@ def test_a_prompt_is_fixed_by_its_number(text):
 
 def test_no_prompt_ends_a_document(text):
   assert all(prompts(text).document_end not in prompt for prompt in prompts(text).take(0, 200))
+
+
+def test_prompts_of_conversations_end_where_the_assistant_begins(tmp_path):
+  """Each with the effort of its line; every one once an epoch."""
+  reply = {"role": "assistant", "content": "x", "reasoning_content": "y"}
+  talks = [{"messages": [{"role": "user", "content": f"{i}"}, reply], "reasoning_effort": ("none", "max")[i % 2]}
+           for i in range(12)]
+  file = tmp_path / "talk.jsonl"
+  file.write_text("\n".join(map(json.dumps, talks)))
+  run = run_config([("t", "a", file, 1.0)])
+  wide = dataclasses.replace(run.distillation, prompt_length=200)
+  run = dataclasses.replace(run, distillation=wide, data=dataclasses.replace(run.data, sequence_length=256),
+                            model=dataclasses.replace(run.model, vocab_size=320, max_position_embeddings=512))
+  data = DataConfig(source="chat", path=str(file), held_out_percent=0)
+  prompts = ChatPrompts(run, TeacherConfig("t", "a", data))
+  texts = [chat.encode(talk["messages"][:1], reasoning_effort=talk["reasoning_effort"]) for talk in talks]
+  expected = [tuple(3 + byte for byte in text.encode()) for text in texts]
+  found = prompts.take(0, 24)
+  assert sorted(found[:12]) == sorted(found[12:]) == sorted(expected) and found[:12] != found[12:]
+  assert prompts.take(5, 3) == found[5:8] and prompts.describe() == "prompts of 12 conversations"
+  short = dataclasses.replace(run, distillation=dataclasses.replace(wide, prompt_length=70))
+  with pytest.raises(ValueError, match="6 bad lines\n.*line 2: prompt = '.* tokens': expected 1 to distillation.prompt_len"):
+    ChatPrompts(short, TeacherConfig("t", "a", data))
 
 
 def test_rows_of_samples():

@@ -1,5 +1,6 @@
 """Samples against full forward passes: log-probabilities, experts, kept sets; batches change nothing."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 
 import deepseek_v4 as dsv4
+from deepseek_v4 import sharding
+from deepseek_v4.config import MeshConfig
 from deepseek_v4.generation.decode import ThinkingBudget
 from deepseek_v4.posttraining import rollout
 from deepseek_v4.posttraining.rollout import Request
-from tests.model.small import T0, random_tokens, variables
+from tests.model.small import T0, random_tokens, random_variables, variables
 
 MODEL = dsv4.DeepseekV4(T0, "blockwise")
 CLOSE = (90, 91)
@@ -80,6 +83,26 @@ def test_batches_change_nothing_and_are_handed_out():
       np.testing.assert_allclose(one.logprobs, before.logprobs[:cut], atol=1e-5)
   # a batch has one budget: with three rows 4, 9, 13 and then 5
   assert [[x.metadata["n"] for x in batch] for batch in seen] == [[4], [9], [13], [5], [4, 9, 13], [5]]
+
+
+@pytest.mark.long
+def test_a_mesh_changes_nothing():
+  """Rows, experts and vocabulary split: the same replies."""
+  config = dataclasses.replace(T0, vocab_size=96)
+  model, weights = dsv4.DeepseekV4(config, "blockwise"), random_variables(config)
+  requests = [Request(tuple(token % 96 for token in request.prompt), request.seed) for request in REQUESTS]
+  options = {**OPTIONS, "batch_size": 4, "record": ("experts", "kept")}
+  alone = rollout.sample_replies(model, weights, requests, **options)
+  mesh = sharding.make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+  spread = {name: jax.device_put(tree, sharding.parameter_shardings(tree, mesh)) for name, tree in weights.items()}
+  together = rollout.sample_replies(model, spread, requests, mesh=mesh, **options)
+  for one, other in zip(together, alone, strict=True):
+    assert one.reply == other.reply
+    np.testing.assert_array_equal(np.sort(one.experts), np.sort(other.experts))
+    np.testing.assert_array_equal(one.kept, other.kept)
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+  with pytest.raises(ValueError, match="batch_size = 3: expected a multiple of data x fsdp x expert = 4"):
+    rollout.sample_replies(model, spread, requests, mesh=mesh, **{**options, "batch_size": 3})
 
 
 @pytest.mark.parametrize("changes, message", [

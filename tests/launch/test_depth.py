@@ -1,0 +1,93 @@
+"""Miniature 3: its sums and texts, its figures, and a short version of the whole that has to show learning."""
+
+import json
+
+import pytest
+
+from deepseek_v4.analysis import plots_reinforcement
+from deepseek_v4.posttraining.rewards import exact_answer, message_of
+from deepseek_v4.text import chat, tokenize
+from deepseek_v4.training import conversations, data
+from launch import miniatures
+from launch.miniatures import depth, depth_task
+from launch.miniatures.depth_task import EFFORTS
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+  """(folder, problems that no run sees)."""
+  folder = tmp_path_factory.mktemp("task")
+  return folder, depth_task.write(folder, 60, 40)
+
+
+def lines(file):
+  return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_sums_are_right_and_thoughts_lead_to_them(task):
+  folder, unseen = task
+  seen = []
+  for effort in EFFORTS:
+    talks = lines(folder / depth_task.TALKS / f"{effort}.jsonl")
+    assert len(talks) == 60
+    for talk in talks:
+      digits = [int(x) for x in talk["messages"][0]["content"]]
+      said = talk["messages"][1]
+      seen.append(tuple(digits))
+      assert len(digits) == 6 and said["content"] == str(sum(digits) % 10)
+      sums = [str(sum(digits[:i + 1]) % 10) for i in range(6)]
+      thought = {"none": "", "high": f"+{sums[1]}+{sums[3]}+{sums[5]}", "max": "?".join(["".join(sums)] * 2)}
+      assert said["reasoning_content"] == thought[effort] and talk["reasoning_effort"] == effort
+  asked = [tuple(int(x) for x in line["messages"][0]["content"]) for line in lines(folder / depth_task.PROBLEMS)]
+  everything = [*seen, *asked, *map(tuple, unseen)]
+  assert len(asked) == len(unseen) == 40 and len(set(everything)) == len(everything)
+
+
+def test_the_forms_are_those_of_the_chat(task):
+  """The tokenizer spells every text, a conversation fits its row, a right reply its limits and its reward."""
+  folder, _ = task
+  tokenizer = tokenize.load_tokenizer(folder / depth_task.TOKENIZER, depth.model().vocab_size)
+  assert tokenizer.decode(tokenizer.encode("Añ 1\n")) == "Añ 1\n"
+  assert tokenizer.encode(chat.EOS) == [tokenizer.document_end]
+  for effort in EFFORTS:
+    config = depth.data_of(folder / depth_task.TALKS / f"{effort}.jsonl", folder / depth_task.TOKENIZER, 1)
+    found, bad = conversations.read(config, "train")
+    assert not bad
+    ids, written = conversations.encode(found[0], conversations.DEFAULT, tokenizer)
+    reply = ids[written].tolist()
+    assert len(ids) - len(reply) <= 16 and len(reply) <= depth.REPLY[effort]  # the student's prompt_length is 16
+    text = tokenizer.decode(reply[:-1], keep_special=True)
+    thought, _, content = text.rpartition(chat.THINK_END)
+    assert len(tokenizer.encode(thought)) <= (depth.THOUGHT[effort] or 0)
+    message = message_of(text, "stop", effort, conversations.DEFAULT)
+    assert message["content"] == content and exact_answer({"answer": content}, message) == 1
+  batches = data.make_dataset(depth.start_run(folder, 4, 0).data, 264, split="held_out")
+  assert batches.targets > 0
+
+
+def test_runs_can_be_made(task):
+  folder, _ = task
+  runs = [depth.specialist_run(folder, effort, 4, 1, folder) for effort in EFFORTS]
+  assert [run.reinforcement.length_penalty for run in runs] == sorted((run.reinforcement.length_penalty for run in runs),
+                                                                     reverse=True)
+  assert len({run.model for run in runs}) == 1 and {run.training.seed for run in runs} == {1}
+  student = depth.student_run(folder, {effort: folder / effort for effort in EFFORTS}, 8, 0, folder)
+  assert [teacher.name for teacher in student.distillation.teachers] == list(EFFORTS)
+
+
+SCORES = {name: {"none": {"accuracy": 0.1, "tokens": 2.0}, "high": {"accuracy": high, "tokens": 11.0},
+                 "max": {"accuracy": 0.95, "tokens": 20.0}}
+          for name, high in (("conversations", 0.6), ("rewards", 0.8), ("student", 0.75))}
+
+
+def test_figures_and_the_picture(tmp_path):
+  worse = {**SCORES, "student": {**SCORES["student"], "high": {"accuracy": 0.96, "tokens": 11.5}}}
+  row = depth.row_of([SCORES, worse], "student")
+  assert row["model"] == "one student" and row["high, accuracy"] == pytest.approx(0.855)
+  assert row["high, tokens"] == 11.25
+  targets = depth.targets_of([SCORES, worse])
+  assert [target["reached"] for target in targets] == [True, False, True, True]
+  assert targets[0]["value"] == pytest.approx(0.65) and targets[1]["value"] == pytest.approx(-0.01)
+  plots_reinforcement.depth([SCORES, worse], EFFORTS, depth.MODELS, tmp_path / "a.png")
+  assert (tmp_path / "a.png").stat().st_size > 10_000
+  assert "depth" in miniatures.NAMES and depth.DESCRIPTION
