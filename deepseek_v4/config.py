@@ -2,9 +2,11 @@
 
 Everybody imports them from here; they are written down in `config_model.py` (the architecture), `config_training.py` (what
 shapes a training run), `config_stages.py` (its stages), `config_distillation.py` (students and teachers) and
-`config_reinforcement.py` (learning from rewards). A run is one Python file under `configs/` with `get_config() -> RunConfig`;
-`load(path, overrides)` reads it and applies typed `key.path=value` overrides. Reading and writing the dictionaries of
-released models lives in `config_hf.py` (`ModelConfig.from_hf` / `to_hf`).
+`config_reinforcement.py` (learning from rewards).
+
+A run is one Python file under `configs/` with `get_config() -> RunConfig`; `load(path, overrides)` reads it and applies
+typed `key.path=value` overrides. Reading and writing the dictionaries of released models lives in `config_hf.py`
+(`ModelConfig.from_hf` / `to_hf`).
 """
 
 from __future__ import annotations

@@ -154,5 +154,5 @@ def test_the_wording_of_a_release(source, tmp_path):
   with pytest.raises(FileNotFoundError, match="expected the release's encoder file"):
     conversations.template_of(source(chat_template=str(tmp_path / "nothing")))
   config = source(LINES[2:3], chat_template=str(tmp_path), path=str(tmp_path / "talk.jsonl"))
-  ids = data.make_dataset(config, VOCAB).pipeline(0)
+  ids = data.make_dataset(config, VOCAB).pipeline(data.Position())
   assert "All of it. " in BYTES.decode(next(iter(ids))["tokens"][0, 0])
