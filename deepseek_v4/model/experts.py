@@ -43,9 +43,10 @@ def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit
            rounded: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
   """Sum over each token's experts of weight * expert(x), [B, S, D], on one device's part of the arrays.
 
-  Nothing is dropped, so a device must have room for all picks of the tokens that it is shown, although about one in
-  `expert_axis` of them is its own. Beyond `wave` tokens they are therefore shown in waves, one after the other, and the
-  backward pass repeats a wave instead of keeping its rows.
+  Nothing is dropped, so of tokens that are gathered a device must have room for all picks, although about one in
+  `expert_axis` of them is its own; rows that travel find room for a quarter more than it sends, in more passes if need be.
+  Beyond `wave` tokens either is done in waves, one after the other, and the backward pass repeats a wave instead of keeping
+  its rows.
 
   Args:
     expert_axis: mesh axis over which experts and the batch are split: the experts of `experts_BSk` are numbered over all of
