@@ -19,6 +19,7 @@ HASH = "hash_moe"
 LEARNED = "moe"
 ROUTER_KINDS = (HASH, LEARNED)
 REMAT_POLICIES = ("none", "mhc", "block", "offload", "full")
+EXCHANGES = ("auto", "gather", "all_to_all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,7 @@ class ModelConfig:
   qat: str | None = None  # quantisation-aware training: "fp4" = experts' weights and the indexer's queries and keys in FP4
   scan_layers: bool = True
   remat: str = "none"  # what is recomputed in the backward pass, one of REMAT_POLICIES; see `model/remat.py`
+  expert_exchange: str = "auto"  # how tokens meet experts of other devices, one of EXCHANGES; see `model/experts.py`
   loss_chunk_size: int = 1024  # tokens per device whose logits exist at a time in training
 
   def __post_init__(self):
@@ -128,6 +130,9 @@ class ModelConfig:
     one_of(self, "mhc_init", ("identity", "zero"))
     one_of(self, "compute_dtype", ("float32", "bfloat16", "float64"))
     one_of(self, "remat", REMAT_POLICIES)
+    one_of(self, "expert_exchange", EXCHANGES)
+    if self.inference_rounding and self.expert_exchange == "all_to_all":
+      refuse("expert_exchange", self.expert_exchange, "'auto' or 'gather' with inference_rounding = True")
     if self.inference_rounding:
       self.check_hadamard("inference_rounding = True")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

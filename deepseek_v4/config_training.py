@@ -23,6 +23,7 @@ class OptimizerConfig:
   clip_norm: float = 1.0
   weight_decay: float = 0.1
   momentum: float = 0.95
+  momentum_dtype: str = "float32"  # in which Muon's momentum is kept: "float32" or "bfloat16"; its sums are float32
   update_rms: float = 0.18
   newton_schulz_dtype: str = "float32"  # of the matmuls inside Newton-Schulz: "float32" or "bfloat16"
   matrix_owner: str = "muon"  # who updates the matrices: "muon", or for comparison "adamw", which then has everything
@@ -43,6 +44,7 @@ class OptimizerConfig:
         refuse(name, getattr(self, name), "a number in [0, 1)")
     if self.final_fraction > 1:
       refuse("final_fraction", self.final_fraction, "a number in [0, 1]")
+    one_of(self, "momentum_dtype", ("float32", "bfloat16"))
     one_of(self, "newton_schulz_dtype", ("float32", "bfloat16"))
     one_of(self, "matrix_owner", ("muon", "adamw"))
     one_of(self, "muon_split", ("none", "head"))

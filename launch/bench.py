@@ -3,6 +3,7 @@
 python -m launch.bench forward|train|decode|remat [--against transformers] [--lengths 512,1024] [--repeats 3] [--json FILE]
 python -m launch.bench kernels --topology v5p:2x2x1 [--ops attention,select] [--models flash,pro] [--noothers] [...]
 python -m launch.bench memory --topology v5p:2x2x2 [--lengths 65536] [--noothers] [--json FILE]
+python -m launch.bench exchange --topology v5p:2x2x2 [--lengths 4096] [--models pro] [--json FILE]
 python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
 python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
 
@@ -12,6 +13,7 @@ the model of launch/benchmarks/bench_config.json with random weights, the same o
 kernels: the ops of pallas_kernels at the released models' sizes, compiled for a TPU that need not be there; the compiler's
 final schedule beside the bounds of the chip, and beside what else a user could run.
 memory: what attention takes of a chip's HBM, forward and backward, heads split over the slice, from the same compiler.
+exchange: what a layer's experts take that are spread over the slice, tokens gathered and tokens sent, from the same.
 overlap: of a trained run, how much of its selection a query shares with its neighbours.
 context: a context of a million tokens read and gone on with by a small model; what a token costs along it.
 """
@@ -25,7 +27,7 @@ from pathlib import Path
 from absl import app, flags
 
 from launch import use_huge_pages
-from launch.benchmarks import cases, context, context_rows, overlap, report, run, worker
+from launch.benchmarks import cases, context, context_rows, exchange, overlap, report, run, worker
 from launch.benchmarks.kernels import cases as kernel_cases
 from launch.benchmarks.kernels import chips
 from launch.benchmarks.kernels import report as kernel_report
@@ -33,8 +35,8 @@ from launch.benchmarks.kernels import run as kernel_run
 from launch.benchmarks.memory import cases as memory_cases
 from launch.benchmarks.memory import run as memory_run
 
-KERNELS, MEMORY, OVERLAP, CONTEXT = "kernels", "memory", "overlap", "context"
-KINDS = (*cases.KINDS, KERNELS, MEMORY, OVERLAP, CONTEXT)
+KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT = "kernels", "memory", "exchange", "overlap", "context"
+KINDS = (*cases.KINDS, KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT)
 
 
 def define_flags() -> None:
@@ -43,12 +45,13 @@ def define_flags() -> None:
                     f"is measured up to {cases.LONGEST_AGAINST}); {', '.join(map(str, cases.DECODE_LENGTHS))} for decode, "
                     f"{', '.join(map(str, cases.REMAT_LENGTHS))} for remat, "
                     f"{', '.join(map(str, kernel_cases.LENGTHS))} for kernels, "
-                    f"{memory_cases.LENGTH} for memory, {', '.join(map(str, overlap.LENGTHS))} for overlap.")
+                    f"{memory_cases.LENGTH} for memory, {exchange.LENGTH} of a device for exchange, "
+                    f"{', '.join(map(str, overlap.LENGTHS))} for overlap.")
   flags.DEFINE_integer("repeats", 3, "Timed passes of each side.", lower_bound=1)
-  flags.DEFINE_string("topology", None, "Of kernels and memory: a chip and the shape of a slice, such as "
+  flags.DEFINE_string("topology", None, "Of kernels, memory and exchange: a chip and the shape of a slice, such as "
                       f"{', '.join(chip.topology for chip in chips.CHIPS)}.")
   flags.DEFINE_list("ops", list(kernel_cases.BY_NAME), "Of kernels: which operations.")
-  flags.DEFINE_list("models", list(kernel_cases.MODELS), "Of kernels: whose sizes.")
+  flags.DEFINE_list("models", list(kernel_cases.MODELS), "Of kernels and exchange: whose sizes.")
   flags.DEFINE_bool("others", True, "Of kernels and memory: also what else a user could run; --noothers is faster.")
   flags.DEFINE_string("checkpoint", None, "Of overlap: the checkpoints of a run.")
   flags.DEFINE_integer("tokens", 1_048_576, "Of context: how long it is.")
@@ -75,7 +78,8 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
   if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
     raise ValueError(f"--json = {path!r}: expected a file in a folder that exists")
   if kind not in cases.KINDS:
-    known = {KERNELS: (), MEMORY: (memory_cases.LENGTH,), OVERLAP: overlap.LENGTHS, CONTEXT: ()}[kind]
+    known = {KERNELS: (), MEMORY: (memory_cases.LENGTH,), EXCHANGE: (exchange.LENGTH,), OVERLAP: overlap.LENGTHS,
+             CONTEXT: ()}[kind]
     return kind, kernel_cases.lengths_from(lengths or [str(length) for length in known])
   known, room = (cases.DECODE_LENGTHS, cases.NEW_TOKENS + 1) if kind == cases.DECODE else (cases.LENGTHS, 0)
   known = cases.REMAT_LENGTHS if kind == cases.REMAT else known
@@ -124,6 +128,17 @@ def bench_memory(topology: str | None, lengths: tuple[int, ...], others: bool, p
     sys.exit("error: a program of ours did not compile")
 
 
+def bench_exchange(topology: str | None, lengths: tuple[int, ...], models: list[str], path: str | None) -> None:
+  """Compiles, prints and writes what spread experts take; ends the program if one did not compile."""
+  _, _, models = check_kernels(topology, [], models)
+  rows = exchange.measure(topology, lengths, models, say)
+  print("", exchange.table(rows), sep="\n")
+  if path is not None:
+    report.write_json(path, rows, [])
+  if any("failed" in row for row in rows):
+    sys.exit("error: a program did not compile")
+
+
 def bench_overlap(folder: str | None, lengths: tuple[int, ...], path: str | None) -> None:
   """Prints and writes how neighbouring queries of a run's model select."""
   rows = overlap.measure(folder, lengths, say)
@@ -169,6 +184,8 @@ def main(argv: list[str]) -> None:
       bench_kernels(value["topology"], value["ops"], value["models"], lengths, value["others"], value["json"])
     elif kind == MEMORY:
       bench_memory(value["topology"], lengths, value["others"], value["json"])
+    elif kind == EXCHANGE:
+      bench_exchange(value["topology"], lengths, value["models"], value["json"])
     elif kind == CONTEXT:
       bench_context(value["tokens"], value["chunks"], value["json"])
     elif kind == OVERLAP:

@@ -34,7 +34,7 @@ def define_flags() -> None:
 
 def measured(run_config, mesh, chip, say) -> dict:
   """The figures of the compiled step; says once a minute that the compiler still works."""
-  from deepseek_v4.planning import lower, read
+  from deepseek_v4.planning import collectives, lower, read
   clock = time.perf_counter()
   lowered = lower.lower_step(run_config, mesh)
   say(f"lowered in {time.perf_counter() - clock:.0f} s; compiling for {mesh.size} x {mesh.devices.flat[0].device_kind}")
@@ -49,7 +49,8 @@ def measured(run_config, mesh, chip, say) -> dict:
   finally:
     done.set()
   return {"seconds": time.perf_counter() - clock, "devices": mesh.size, "hbm_bytes": chip.hbm_bytes,
-          "memory": read.memory(compiled), "kernels": read.kernels(compiled)}
+          "memory": read.memory(compiled), "kernels": read.kernels(compiled),
+          "traffic": collectives.traffic(collectives.collectives(compiled.as_text()))}
 
 
 def text(figures: dict) -> str:
@@ -60,6 +61,11 @@ def text(figures: dict) -> str:
   lines += [f"  of {room / GIB:.2f}: " + ("fits" if memory["all"] <= room else "DOES NOT FIT")]
   lines += ["calls of kernels in the program (one inside a loop counts once)"]
   lines += [f"  {name:28}{count:5}" for name, count in figures["kernels"].items()] or ["  none"]
+  lines += ["collectives: GiB that a device receives in a step, how many the program has, how many beside other work",
+            "(a ragged exchange as if its room were filled; + GiB for each run of a loop whose length depends on the data)"]
+  more = lambda found: f"   + {found['more'] / GIB:.2f}" if found["more"] else ""
+  lines += [f"  {kind:20}{found['bytes'] / GIB:8.2f}{found['count']:5}{found['started']:5}{more(found)}"
+            for kind, found in figures["traffic"].items()] or ["  none"]
   return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ DEBUG = [path for path in RUNS if path.stem.startswith("debug")]
 RELEASED = json.loads((ROOT / "tests/golden/released_configs.json").read_text(encoding="utf-8"))
 # How weights are stored, started and computed with: not in a released dictionary, or not in the one that to_hf writes.
 NOT_ARCHITECTURE = ("quantization", "init_std", "mhc_init", "compute_dtype", "qat", "scan_layers", "remat",
-                    "loss_chunk_size")
+                    "expert_exchange", "loss_chunk_size")
 NAMES = [name for name in RELEASED if "/" not in name]
 
 
@@ -229,6 +229,7 @@ def test_refused_dictionaries(changed, field, value, expected):
 REFUSED_RUNS = [
   ("optimizer.learning_rate=0", "learning_rate", "0.0", "above 0"),
   ("optimizer.momentum=1", "momentum", "1.0", "[0, 1)"),
+  ("optimizer.momentum_dtype=float16", "momentum_dtype", "'float16'", "'bfloat16'"),
   ("optimizer.warmup_steps=2000", "warmup_steps", "2000", "at most training.steps = 10"),
   ("optimizer.muon_split=row", "muon_split", "'row'", "'none', 'head'"),
   ("loss.mtp_weight=-1", "mtp_weight", "-1.0", "at least 0"),
@@ -247,6 +248,7 @@ REFUSED_RUNS = [
   ("model.compute_dtype=float16", "compute_dtype", "'float16'", "'bfloat16'"),
   ("model.mhc_init=random", "mhc_init", "'random'", "'identity', 'zero'"),
   ("model.remat=layer", "remat", "'layer'", "'none', 'mhc', 'block', 'offload', 'full'"),
+  ("model.expert_exchange=ring", "expert_exchange", "'ring'", "'auto', 'gather', 'all_to_all'"),
 ]
 
 

@@ -16,7 +16,7 @@ COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
 CONFIG_NAME = "config.json"
 # Fields of ours that say how a model is stored, started or computed with, not what it is.
 _NOT_ARCHITECTURE = ("quantization", "init_std", "mhc_init", "compute_dtype", "inference_rounding", "qat", "scan_layers",
-                     "remat", "loss_chunk_size")
+                     "remat", "expert_exchange", "loss_chunk_size")
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -143,8 +143,9 @@ def verify(manifest: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
 
 # Fields of the model that may differ between the run that saved and the one that goes on: they change how the model is laid
 # out, computed, bounded or first filled, or name tokens, but not what its weights mean.
-FREE_FIELDS = ("scan_layers", "remat", "compute_dtype", "inference_rounding", "qat", "init_std", "mhc_init", "quantization",
-               "loss_chunk_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+FREE_FIELDS = ("scan_layers", "remat", "expert_exchange", "compute_dtype", "inference_rounding", "qat", "init_std",
+               "mhc_init", "quantization", "loss_chunk_size", "max_position_embeddings", "bos_token_id", "eos_token_id",
+               "pad_token_id")
 
 
 def refuse_other_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:

@@ -1,10 +1,11 @@
 """Routed and shared experts: dispatch, grouped matmuls, combine (report 2.1). No token is ever dropped.
 
-Expert weights lie on the mesh axis `expert`, their width on `tensor`. Inside the shard_map wrapper the tokens of all
-expert shards are gathered, every device works on the picks of its own experts, and the sums return by reduce-scatter.
-A pick is one (token, expert) pair; picks are sorted by expert into tiles of rows, so the work is proportional to them.
-Picks are numbered and stored with the token last (pick j T + t is token t's j-th): libtpu cannot compile the sums over a
-token's picks from columns of a [T, k] array beyond 1,024 tokens on chips with two cores (0.0.42.1 and 0.0.50.1).
+Expert weights lie on the mesh axis `expert` and stay there, their width on `tensor`. Tokens come to them inside the
+shard_map wrapper, in one of two ways:
+
+    gather       all expert shards' tokens are gathered, every device works on the picks of its own experts, and the sums
+                 return by reduce-scatter
+    all_to_all   each pick's row travels to its expert's device and back (`exchange.py`)
 
 Axis letters: B batch   S sequence   D hidden size   E experts   F expert width   k experts per token
               T tokens of a device   P picks (T k)   M rows of all tiles
@@ -12,9 +13,8 @@ Axis letters: B batch   S sequence   D hidden size   E experts   F expert width 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Callable
+from typing import Any, Callable
 
 import flax.linen as nn
 import jax
@@ -25,134 +25,56 @@ from deepseek_v4 import sharding
 from deepseek_v4.config import LEARNED, ModelConfig
 from deepseek_v4.model import quantize, remat, weights
 from deepseek_v4.model.context import Context
+from deepseek_v4.model.dispatch import combine_rows, dispatch, gather_rows
+from deepseek_v4.model.exchange import through_experts
 from deepseek_v4.model.router import Router, balance_loss, expert_load
 from pallas_kernels.names import EXPERTS
 
-# With 384 experts and 6 picks a token, an expert gets 256 rows of a wave, a full tile of the kernels.
-WAVE = 16384
-
-
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=["tile"],
-                   data_fields=["slot", "local", "pick", "token", "group_sizes"])
-@dataclasses.dataclass(frozen=True)
-class Dispatch:
-  """Where each pick's row lies.
-
-  Attributes:
-    slot: int32 [k, T], row of each pick; some row for a pick that is not local.
-    local: bool [k, T], the pick's expert lives on this device.
-    pick: int32 [M], pick of each row; P = the row is empty.
-    token: int32 [M], token of each row; some token for an empty row.
-    group_sizes: int32 [E], rows of each of this device's experts.
-    tile: rows per tile.
-  """
-
-  slot: jax.Array
-  local: jax.Array
-  pick: jax.Array
-  token: jax.Array
-  group_sizes: jax.Array
-  tile: int
-
-
-def dispatch(experts_kT: jax.Array, num_experts: int, shards: int = 1, kernels: str = "blockwise") -> Dispatch:
-  """Sorts picks by expert, each expert's rows from a tile's start on; experts outside [0, num_experts) get no row.
-
-  Args:
-    shards: devices that share the picks; about picks / shards of them are local.
-    kernels: implementation that will read the rows.
-  """
-  picks = experts_kT.size
-  tile = grouped_matmul.row_tile(picks // shards, num_experts, kernels)
-  rows = grouped_matmul.padded_rows(picks, num_experts, tile)
-  expert_P = experts_kT.reshape(-1)
-  local_P = (expert_P >= 0) & (expert_P < num_experts)
-  expert_P = jnp.where(local_P, expert_P, num_experts)
-  order_P = jnp.argsort(expert_P, stable=True)
-  sorted_P = expert_P[order_P]
-  sizes_E = (expert_P[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
-  tiles_E = -(-sizes_E // tile)
-  start_E = (jnp.cumsum(tiles_E) - tiles_E) * tile - (jnp.cumsum(sizes_E) - sizes_E)
-  row_P = jnp.arange(picks) + jnp.append(start_E, 0)[sorted_P]
-  row_P = jnp.where(sorted_P < num_experts, row_P, rows).astype(jnp.int32)
-  slot_P = jnp.zeros(picks, jnp.int32).at[order_P].set(jnp.minimum(row_P, rows - 1), unique_indices=True)
-  pick_M = jnp.full(rows, picks, jnp.int32).at[row_P].set(order_P.astype(jnp.int32), mode="drop")
-  # Stored and not derived from pick_M: fused into a gather of rows, the remainder would be taken for every channel.
-  token_M = jnp.zeros(rows, jnp.int32).at[row_P].set((order_P % experts_kT.shape[1]).astype(jnp.int32), mode="drop")
-  shape = experts_kT.shape
-  return Dispatch(slot_P.reshape(shape), local_P.reshape(shape), pick_M, token_M, sizes_E, tile)
-
-
-def _rows_at(x: jax.Array, index: jax.Array) -> jax.Array:
-  return x.at[index].get(mode="promise_in_bounds")
-
-
-def _sum_of_rows(rows_MD: jax.Array, weights_kT: jax.Array, plan: Dispatch) -> jax.Array:
-  """[T, D] = sum over a token's local picks of weight * row."""
-  weights_kT = jnp.where(plan.local, weights_kT, 0)
-  return sum(weights_T[:, None] * _rows_at(rows_MD, slot_T) for weights_T, slot_T in zip(weights_kT, plan.slot))
-
-
-@jax.custom_vjp
-def gather_rows(x_TD: jax.Array, plan: Dispatch) -> jax.Array:
-  """Rows [M, D] of the picks; empty rows hold some token. The gradient gathers too: no scatter in either direction."""
-  return _rows_at(x_TD, plan.token)
-
-
-def _gather_rows_backward(plan, d_MD):
-  return _sum_of_rows(d_MD, jnp.ones(plan.slot.shape, d_MD.dtype), plan), None
-
-
-gather_rows.defvjp(lambda x, plan: (gather_rows(x, plan), plan), _gather_rows_backward)
-
-
-@jax.custom_vjp
-def combine_rows(y_MD: jax.Array, weights_kT: jax.Array, plan: Dispatch) -> jax.Array:
-  """[T, D] = sum over a token's picks of weight * row, summed at least in float32; empty rows get a zero gradient."""
-  return _sum_of_rows(y_MD, weights_kT, plan)
-
-
-def _combine_rows_backward(saved, d_TD):
-  y_MD, weights_kT, plan = saved
-  weight_M = jnp.append(weights_kT.reshape(-1), 0)[plan.pick]  # pick P, an empty row, has weight 0
-  d_rows = _rows_at(d_TD, plan.token) * weight_M[:, None]
-  d_weights_kT = jnp.stack([(_rows_at(y_MD, slot_T) * d_TD).sum(-1) for slot_T in plan.slot])
-  return d_rows.astype(y_MD.dtype), jnp.where(plan.local, d_weights_kT, 0).astype(weights_kT.dtype), None
-
-
-combine_rows.defvjp(lambda *args: (combine_rows(*args), args), _combine_rows_backward)
+# Tokens of all shards that are gathered at a time: with 384 experts and 6 picks a token, an expert gets 256 rows, a full
+# tile of the kernels.
+GATHERED = 16384
+# Tokens of one device whose rows travel at a time. With 6 picks of bfloat16 and 7,168 channels, room for 30,720 rows and the
+# tiles' padding takes 0.5 GiB, and an expert of 384 gets 64 rows of each device.
+SENT = 4096
 
 
 def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit: float, kernels: str,
-           expert_axis: str | None = None, width_axis: str | None = None, wave: int = WAVE,
+           expert_axis: str | None = None, width_axis: str | None = None, exchange: str = "auto", wave: int | None = None,
            rounded: Callable[[jax.Array], jax.Array] | None = None,
            prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
   """Sum over each token's experts of weight * expert(x), [B, S, D], on one device's part of the arrays.
 
-  Nothing is dropped, so a device must have room for all picks of the tokens that it is shown, although about one in
-  `expert_axis` of them is its own. Beyond `wave` tokens they are therefore shown in waves, one after the other, and the
-  backward pass repeats a wave instead of keeping its rows.
+  Nothing is dropped, so of tokens that are gathered a device must have room for all picks, although about one in
+  `expert_axis` of them is its own; rows that travel find room for a quarter more than it sends, in more passes if need be.
+  Beyond `wave` tokens either is done in waves, one after the other, and the backward pass repeats a wave instead of keeping
+  its rows.
 
   Args:
-    expert_axis: mesh axis over which experts and the batch are split: tokens are gathered over it and sums scattered back.
+    expert_axis: mesh axis over which experts and the batch are split: the experts of `experts_BSk` are numbered over all of
+      its devices, and the weights are those of this device's.
     width_axis: mesh axis over which F is split: partial sums are added over it.
-    wave: the most tokens of all shards of `expert_axis` together that are worked on at a time, if it has several.
+    exchange: "gather" or "all_to_all", see above; "auto" = `cheaper_exchange`. One shard exchanges nothing.
+    wave: the most tokens of all shards of `expert_axis` together that are worked on at a time, if it has several; default:
+      `GATHERED` tokens, or `SENT` of each shard that sends them.
     rounded: how the last matmul's input is rounded; a pick's weight then multiplies that input, as in DeepSeek's inference.
-      Of a split F each device's part is rounded for itself.
+      Of a split F each device's part is rounded for itself. Only with tokens that are gathered, since rows travel without
+      their weights.
     prepared: only where `few` holds: what to make of one expert's matrix before it is used.
   """
-  run = functools.partial(_one_wave, limit=limit, kernels=kernels, expert_axis=expert_axis, width_axis=width_axis,
-                          rounded=rounded, prepared=prepared)
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
-  tokens = x_BSD.shape[0] * x_BSD.shape[1]
-  waves = num_waves(tokens, shards, wave)
+  tokens, top_k = x_BSD.shape[0] * x_BSD.shape[1], experts_BSk.shape[-1]
+  if exchange == "auto" or shards == 1:
+    exchange = cheaper_exchange(tokens, top_k, gate_EDF.shape[0], shards, x_BSD.dtype, rounded is not None)
+  one_wave = {"gather": functools.partial(_gathered, rounded=rounded, prepared=prepared), "all_to_all": _sent}[exchange]
+  run = functools.partial(one_wave, limit=limit, kernels=kernels, expert_axis=expert_axis, width_axis=width_axis)
+  waves = num_waves(tokens, shards, wave or {"gather": GATHERED, "all_to_all": SENT * shards}[exchange])
   if waves == 1:
-    return run(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD)
+    return run(x_BSD, experts_BSk, weights_BSk, (gate_EDF, up_EDF, down_EFD))
   missing = -tokens % waves
 
   def cut(x, value):  # tokens that fill the last wave pick no expert
     return jnp.pad(x.reshape(tokens, -1), ((0, missing), (0, 0)), constant_values=value).reshape(waves, -1, x.shape[-1])
-  one = jax.checkpoint(lambda *rows: run(*rows, gate_EDF, up_EDF, down_EFD))
+  one = jax.checkpoint(lambda *rows: run(*rows, (gate_EDF, up_EDF, down_EFD)))
   cuts = cut(x_BSD, 0), cut(experts_BSk, -1), cut(weights_BSk, 0)
   _, out = jax.lax.scan(lambda _, rows: (None, one(*rows)), None, cuts)
   return out.reshape(tokens + missing, -1)[:tokens].reshape(x_BSD.shape)
@@ -169,30 +91,57 @@ def few(picks: int, num_experts: int, kernels: str) -> bool:
   return kernels == "blockwise" and picks < num_experts
 
 
-def _one_wave(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, kernels, expert_axis, width_axis, rounded,
-              prepared):
+def cheaper_exchange(tokens: int, top_k: int, experts: int, shards: int, dtype: Any, rounding: bool) -> str:
+  """The way that moves fewer bytes: of a token all other devices' copies and float32 sums, or its picks' rows, both ways.
+
+  Few picks, less than one for each expert of all devices, are gathered, and so are those whose weights must travel.
+
+  Args:
+    tokens: of a device. experts: of a device.
+  """
+  size, exact = jnp.dtype(dtype).itemsize, jnp.promote_types(dtype, jnp.float32).itemsize
+  lone = shards == 1 or tokens * top_k < experts * shards
+  return "gather" if lone or rounding or shards * (size + exact) <= 2 * top_k * size else "all_to_all"
+
+
+def _gathered(x_TD, experts_Tk, weights_Tk, matrices, *, limit, kernels, expert_axis, width_axis, rounded, prepared):
   """`routed` for tokens that fit in memory; the token axes may be one or several."""
   if expert_axis is not None:
     gather = functools.partial(jax.lax.all_gather, axis_name=expert_axis, tiled=True)
     x_TD, experts_Tk, weights_Tk = map(gather, (x_TD, experts_Tk, weights_Tk))
-    experts_Tk = experts_Tk - jax.lax.axis_index(expert_axis) * gate_EDF.shape[0]
-  top_k = experts_Tk.shape[-1]
+    experts_Tk = experts_Tk - jax.lax.axis_index(expert_axis) * matrices[0].shape[0]
+  top_k, experts = experts_Tk.shape[-1], matrices[0].shape[0]
   shards = 1 if expert_axis is None else jax.lax.axis_size(expert_axis)
-  if few(experts_Tk.size, gate_EDF.shape[0], kernels):
+  if few(experts_Tk.size, experts, kernels):
     rows = (x.reshape(-1, x.shape[-1]) for x in (x_TD, experts_Tk, weights_Tk))
-    out_TD = grouped_matmul.few_picks(*rows, gate_EDF, up_EDF, down_EFD, limit=limit, rounded=rounded,
+    out_TD = grouped_matmul.few_picks(*rows, *matrices, limit=limit, rounded=rounded,
                                       prepared=prepared).reshape(x_TD.shape)
     return _over_axes(out_TD, expert_axis, width_axis).astype(x_TD.dtype)
-  plan = remat.keep(dispatch(experts_Tk.reshape(-1, top_k).T, gate_EDF.shape[0], shards, kernels), EXPERTS)
+  tile = grouped_matmul.row_tile(experts_Tk.size // shards, experts, kernels)
+  plan = remat.keep(dispatch(experts_Tk.reshape(-1, top_k).T, experts, tile), EXPERTS)
   rows_MD = gather_rows(x_TD.reshape(-1, x_TD.shape[-1]), plan)
   weights_kT, rounding = weights_Tk.reshape(-1, top_k).T, None
   if rounded is not None:
     rounding = rounded, jnp.append(weights_kT.reshape(-1), 0)[plan.pick]
     weights_kT = jnp.ones_like(weights_kT)
-  y_MD = grouped_matmul.expert_mlp(rows_MD, gate_EDF, up_EDF, down_EFD, plan.group_sizes, tile=plan.tile, limit=limit,
-                                   rounding=rounding, implementation=kernels)
+  y_MD = grouped_matmul.expert_mlp(rows_MD, *matrices, plan.group_sizes, tile=tile, limit=limit, rounding=rounding,
+                                   implementation=kernels)
   out_TD = combine_rows(remat.keep(y_MD, EXPERTS), weights_kT, plan).reshape(x_TD.shape)
   return _over_axes(out_TD, expert_axis, width_axis).astype(x_TD.dtype)
+
+
+def _sent(x_TD, experts_Tk, weights_Tk, matrices, *, limit, kernels, expert_axis, width_axis):
+  """`routed` for tokens that fit in memory, whose rows travel; the token axes may be one or several."""
+  top_k, experts = experts_Tk.shape[-1], matrices[0].shape[0]
+  plan = dispatch(experts_Tk.reshape(-1, top_k).T, experts * jax.lax.axis_size(expert_axis), tile=1)
+  rows_PD = gather_rows(x_TD.reshape(-1, x_TD.shape[-1]), plan)
+  tile = grouped_matmul.row_tile(rows_PD.shape[0], experts, kernels)
+
+  def mlp(rows_CD, matrices, sizes_E):
+    return grouped_matmul.expert_mlp(rows_CD, *matrices, sizes_E, tile=tile, limit=limit, implementation=kernels)
+  y_PD = through_experts(mlp, rows_PD, plan.group_sizes, matrices, axis=expert_axis, tile=tile, implementation=kernels)
+  out_TD = combine_rows(y_PD, weights_Tk.reshape(-1, top_k).T, plan).reshape(x_TD.shape)
+  return _over_axes(out_TD, None, width_axis).astype(x_TD.dtype)
 
 
 def _over_axes(out_TD: jax.Array, expert_axis: str | None, width_axis: str | None) -> jax.Array:
@@ -218,7 +167,7 @@ class Experts(nn.Module):
     matrices = [weights.matrix(self, config, name, shape, (lambda master: master) if late else as_used) for name, shape in (
         ("gate", (count, d, f)), ("up", (count, d, f)), ("down", (count, f, d)))]
     run = functools.partial(routed, limit=config.swiglu_limit, kernels=self.kernels, expert_axis=expert_axis,
-                            width_axis=width_axis, prepared=as_used if late else None,
+                            width_axis=width_axis, exchange=config.expert_exchange, prepared=as_used if late else None,
                             rounded=functools.partial(quantize.linear_input, config) if config.inference_rounding else None)
     tokens = ("batch", "sequence")
     in_axes = (tokens, tokens, tokens, ("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None))

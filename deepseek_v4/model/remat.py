@@ -11,8 +11,8 @@
               streams are made again, and then each of its layers
 
 Arrays are named with `checkpoint_name` where they are made, those inside kernels' gradients by `pallas_kernels/names.py`;
-outside `jax.checkpoint` a name does nothing. Where experts are split over devices, a device's rows have room for all tokens
-of all of them, many times its own picks: there mhc makes the routed rows again.
+outside `jax.checkpoint` a name does nothing. Where experts are split over devices, their rows have room for more than a
+device's own picks, gathered many times more and sent a quarter more: there mhc makes the routed rows again.
 """
 
 from __future__ import annotations

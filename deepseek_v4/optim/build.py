@@ -38,7 +38,7 @@ def build_optimizer(optimizer_config: OptimizerConfig, params: Any, *, steps: in
              "matrix_owner": config.matrix_owner}
   owners = assign(params, **choices)
   muon = scale_by_muon(momentum=config.momentum, update_rms=config.update_rms, axes=matrix_axes(params, **choices),
-                       shardings=shardings, dtype=config.newton_schulz_dtype)
+                       shardings=shardings, dtype=config.newton_schulz_dtype, momentum_dtype=config.momentum_dtype)
   adam = scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps, config.adam_v_floor)
   return optax.chain(
       optax.masked(optax.clip_by_global_norm(config.clip_norm), jax.tree.map(lambda owner: owner != FROZEN, owners)),

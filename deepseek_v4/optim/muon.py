@@ -100,11 +100,32 @@ def scale_by_shape(update_rms: float = 0.18, *, axes: Any = None) -> optax.Gradi
   return _stateless(update)
 
 
+def _momentum(decay: float, dtype: jax.typing.DTypeLike | None) -> optax.GradientTransformation:
+  """optax.trace with Nesterov's direction whose state is kept in `dtype` but never computed with in it (optax's own
+  `accumulator_dtype` would also multiply in bfloat16)."""
+  trace = optax.trace(decay, nesterov=True)
+  if dtype is None:
+    return trace
+  kept = lambda state: optax.tree.cast(state, dtype)
+
+  def update(updates, state, params=None):
+    exact = optax.TraceState(jax.tree.map(lambda m, g: m.astype(g.dtype), state.trace, updates))
+    updates, state = trace.update(updates, exact, params)
+    return updates, kept(state)
+
+  return optax.GradientTransformation(lambda params: kept(trace.init(params)), update)
+
+
 def scale_by_muon(*, momentum: float = 0.95, update_rms: float = 0.18, axes: Any = None, shardings: Any = None,
-                  dtype: jax.typing.DTypeLike = jnp.float32) -> optax.GradientTransformation:
-  """Momentum, orthogonalisation, scale: Muon without decay and learning rate. State: the momentum, like params."""
+                  dtype: jax.typing.DTypeLike = jnp.float32,
+                  momentum_dtype: jax.typing.DTypeLike | None = None) -> optax.GradientTransformation:
+  """Momentum, orthogonalisation, scale: Muon without decay and learning rate.
+
+  State: the momentum, like params, rounded to `momentum_dtype` after every step if one is given; the direction of that step
+  is that of the sum before it is rounded.
+  """
   return optax.chain(
-      optax.trace(momentum, nesterov=True),
+      _momentum(momentum, momentum_dtype),
       orthogonalize(axes=axes, shardings=shardings, dtype=dtype),
       scale_by_shape(update_rms, axes=axes),
   )

@@ -25,11 +25,13 @@ from deepseek_v4.training.state import TrainState, abstract_state, optimizer_of
 
 Batch = Mapping[str, jax.Array]
 
-# XLA's CPU scheduler otherwise starts recomputation at once, and remat then saves no memory.
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+# XLA's CPU scheduler otherwise starts recomputation at once, and remat then saves no memory. On a TPU the rows of routed
+# experts travel while other work goes on, such as the shared expert's.
+COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+                    "tpu": {"xla_tpu_enable_async_ragged_all_to_all": True}}
 
 
-def compiler_options(mesh: Mesh | None) -> dict[str, str]:
+def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
   """What the mesh's devices (None: the default ones) want for programs with recomputation."""
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
   return COMPILER_OPTIONS.get(platform, {})

@@ -1,4 +1,4 @@
-"""Recomputation through the real TPU compiler: which kernels run again, and what waits in the host's memory."""
+"""The real TPU compiler's word on recomputation and on experts that are spread over a slice."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from launch.benchmarks import exchange
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, TOKENS, WIDTH = 7, 2048, 256
@@ -62,3 +64,15 @@ def test_kernels_run_again_and_streams_wait_in_the_host_as_the_policy_says():
   assert {name for name in twice.keys() - mixing if twice[name] == 2} - {"index_select"} == again
   assert {once[name] for name in once.keys() - mixing} == {1}
   assert once["hyper_collapse"] == once["hyper_expand_collapse"] == 2
+
+
+@pytest.mark.long
+def test_rows_travel_and_weights_stay():
+  """Flash's experts over eight chips: rows move by ragged exchanges, four of the first pass and five in the loops of further
+  ones, and nothing else does but how many they are; gathering moves more and takes more memory."""
+  gathered, sent = exchange.measure("v5p:2x2x2", (4096,), ("flash",), print)
+  print(exchange.table([gathered, sent]))
+  assert sent["traffic"].pop("ragged-all-to-all")["count"] == 9
+  counts = 8 * 256 * 4  # bytes of one number for each device and expert
+  assert sum(found["bytes"] + found["more"] for found in sent["traffic"].values()) <= 2 * counts
+  assert "ragged-all-to-all" not in gathered["traffic"] and sent["temporaries"] < gathered["temporaries"]

@@ -10,7 +10,8 @@ import pytest
 import pallas_kernels.grouped_matmul as grouped_matmul
 from deepseek_v4 import sharding
 from deepseek_v4.config import MeshConfig
-from deepseek_v4.model.experts import dispatch, num_waves, routed
+from deepseek_v4.model.dispatch import dispatch
+from deepseek_v4.model.experts import num_waves, routed
 
 
 def by_hand(x, experts, weights, gate, up, down, limit, rounded=None):
@@ -124,7 +125,7 @@ def test_cpu_experts_cost_what_is_routed():
   rng = np.random.default_rng(0)
   popularity = rng.normal(size=count)
   experts = np.argsort(-(popularity + 2 * rng.gumbel(size=(tokens, count))), -1)[:, :k].astype(np.int32)
-  plan = dispatch(jnp.asarray(experts.T), count)
+  plan = dispatch(jnp.asarray(experts.T), count, grouped_matmul.row_tile(experts.size, count))
   load = np.bincount(experts.reshape(-1), minlength=count)
   np.testing.assert_array_equal(plan.group_sizes, load)
   assert load.max() > 2 * load.min()  # a routing with uneven loads
@@ -146,7 +147,7 @@ def test_padding_costs_little_where_experts_are_spread(shards):
   experts, k, tokens = 16 // shards, 4, 64 * shards
   rng = np.random.default_rng(0)
   picks = np.stack([rng.permutation(16)[:k] for _ in range(tokens * 8)]).astype(np.int32)
-  plan = dispatch(jnp.asarray(picks.T), experts, shards)
+  plan = dispatch(jnp.asarray(picks.T), experts, grouped_matmul.row_tile(picks.size // shards, experts))
   sizes = np.asarray(plan.group_sizes)
   assert sizes.sum() == (picks < experts).sum()
   assert (-(-sizes // plan.tile)).sum() * plan.tile <= 1.3 * sizes.sum()

@@ -164,6 +164,7 @@ def default_update():
     ({"adam_b2": 0.5}, {"embedding", "position_bias"}),
     ({"muon_split": "head"}, {"q_b"}),
     ({"momentum": 0.5}, {"q_b"}),
+    ({"momentum_dtype": "bfloat16"}, {"q_b"}),
     ({"newton_schulz_dtype": "bfloat16"}, {"q_b"}),
     ({"position_bias_owner": "muon"}, {"position_bias"}),
 ], ids=lambda value: ",".join(sorted(value)))

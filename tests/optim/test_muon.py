@@ -48,6 +48,21 @@ def test_momentum_is_a_plain_sum_with_a_nesterov_direction():
   assert np.abs(second - scale * orthogonal(0.9 * g1 + g2)).max() > 0.01
 
 
+def test_a_bfloat16_momentum_is_rounded_where_it_is_kept_and_nowhere_else():
+  """Two steps by hand: the state is the rounded sum, the direction uses the sum of the step before it is rounded."""
+  g1, g2 = normal(1, 6, 4), normal(2, 6, 4)
+  transform = scale_by_muon(momentum=0.9, momentum_dtype="bfloat16")
+  update = jax.jit(transform.update)
+  first, state = update(g1, transform.init(g1))
+  second, state = update(g2, state)
+  (kept,) = jax.tree.leaves(state)
+  sums = np.float32(0.9) * np.asarray(g1.astype(jnp.bfloat16), np.float32) + g2
+  assert kept.dtype == jnp.bfloat16 and first.dtype == second.dtype == jnp.float32
+  np.testing.assert_allclose(kept.astype(jnp.float32), sums, rtol=2**-8)
+  np.testing.assert_array_equal(first, update_of(scale_by_muon(momentum=0.9), g1))
+  np.testing.assert_allclose(second, 0.18 * np.sqrt(6) * orthogonal(0.9 * sums + g2), atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rms_of_the_update_is_018_for_any_shape(dtype):
   gradients = {"square": normal(0, 48, 48), "wide": normal(1, 24, 96), "tall": normal(2, 96, 24), "flat": normal(3, 6, 256)}

@@ -10,6 +10,8 @@ import pytest
 
 from deepseek_v4 import config as c
 from deepseek_v4 import optim, sharding
+from deepseek_v4.model.exchange import room_for
+from deepseek_v4.planning.collectives import collectives
 from tests.training.small import (
   LOSSES,
   MODEL,
@@ -41,8 +43,12 @@ ALONE = {"data=8": (c.MeshConfig(data=8), "none", 1), "fsdp=8": (c.MeshConfig(da
          "context=4": (c.MeshConfig(data=1, context=4), "full", 1)}
 PAIRS = {f"{axis}=2 context=4": (c.MeshConfig(**{"data": 1, axis: 2, "context": 4}), "none", 1)
          for axis in ("data", "fsdp", "expert", "tensor")}
+# Where the other way for tokens to meet their experts would be taken; RUN's 2 picks are sent from 3 devices on.
+OTHER_WAY = {"data=2 expert=2 tensor=2, sent": "all_to_all", "fsdp=2 expert=4, gathered": "gather",
+             "expert=2 context=4, sent": "all_to_all"}
 ALL = TOGETHER | ALONE | PAIRS
-MESHES = [*TOGETHER, *(pytest.param(name, marks=pytest.mark.long) for name in ALONE | PAIRS)]
+ALL |= {name: ALL[name.split(",")[0]] for name in OTHER_WAY}
+MESHES = [*TOGETHER, *(pytest.param(name, marks=pytest.mark.long) for name in ALL if name not in TOGETHER)]
 RATE = 5e-3  # of the first update
 COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?"
 
@@ -50,7 +56,8 @@ COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-per
 @functools.cache
 def mesh_step(name):
   _, remat, accumulation = ALL[name]
-  run = dataclasses.replace(with_model(RUN, remat=remat), data=dataclasses.replace(RUN.data, accumulation=accumulation))
+  model = dict(remat=remat, expert_exchange=OTHER_WAY.get(name, "auto"))
+  run = dataclasses.replace(with_model(RUN, **model), data=dataclasses.replace(RUN.data, accumulation=accumulation))
   return Step(run, mesh_of(name))
 
 
@@ -194,9 +201,10 @@ def loops(text):
   return computations, inside
 
 
-def test_expert_weights_stay_and_newton_schulz_is_alone():
+@pytest.mark.parametrize("name", ["fsdp=2 expert=4", pytest.param("fsdp=2 expert=4, gathered", marks=pytest.mark.long)])
+def test_expert_weights_stay_and_newton_schulz_is_alone(name):
   """In the compiled step of fsdp=2 expert=4: no array holds all experts' weights, no loop of Newton-Schulz communicates."""
-  text = mesh_step("fsdp=2 expert=4").compiled.as_text()
+  text = mesh_step(name).compiled.as_text()
   e, d, f = MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size
   moved = re.findall(rf"= \(?(f32\[.*) (?:{COLLECTIVES})\(", text)
   shapes = {tuple(map(int, shape.split(","))) for line in moved for shape in re.findall(r"f32\[([\d,]+)\]", line)}
@@ -208,35 +216,24 @@ def test_expert_weights_stay_and_newton_schulz_is_alone():
   assert newton_schulz and communicates == []
 
 
+def test_tokens_are_sent_to_their_experts_and_not_gathered():
+  """On the axis `expert`: rows of tokens move in boxes, and what is gathered is how many they are. (All weights but the
+  experts' are gathered over fsdp and expert together.)"""
+  name, picks, experts = "fsdp=2 expert=4", RUN.data.sequence_length * MODEL.num_experts_per_tok, MODEL.n_routed_experts
+  moved = moving(mesh_step(name).compiled.as_text(), mesh_of(name))
+  of = lambda kind: {shape for k, axes, arrays in moved if k == kind and axes == {"expert"} for _, shape in arrays}
+  assert of("all-gather") == {(4, experts)}
+  assert {shape[-2:] for shape in of("all-to-all")} >= {(rows, MODEL.hidden_size) for rows in (
+    picks, room_for(picks, experts // 4, 8))}
+
+
 # ---- what travels along a split sequence -------------------------------------------------------------------------------
-def groups_of(line):
-  """Device numbers [groups, size] of a collective, in each of the ways in which XLA writes them."""
-  if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):
-    return np.array([list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1])])
-  numbers = lambda text: tuple(map(int, text.split(",")))
-  order = lambda sizes, turned: np.arange(np.prod(sizes)).reshape(sizes).transpose(turned or range(len(sizes)))
-  if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-    return order(numbers(found[2]), found[3] and numbers(found[3])).reshape(numbers(found[1]))
-  axes, ids, turned, names = re.search(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line).groups()
-  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
-  devices = order(numbers(ids), turned and numbers(turned)) if ids else np.arange(np.prod(list(sizes.values())))
-  inner = re.findall(r"'(\w+)'", names)
-  devices = devices.reshape(tuple(sizes.values()))
-  devices = np.moveaxis(devices, [list(sizes).index(name) for name in inner], range(-len(inner), 0))
-  return devices.reshape(-1, np.prod([sizes[name] for name in inner]))
-
-
-def collectives(text, mesh):
-  """[(kind, mesh axes, [(dtype, shape) of each result])] of a compiled step; those of single devices are left out."""
+def moving(text, mesh):
+  """[(kind, mesh axes, [(dtype, shape) of each result])] of a compiled step."""
   found = []
-  for line in text.splitlines():
-    if match := re.search(rf"= (\(?\w+\[.*?) ({COLLECTIVES})\(", line):
-      places = np.array(np.unravel_index(groups_of(line)[0], mesh.devices.shape))
-      axes = frozenset(axis for axis, at in zip(mesh.axis_names, places) if len(set(at)) > 1)
-      arrays = [(dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape in re.findall(
-        r"(\w+)\[([\d,]*)\]", match[1])]
-      found += [(match[2], axes, arrays)] if axes else []
+  for one in collectives(text):
+    places = np.array(np.unravel_index(one.devices, mesh.devices.shape))
+    found.append((one.kind, frozenset(a for a, at in zip(mesh.axis_names, places) if len(set(at)) > 1), one.arrays))
   return found
 
 
@@ -245,7 +242,7 @@ def test_what_travels_along_a_split_sequence():
   forward and back, once in each kind of layer. Nothing as large as the streams or one of their projections moves."""
   name, rows, model = "fsdp=2 context=2 tensor=2", 2, MODEL  # rows of a device in a pass
   parts, length, d = 2, RUN.data.sequence_length, MODEL.head_dim
-  moved = collectives(mesh_step(name).compiled.as_text(), mesh_of(name))
+  moved = moving(mesh_step(name).compiled.as_text(), mesh_of(name))
   of = lambda kind: [array for k, axes, arrays in moved if k == kind and axes == {"context"} for array in arrays]
   floats = lambda arrays: sorted(shape for dtype, shape in arrays if dtype == "f32")
   csa, hca = (rows, length // 4, d), (rows, length // 8, d)

@@ -5,7 +5,7 @@
 is the process; it reads one JSON request a line on stdin, {"builder": "module:function", "arguments": {...}}, calls the
 function with the arguments, which returns (fn, operands of jax.ShapeDtypeStruct), and answers with one JSON line on stdout.
 A request with "mesh": {axis: size, ...} is compiled for such a mesh instead of one device; its function also returns the
-PartitionSpecs of operands and results.
+PartitionSpecs of operands and results. "options" go to the compiler.
 With a folder the compiler's schedules are read, too. `Compiler` starts it, gives it time, and turns its end into an answer.
 """
 
@@ -43,12 +43,14 @@ class Request:
   """A program to compile: `builder` = "module:function", called with `arguments`, returns (fn, operands).
 
   `mesh`: sizes by axis; the function then returns (fn, operands, their PartitionSpecs, those of the results).
+  `options`: of the compiler.
   """
 
   name: str
   builder: str
   arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Compiler:
@@ -99,7 +101,7 @@ class Compiler:
       self._start()
     with contextlib.suppress(BrokenPipeError):
       self._process.stdin.write(json.dumps({"builder": request.builder, "arguments": dict(request.arguments),
-                                            "mesh": dict(request.mesh)}) + "\n")
+                                            "mesh": dict(request.mesh), "options": dict(request.options)}) + "\n")
       self._process.stdin.flush()
     try:
       line = self._lines.get(timeout=self.timeout)
@@ -153,8 +155,8 @@ def answer(topology: str, request: Mapping[str, Any], folder: Path | None) -> di
 
   Returns:
     {"ok": True, "seconds", "memory" (bytes by kind), "cost" (flops and bytes accessed, loops once), "parts", "calls",
-    "matmul_flops" (outside kernels, loops multiplied out), "schedules"}; or {"ok": False, "error"} with what Python or the
-    compiler raised.
+    "matmul_flops" (outside kernels, loops multiplied out), "traffic" (collectives by kind), "schedules"}; or {"ok": False,
+    "error"} with what Python or the compiler raised.
   """
   import jax
   import numpy as np
@@ -162,6 +164,7 @@ def answer(topology: str, request: Mapping[str, Any], folder: Path | None) -> di
   from jax.experimental.layout import Format, Layout
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+  from deepseek_v4.planning.collectives import collectives, traffic
   from launch.benchmarks.kernels import program, schedule
 
   start = time.monotonic()
@@ -177,11 +180,12 @@ def answer(topology: str, request: Mapping[str, Any], folder: Path | None) -> di
       fn, operands, *specs = getattr(importlib.import_module(module), function)(**request["arguments"])
       of_operands, of_results = jax.tree.map(place, tuple(specs)) if specs else (anywhere, anywhere)
       traced = jax.jit(fn, in_shardings=of_operands, out_shardings=of_results).trace(*operands)
-      compiled = traced.lower().compile()
+      compiled = traced.lower().compile(compiler_options=request.get("options"))
     found = {"ok": True, "seconds": time.monotonic() - start, "memory": _memory(compiled), "cost": _cost(compiled),
              "parts": [dataclasses.asdict(part) for part in program.parts(compiled.as_text())],
              "calls": [dataclasses.asdict(call) for call in program.calls(traced.jaxpr.jaxpr)],
              "matmul_flops": program.matmul_flops(traced.jaxpr.jaxpr),
+             "traffic": traffic(collectives(compiled.as_text())),
              "schedules": [s.as_json() for s in schedule.read_folder(folder, tuple(known))] if folder else []}
     for path in set(folder.glob("*")) - known if folder else ():
       path.unlink()

@@ -1,0 +1,138 @@
+"""What travels between devices in a compiled step: each collective of the program's text, its devices and its bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Mapping, Sequence
+
+import numpy as np
+
+KINDS = ("all-reduce", "all-gather", "all-to-all", "ragged-all-to-all", "reduce-scatter", "collective-permute")
+_LINE = re.compile(rf"= (\(*\w+\[.*?) ({'|'.join(sorted(KINDS, key=len, reverse=True))})(-start)?\(")
+_BITS = re.compile(r"[a-z]+(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One instruction.
+
+  Attributes:
+    kind: one of `KINDS`.
+    arrays: (dtype, shape) of each result; a start of an asynchronous one also names its operands.
+    devices: numbers of the devices that exchange with each other, of the first such group.
+    starts: the program may go on while it runs.
+    runs: how often it runs, loops multiplied out; None inside a loop whose length is known at run time only.
+  """
+
+  kind: str
+  arrays: tuple[tuple[str, tuple[int, ...]], ...]
+  devices: tuple[int, ...]
+  starts: bool
+  runs: int | None = 1
+
+  @property
+  def bytes(self) -> int:
+    """What a device must receive at least in one run. Of a ragged exchange all that there is room for, since the
+    text does not know how many rows will come."""
+    n, sizes = len(self.devices), [_size(*array) for array in self.arrays]
+    size = sum(sizes)
+    if self.starts:  # of a ragged exchange what is sent, what it lands in, and numbers; of others the operand and the result
+      size = sizes[1] if self.kind == "ragged-all-to-all" else max(sizes)
+    if self.kind == "collective-permute":
+      return size
+    # A started reduce-scatter names its operand, N times the result.
+    factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": (n - 1) / n if self.starts else n - 1}
+    return round(size * factor.get(self.kind, (n - 1) / n))
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+  bits = _BITS.match(dtype)
+  return math.prod(shape) * max(int(bits[1]) if bits else 8, 8) // 8
+
+
+def collectives(text: str) -> list[Collective]:
+  """All collectives of a compiled program's text that more than one device takes part in."""
+  parts, found = _computations(text), []
+  runs = _runs(parts)
+  for name, lines in parts.items():
+    for line in lines:
+      if match := _LINE.search(line):
+        arrays = tuple((dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape in re.findall(
+          r"(\w+)\[([\d,]*)\]", match[1]))
+        devices = tuple(_groups_of(line)[0].tolist())
+        if len(set(devices)) > 1:
+          found.append(Collective(match[2], arrays, devices, match[3] is not None, runs.get(name, 1)))
+  return found
+
+
+def traffic(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
+  """By kind: "count" in the program's text, "started" of these, "bytes" of all runs, and "more": the bytes of one run of
+  those inside loops whose length is not known."""
+  table: dict[str, dict[str, int]] = {}
+  for one in found:
+    row = table.setdefault(one.kind, dict.fromkeys(("count", "started", "bytes", "more"), 0))
+    row["count"], row["started"] = row["count"] + 1, row["started"] + one.starts
+    row["more" if one.runs is None else "bytes"] += one.bytes * (one.runs or 1)
+  return dict(sorted(table.items()))
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+  """Lines of each computation by its name; the one that runs first is "ENTRY", and so is text that names none."""
+  parts: dict[str, list[str]] = {}
+  for part in re.split(r"\n(?=\S)", text):
+    head = part.split("(", 1)[0].strip()
+    named = re.match(r"%?([\w.\-]+)$", head) if part.split("\n", 1)[0].rstrip().endswith("{") else None
+    parts.setdefault(named[1] if named else "ENTRY", []).extend(part.splitlines())
+  return parts
+
+
+def _runs(parts: Mapping[str, Sequence[str]]) -> dict[str, int | None]:
+  """How often each computation runs; None = that depends on the data."""
+  total: dict[str, int | None] = {}
+
+  def visit(name, times):
+    known = total.get(name, 0)
+    total[name] = None if times is None or known is None else known + times
+    for line in parts.get(name, ()):
+      loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+      if loop:
+        length = _length(line, parts.get(loop[1], ()))
+        visit(loop[2], None if times is None or length is None else times * length)
+      else:
+        for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
+          visit(called, times)
+        for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
+          for called in re.findall(r"[\w.\-]+", branches):
+            visit(called, None)
+  visit("ENTRY", 1)
+  return total
+
+
+def _length(line: str, condition: Sequence[str]) -> int | None:
+  """Steps of a loop that counts from 0: as its own line says, or the constant in the comparison that ends it."""
+  if found := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+    return int(found[1])
+  constants = {found[1]: int(found[2]) for line in condition
+               if (found := re.search(r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", line))}
+  ends = [found[1] for line in condition if (found := re.search(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT", line))]
+  return constants.get(ends[0]) if ends else None
+
+
+def _groups_of(line: str) -> np.ndarray:
+  """Device numbers [groups, size] of a collective, in each of the ways in which XLA writes them."""
+  if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):
+    return np.array([list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1])])
+  numbers = lambda text: tuple(map(int, text.split(",")))
+  order = lambda sizes, turned: np.arange(np.prod(sizes)).reshape(sizes).transpose(turned or range(len(sizes)))
+  if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+    return order(numbers(found[2]), found[3] and numbers(found[3])).reshape(numbers(found[1]))
+  axes, ids, turned, names = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line).groups()
+  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+  devices = order(numbers(ids), turned and numbers(turned)) if ids else np.arange(np.prod(list(sizes.values())))
+  inner = re.findall(r"'(\w+)'", names)
+  devices = devices.reshape(tuple(sizes.values()))
+  devices = np.moveaxis(devices, [list(sizes).index(name) for name in inner], range(-len(inner), 0))
+  return devices.reshape(-1, np.prod([sizes[name] for name in inner]))

@@ -1,0 +1,65 @@
+"""Collectives as XLA's text writes them: devices, bytes, whether the program waits, how often they run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepseek_v4 import sharding
+from deepseek_v4.config import MeshConfig
+from deepseek_v4.planning.collectives import collectives, traffic
+
+ARRAY = "bf16[8,128]{1,0:T(8,128)(2,1)}"  # 2,048 bytes
+LINES = {
+  f"%a.1 = {ARRAY} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={{0}}":
+    ("all-gather", (0, 1, 2, 3), 1536, False),
+  f"%a.2 = ({ARRAY}, {ARRAY}) all-to-all(%x, %y), replica_groups={{{{0,2}},{{1,3}}}}": ("all-to-all", (0, 2), 2048, False),
+  f"%a.3 = {ARRAY} reduce-scatter(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={{0}}, to_apply=%add":
+    ("reduce-scatter", (0, 4), 2048, False),
+  f"%a.4 = {ARRAY} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add": ("all-reduce", tuple(range(8)), 3584, False),
+  f"%a.5 = ({ARRAY}, {ARRAY}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{{{0,1}},{{1,0}}}}":
+    ("collective-permute", (0, 1), 2048, True),
+  "%a.6 = (bf16[2,128]{1,0}, bf16[8,128]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}":
+    ("all-gather", (0, 1, 2, 3), 1536, True),
+  f"%a.7 = {ARRAY} ragged-all-to-all(%x, %y, %a, %b, %c, %d), replica_groups=mesh['e'=4] {{'e'}}":
+    ("ragged-all-to-all", (0, 1, 2, 3), 1536, False),
+  f"%a.8 = ((bf16[32,128]{{1,0}}, {ARRAY}, s32[4]{{0}}), {ARRAY}, u32[]) ragged-all-to-all-start(%x, %y, %a), "
+  "replica_groups={{0,1}}": ("ragged-all-to-all", (0, 1), 1024, True),
+}
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split()[0])
+def test_one_instruction(line):
+  (found,) = collectives("  " + line)
+  assert (found.kind, found.devices, found.bytes, found.starts) == LINES[line]
+
+
+def test_traffic_by_kind():
+  alone = f"%b = {ARRAY} all-reduce(%x), replica_groups={{{{0}},{{1}}}}, to_apply=%add"
+  done = f"%c = {ARRAY} all-gather-done(%a.6)"
+  row = lambda *numbers: dict(zip(("count", "started", "bytes", "more"), numbers))
+  assert traffic(collectives("\n".join(["  " + line for line in [*LINES, alone, done]]))) == {
+    "all-gather": row(2, 1, 3072, 0), "all-reduce": row(1, 0, 3584, 0), "all-to-all": row(1, 0, 2048, 0),
+    "collective-permute": row(1, 1, 2048, 0), "ragged-all-to-all": row(2, 1, 2560, 0), "reduce-scatter": row(1, 0, 2048, 0)}
+
+
+@functools.cache
+def program():
+  """The text of a compiled scan of 5 steps in one of 3, with a sum over devices in each, and of a loop of unknown length."""
+  mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
+  total = lambda x: jax.lax.psum(jnp.sin(x), "data")
+
+  def run(x, count):
+    inner = lambda x, _: (total(x), None)
+    x, _ = jax.lax.scan(lambda x, _: jax.lax.scan(inner, total(x), None, length=5), x, None, length=3)
+    return jax.lax.fori_loop(0, count[0], lambda _, x: total(x), x)
+  with jax.set_mesh(mesh):
+    return jax.jit(sharding.per_shard(run, (("batch",), ()), ("batch",))).lower(
+      jnp.ones(2 * 64), jnp.ones(1, jnp.int32)).compile().as_text()
+
+
+def test_loops_are_multiplied_out():
+  found = [one for one in collectives(program()) if one.arrays == (("f32", (64,)),)]
+  assert sorted(one.runs for one in found if one.runs) == [3, 15] and [one.runs for one in found].count(None) == 1
+  assert traffic(found) == {"all-reduce": {"count": 3, "started": 0, "bytes": 18 * 256, "more": 256}}
