@@ -9,7 +9,7 @@ weights of runs/tiny.
 
 command   python -m launch.distill --config configs/tiny_distill.py --workdir runs/student
 hardware  2 CPU cores
-duration  about 10 minutes with compilation
+duration  not measured yet
 result    held-out bits per byte of both teachers' text, KL to both, distillation.png
 """
 

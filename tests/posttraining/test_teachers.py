@@ -46,7 +46,8 @@ def test_what_is_cached_is_what_the_head_multiplies(folder, tmp_path, name, mode
   state = folder[1][name]
   head = books.head(teacher)
   assert head.shape == (model.hidden_size, MODEL.vocab_size) and not head[:, model.vocab_size:].any()
-  run = jax.jit(lambda *rows: dsv4.DeepseekV4(model).apply({"params": state.params, "router": state.router}, *rows).logits)
+  variables = jax.tree.map(jnp.asarray, {"params": state.params, "router": state.router})
+  run = jax.jit(lambda *rows: dsv4.DeepseekV4(model).apply(variables, *rows).logits)
   for rows, hidden in zip(PASSES, found):
     want = np.asarray(run(rows["tokens"], rows["positions"], rows["segment_ids"]))
     logits = (hidden.astype(np.float32) @ head.astype(np.float32))[..., :model.vocab_size]
