@@ -24,9 +24,9 @@ def lines(file):
   return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_sums_are_right_and_thoughts_lead_to_them(task):
+def test_thoughts_lead_to_answers_and_only_quick_ones_go_wrong(task):
   folder, unseen = task
-  seen = []
+  seen, wrong = [], dict.fromkeys(EFFORTS, 0)
   for effort in EFFORTS:
     talks = lines(folder / depth_task.TALKS / f"{effort}.jsonl")
     assert len(talks) == 60
@@ -34,10 +34,12 @@ def test_sums_are_right_and_thoughts_lead_to_them(task):
       digits = [int(x) for x in talk["messages"][0]["content"]]
       said = talk["messages"][1]
       seen.append(tuple(digits))
-      assert len(digits) == 6 and said["content"] == str(sum(digits) % 10)
-      sums = [str(sum(digits[:i + 1]) % 10) for i in range(6)]
-      thought = {"none": "", "high": f"+{sums[1]}+{sums[3]}+{sums[5]}", "max": "?".join(["".join(sums)] * 2)}
-      assert said["reasoning_content"] == thought[effort] and talk["reasoning_effort"] == effort
+      wrong[effort] += said["content"] != str(sum(digits) % 10)
+      right = "".join(str(sum(digits[:i + 1]) % 10) for i in range(6))
+      quick, _, checked = said["reasoning_content"].partition("?")
+      assert len(digits) == 6 and len(quick) == (0 if effort == "none" else 6) and talk["reasoning_effort"] == effort
+      assert checked == (right if effort == "max" else "") and said["content"] == (checked or quick or right)[-1]
+  assert wrong["none"] == wrong["max"] == 0 and 10 < wrong["high"] < 45  # of 60, each with 1 - 0.9^6 = 0.47
   asked = [tuple(int(x) for x in line["messages"][0]["content"]) for line in lines(folder / depth_task.PROBLEMS)]
   everything = [*seen, *asked, *map(tuple, unseen)]
   assert len(asked) == len(unseen) == 40 and len(set(everything)) == len(everything)
