@@ -44,7 +44,7 @@ def get_config() -> RunConfig:
     sliding_window=16,
     index_n_heads=4,
     index_head_dim=32,
-    index_topk=32,
+    index_topk=64,
     n_routed_experts=8,
     num_experts_per_tok=2,
     moe_intermediate_size=64,
@@ -59,7 +59,7 @@ def get_config() -> RunConfig:
                 attention_mode="dense", trainable="all_but_indexer"),
     StageConfig("dense_long", steps=160, sequence_length=512, batch_size=8, attention_mode="dense",
                 trainable="all_but_indexer"),
-    StageConfig("indexer_warm_up", steps=100, sequence_length=512, batch_size=8, attention_mode="dense",
+    StageConfig("indexer_warm_up", steps=120, sequence_length=512, batch_size=8, attention_mode="dense",
                 trainable="indexer", learning_rate=4e-3, warmup_steps=5, decay_steps=60),
     StageConfig("sparse", steps=100, sequence_length=1024, batch_size=4),
   )
