@@ -31,7 +31,7 @@ DESCRIPTION = "dense attention, the indexer's warm-up, sparse attention: what th
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny_stages.py"
 WARM_UP, SPARSE = "indexer_warm_up", "sparse"
 PICTURE = "stages.png"
-MASS_BATCHES, LOSS_BATCHES = 8, 40  # of held-out text
+MASS_BATCHES, LOSS_BATCHES = 8, 24  # of held-out text
 MASS_GOAL, COST_GOAL = 0.8, 0.02
 
 

@@ -45,7 +45,8 @@ def test_the_run_goes_through_the_stages_of_v4():
     ("dense", "all_but_indexer"), ("dense", "all_but_indexer"), ("dense", "indexer"), ("sparse", "all")]
   lengths = [x.data.sequence_length for x in found.values()]
   assert lengths == sorted(lengths) and lengths[0] < lengths[2] < lengths[3]
-  assert lengths[2] // run.model.csa_compress_rate >= 4 * run.model.index_topk  # most entries are not picked
+  entries = [length // run.model.csa_compress_rate for length in lengths]
+  assert entries[2] >= 2 * run.model.index_topk and entries[3] >= 4 * run.model.index_topk  # much is not picked
   assert (run.data.seed, run.training.seed) == (3, 3)
 
 
