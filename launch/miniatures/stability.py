@@ -108,12 +108,16 @@ def last_loss(lines: Lines) -> float:
 
 
 def extra_time(lines: Lines) -> float | None:
-  """What choosing experts ahead took, as a share of the time of the steps that it was for; None without a period."""
+  """What choosing experts ahead took, as a share of the time of the steps that it was for; None without a period.
+
+  The median step stands for all: the time of the first has the compilation in it.
+  """
   period = [line for line in of_split(lines, "train") if "routing_age" in line]
   if not period:
     return None
   choosing = sum(line["routing_seconds"] for line in period)
-  return choosing / (sum(line["tokens"] / line["tokens_per_second"] for line in period) - choosing)
+  own = [line["tokens"] / line["tokens_per_second"] - line["routing_seconds"] for line in period]
+  return choosing / (len(own) * statistics.median(own))
 
 
 def row_of_spiking(seed: int, policy: str, lines: Lines) -> dict[str, Any]:
