@@ -157,7 +157,7 @@ def attention(config, kernels):
     outputs, total = {}, 0.0
     for kind, cotangent in zip(config.layer_types, cotangents):
       layer = Layer(config, kind, kernels)
-      outputs[kind], loss, _ = layer.apply({"params": {"attention": variables[kind]}}, x, context)
+      outputs[kind], loss, *_ = layer.apply({"params": {"attention": variables[kind]}}, x, context)
       real = (segment_ids > 0)[..., None]
       total += jnp.where(real, outputs[kind] * cotangent, 0).sum()
       if loss is not None:

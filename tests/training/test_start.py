@@ -111,7 +111,7 @@ def test_a_wrong_leaf_is_named(tmp_path):
 
 
 def test_the_source_is_refused_before_the_data_is_built(tmp_path, monkeypatch):
-  monkeypatch.setattr(loop, "dataset", lambda *_: pytest.fail("data was built"))
+  monkeypatch.setattr(loop, "read_texts", lambda *_: pytest.fail("data was built"))
   with pytest.raises(FileNotFoundError, match="training.init_from = '.*nowhere'"):
     loop.train(run_of(tmp_path / "nowhere"), tmp_path / "run")
   assert not (tmp_path / "run").exists()
