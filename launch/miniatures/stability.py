@@ -177,11 +177,14 @@ def row_of_mixing(seed: int, kind: str, lines: Lines, found: list[gains.Gains]) 
 
 # ---- targets -------------------------------------------------------------------------------------------------------------
 def recovery(runs: Mapping[str, Lines]) -> float | None:
-  """Mean loss of the last steps over that of the steps before the spike, with anticipatory routing; None without a spike."""
+  """Mean loss of the last steps with anticipatory routing over that before the spike; None without a spike.
+
+  Of the steps before it the other run tells, which did not do them again.
+  """
   spikes = of_split(runs["anticipate"], "anomaly")
   if not spikes:
     return None
-  before = [line["next_token"] for line in of_split(runs["anticipate"], "train") if line["step"] < spikes[0]["step"]]
+  before = [line["next_token"] for line in of_split(runs["log"], "train") if line["step"] < spikes[0]["step"]]
   return last_loss(runs["anticipate"]) / statistics.fmean(before[-LAST:])
 
 

@@ -57,8 +57,8 @@ def test_figures_of_a_spike():
   assert stability.last_loss(lines) == 1.0
   assert stability.extra_time(lines) == pytest.approx(2 / 6) and stability.extra_time(lines[:5]) is None
   # the 20 steps before the spike: 11 to 30, mean 2 - 0.205
-  assert stability.recovery({"anticipate": lines}) == pytest.approx(1 / 1.795)
-  assert stability.recovery({"anticipate": lines[:30]}) is None
+  assert stability.recovery({"anticipate": lines, "log": lines}) == pytest.approx(1 / 1.795)
+  assert stability.recovery({"anticipate": lines[:30], "log": lines}) is None
   row = stability.row_of_spiking(0, "anticipate", lines)
   assert (row["anomalies"], row["highest loss"], row["held-out bits/byte"]) == (1, 9.0, 1.5)
 
@@ -68,10 +68,10 @@ def test_targets_are_for_the_worst_seed():
   free = [Gains(500.0, 3.0, 40.0, 2.0), Gains(3.0, 12.0, 1.0, 1.0)]
   lines = spiking()
   mixing = [{"mHC": (lines, [bad, good]), "free": (lines, [free[0]])}, {"mHC": (lines, [bad]), "free": (lines, [free[1]])}]
-  found = stability.targets([{"anticipate": lines}] * 2, mixing)
+  found = stability.targets([{"anticipate": lines, "log": lines}] * 2, mixing)
   assert [x["reached"] for x in found] == [True, False, False, True]
   assert [x["value"] for x in found[1:]] == [pytest.approx(2e-4), 1.8, 12.0]
-  found = stability.targets([{"anticipate": lines}, {"anticipate": lines[:30]}], mixing[:1])
+  found = stability.targets([dict.fromkeys(stability.POLICIES, x) for x in (lines, lines[:30])], mixing[:1])
   assert [x["reached"] for x in found] == [None, True, True, True]
 
 
