@@ -100,8 +100,11 @@ class RunConfig:
     for name in kinds:
       if self.stages:
         refuse("stages", [stage.name for stage in self.stages], f"none beside {name}")
-      if self.training.trainable != "all":
-        refuse("training.trainable", self.training.trainable, f"'all' beside {name}")
+      for field, only in (("trainable", "all"), ("attention_mode", "sparse"), ("watch_gradients", False)):
+        if getattr(self.training, field) != only:
+          refuse(f"training.{field}", getattr(self.training, field), f"{only!r} beside {name}")
+      if self.anomalies != AnomalyConfig():
+        refuse("anomalies", self.anomalies, f"the defaults beside {name}, where a step that is not finite ends the run")
 
 
 # ---- reading run files and overrides ----------------------------------------------------------------------------------

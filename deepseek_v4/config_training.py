@@ -13,7 +13,7 @@ TRAINABLE = ("all", "indexer", "all_but_indexer")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Muon for matrices, AdamW for the rest, one schedule for both (SPEC: report 2.4, 4.2.2)."""
+  """Muon for matrices, AdamW for the rest, one schedule for both (report 2.4, 4.2.2)."""
 
   learning_rate: float = 2.7e-4
   first_step: int = 0  # of the run, with which the warm-up begins

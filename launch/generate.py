@@ -213,7 +213,7 @@ def load(checkpoint: str, options: dict[str, Any], seed: int, *, prompts: Sequen
   _, manifest = newest_manifest(Path(checkpoint) / CHECKPOINTS)
   stored = manifest["config"]
   model_config = dataclasses.replace(config.from_dict(config.ModelConfig, stored["model"]), scan_layers=False,
-                                     inference_rounding=inference_rounding)
+                                     expert_exchange="auto", inference_rounding=inference_rounding)
   check_options(model_config, manifest["leaves"], options, drift)
   release = Path(checkpoint) / RELEASE
   source = release if (release / "tokenizer.json").is_file() else stored.get("data", {}).get("tokenizer")

@@ -1,9 +1,9 @@
 """What a model is made of and what a token costs: parameters, operations, cache bytes, from the config alone; no JAX here.
 
 Conventions: a multiplication and an addition are two operations. A cost "at context n" is that of the one token that is
-decoded as the n-th, so it sees min(n, window) keys and n // rate entries. Sources: SPEC_MODEL 10 and 11; the published
-ratios to V3.2 (27% and 10% of its operations, 10% and 7% of its cache at a million tokens) come out under the rules written
-down at `EQUIVALENT` and `Count.ratio_to_v32`.
+decoded as the n-th, so it sees min(n, window) keys and n // rate entries. The published ratios to V3.2 (27% and 10% of its
+operations, 10% and 7% of its cache at a million tokens) come out under the rules written down at `EQUIVALENT` and
+`Count.ratio_to_v32`.
 """
 
 from __future__ import annotations

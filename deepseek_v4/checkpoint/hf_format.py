@@ -1,4 +1,4 @@
-"""The bytes of quantised weights: FP8 in 128 x 128 blocks, FP4 in rows of 32, both with power-of-two scales (SPEC_MODEL 9).
+"""The bytes of quantised weights: FP8 in 128 x 128 blocks, FP4 in rows of 32, both with power-of-two scales.
 
 A scale is one byte b for 2^(b - 127) (E8M0; 255 is no number). An FP4 byte holds two E2M1 codes along the input axis, the
 even column in its low half. Everything is NumPy on one matrix [out, in] at a time. Both directions are exact where float32

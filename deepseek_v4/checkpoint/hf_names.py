@@ -4,7 +4,7 @@ Every leaf of the model has one row: its axes here, its axes there, its name in 
 release ("release"), and how the release stores it. Leaves that share a foreign name are joined along one axis, in the order
 of the table; a foreign name with `{e}` stands for one tensor per expert. The multi-token-prediction block (`mtp.0.*`) exists
 in the release only. A quantised tensor NAME.weight has its scales in NAME.scale.
-Layouts: SPEC of the release, table of tensors; transformers 5.24 `modeling_deepseek_v4.py`.
+Layouts: the release's table of tensors; transformers 5.24 `modeling_deepseek_v4.py`.
 
 Axis letters: V vocabulary, D hidden size, Z hidden size (output side), Q query rank, H heads, d head size, G output groups,
 P = H*d/G inputs of a group, R rank of a group, O = G*R, J index heads, i index head size, C series (2 for CSA and the

@@ -122,7 +122,7 @@ class Indexer(nn.Module):
 
 def indexer_loss(index, attention_queries, entries, lse, selection: Selection, context: Context, *, scale: float,
                  kernels: str):
-  """The KL loss as (sum over queries, count of queries that see an entry); report and SPEC_TRAINING 3.2.
+  """The KL loss as (sum over queries, count of queries that see an entry); report 2.3.1, V3.2 2.1.
 
   Args:
     index: the indexer's (queries, weights, keys), differentiable.

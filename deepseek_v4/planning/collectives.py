@@ -38,13 +38,24 @@ class Collective:
     text does not know how many rows will come."""
     n, sizes = len(self.devices), [_size(*array) for array in self.arrays]
     size = sum(sizes)
-    if self.starts:  # of a ragged exchange what is sent, what it lands in, and numbers; of others the operand and the result
-      size = sizes[1] if self.kind == "ragged-all-to-all" else max(sizes)
+    if self.starts:
+      size = self._started(sizes)
     if self.kind == "collective-permute":
       return size
-    # A started reduce-scatter names its operand, N times the result.
+    # A started reduce-scatter's arrays are the operands, N times the results.
     factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": (n - 1) / n if self.starts else n - 1}
     return round(size * factor.get(self.kind, (n - 1) / n))
+
+  def _started(self, sizes: list[int]) -> int:
+    """Bytes of the arrays that count among those that a start names: the results of an all-reduce; of a ragged exchange what
+    it lands in, behind what is sent; of others operands, then as many results, then numbers of its own."""
+    if self.kind == "ragged-all-to-all":
+      return sizes[1]
+    arrays = [size for size, (_, shape) in zip(sizes, self.arrays) if shape]
+    if self.kind == "all-reduce":
+      return sum(arrays)
+    half = len(arrays) // 2
+    return sum(arrays[half:] if self.kind == "all-gather" else arrays[:half])
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:

@@ -4,7 +4,8 @@
 
 Samples lie in the order of their teachers, from the prompts to the passes of every step. What was sampled is in the journal
 before anything follows from it, and a checkpoint says which weights its round was sampled with: a run that was killed
-anywhere goes on by the same command, samples nothing twice and computes the same numbers.
+anywhere goes on by the same command, samples nothing twice and computes the same numbers, but for the rounding of replies
+that were cut off and gone on with.
 
 A workdir holds, beside what `training/loop.py` names,
   samples/            the journal: one file per round

@@ -3,8 +3,9 @@
 One append-only file per round of sampling. Its first line says what the round asks for, every other one holds the tokens
 that came together from the decoder: which requests, the number of the first token in each reply, token ids, log-
 probabilities. A line begins with the checksum of its JSON and is on the disk (fsync) before anybody uses what it says. A
-request's tokens depend on its prompt, its settings and its key only, so a reply that was cut off is gone on with behind its
-last token: nothing favours short replies, as beginning them anew would.
+request's tokens depend on its prompt, its settings and its key only (up to rounding: the begun part is fed in chunks, not
+token by token), so a reply that was cut off is gone on with behind its last token: nothing favours short replies, as
+beginning them anew would.
 """
 
 from __future__ import annotations

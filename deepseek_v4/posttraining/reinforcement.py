@@ -153,6 +153,10 @@ def check(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> None:
     shards = mesh.size // mesh.shape["tensor"]
     if config.decode_batch % shards:
       refuse("reinforcement.decode_batch", config.decode_batch, f"a multiple of data x fsdp x expert = {shards}")
+    parts = 8 * mesh.shape["tensor"]  # a byte holds eight ids of a kept set
+    if config.keep_sampling_mask and (config.top_p < 1 or config.top_k > 0) and run_config.model.vocab_size % parts:
+      refuse("model.vocab_size", run_config.model.vocab_size, f"a multiple of 8 x mesh.tensor = {parts}, or "
+             "reinforcement.keep_sampling_mask = False")
 
 
 def prepare(run_config: RunConfig) -> Asking:
@@ -197,7 +201,8 @@ def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None
   if step > training.steps:
     raise ValueError(f"training.steps = {training.steps}: expected at least {step}, the steps that the run in {workdir} has "
                      f"done")
-  if extra["problems"] * run_config.reinforcement.minibatches != step * run_config.reinforcement.problems:
+  minibatches = run_config.reinforcement.minibatches
+  if step % minibatches or extra["problems"] * minibatches != step * run_config.reinforcement.problems:
     raise ValueError(f"reinforcement.problems, reinforcement.minibatches: expected those with which the run in {workdir} "
                      f"saw {extra['problems']} problems in {step} steps")
   print(f"resumed at step {step}")
@@ -226,6 +231,7 @@ def run_rounds(tools: Tools, step: int, state: PolicyState) -> tuple[int, Policy
     evaluate(tools, step, state)
   while step < training.steps:
     tools.store.check_errors()
+    leave_if_asked(tools, step, state)
     judged = draw(tools, step, state)
     tools.stop.unsaved = True
     if config.kl_weight and step and due(config.reference_steps):
@@ -269,7 +275,7 @@ def ask(tools: Tools, step: int, state: PolicyState, problems: Sequence[Problem]
     DeepseekV4(model_config, run_config.training.kernels), variables, requests, max_new_tokens=config.max_new_tokens,
     batch_size=config.decode_batch, stop_tokens=(asking.tokenizer.document_end,), temperature=config.temperature,
     top_p=config.top_p, top_k=config.top_k, record=record, mesh=tools.mesh,
-    on_batch=lambda _: leave_if_asked(tools, step, state))
+    on_batch=lambda _: leave_if_asked(tools, step, state), on_drawn=lambda _: leave_if_asked(tools, step, state))
   effort, end = asking.template.check_effort(config.reasoning_effort), asking.tokenizer.document_end
 
   def worth(sample: Sample, problem: Problem) -> float:

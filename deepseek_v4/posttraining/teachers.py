@@ -30,6 +30,7 @@ from deepseek_v4.checkpoint.parts import read_leaves
 from deepseek_v4.checkpoint.store import newest_manifest, restore_variables
 from deepseek_v4.config import ModelConfig, RunConfig, TeacherConfig
 from deepseek_v4.model.transformer import DeepseekV4
+from deepseek_v4.training import stages
 
 _HEAD = "params/lm_head/kernel"
 _UNFINISHED = ".unfinished"
@@ -43,12 +44,14 @@ class Teacher:
     config: its settings.
     model: its architecture.
     attention_mode: with which it was trained.
-    identity: digest of its checkpoint: of its configuration and the checksums of its weights.
+    step: of that checkpoint.
+    identity: digest of the checkpoint: of its configuration and the checksums of its weights.
   """
 
   config: TeacherConfig
   model: ModelConfig
   attention_mode: str
+  step: int
   identity: str
 
   @property
@@ -61,14 +64,14 @@ def open_teacher(run_config: RunConfig, config: TeacherConfig, mesh: jax.shardin
 
   Raises:
     FileNotFoundError: no checkpoint there.
-    ValueError: too few token ids or positions for the student's samples, or sizes that the mesh does not divide.
+    ValueError: too few positions for the student's samples, or sizes that the mesh does not divide.
   """
   where = f"distillation.teachers: {config.name}"
   folder = Path(config.checkpoint) / CHECKPOINTS
   if not folder.is_dir():
     raise FileNotFoundError(f"{where}: checkpoint = {config.checkpoint!r}: expected the folder of a run or of a converted "
                             f"release, with a folder {CHECKPOINTS!r} in it")
-  _, manifest = newest_manifest(folder)
+  source, manifest = newest_manifest(folder)
   stored = manifest["config"]
   model = config_lib.from_dict(ModelConfig, stored["model"])
   length = run_config.data.sequence_length
@@ -79,8 +82,16 @@ def open_teacher(run_config: RunConfig, config: TeacherConfig, mesh: jax.shardin
     sharding.check_model_divides(model, mesh)
     sharding.check_parts(model, "data.sequence_length", length, mesh.shape["context"])
   sums = {name: entry["sum"] for name, entry in manifest["leaves"].items() if name.split("/")[0] in ("params", "router")}
-  identity = _digest([stored["model"], sums])
-  return Teacher(config, model, stored.get("training", {}).get("attention_mode", "sparse"), identity)
+  mode = _attention_mode(stored, int(source.name))
+  identity = _digest([stored["model"], mode, sums])
+  return Teacher(config, model, mode, int(source.name), identity)
+
+
+def _attention_mode(stored: Mapping[str, Any], step: int) -> str:
+  """How the run that a checkpoint is of attended at that step; a converted release attends sparsely."""
+  if not stored.get("stages"):
+    return stored.get("training", {}).get("attention_mode", "sparse")
+  return stages.at(config_lib.from_dict(RunConfig, stored), max(step - 1, 0)).run_config.training.attention_mode
 
 
 def _digest(value: Any) -> str:
@@ -133,10 +144,12 @@ class Library:
     """The hidden states of one pass after another; the weights are given back behind the last."""
     # The prediction block, which can be a part of the checkpoint, has no say in them.
     variables, _, _ = restore_variables(Path(teacher.config.checkpoint) / CHECKPOINTS, scan_layers=teacher.model.scan_layers,
-                                        mesh=self._mesh)
+                                        mesh=self._mesh, step=teacher.step)
     model = DeepseekV4(teacher.model, self._run_config.training.kernels)
     for rows in passes:
       between()
+      # Ids that only the student has are no words of the teacher's: the loss leaves them out, here they read its last row.
+      rows = rows | {"tokens": np.minimum(rows["tokens"], teacher.model.vocab_size - 1)}
       rows = {name: x for name, x in put(rows).items() if name != "loss_mask"}
       yield np.asarray(_hidden(model, variables, rows, attention_mode=teacher.attention_mode, dtype=self._dtype))
 
@@ -147,6 +160,9 @@ class Library:
     path = self._folder / "heads" / f"{teacher.name}-{_digest([teacher.identity, str(self._dtype), vocab_size])}.npy"
     if not path.is_file():
       source, manifest = newest_manifest(Path(teacher.config.checkpoint) / CHECKPOINTS)
+      if int(source.name) != teacher.step:
+        raise ValueError(f"distillation.teachers: {teacher.name}: its newest checkpoint is that of step {source.name}, "
+                         f"expected step {teacher.step} as when this run began; the same command goes on with the new one")
       head = read_leaves(source, manifest, {_HEAD: None})[_HEAD][:, :vocab_size]
       head = np.pad(head, ((0, 0), (0, vocab_size - head.shape[1])))
       _write(path, [head.astype(self._dtype)], (1, *head.shape), self._dtype)

@@ -2,7 +2,7 @@
 
 A message is a dictionary with `role` and `content`, as OpenAI's interface has them. A release's wording (the prefix of an
 effort, how tools and a response format are introduced) is data of that release: see `chat_template.py`. Everything else,
-byte for byte, is the encoding of the V4 releases (SPEC_MODEL 12).
+byte for byte, is the encoding of the V4 releases.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from deepseek_v4 import sharding
 from deepseek_v4.config import RunConfig
 from deepseek_v4.model.transformer import DeepseekV4
+from deepseek_v4.training import stages
 from deepseek_v4.training.ahead import Ahead
 from deepseek_v4.training.anomalies import Record
 from deepseek_v4.training.feed import abstract_batch
@@ -51,6 +52,7 @@ def make_routing_pass(run_config: RunConfig, mesh: Mesh | None = None) -> shardi
   Raises:
     ValueError: sizes that the mesh does not divide.
   """
+  run_config = stages.of_stage(run_config)
   model = DeepseekV4(run_config.model, run_config.training.kernels)
 
   def choose(state: TrainState, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

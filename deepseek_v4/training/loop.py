@@ -143,6 +143,7 @@ def prepared(phase: stages.Phase, texts: Texts, shared: Mapping[str, Any], place
     before: tools of the phase before; what the two have in common is kept.
   """
   run_config, mesh, progress = phase.run_config, shared["mesh"], shared["progress"]
+  rows = in_shape_of(texts.train, run_config, mesh) if phase.stage else texts.train  # refuses before anything is compiled
   same_stage = before is not None and before.phase.stage == phase.stage
   if phase.stage and not same_stage:
     progress.say(f"stage {phase.stage} from step {place.step + 1} on {trainable.describe(run_config, place.state.params)}")
@@ -153,7 +154,7 @@ def prepared(phase: stages.Phase, texts: Texts, shared: Mapping[str, Any], place
   score = before.score if same_stage else scorer_of(phase, texts.held_out, place, mesh, shared["stop"], progress.say)
   patience = min(run_config.training.log_every, phase.steps)
   watch = before.watch if same_stage else trainable.Watch(patience, f"stage {phase.stage}, " if phase.stage else "")
-  batches = iter(in_shape_of(texts.train, run_config, mesh) if phase.stage else texts.train)
+  batches = iter(rows)
   progress.restart_clock()
   routing = Anticipation(run_config, mesh, step, phase.end, progress.say)
   return Tools(run_config=run_config, step=step, score=score, batches=batches, phase=phase, watch=watch, routing=routing,
@@ -214,9 +215,10 @@ def run_steps(tools: Tools, place: Place) -> Place:
     if anomaly is not None:
       ahead.forget()
       tools.routing.forget()
-      done = entered(recover(tools, dataclasses.replace(place, state=None), done, taken, anomaly), phase)
+      done = recover(tools, dataclasses.replace(place, state=None), done, taken, anomaly)
       if done.step < phase.first:
         return done
+      done = entered(done, phase)
       ahead = batches_from(tools, done)
       if done.step < n:
         place = done

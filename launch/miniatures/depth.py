@@ -40,7 +40,7 @@ MODELS = ("conversations", "rewards", "student")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Sizes of the parts; those of the suite's short version are smaller."""
+  """Sizes of the parts."""
 
   talks: int = 12_000  # conversations of each effort
   problems: int = 1500  # to learn from by rewards, and as many to be scored on

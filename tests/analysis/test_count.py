@@ -96,7 +96,7 @@ def test_operations_follow_the_context():
 
 
 def test_published_cache():
-  """SPEC_MODEL 11: 46.94 GiB of V3.2 against entries of 576 and index keys of 64 bytes, with scales, and all in BF16."""
+  """46.94 GiB of V3.2 against entries of 576 and index keys of 64 bytes, with scales, and all in BF16."""
   gib, v32 = 2**30, 788 * 61 * MILLION
   assert v32 / gib == pytest.approx(46.94, abs=0.005)
   for config, plain, growth, bf16, growth_bf16, percent, window, pending in (

@@ -1,4 +1,4 @@
-"""Miniature 3: its sums and texts, its figures, and a short version of the whole that has to show learning."""
+"""Miniature 3: its sums and texts and its figures."""
 
 import json
 

@@ -22,6 +22,10 @@ LINES = {
     ("collective-permute", (0, 1), 2048, True),
   "%a.6 = (bf16[2,128]{1,0}, bf16[8,128]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}":
     ("all-gather", (0, 1, 2, 3), 1536, True),
+  "%a.9 = (bf16[8,128]{1,0}, bf16[4,128]{1,0}) all-reduce-start(%x, %y), replica_groups={{0,1}}, to_apply=%add":
+    ("all-reduce", (0, 1), 3072, True),
+  "%a.10 = ((bf16[2,128]{1,0}, bf16[4,128]{1,0}), (bf16[8,128]{1,0}, bf16[16,128]{1,0})) all-gather-start(%x, %y), "
+  "replica_groups=[2,4]<=[8], dimensions={0}": ("all-gather", (0, 1, 2, 3), 4608, True),
   f"%a.7 = {ARRAY} ragged-all-to-all(%x, %y, %a, %b, %c, %d), replica_groups=mesh['e'=4] {{'e'}}":
     ("ragged-all-to-all", (0, 1, 2, 3), 1536, False),
   f"%a.8 = ((bf16[32,128]{{1,0}}, {ARRAY}, s32[4]{{0}}), {ARRAY}, u32[]) ragged-all-to-all-start(%x, %y, %a), "

@@ -208,10 +208,17 @@ def test_teachers_that_are_none(teacher, said):
     c.TeacherConfig(**dict(name="a", checkpoint="b") | teacher)
 
 
-def test_a_distillation_trains_all(root):
+@pytest.mark.parametrize("training, said", [
+  (dict(trainable="all_but_indexer"), "training.trainable = 'all_but_indexer': expected 'all' beside distillation"),
+  (dict(attention_mode="dense"), "training.attention_mode = 'dense': expected 'sparse' beside distillation"),
+  (dict(watch_gradients=True), "training.watch_gradients = True: expected False beside distillation"),
+])
+def test_what_only_pre_training_knows(root, training, said):
   run = settings(root)
-  with pytest.raises(ValueError, match="training.trainable = 'all_but_indexer': expected 'all' beside distillation"):
-    dataclasses.replace(run, training=dataclasses.replace(run.training, trainable="all_but_indexer"))
+  with pytest.raises(ValueError, match=said):
+    dataclasses.replace(run, training=dataclasses.replace(run.training, **training))
+  with pytest.raises(ValueError, match="anomalies = .*: expected the defaults beside distillation"):
+    dataclasses.replace(run, anomalies=c.AnomalyConfig(policy="log"))
 
 
 def test_a_run_is_one_kind_of_post_training(root):

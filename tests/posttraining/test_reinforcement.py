@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -203,6 +204,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, path, tmp_path, monk
 def test_refused_before_anything_is_compiled(path, tmp_path, changes, message):
   with pytest.raises(ValueError, match=message):
     reinforcement.reinforce(run_of(path, **changes), tmp_path / "run")
+
+
+def test_kept_sets_are_split_in_whole_bytes(path):
+  mesh = types.SimpleNamespace(shape={"context": 1, "tensor": 16}, size=16)
+  run = run_of(path, top_p=0.9)
+  with pytest.raises(ValueError, match="model.vocab_size = 320: expected a multiple of 8 x mesh.tensor = 128, or"):
+    reinforcement.check(run, mesh)
 
 
 def test_problems_end_with_the_user(path, tmp_path):

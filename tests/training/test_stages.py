@@ -166,9 +166,9 @@ def test_losses_of_another_stage_make_no_spike(world, tmp_path):
 
 def test_a_spike_behind_a_border_goes_back_across_it(world, tmp_path):
   """The checkpoint of the border is lost: the run goes on in the stage before, and comes to the border once more."""
-  stage = lambda name, steps: StageConfig(name, steps=steps)
+  stage = lambda name, steps, length: StageConfig(name, steps=steps, sequence_length=length)
   run = dataclasses.replace(STAGED, anomalies=c.AnomalyConfig(policy="skip", window=2),
-                            stages=(stage("a", 4), stage("b", 6)))
+                            stages=(stage("a", 4, 4), stage("b", 6, 2)))
   world.without = {8}
   loop.train(run, tmp_path / "without")
   world.without, world.spikes_on = (), {8: 1e4}
