@@ -44,7 +44,7 @@ def test_traffic_by_kind():
   done = f"%c = {ARRAY} all-gather-done(%a.6)"
   row = lambda *numbers: dict(zip(("count", "started", "bytes", "more"), numbers))
   assert traffic(collectives("\n".join(["  " + line for line in [*LINES, alone, done]]))) == {
-    "all-gather": row(2, 1, 3072, 0), "all-reduce": row(1, 0, 3584, 0), "all-to-all": row(1, 0, 2048, 0),
+    "all-gather": row(3, 2, 7680, 0), "all-reduce": row(2, 1, 6656, 0), "all-to-all": row(1, 0, 2048, 0),
     "collective-permute": row(1, 1, 2048, 0), "ragged-all-to-all": row(2, 1, 2560, 0), "reduce-scatter": row(1, 0, 2048, 0)}
 
 
