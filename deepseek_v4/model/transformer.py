@@ -224,14 +224,8 @@ class DeepseekV4(nn.Module):
       ValueError: arguments that do not fit, before anything is computed.
     """
     config, kernels = self.config, self.kernels
-    weights.check_dtype(config)
-    if logits not in ("all", "last", "none"):
-      raise ValueError(f"logits = {logits!r}: expected all, last or none")
-    if targets is not None and (targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer)):
-      raise ValueError(f"targets = {targets.dtype}{targets.shape}: expected integers of the tokens' shape {tokens.shape}")
     has_mtp = config.num_nextn_predict_layers == 1
-    if mtp and not has_mtp:
-      raise ValueError("mtp = True: expected a model with num_nextn_predict_layers = 1")
+    self._check(tokens, logits, targets, mtp and not has_mtp)
     run_mtp = has_mtp and (mtp or self.is_initializing() or (mtp is None and targets is not None))
     back = None
     if cache is None:
@@ -274,6 +268,16 @@ class DeepseekV4(nn.Module):
       out = jnp.matmul(chosen, head_DV, preferred_element_type=weights.exact_dtype(config))
       out = sharding.constrain(out, ("batch", "sequence", "vocab"))
     return ModelOutput(out, hidden_BSD, mtp_BSD, found, routing, cache, None if cache is None else streams_BSND)
+
+  def _check(self, tokens: jax.Array, logits: str, targets: jax.Array | None, no_mtp: bool | None) -> None:
+    """Refuses arguments that do not fit, whether there is a cache or not."""
+    weights.check_dtype(self.config)
+    if logits not in ("all", "last", "none"):
+      raise ValueError(f"logits = {logits!r}: expected all, last or none")
+    if targets is not None and (targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer)):
+      raise ValueError(f"targets = {targets.dtype}{targets.shape}: expected integers of the tokens' shape {tokens.shape}")
+    if no_mtp:
+      raise ValueError("mtp = True: expected a model with num_nextn_predict_layers = 1")
 
   def _check_cached(self, cache: Cache, reach: int | None, tokens, positions, segment_ids, attention_mode: str,
                     more: bool) -> None:

@@ -37,7 +37,7 @@ from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.posttraining import journal as journals
 from deepseek_v4.posttraining.distillation_step import Pass, Steps
 from deepseek_v4.posttraining.prompts import ChatPrompts, Prompts, Text, in_passes, rows_of
-from deepseek_v4.posttraining.rollout import Request, sample_replies
+from deepseek_v4.posttraining.rollout import Request, check_mesh, sample_replies
 from deepseek_v4.posttraining.teachers import Library, Resident, Teacher, open_teacher
 from deepseek_v4.training import metrics
 from deepseek_v4.training.data import Batches
@@ -142,11 +142,7 @@ def check(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> None:
   if jax.process_count() > 1:
     refuse("processes", jax.process_count(), "one: a distillation runs on the devices of one process")
   if mesh is not None and distillation.samples == STUDENT:
-    if mesh.shape["context"] > 1:
-      refuse("mesh.context", mesh.shape["context"], "1, as replies are decoded on the same mesh")
-    shards = mesh.size // mesh.shape["tensor"]
-    if distillation.decode_batch % shards:
-      refuse("distillation.decode_batch", distillation.decode_batch, f"a multiple of data x fsdp x expert = {shards}")
+    check_mesh(mesh, distillation.decode_batch, "distillation.decode_batch")
 
 
 def read_data(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> tuple[tuple[Any, ...], dict[str, Batches]]:

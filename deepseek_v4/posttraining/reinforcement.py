@@ -30,7 +30,7 @@ from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.posttraining import grpo, rewards
 from deepseek_v4.posttraining.policy_step import PolicyState, Programs, abstract_policy, as_policy
 from deepseek_v4.posttraining.problems import Problem, Problems, in_passes, rows_of
-from deepseek_v4.posttraining.rollout import Request, Sample, sample_replies
+from deepseek_v4.posttraining.rollout import Request, Sample, check_mesh, sample_replies
 from deepseek_v4.text import tokenize
 from deepseek_v4.text.chat_template import THINK_END, ChatTemplate
 from deepseek_v4.training import conversations, metrics
@@ -148,11 +148,7 @@ def check(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> None:
   if jax.process_count() > 1:
     refuse("processes", jax.process_count(), "one: replies are drawn on the devices of one process")
   if mesh is not None:
-    if mesh.shape["context"] > 1:
-      refuse("mesh.context", mesh.shape["context"], "1, as replies are decoded on the same mesh")
-    shards = mesh.size // mesh.shape["tensor"]
-    if config.decode_batch % shards:
-      refuse("reinforcement.decode_batch", config.decode_batch, f"a multiple of data x fsdp x expert = {shards}")
+    check_mesh(mesh, config.decode_batch, "reinforcement.decode_batch")
     parts = 8 * mesh.shape["tensor"]  # a byte holds eight ids of a kept set
     if config.keep_sampling_mask and (config.top_p < 1 or config.top_k > 0) and run_config.model.vocab_size % parts:
       refuse("model.vocab_size", run_config.model.vocab_size, f"a multiple of 8 x mesh.tensor = {parts}, or "

@@ -76,6 +76,19 @@ class Sample:
     return (*self.prompt, *self.reply)
 
 
+def check_mesh(mesh: jax.sharding.Mesh, batch_size: int, field: str) -> None:
+  """Refuses a mesh on which batches of so many replies, a setting of this name, cannot be decoded.
+
+  Raises:
+    ValueError: names the setting.
+  """
+  if mesh.shape["context"] > 1:
+    refuse("mesh.context", mesh.shape["context"], "1, as replies are decoded on the same mesh")
+  shards = mesh.size // mesh.shape["tensor"]
+  if batch_size % shards:
+    refuse(field, batch_size, f"a multiple of data x fsdp x expert = {shards}")
+
+
 def sample_replies(model: DeepseekV4, variables: Any, requests: Sequence[Request], *, max_new_tokens: int, batch_size: int,
                    stop_tokens: Sequence[int], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
                    record: Sequence[str] = (), chunk_size: int = 512, mesh: jax.sharding.Mesh | None = None,
