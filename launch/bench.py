@@ -6,6 +6,8 @@ python -m launch.bench memory --topology v5p:2x2x2 [--lengths 65536] [--noothers
 python -m launch.bench exchange --topology v5p:2x2x2 [--lengths 4096] [--models pro] [--json FILE]
 python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
 python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
+python -m launch.bench all [--parts forward,decode] [--json FILE]
+python -m launch.bench tables FILE...
 
 forward: logits of all places. train: next-token loss, gradient, AdamW; also the full step with Muon. decode: a prompt in
 chunks, then token by token through the cache. remat: train with each policy of model/remat.py. float32, one row, 2 threads,
@@ -16,18 +18,22 @@ memory: what attention takes of a chip's HBM, forward and backward, heads split 
 exchange: what a layer's experts take that are spread over the slice, tokens gathered and tokens sent, from the same.
 overlap: of a trained run, how much of its selection a query shares with its neighbours.
 context: a context of a million tokens read and gone on with by a small model; what a token costs along it.
+all: every one of them one after another, and a plan; beside transformers if it is installed (pip install -e '.[test]' with
+Python 3.11 brings it). Hours; a part that fails does not stop the others.
+tables: README's tables, from files that kernels, forward, train and decode wrote with --json.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 from absl import app, flags
 
 from launch import use_huge_pages
-from launch.benchmarks import cases, context, context_rows, exchange, overlap, report, run, worker
+from launch.benchmarks import cases, context, context_rows, everything, exchange, overlap, report, run, tables, worker
 from launch.benchmarks.kernels import cases as kernel_cases
 from launch.benchmarks.kernels import chips
 from launch.benchmarks.kernels import report as kernel_report
@@ -36,7 +42,8 @@ from launch.benchmarks.memory import cases as memory_cases
 from launch.benchmarks.memory import run as memory_run
 
 KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT = "kernels", "memory", "exchange", "overlap", "context"
-KINDS = (*cases.KINDS, KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT)
+ALL, TABLES = "all", "tables"
+KINDS = (*cases.KINDS, KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT, ALL, TABLES)
 
 
 def define_flags() -> None:
@@ -47,7 +54,7 @@ def define_flags() -> None:
                     f"{', '.join(map(str, kernel_cases.LENGTHS))} for kernels, "
                     f"{memory_cases.LENGTH} for memory, {exchange.LENGTH} of a device for exchange, "
                     f"{', '.join(map(str, overlap.LENGTHS))} for overlap.")
-  flags.DEFINE_integer("repeats", 3, "Timed passes of each side.", lower_bound=1)
+  flags.DEFINE_integer("repeats", 3, "Timed passes of each side; three times as many for short prompts.", lower_bound=1)
   flags.DEFINE_string("topology", None, "Of kernels, memory and exchange: a chip and the shape of a slice, such as "
                       f"{', '.join(chip.topology for chip in chips.CHIPS)}.")
   flags.DEFINE_list("ops", list(kernel_cases.BY_NAME), "Of kernels: which operations.")
@@ -56,6 +63,7 @@ def define_flags() -> None:
   flags.DEFINE_string("checkpoint", None, "Of overlap: the checkpoints of a run.")
   flags.DEFINE_integer("tokens", 1_048_576, "Of context: how long it is.")
   flags.DEFINE_list("chunks", ["4096", "3000"], "Of context: tokens fed at a time, in the first and the second run.")
+  flags.DEFINE_list("parts", [], "Of all: which ones; all if not given.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
 
@@ -66,10 +74,10 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
   Raises:
     ValueError: something that does not exist, is not installed or cannot be written.
   """
-  if len(arguments) != 1 or arguments[0] not in KINDS:
-    raise ValueError(f"measurement = {' '.join(arguments)!r}: expected one of {', '.join(KINDS)}")
+  if not arguments or arguments[0] not in KINDS or (len(arguments) == 1) == (arguments[0] == TABLES):
+    raise ValueError(f"measurement = {' '.join(arguments)!r}: expected one of {', '.join(KINDS)}; files behind tables only")
   kind = arguments[0]
-  if against and (kind not in cases.KINDS or kind == cases.REMAT):
+  if against and kind not in (*cases.KINDS, ALL) or against and kind == cases.REMAT:
     raise ValueError(f"--against = {against!r}: expected nothing for {kind}, which has other sides of its own or none")
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
   if against and missing:
@@ -78,8 +86,7 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
   if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
     raise ValueError(f"--json = {path!r}: expected a file in a folder that exists")
   if kind not in cases.KINDS:
-    known = {KERNELS: (), MEMORY: (memory_cases.LENGTH,), EXCHANGE: (exchange.LENGTH,), OVERLAP: overlap.LENGTHS,
-             CONTEXT: ()}[kind]
+    known = {MEMORY: (memory_cases.LENGTH,), EXCHANGE: (exchange.LENGTH,), OVERLAP: overlap.LENGTHS}.get(kind, ())
     return kind, kernel_cases.lengths_from(lengths or [str(length) for length in known])
   known, room = (cases.DECODE_LENGTHS, cases.NEW_TOKENS + 1) if kind == cases.DECODE else (cases.LENGTHS, 0)
   known = cases.REMAT_LENGTHS if kind == cases.REMAT else known
@@ -174,9 +181,19 @@ def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeat
     sys.exit("error: a measurement of ours failed")
 
 
+def bench_all(names: list[str], against: str | None, path: str | None) -> None:
+  """Runs all parts, prints how each ended and writes their figures; ends the program if one failed."""
+  found = everything.measure(everything.chosen(names, against or everything.default_against()), say)
+  print("", everything.summary(found), sep="\n")
+  if path is not None:
+    Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+  if any("failed" in part for part in found.values()):
+    sys.exit("error: a part failed")
+
+
 def main(argv: list[str]) -> None:
   names = ("against", "json", "lengths", "topology", "ops", "models", "others", "repeats", "checkpoint", "tokens",
-           "chunks")
+           "chunks", "parts")
   value = {name: flags.FLAGS[name].value for name in names}
   try:
     kind, lengths = check(argv[1:], value["lengths"], value["against"], value["json"])
@@ -188,6 +205,10 @@ def main(argv: list[str]) -> None:
       bench_exchange(value["topology"], lengths, value["models"], value["json"])
     elif kind == CONTEXT:
       bench_context(value["tokens"], value["chunks"], value["json"])
+    elif kind == ALL:
+      bench_all(value["parts"], value["against"], value["json"])
+    elif kind == TABLES:
+      print(tables.markdown(tables.read(argv[2:])))
     elif kind == OVERLAP:
       bench_overlap(value["checkpoint"], lengths, value["json"])
     else:

@@ -25,6 +25,7 @@ LONGEST_WITHOUT_REMAT = 4096
 SHORTEST_WITH_REMAT = 2048  # measured both ways from here on, so that short and long compare like with like
 THREADS = 2
 MEMORY_LIMIT = 16 * 2**30  # a side that needs more is stopped
+SHORT_PROMPT = 1024
 LOGITS_ROWS, LOGITS_LENGTH, LOGITS_TOLERANCE = 4, 512, 2e-4
 LOGITS_CHUNK, LOGITS_SINGLE = 96, 64  # of the comparison through caches: tokens of a chunk, last tokens that come one by one
 CONFIG, WEIGHTS = Path(__file__).with_name("bench_config.json"), "weights.npz"
@@ -127,14 +128,20 @@ def turn_seconds(case: Case, group: Sequence[Case]) -> float:
 
 
 def warms_up(group: Sequence[Case]) -> bool:
-  """Whether a turn begins with a pass that does not count: where others take turns, too. Not for decode, where a pass works
-  in the same little memory again and again."""
-  return len(group) > 1 and group[0].kind != DECODE
+  """Whether a turn begins with a pass that does not count: where others take turns, too. Not for long prompts, whose pass
+  works in the same little memory again and again."""
+  return len(group) > 1 and (group[0].kind != DECODE or group[0].length <= SHORT_PROMPT)
+
+
+def turns_of(group: Sequence[Case], repeats: int) -> int:
+  """Timed passes of each side: more of them where one takes a third of a second, or the median is chance."""
+  return repeats * (3 if group[0].kind == DECODE and group[0].length <= SHORT_PROMPT else 1)
 
 
 def seconds_of(groups: Sequence[Sequence[Case]], repeats: int) -> float:
   """Expected seconds of these groups in all."""
-  return math.fsum(sum(expected_seconds(case)) + repeats * turn_seconds(case, group) for group in groups for case in group)
+  return math.fsum(sum(expected_seconds(case)) + turns_of(group, repeats) * turn_seconds(case, group)
+                   for group in groups for case in group)
 
 
 # ---- what should be reached -------------------------------------------------------------------------------------------

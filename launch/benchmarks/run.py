@@ -31,6 +31,7 @@ from launch.benchmarks.cases import (
   expected_seconds,
   seconds_of,
   turn_seconds,
+  turns_of,
   warms_up,
 )
 from launch.benchmarks.worker import memory
@@ -109,7 +110,7 @@ class Progress:
   """One line per measurement, with the time left: the expected seconds of what is left, scaled by what the rest took."""
 
   def __init__(self, groups: Sequence[Sequence[Case]], repeats: int, say: Callable[[str], None]):
-    self.say, self._total = say, sum((1 + repeats) * len(group) for group in groups)
+    self.say, self._total = say, sum((1 + turns_of(group, repeats)) * len(group) for group in groups)
     self._left, self._expected, self._count = seconds_of(groups, repeats), seconds_of(groups, repeats), 0
     self._start = time.monotonic()
 
@@ -159,7 +160,7 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
   waits does nothing. A turn begins with a pass that does not count: in a virtual machine the memory that another process
   has just freed may have gone back to the host, and who takes it again pays (a fifth of a training step was seen).
   """
-  warm = warms_up(group)
+  warm, turns = warms_up(group), turns_of(group, repeats)
   rows, workers, ready, samples = {}, {}, {}, {case: [] for case in group}
 
   def ask(case: Case, question: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
       return question()
     except WorkerFailed as failure:
       rows[case] = report.failed_row(case, str(failure))
-      count = repeats - len(samples[case]) + (case not in ready)  # this measurement and those that will not come
+      count = turns - len(samples[case]) + (case not in ready)  # this measurement and those that will not come
       progress.done(case, str(failure), seconds + (count - 1) * turn_seconds(case, group), count)
       return {}
 
@@ -182,7 +183,7 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
         compiled = f", compiled in {answer['compile_seconds']:.1f} s" if answer["compile_seconds"] else ""
         progress.done(case, f"ready{compiled}", expected)
     check_losses(ready)
-    for turn in range(repeats):
+    for turn in range(turns):
       for case in [case for case in group if case not in rows]:
         expected = turn_seconds(case, group)
         if answer := ask(case, functools.partial(workers[case].measure, warm), expected):

@@ -105,7 +105,9 @@ def test_both_sides_take_turns_where_both_fit():
   assert [case.label for case in cases.cases_of(DECODE, (512,), None)[0]] == ["ours"]
   assert [case.label for case in cases.cases_of(REMAT, (2048,), None)[0]] == [
       "ours, none", "ours, mhc", "ours, block", "ours, offload", "ours, full"]
-  assert cases.warms_up(forward[0]) and not cases.warms_up(forward[1]) and not cases.warms_up(decode[0])
+  assert cases.warms_up(forward[0]) and not cases.warms_up(forward[1])
+  assert cases.warms_up(decode[0]) and not cases.warms_up(decode[1])
+  assert [cases.turns_of(group, 3) for group in (forward[0], *decode)] == [3, 9, 3]
 
 
 def test_tokens_are_the_same_on_both_sides():
