@@ -304,7 +304,7 @@ def test_passes_that_time_their_parts(monkeypatch, tmp_path):
   rows = run.measure_group(group, tmp_path, 2, run.Progress([group], 2, lines.append))
   assert [(r["case"], r["side"], r["seconds_median"]) for r in rows] == [
       (name, case.label, seconds) for case in group for name, seconds in (("prefill 512", 1.0), ("decode 512", 2.0))]
-  assert "512 tokens/s prefill, 16.0 decode" in lines[-1] and lines[-1].startswith("[9/9]")
+  assert "512 tokens/s prefill, 16.0 decode" in lines[-1] and lines[-1].startswith("[21/21]")  # a short prompt: six turns
   assert [line for line in lines if "replies" in line] == [
       "decode 512: transformers replies the same 2 tokens as ours",
       "decode 512: transformers, loop over experts replies other tokens than ours from number 2 of 2 on"]

@@ -15,8 +15,8 @@ HEAD = {"machine": {"processor": "a processor", "cores": 2}, "versions": {"jax":
 
 
 def kernel_row(chip, side, cycles, op="attention", length=4096, direction="forward", model="pro"):
-  return {"case": f"{op} {direction} {model} {length}", "chip": chip, "side": side, "op": op, "model": model, "length": length,
-          "direction": direction, "time_cycles": cycles, "tokens_per_second_per_chip": 1e9 / cycles}
+  return {"case": f"{op} {direction} {model} {length}", "chip": chip, "side": side, "op": op, "model": model,
+          "length": length, "direction": direction, "time_cycles": cycles, "tokens_per_second_per_chip": 1e9 / cycles}
 
 
 def file_of(path: Path, rows, **head) -> str:
@@ -28,7 +28,7 @@ def test_a_kernels_table_joins_chips_and_shows_who_wins(tmp_path):
   v5p = file_of(tmp_path / "a.json", [
     kernel_row("v5p", "ours", 100), kernel_row("v5p", "blockwise", 250), kernel_row("v5p", "ours", 10, length=0),
     kernel_row("v5p", "blockwise", 5, length=0), kernel_row("v5p", "ours", 7, op="experts", model="flash")])
-  failed = kernel_row("v6e", "blockwise", 0) | {"failed": "no room"}
+  failed = kernel_row("v6e", "blockwise", 1) | {"failed": "no room"}
   v6e = file_of(tmp_path / "b.json", [kernel_row("v6e", "ours", 200), failed], date="2026-01-04T00:00:00+00:00")
   again = file_of(tmp_path / "c.json", [kernel_row("v5p", "blockwise", 1500)])
   assert tables.markdown(tables.read([v5p, v6e, again])).splitlines() == [
@@ -67,8 +67,9 @@ def test_a_part_that_fails_does_not_stop_the_others():
   said = []
   found = everything.measure(everything.chosen(["forward", "decode", "plan"], "transformers"), said.append, run)
   assert list(found) == ["forward", "decode", "plan"] and found["decode"] == {"failed": "exit code 3"}
-  assert everything.summary(found).splitlines() == ["forward         2 rows, 1 of 2 targets reached",
-                                                    "decode          exit code 3", "plan            2 rows, 1 of 2 targets reached"]
+  assert everything.summary(found).splitlines() == [
+    "forward         2 rows, 1 of 2 targets reached", "decode          exit code 3",
+    "plan            2 rows, 1 of 2 targets reached"]
   assert "launch.bench forward --against transformers" in said[0]
 
 
