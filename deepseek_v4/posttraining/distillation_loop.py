@@ -101,7 +101,7 @@ def distill(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh 
   """
   workdir, stop = Path(workdir), stop or Stopping()
   check(run_config, mesh)
-  stored = check_workdir(workdir)
+  stored = check_workdir(workdir, to_dict(run_config))
   with contextlib.ExitStack() as stack:
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))
@@ -170,9 +170,6 @@ def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None
     return Place(0, init_state(run_config, key, mesh) if training.init_from is None else
                  state_from(run_config, key, mesh, print))
   step, state, extra = restored
-  if "sampled_with" not in extra:
-    raise ValueError(f"workdir = {str(workdir)!r}: expected a new or an empty folder, or a distillation; it "
-                     f"holds another run")
   if step > training.steps:
     raise ValueError(f"training.steps = {training.steps}: expected at least {step}, the steps that the run in {workdir} has "
                      f"done")

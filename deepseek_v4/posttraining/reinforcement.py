@@ -115,7 +115,7 @@ def reinforce(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mes
   """
   workdir, stop = Path(workdir), stop or Stopping()
   check(run_config, mesh)
-  stored = check_workdir(workdir)
+  stored = check_workdir(workdir, to_dict(run_config))
   with contextlib.ExitStack() as stack:
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))
@@ -191,9 +191,6 @@ def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None
     state = init_state(run_config, key, mesh) if training.init_from is None else state_from(run_config, key, mesh, print)
     return 0, as_policy(run_config, state)
   step, state, extra = restored
-  if "problems" not in extra:
-    raise ValueError(f"workdir = {str(workdir)!r}: expected a new or an empty folder, or a run with reinforcement; it holds "
-                     f"another run")
   if step > training.steps:
     raise ValueError(f"training.steps = {training.steps}: expected at least {step}, the steps that the run in {workdir} has "
                      f"done")

@@ -155,14 +155,12 @@ def test_killed_and_gone_on_it_is_the_same_run(runs, root, name):
 
 @pytest.mark.long
 def test_text_of_the_teachers_instead_of_samples(root):
-  """Off-policy: no token is sampled; and another run's folder is refused."""
+  """Off-policy: no token is sampled."""
   run = settings(root, samples=c.TEXT)
   summary = distillation_loop.distill(run, root / "off")
   train = [line for line in lines(root / "off") if line["split"] == "train"]
   assert train[-1]["kl"] < train[0]["kl"] and summary["sampled_tokens"] == 0
   assert not (root / "off" / "samples").exists()
-  with pytest.raises(ValueError, match="expected a new or an empty folder, or a distillation; it holds another run"):
-    distillation_loop.distill(run, root / "start")
 
 
 @pytest.mark.parametrize("changes, said", [
