@@ -134,8 +134,8 @@ class CheckpointStore:
       checkpoint, unfinished, counts as empty.
 
     Raises:
-      ValueError: another kind of run; another model; or, in one message, leaves that this tree wants and the checkpoint lacks, leaves it holds
-        and nobody wants, other shapes or dtypes.
+      ValueError: another kind of run or another model; or, in one message, leaves that this tree wants and the checkpoint
+        lacks, leaves it holds and nobody wants, other shapes or dtypes.
       FileNotFoundError: the directory is not empty, but no step in it is usable; each is named with the reason.
     """
     self.wait()

@@ -67,9 +67,9 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     stop: who may tell the run to stop; None = nobody.
 
   Raises:
-    ValueError, FileNotFoundError: `workdir` holds something that is not a run, one of another kind or model or one that has more
-      steps, its checkpoints are gone or none is usable, `training.init_from` holds no checkpoint of this model, or the data
-      cannot be used; before the step is compiled.
+    ValueError, FileNotFoundError: `workdir` holds something that is not a run, one of another kind or model, or one that has
+      more steps, its checkpoints are gone or none is usable, `training.init_from` holds no checkpoint of this model, or the
+      data cannot be used; before the step is compiled.
     NotImplementedError: `training.kernels` names an implementation that does not exist for these devices.
     RuntimeError: a checkpoint could not be written.
     FloatingPointError: a loss, gradient or update was not finite, or a loss spiked, and `anomalies.policy` or its limit says
