@@ -67,15 +67,15 @@ def data_of(folder: Path, kind: str | None, rows: int = ROWS) -> c.DataConfig:
   return c.DataConfig(source="jsonl", path=str(path), sequence_length=LENGTH, batch_size=rows, held_out_percent=6)
 
 
-def training_run(folder: Path, kind: str | None, steps: int, seed: int, init_from: Path | None,
+def training_run(folder: Path, kind: str | None, steps: int, rate: float, seed: int, init_from: Path | None,
                  rows: int = ROWS) -> c.RunConfig:
   """A run on a kind of text: at a constant rate from scratch, with one that decays from a start on."""
   warm_up = min(10 if init_from is None else 4, steps // 4)
   # A start that had decayed already would have to warm up again before it can learn anything else.
-  constant = c.OptimizerConfig(learning_rate=6e-3, warmup_steps=warm_up)
-  decaying = c.OptimizerConfig(learning_rate=4e-3, warmup_steps=warm_up, decay_steps=steps - warm_up, final_fraction=0.03)
+  decay = {} if init_from is None else {"decay_steps": steps - warm_up, "final_fraction": 0.03}
   return c.RunConfig(
-    model=model(), data=data_of(folder, kind, rows), optimizer=constant if init_from is None else decaying,
+    model=model(), data=data_of(folder, kind, rows),
+    optimizer=c.OptimizerConfig(learning_rate=rate, warmup_steps=warm_up, **decay),
     training=c.TrainingConfig(steps=steps, seed=seed, log_every=10, eval_every=steps, eval_batches=1, checkpoint_every=steps,
                               keep_checkpoints=1, init_from=None if init_from is None else str(init_from)))
 
@@ -83,7 +83,7 @@ def training_run(folder: Path, kind: str | None, steps: int, seed: int, init_fro
 def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, samples: str, seed: int,
                      init_from: Path) -> c.RunConfig:
   """The student's run; with samples = "text" that of the off-policy comparison."""
-  run = training_run(folder, None, steps, seed, init_from, FEW)
+  run = training_run(folder, None, steps, 6e-3, seed, init_from, FEW)
   # Three samples fill two rows, in the mean; a pass takes those of a teacher.
   rows = {"batch_size": 3 * FEW // 2, "accumulation": 4} if samples == c.STUDENT else {"accumulation": len(teachers)}
   asked = tuple(c.TeacherConfig(kind, str(path), data_of(folder, kind)) for kind, path in teachers.items())
@@ -116,12 +116,12 @@ def run_seed(folder: Path, text: Path, seed: int, say: Callable[[str], None], pl
   """{model: {kind: held-out bits per byte}} of one repetition."""
   start, specialists = folder / "start", {kind: folder / kind for kind in KINDS}
   parts: dict[str, tuple[c.RunConfig, Callable[..., Any]]] = {
-    "start": (training_run(text, None, plan.start, seed, None), loop.train)}
+    "start": (training_run(text, None, plan.start, 6e-3, seed, None), loop.train)}
   for kind in KINDS:
-    parts[kind] = training_run(text, kind, plan.specialist, seed, start), loop.train
+    parts[kind] = training_run(text, kind, plan.specialist, 4e-3, seed, start), loop.train
   for name, samples in (("student", c.STUDENT), ("off_policy", c.TEXT)):
     parts[name] = distillation_run(text, specialists, plan.student, samples, seed, start), distillation_loop.distill
-  parts["mixed"] = training_run(text, None, plan.student, seed, start, FEW), loop.train
+  parts["mixed"] = training_run(text, None, plan.student, 6e-3, seed, start, FEW), loop.train
   scores = {}
   for name, (config, train) in parts.items():
     if not (folder / name / metrics.SUMMARY).is_file():
@@ -139,7 +139,7 @@ def scored(folder: Path, text: Path, plan: Plan) -> dict[str, float]:
     return json.loads(file.read_text())
   variables, _, _ = restore_variables(folder / loop.CHECKPOINTS)
   state = TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["router"], (), jax.random.key(0))
-  runs = {kind: training_run(text, kind, 4, 0, None) for kind in KINDS}
+  runs = {kind: training_run(text, kind, 4, 1e-3, 0, None) for kind in KINDS}
   scorer, found = make_eval_step(runs[KINDS[0]]), {}
   for kind, config in runs.items():
     spread = functools.partial(to_device, config, None)
