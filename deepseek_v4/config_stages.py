@@ -25,8 +25,8 @@ class StageConfig:
     ramp_from, ramp_steps: the batch grows within the first `ramp_steps` steps from so many rows to `batch_size`, a pass
       of batch_size / accumulation rows at a time; None = it does not grow. Each size is another program to compile.
     attention_mode, trainable: as in `TrainingConfig`.
-    mtp_weight: weight of the prediction block's loss through the whole stage; None = `LossConfig.mtp_weight`, and
-      `mtp_weight_final` once the run's learning rate decays.
+    mtp_weight: weight of the prediction block's loss through the whole stage, where it has one; None =
+      `LossConfig.mtp_weight`, and `mtp_weight_final` once the run's learning rate decays.
     learning_rate: peak of a schedule of the stage's own, with `warmup_steps` at its start and a cosine of `decay_steps`
       at its end down to `optimizer.final_fraction`; None = the run's schedule, which goes over all stages.
   """
@@ -133,6 +133,12 @@ def _check_one(run_config: Any, stage: StageConfig) -> int:
     refuse("warmup_steps + decay_steps", stage.warmup_steps + stage.decay_steps, f"at most the stage's {steps} steps")
   trainable = stage.trainable or run_config.training.trainable
   refuse_without_indexer(run_config.model, "trainable", trainable)
+  if trainable == "all" and CSA in run_config.model.layer_types and not run_config.loss.indexer_weight:
+    refuse("trainable", trainable, "'all_but_indexer', or loss.indexer_weight above 0: it is 0, and nothing else teaches "
+                                   "an indexer")
+  if stage.mtp_weight is not None and (not run_config.model.num_nextn_predict_layers or trainable == "indexer"):
+    why = "only the indexer trains" if trainable == "indexer" else "model.num_nextn_predict_layers = 0"
+    refuse("mtp_weight", stage.mtp_weight, f"None, as {why}: no prediction block has a loss here")
   return steps
 
 

@@ -96,6 +96,9 @@ def test_stages_can_be_left_out():
   ("stages.sparse.sequence_length=513", r"stages.sparse.sequence_length = 513: expected at most model.max_position_emb"),
   ("stages.dense.name=sparse", r"stages = .*: expected different names; 'sparse' is there twice"),
   ("stages.dense.name=3", r"stages: name = '3': expected letters, digits, _ and -"),
+  ("loss.indexer_weight=0", r"stages.sparse.trainable = 'all': expected 'all_but_indexer', or loss.indexer_weight above"),
+  ("model.num_nextn_predict_layers=0", r"stages.sparse.mtp_weight = 0.2: expected None, as model.num_nextn_predict_la"),
+  ("stages.warm-up.mtp_weight=0.1", r"stages.warm-up.mtp_weight = 0.1: expected None, as only the indexer trains"),
   ("training.steps=40", r"training.steps = '40': expected no such setting beside stages, which take 32 steps"),
   ("stages=5", r"stages = '5': expected tuple"),
   ("optimizer.warmup_steps=33", r"warmup_steps \+ optimizer.decay_steps = 33: expected at most training.steps = 32"),
@@ -103,6 +106,16 @@ def test_stages_can_be_left_out():
 def test_wrong_settings_say_what_was_expected(setting, expected):
   with pytest.raises(ValueError, match=expected):
     override(RUN, [setting])
+
+
+def test_a_weight_that_nobody_needs_may_be_zero():
+  """The indexer alone learns by its own loss whatever weight that has beside others; nor is it needed where none trains."""
+  first, second, third = RUN.stages
+  third = dataclasses.replace(third, trainable="all_but_indexer")
+  run = dataclasses.replace(RUN, loss=c.LossConfig(indexer_weight=0), stages=(first, second, third))
+  assert run.loss.indexer_weight == 0
+  model = dataclasses.replace(MODEL, layer_types=(c.SLIDING,) * MODEL.num_hidden_layers)
+  assert dataclasses.replace(RUN, model=model, loss=run.loss, stages=(first, dataclasses.replace(third, trainable="all")))
 
 
 def test_settings_of_stages_that_are_not_there():

@@ -148,6 +148,22 @@ FREE_FIELDS = ("scan_layers", "remat", "expert_exchange", "compute_dtype", "infe
                "pad_token_id")
 
 
+_KINDS = {"distillation": "a distillation", "reinforcement": "a run with reinforcement"}  # by the settings that make it one
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+  """What a folder with a run of this config holds, in words; configs of releases have nothing but a model."""
+  other = "a run on text" if "training" in config else "converted weights"
+  return next((words for name, words in _KINDS.items() if config.get(name) is not None), other)
+
+
+def refuse_other_kind(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+  """Raises a ValueError if two run configs are not both of training, both of a distillation or both with reinforcement."""
+  if stored and wanted and kind_of(stored) != kind_of(wanted):
+    raise ValueError(f"{where} holds {kind_of(stored)}: expected a new or an empty folder, or one that holds "
+                     f"{kind_of(wanted)}")
+
+
 def refuse_other_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
   """Raises a ValueError that names the differing fields if two run configs are of different models."""
   # Through the dataclass, so that a field that was added since has its default in the older one.

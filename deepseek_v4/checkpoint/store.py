@@ -43,7 +43,8 @@ class CheckpointStore:
   Args:
     directory: made when the first checkpoint is written; a path or a URL that Orbax knows.
     keep: how many finished checkpoints stay; older ones are deleted once a newer one is safely written.
-    config_dict: `config.to_dict(run_config)`; goes into every manifest, and its "model" must fit what is restored.
+    config_dict: `config.to_dict(run_config)`; goes into every manifest, and its kind of run and its "model" must fit what
+      is restored.
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int, config_dict: Mapping[str, Any]):
@@ -133,13 +134,14 @@ class CheckpointStore:
       checkpoint, unfinished, counts as empty.
 
     Raises:
-      ValueError: another model; or, in one message, leaves that this tree wants and the checkpoint lacks, leaves it holds
-        and nobody wants, other shapes or dtypes.
+      ValueError: another kind of run or another model; or, in one message, leaves that this tree wants and the checkpoint
+        lacks, leaves it holds and nobody wants, other shapes or dtypes.
       FileNotFoundError: the directory is not empty, but no step in it is usable; each is named with the reason.
     """
     self.wait()
 
     def read(step: int, manifest: dict[str, Any]) -> tuple[int, Any, dict[str, Any]]:
+      manifest_lib.refuse_other_kind(manifest["config"], self._config, str(self.directory))
       manifest_lib.refuse_other_model(manifest["config"], self._config, str(self.directory))
       return step, _restore(self.directory / str(step), manifest, abstract_tree), manifest["extra"]
 

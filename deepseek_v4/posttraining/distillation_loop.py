@@ -101,7 +101,7 @@ def distill(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh 
   """
   workdir, stop = Path(workdir), stop or Stopping()
   check(run_config, mesh)
-  stored = check_workdir(workdir)
+  stored = check_workdir(workdir, to_dict(run_config))
   with contextlib.ExitStack() as stack:
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))
@@ -170,9 +170,6 @@ def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None
     return Place(0, init_state(run_config, key, mesh) if training.init_from is None else
                  state_from(run_config, key, mesh, print))
   step, state, extra = restored
-  if "sampled_with" not in extra:
-    raise ValueError(f"workdir = {str(workdir)!r}: expected a new or an empty folder, or a distillation; it "
-                     f"holds another run")
   if step > training.steps:
     raise ValueError(f"training.steps = {training.steps}: expected at least {step}, the steps that the run in {workdir} has "
                      f"done")
@@ -240,6 +237,8 @@ def sampled(tools: Tools, number: int, prompts: list[tuple[int, ...]], place: Pl
   variables = restack({"params": place.state.params, "router": place.state.router}, config, False)
   draw = functools.partial(sample_replies, DeepseekV4(config, run_config.training.kernels), variables, mesh=tools.mesh,
                            batch_size=distillation.decode_batch, temperature=distillation.temperature)
+  first = number * distillation.steps_per_round
+  draw = draw if place.step == first else functools.partial(_refuse_to_draw, tools.workdir, number, place.step)
   with journals.Journal(tools.workdir / SAMPLES, number, asked, len(prompts)) as journal:
     before = journal.count
     requests = [Request(prompt, (seed, number, i)) for i, prompt in enumerate(prompts)]
@@ -247,12 +246,18 @@ def sampled(tools: Tools, number: int, prompts: list[tuple[int, ...]], place: Pl
                                     stop_tokens=(stop_token,), on_saved=functools.partial(leave_if_asked, tools, place))
     seconds = time.perf_counter() - started
     new = journal.count - before
-    tools.writer.write("rollout", place.step, {
+    tools.writer.write("rollout", first, {
       "sampled_tokens": new, "seconds": seconds, "tokens_per_second": new / seconds,
       "reply_length": journal.count / len(replies), "ended": np.mean([reply[-1] == stop_token for reply in replies])})
     tools.progress.say(f"round {number}: {len(replies)} replies of {journal.count / len(replies):.1f} tokens; {new:,} "
                        f"sampled now, {before:,} before, {new / seconds:,.0f} tokens/s")
   return replies
+
+
+def _refuse_to_draw(workdir: Path, number: int, step: int, *_: Any, **__: Any) -> None:
+  """The end of a run that is in the middle of a round and has lost what that was to learn from."""
+  raise FileNotFoundError(f"{journals.file_of(workdir / SAMPLES, number)}: replies of round {number} are missing, and the "
+                          f"weights that drew them are gone after step {step}: expected the file as the run left it")
 
 
 def listen(tools: Tools, number: int, parts: list[list[list[dict[str, np.ndarray]]]], place: Place) -> list[np.ndarray]:
@@ -261,7 +266,8 @@ def listen(tools: Tools, number: int, parts: list[list[list[dict[str, np.ndarray
   for teacher, of_steps in zip(tools.teachers, parts):
     heard.append(tools.library.hidden(teacher, number, [part for step in of_steps for part in step], tools.steps.put_rows,
                                       functools.partial(leave_if_asked, tools, place)))
-  tools.writer.write("teachers", place.step, {"seconds": time.perf_counter() - started})
+  first = number * tools.run_config.distillation.steps_per_round
+  tools.writer.write("teachers", first, {"seconds": time.perf_counter() - started})
   tools.progress.restart_clock()
   return heard
 

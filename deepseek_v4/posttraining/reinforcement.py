@@ -115,7 +115,7 @@ def reinforce(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mes
   """
   workdir, stop = Path(workdir), stop or Stopping()
   check(run_config, mesh)
-  stored = check_workdir(workdir)
+  stored = check_workdir(workdir, to_dict(run_config))
   with contextlib.ExitStack() as stack:
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))
@@ -191,9 +191,6 @@ def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None
     state = init_state(run_config, key, mesh) if training.init_from is None else state_from(run_config, key, mesh, print)
     return 0, as_policy(run_config, state)
   step, state, extra = restored
-  if "problems" not in extra:
-    raise ValueError(f"workdir = {str(workdir)!r}: expected a new or an empty folder, or a run with reinforcement; it holds "
-                     f"another run")
   if step > training.steps:
     raise ValueError(f"training.steps = {training.steps}: expected at least {step}, the steps that the run in {workdir} has "
                      f"done")
@@ -286,19 +283,15 @@ def ask(tools: Tools, step: int, state: PolicyState, problems: Sequence[Problem]
 
 
 def learn(tools: Tools, step: int, state: PolicyState, judged: Judged) -> PolicyState:
-  """The optimizer steps of a round."""
+  """The optimizer steps of a round. Its rows stay on the host; those of a step are on the devices while it is made."""
   run_config, config = tools.run_config, tools.run_config.reinforcement
   data, size = run_config.data, len(judged.samples) // config.minibatches
   advantages = grpo.advantages(judged.rewards - judged.penalties).reshape(-1)
   order = np.random.default_rng([run_config.training.seed, step]).permutation(len(judged.samples))
-  parts = [in_passes(rows_of([judged.samples[i] for i in chosen], advantages[chosen], data.sequence_length),
-                     data.batch_size // data.accumulation) for chosen in order.reshape(-1, size)]
-  parts = [[tools.programs.put(rows) for rows in part] for part in parts]
-  if config.kl_weight:
-    parts = [[rows | {"reference": tools.programs.reference(state.reference, rows)} for rows in part] for part in parts]
   found = []
-  for part in parts:
-    state, numbers = one_step(tools, state, part)
+  for chosen in order.reshape(-1, size):
+    rows = rows_of([judged.samples[i] for i in chosen], advantages[chosen], data.sequence_length)
+    state, numbers = one_step(tools, state, in_passes(rows, data.batch_size // data.accumulation))
     found.append(numbers)
   mean = {name: float(np.mean([numbers[name] for numbers in found])) for name in found[0] if name != "tokens"}
   # The first step's distance is that of two programs with one set of weights: of sampler and trainer.
@@ -312,9 +305,12 @@ def learn(tools: Tools, step: int, state: PolicyState, judged: Judged) -> Policy
 
 
 def one_step(tools: Tools, state: PolicyState,
-             passes: Sequence[Mapping[str, jax.Array]]) -> tuple[PolicyState, dict[str, float]]:
-  """One optimizer step on a minibatch."""
+             passes: Sequence[Mapping[str, np.ndarray]]) -> tuple[PolicyState, dict[str, float]]:
+  """One optimizer step on a minibatch, whose rows come from the host."""
   programs = tools.programs
+  passes = [programs.put(rows) for rows in passes]
+  if tools.run_config.reinforcement.kl_weight:  # the reference is the same for all steps of a round
+    passes = [rows | {"reference": programs.reference(state.reference, rows)} for rows in passes]
   counted = jax.device_get([programs.count(rows) for rows in passes])
   counts = {name: np.float32(sum(one[name] for one in counted)) for name in counted[0]}
   sums = programs.start()

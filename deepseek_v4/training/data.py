@@ -2,8 +2,8 @@
 
     documents (sources.py) -> ids, fill-in-the-middle, document end -> packed rows (packing.py) -> order -> batches
 
-Rows are packed once. An epoch of the training split is a permutation of its rows (Grain's index shuffle: another one each
-epoch, no list of it in memory), and batch n is made of rows n * batch_size ... of the endless sequence of epochs. So any
+Rows are packed once. An epoch of the training split is a permutation of its rows (`row_order.py`: another one each epoch,
+8 bytes a row), and batch n is made of rows n * batch_size ... of the endless sequence of epochs. So any
 batch can be made alone: the position in the data is one number, which means the same whatever the number of processes or the
 batch size, and each process makes only the rows it needs. Of files of ids it reads only those rows; text, for which all
 lengths must be known, is read and encoded by every process once, at the start.

@@ -67,9 +67,9 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
     stop: who may tell the run to stop; None = nobody.
 
   Raises:
-    ValueError, FileNotFoundError: `workdir` holds something that is not a run, one of another model or one that has more
-      steps, its checkpoints are gone or none is usable, `training.init_from` holds no checkpoint of this model, or the data
-      cannot be used; before the step is compiled.
+    ValueError, FileNotFoundError: `workdir` holds something that is not a run, one of another kind or model, or one that has
+      more steps, its checkpoints are gone or none is usable, `training.init_from` holds no checkpoint of this model, or the
+      data cannot be used; before the step is compiled.
     NotImplementedError: `training.kernels` names an implementation that does not exist for these devices.
     RuntimeError: a checkpoint could not be written.
     FloatingPointError: a loss, gradient or update was not finite, or a loss spiked, and `anomalies.policy` or its limit says
@@ -80,7 +80,7 @@ def train(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh | 
   workdir, stop = Path(workdir), stop or Stopping()
   say = print if jax.process_index() == 0 else lambda text: None
   refuse_alone(mesh)
-  stored = check_workdir(workdir)
+  stored = check_workdir(workdir, to_dict(run_config))
   with contextlib.ExitStack() as stack:
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))

@@ -5,16 +5,17 @@ in the rows of the epoch that were not read yet is packed anew, pieces of a docu
 is read first: so every token is still read once in the epoch. The next epoch is packed from whole documents. All of it
 follows from how many rows of which lengths were read, in that order, and nothing else is remembered.
 
-The unread rows are listed in memory when a run starts or moves on: numbers of rows, as the packing itself has them.
+Orders are permutations in memory, a number for each row, beside the packing's own four and more; an epoch's is made when its
+first row is read. They come from sorting random 64-bit words, whose stream NumPy promises never to change.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from typing import Any, Callable, Protocol, Sequence
 
-import grain
 import numpy as np
 
 from deepseek_v4.config import DataConfig
@@ -84,19 +85,6 @@ def moved(state: dict[str, Any], sequence_length: int) -> dict[str, Any]:
   return {**state, "sequence_length": sequence_length, "earlier": earlier}
 
 
-class _Rows:
-  """Rows of a packing as a Grain random-access source."""
-
-  def __init__(self, rows: packing.Packing, documents: Documents):
-    self._rows, self._documents = rows, documents
-
-  def __len__(self) -> int:
-    return self._rows.rows
-
-  def __getitem__(self, row: int) -> Batch:
-    return packing.build_row(self._rows, row, self._documents.read, self._documents.counted)
-
-
 class RowOrder:
   """The rows of one split, in the order in which they are read.
 
@@ -112,25 +100,28 @@ class RowOrder:
     """Row number -> row, for numbers from `position.row` on; behind the one epoch of held-out text rows without tokens."""
     begin, rest = position.begin, self._left(position.earlier)
     count = rest.rows if rest else 0
-    first = self._shuffled(_Rows(rest, self._documents), begin) if rest else None
-    epochs = self._epochs(_Rows(self.packing, self._documents))
+    first = self._of_rest(count, begin)
+    of_epoch = functools.lru_cache(maxsize=2)(functools.partial(self._of_epoch, self.packing.rows))
 
     def row_at(row: int) -> Batch:
       if self._split == "held_out" and row >= self.packing.rows:
         return packing.build_row(self.packing, None, self._documents.read)
-      return first[row - begin] if row - begin < count else epochs[row - begin - count]
+      if row - begin < count:
+        return packing.build_row(rest, first[row - begin], self._documents.read, self._documents.counted)
+      epoch, place = divmod(row - begin - count, self.packing.rows)
+      return packing.build_row(self.packing, of_epoch(epoch)[place], self._documents.read, self._documents.counted)
     return row_at
 
-  def _epochs(self, rows: Any) -> grain.MapDataset:
-    """One epoch after another of some rows (or of their numbers); of held-out rows one, in an order of its own."""
+  def _of_epoch(self, rows: int, epoch: int) -> np.ndarray:
+    """The order of an epoch of so many rows; that of held-out rows is one for all runs."""
     if self._split == "train":
-      return grain.MapDataset.source(rows).shuffle(seed=_seed("rows", self._config.seed)).repeat()
-    # One fixed order for all runs; shuffled, because an evaluation may stop early and rows of a long file lie together.
-    return grain.MapDataset.source(rows).shuffle(seed=_seed("held_out", 0))
+      return _order(rows, f"rows {self._config.seed} {epoch}")
+    # Shuffled, because an evaluation may stop early and rows of a long file lie together.
+    return _order(rows, "held_out")
 
-  def _shuffled(self, rows: Any, begin: int) -> grain.MapDataset:
-    """The rest of an epoch, of which the reading begins after so many rows."""
-    return grain.MapDataset.source(rows).shuffle(seed=_seed(f"rest {begin}", self._config.seed))
+  def _of_rest(self, rows: int, begin: int) -> np.ndarray:
+    """The order of what an epoch has left, of which the reading begins after so many rows of the run."""
+    return _order(rows, f"rest {self._config.seed} {begin}")
 
   def _left(self, earlier: Sequence[tuple[int, int]]) -> packing.Packing | None:
     """What an epoch begun in rows of other lengths has left, in rows of this length; None = nothing."""
@@ -138,17 +129,17 @@ class RowOrder:
     following = [length for length, _ in earlier[1:]] + [self._config.sequence_length]
     for (length, read), next_length in zip(earlier, following):
       if rest is not None and read < rest.rows:
-        source, order, unread = rest, self._shuffled(range(rest.rows), begin), range(read, rest.rows)
+        source, rows = rest, self._of_rest(rest.rows, begin)[read:]
       else:
         source = packing.pack(self._documents.lengths, length)
-        done = read - (rest.rows if rest else 0)
-        order, unread = self._epochs(range(source.rows)), range(done, -(-done // source.rows) * source.rows)
-      rows = np.array([order[i] for i in unread], np.int64)
+        epoch, done = divmod(read - (rest.rows if rest else 0), source.rows)
+        rows = self._of_epoch(source.rows, epoch)[done:] if done else np.zeros(0, np.int64)
       rest = packing.repack(source, rows, next_length) if len(rows) else None
       begin += read
     return rest
 
 
-def _seed(purpose: str, seed: int) -> int:
-  """A 32-bit seed; neighbouring ones have nothing in common, as Grain takes seed + 1 for the next epoch."""
-  return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:4], "little")
+def _order(rows: int, purpose: str) -> np.ndarray:
+  """A permutation of so many rows, int64 [rows], always the same for a purpose."""
+  words = np.random.PCG64(int.from_bytes(hashlib.sha256(purpose.encode()).digest(), "little")).random_raw(rows)
+  return np.argsort(words, kind="stable")

@@ -8,16 +8,20 @@ import warnings
 from pathlib import Path
 from typing import Any, Mapping
 
+from deepseek_v4.checkpoint import manifest
 from deepseek_v4.training import metrics
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 
 
-def check_workdir(workdir: Path) -> dict[str, Any]:
+def check_workdir(workdir: Path, config_dict: Mapping[str, Any]) -> dict[str, Any]:
   """The settings of the last start in `workdir`; none if it is new or empty.
 
+  Args:
+    config_dict: `config.to_dict` of the run that is to be in it.
+
   Raises:
-    ValueError: the folder holds files, but no run.
+    ValueError: the folder holds files, but no run, or a run of another kind (on text, from teachers, from rewards).
   """
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"workdir = {str(workdir)!r}: expected a folder")
@@ -26,10 +30,12 @@ def check_workdir(workdir: Path) -> dict[str, Any]:
     raise ValueError(f"workdir = {str(workdir)!r}: expected a new or an empty folder, or one that holds a run ({CONFIG}, "
                      f"{CHECKPOINTS}/); it holds {', '.join(content[:5])}{', ...' if content[5:] else ''}")
   try:
-    return json.loads((workdir / CONFIG).read_text(encoding="utf-8")) if CONFIG in content else {}
+    stored = json.loads((workdir / CONFIG).read_text(encoding="utf-8")) if CONFIG in content else {}
   except ValueError as error:
     warnings.warn(f"{workdir / CONFIG}: unreadable, written anew ({error}); every checkpoint has its own copy", stacklevel=3)
     return {}
+  manifest.refuse_other_kind(stored, config_dict, f"workdir = {str(workdir)!r}")
+  return stored
 
 
 def refuse_lost_checkpoints(workdir: Path, stored: Mapping[str, Any]) -> None:

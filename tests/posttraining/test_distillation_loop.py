@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,8 @@ CONFIG = """
 from tests.posttraining.test_distillation_loop import settings
 get_config = lambda: settings({root!r})
 """
-# Kills itself when tokens of the second round were written for the second time, or after the second step.
+# Kills itself when tokens of the second round were written for the second time, after the second step, or when the
+# checkpoint of the third one, in the middle of the second round, is whole.
 KILLED = """
 import os, signal, sys
 from deepseek_v4 import config
@@ -47,8 +49,15 @@ def count(call, counts):
   return counted
 if sys.argv[3] == "sampling":
   journal.Journal.add = count(journal.Journal.add, lambda self: self._path.stem == "000001")
-else:
+elif sys.argv[3] == "stepping":
   metrics.Progress.step = count(metrics.Progress.step, lambda self: True)
+else:
+  save = distillation_loop.save
+  def saved(tools, place):
+    save(tools, place)
+    tools.store.wait()
+    os.kill(os.getpid(), signal.SIGKILL)
+  distillation_loop.save = saved
 distillation_loop.distill(config.load(sys.argv[1]), sys.argv[2])
 """
 
@@ -90,11 +99,14 @@ def lines(workdir, clocks=("seconds", "tokens_per_second", "sampled_tokens")):
 
 @pytest.fixture(scope="module")
 def runs(root):
-  """The run that nobody disturbed, and those that were killed: while it samples the second round, and in its last step."""
+  """The run that nobody disturbed, and those that were killed: while it samples the second round, between its first round's
+  steps and its second's, and behind a checkpoint in the middle of the second."""
   whole = python("-m", "launch.distill", "--config", root / "run.py", "--workdir", root / "whole")
   found = types.SimpleNamespace(whole=whole, folder=root / "whole", others={})
-  for name in ("sampling", "stepping"):
+  for name in ("sampling", "stepping", "saved"):
     killed = python("-c", KILLED, root / "run.py", root / name, name)
+    if name == "saved":
+      shutil.copytree(root / name, root / "left")
     resumed = python("-m", "launch.distill", "--config", root / "run.py", "--workdir", root / name)
     found.others[name] = killed, resumed, root / name
   return found
@@ -124,7 +136,7 @@ def test_a_student_comes_closer_to_its_teachers(runs):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["sampling", "stepping"])
+@pytest.mark.parametrize("name", ["sampling", "stepping", "saved"])
 def test_killed_and_gone_on_it_is_the_same_run(runs, root, name):
   killed, resumed, folder = runs.others[name]
   assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -148,21 +160,30 @@ def test_killed_and_gone_on_it_is_the_same_run(runs, root, name):
   found, want = restored(root, folder), restored(root, runs.folder)
   assert found[0] == want[0] == 4 and found[2] == want[2] and differing(found[1], want[1]) == []
   counted = [tuple(map(int, pair)) for pair in re.findall(r"(\d+) sampled now, (\d+) before", resumed.stdout)]
+  if name == "saved":  # only the second round is gone on with, and all of its replies are there
+    assert "resumed at step 3" in resumed.stdout and len(counted) == 1 and counted[0][0] == 0 < counted[0][1]
+    return
   (again, before), (new, found_there) = counted
   assert again == 0 < before and new > 0  # what the first round had sampled was not sampled again
   assert (found_there > 0) == (name == "sampling")
 
 
 @pytest.mark.long
+def test_replies_that_were_lost_in_the_middle_of_a_round_are_not_drawn_by_later_weights(runs, root):
+  (root / "left" / "samples" / "000001.jsonl").unlink()
+  with pytest.raises(FileNotFoundError, match="000001.jsonl: replies of round 1 are missing, and the weights that drew them "
+                                              "are gone after step 3"):
+    distillation_loop.distill(settings(root), root / "left")
+
+
+@pytest.mark.long
 def test_text_of_the_teachers_instead_of_samples(root):
-  """Off-policy: no token is sampled; and another run's folder is refused."""
+  """Off-policy: no token is sampled."""
   run = settings(root, samples=c.TEXT)
   summary = distillation_loop.distill(run, root / "off")
   train = [line for line in lines(root / "off") if line["split"] == "train"]
   assert train[-1]["kl"] < train[0]["kl"] and summary["sampled_tokens"] == 0
   assert not (root / "off" / "samples").exists()
-  with pytest.raises(ValueError, match="expected a new or an empty folder, or a distillation; it holds another run"):
-    distillation_loop.distill(run, root / "start")
 
 
 @pytest.mark.parametrize("changes, said", [

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import types
+import weakref
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from deepseek_v4 import config as c
 from deepseek_v4.checkpoint.store import restore_variables
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.posttraining import policy_step, problems, reinforcement
-from deepseek_v4.posttraining.rollout import Request, sample_replies
+from deepseek_v4.posttraining.rollout import Request, Sample, sample_replies
 from deepseek_v4.sharding import make_mesh
 from deepseek_v4.training.stopping import Stopped, Stopping
 from tests.model.small import T0, random_variables
@@ -186,6 +187,35 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, path, tmp_path, monk
   numbers = lambda folder: [{name: value for name, value in json.loads(line).items() if "second" not in name}
                             for line in (folder / "metrics.jsonl").read_text().splitlines()]
   assert numbers(tmp_path / "run") == numbers(whole[0])
+
+
+def test_rows_of_one_step_at_a_time_are_on_the_devices(path):
+  """Of a round's four minibatches; each has two passes, and all of them have the round's one reference."""
+  run = run_of(path, minibatches=4, top_p=1.0)
+  run = dataclasses.replace(run, data=dataclasses.replace(run.data, sequence_length=32, batch_size=4))
+  diary, brought = [], []
+
+  class Programs:
+    def put(self, rows):
+      found = {name: jax.numpy.asarray(x) for name, x in rows.items()}
+      brought.extend(weakref.ref(x) for x in found.values())
+      diary.append(sum(x().nbytes for x in brought if x() is not None))
+      return found
+
+    count = staticmethod(lambda rows: {"balance": (rows["segment_ids"] > 0).sum()})
+    reference = staticmethod(lambda variables, rows: diary.append(variables) or rows["old"])
+    start = staticmethod(lambda: 0)
+    add = staticmethod(lambda state, sums, rows, counts: sums + rows["reference"].sum())
+    update = staticmethod(lambda state, sums: (
+      state, dict.fromkeys(("loss", "policy_gap", "kl", "masked"), sums) | {"finite": True, "tokens": 1}))
+
+  silent = types.SimpleNamespace(report=lambda *_: 0.0, say=lambda _: None, step=lambda _: None, write=lambda *_: None)
+  tools = types.SimpleNamespace(run_config=run, programs=Programs(), progress=silent, writer=silent)
+  samples = [Sample((1, 2), tuple(range(3, 11)), (-1.0,) * 8, (True,) * 8, "length", (i,)) for i in range(64)]
+  judged = reinforcement.Judged(samples, np.random.default_rng(0).random((8, 8)), np.zeros((8, 8)))
+  reinforcement.learn(tools, 0, types.SimpleNamespace(reference="old weights"), judged)
+  sizes = [x for x in diary if x != "old weights"]
+  assert len(sizes) == len(diary) // 2 == 8 and max(sizes) <= 2 * sizes[0]
 
 
 @pytest.mark.parametrize("changes, message", [
