@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any, Mapping
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from deepseek_v4.analysis.plots import finish, image, line_style, new_figure
 from deepseek_v4.analysis.selection_mass import selection_mass
@@ -27,15 +29,16 @@ def keys_seen(found: Mapping[str, Any], rates: Mapping[int, int], row: int = 0) 
     rates: layer -> tokens of an entry; 0 for a sliding layer.
     row: of the batch.
   """
-  figure = new_figure(3.4 * len(rates) + 0.3, 4.1)
+  figure = new_figure(3.4 * len(rates) + 0.6, 4.6)
   for axes, (layer, rate) in zip(np.atleast_1d(figure.subplots(1, len(rates), sharey=True)), rates.items()):
     seen = seen_tokens(found, layer, rate, row)
     axes.imshow(seen, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
     kind = f"entries of {rate}" if rate else "window only"
     axes.set(title=f"layer {layer}: {kind}", xlabel="token that is seen")
   figure.axes[0].set_ylabel("query (token)")
+  grey = matplotlib.colormaps["Greys"]
   labels = {"in the window": WINDOW, "in an entry that is read": READ, "in an entry that is not chosen": VISIBLE}
-  figure.legend(handles=[Patch(facecolor=str(1 - shade), edgecolor="black", label=label) for label, shade in labels.items()],
+  figure.legend(handles=[Patch(facecolor=grey(shade), edgecolor="black", label=label) for label, shade in labels.items()],
                 loc="outside lower center", ncols=3, fontsize=9)
   return figure
 
@@ -139,4 +142,6 @@ def compressor_weights(weights: Mapping[str, Any], rates: Mapping[str, int]) -> 
     finish(left, f"{label}: bars from 10% to 90%", "token, from the entry's first", "weight", ylim=(0, None))
     image(right, weight_Twd[len(weight_Twd) // 2], f"{label}: one entry", "channel", "token, from the first", "weight",
           vmin=0, extent=(-0.5, weight_Twd.shape[2] - 0.5, places[-1] + 0.5, places[0] - 0.5))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
   return figure

@@ -51,7 +51,7 @@ def parts(costs: Mapping[str, Mapping[str, float]], unit: float, ylabel: str, ti
     axes.bar(range(len(costs)), height, 0.6, below, label=name.replace("_", " "), edgecolor="black", linewidth=0.6,
              color=str(0.95 - 0.12 * (i % 4)), hatch=HATCHES[i % len(HATCHES)])
     below += height
-  axes.set(title=title, ylabel=ylabel, xticks=range(len(costs)), xticklabels=list(costs))
+  axes.set(title=title, ylabel=ylabel, xticks=range(len(costs)), xticklabels=list(costs), ylim=(0, 1.05 * below.max()))
   handles, labels = axes.get_legend_handles_labels()
   figure.legend(handles[::-1], labels[::-1], loc="outside right center", fontsize=9)
   axes.grid(alpha=0.3, axis="y")

@@ -32,7 +32,7 @@ def expert_loads(loads: Sequence[Any], moments: Sequence[Any], title: str = "exp
 
   Args:
     loads: of each moment [L, E], picks or anything in proportion.
-    moments: what to call them (steps); numbers are drawn to scale. One moment has no picture over time.
+    moments: the steps, drawn to scale; what to call a single one, which has no picture over time.
     title: of the whole.
   """
   relative = [np.asarray(x, np.float64) for x in loads]
@@ -43,7 +43,7 @@ def expert_loads(loads: Sequence[Any], moments: Sequence[Any], title: str = "exp
   figure.suptitle(title)
   every = np.atleast_1d(figure.subplots(1, columns))
   for axes, i in zip(every, shown):
-    image(axes, relative[i], f"{moments[i]}", "expert", "layer", vmin=0, vmax=2)
+    image(axes, relative[i], f"step {moments[i]}" if len(moments) > 1 else f"{moments[i]}", "expert", "layer", vmin=0, vmax=2)
     axes.set_yticks(range(len(relative[i])))
   if len(relative) > 1:
     for layer in range(len(relative[0])):
