@@ -43,7 +43,8 @@ def expert_loads(loads: Sequence[Any], moments: Sequence[Any], title: str = "exp
   figure.suptitle(title)
   every = np.atleast_1d(figure.subplots(1, columns))
   for axes, i in zip(every, shown):
-    image(axes, relative[i], f"step {moments[i]}" if len(moments) > 1 else f"{moments[i]}", "expert", "layer", vmin=0, vmax=2)
+    name = f"step {moments[i]}" if len(moments) > 1 else str(moments[i])
+    image(axes, relative[i], name, "expert", "layer", "load over the mean", vmin=0, vmax=2)
     axes.set_yticks(range(len(relative[i])))
   if len(relative) > 1:
     for layer in range(len(relative[0])):

@@ -87,7 +87,7 @@ def test_notebook_keeps_its_outputs(name):
   """Of an execution from top to bottom without errors and warnings, with nothing in them that tells of the machine."""
   notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
   cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-  assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "execute it from top to bottom and save it"
+  assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "execute it and save it"
   outputs = [out for cell in cells for out in cell.outputs]
   assert any("image/png" in out.get("data", {}) for out in outputs)
   assert not [out for out in outputs if out.output_type == "error" or out.get("name") == "stderr"]
