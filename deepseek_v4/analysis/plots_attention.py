@@ -100,14 +100,15 @@ def selection(entry_weight: Any, scores: Any, top_k: int, title: str = "") -> Fi
   figure = new_figure(10, 4.2)
   figure.suptitle(title)
   left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-  image(left, share_ST ** 0.5, f"teacher's mass, and the {top_k} picks (marks)", "entry", "query (token)",
-        "square root of the share")
-  few = np.linspace(0, len(scores_ST) - 1, min(len(scores_ST), 24)).astype(int)  # more marks would hide the picture
+  shown_ST = share_ST ** 0.5
+  image(left, shown_ST, f"teacher's mass, and the {top_k} picks (marks)", "entry", "query (token)", "square root of the share",
+        vmin=0, vmax=np.quantile(shown_ST[shown_ST > 0], 0.98))  # first queries have all their mass on few entries
+  few = np.linspace(0, len(scores_ST) - 1, min(len(scores_ST), 16)).astype(int)  # more marks would hide the picture
   for query in few:
     order = np.argsort(-scores_ST[query], kind="stable")[:top_k]
     picks = order[scores_ST[query, order] > -np.inf]
     left.plot(picks, np.full(len(picks), query), linestyle="none", marker="o", markersize=3, markerfacecolor="white",
-              markeredgecolor="black", markeredgewidth=0.7)
+              markeredgecolor="black", markeredgewidth=0.6)
   tried = sorted({int(k) for k in np.geomspace(1, scores_ST.shape[1], 10)} | {top_k})
   masses = [selection_mass(weight_SHT[None], scores_ST[None], k) for k in tried]
   labels = {"best": "the best picks", "held": "the indexer's picks", "even": "picks at random"}

@@ -35,11 +35,12 @@ EXECUTABLE = [name for name in NOTEBOOKS if name != "plan" or importlib.util.fin
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run folder with a checkpoint of untrained weights and a log."""
+  """A run folder with two checkpoints of untrained weights and a log."""
   config = load(ROOT / "configs" / "debug_yarn.py")  # a CSA and an HCA layer
   folder = tmp_path_factory.mktemp("run")
-  with CheckpointStore(folder / "checkpoints", keep=1, config_dict=to_dict(config)) as store:
-    store.save(1, init_state(config, jax.random.key(0)), {"data": {}})
+  with CheckpointStore(folder / "checkpoints", keep=2, config_dict=to_dict(config)) as store:
+    for step in (1, 2):
+      store.save(step, init_state(config, jax.random.key(step)), {"data": {}})
   lines = [{"split": split, "step": step, "next_token": 5.0 - step} for step in (1, 2) for split in ("train", "held_out")]
   (folder / metrics.LINES).write_text("".join(json.dumps(line) + "\n" for line in lines))
   return folder
