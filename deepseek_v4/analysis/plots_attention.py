@@ -84,7 +84,7 @@ def attention_maps(found: Mapping[str, Any], layers: Any, row: int = 0) -> Figur
   return figure
 
 
-def selection(entry_weight: Any, scores: Any, top_k: int, title: str = "") -> Figure:
+def selection(entry_weight: Any, scores: Any, top_k: int, name: str = "") -> Figure:
   """What the indexer chose against its teacher: the teacher's mass with the picks on it, and the mass that k picks hold.
 
   Args:
@@ -92,17 +92,18 @@ def selection(entry_weight: Any, scores: Any, top_k: int, title: str = "") -> Fi
       (`trace(..., attention_mode="dense")`), 0 where invisible.
     scores: [S, T] of the indexer, -inf where invisible.
     top_k: picks of a query.
-    title: of the whole.
+    name: of the whole picture.
   """
   weight_SHT, scores_ST = np.asarray(entry_weight, np.float64), np.asarray(scores, np.float64)
   mass_ST = weight_SHT.sum(1)
   share_ST = mass_ST / np.maximum(mass_ST.sum(-1, keepdims=True), 1e-30)
   figure = new_figure(10, 4.2)
-  figure.suptitle(title)
+  figure.suptitle(name)
   left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
   shown_ST = share_ST ** 0.5
-  image(left, shown_ST, f"teacher's mass, and the {top_k} picks (marks)", "entry", "query (token)", "square root of the share",
-        vmin=0, vmax=np.quantile(shown_ST[shown_ST > 0], 0.98))  # first queries have all their mass on few entries
+  title = f"teacher's mass, and the {top_k} picks (marks)"
+  image(left, shown_ST, title, "entry", "query (token)", "square root of the share", vmin=0,
+        vmax=np.quantile(shown_ST[shown_ST > 0], 0.98))  # first queries have all their mass on few entries
   few = np.linspace(0, len(scores_ST) - 1, min(len(scores_ST), 16)).astype(int)  # more marks would hide the picture
   for query in few:
     order = np.argsort(-scores_ST[query], kind="stable")[:top_k]
