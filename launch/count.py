@@ -1,4 +1,4 @@
-"""Counts the parameters, operations and cache bytes of a model; nothing is allocated and JAX is not loaded.
+"""Counts the parameters, operations, cache bytes and training memory of a model; nothing is allocated, JAX is not loaded.
 
 python -m launch.count --config configs/v4_flash.py [--set model.num_hidden_layers=4]... [--context 1048576] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""What a model is made of and what a token costs: parameters, operations, cache bytes, from the config alone; no JAX here.
+"""What a model is made of and what a token costs: parameters, operations, bytes; from the config alone, no JAX here.
 
 Conventions: a multiplication and an addition are two operations. A cost "at context n" is that of the one token that is
 decoded as the n-th, so it sees min(n, window) keys and n // rate entries. The published ratios to V3.2 (27% and 10% of its

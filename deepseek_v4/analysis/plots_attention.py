@@ -7,7 +7,7 @@ Axis letters: S sequence   H heads   T entries   w slots of a compressor's windo
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -60,7 +60,7 @@ def seen_tokens(found: Mapping[str, Any], layer: int, rate: int, row: int = 0) -
   return np.where(window_SS, WINDOW, seen_SS)
 
 
-def attention_maps(found: Mapping[str, Any], layers: Any, row: int = 0) -> Figure:
+def attention_maps(found: Mapping[str, Any], layers: Sequence[int], row: int = 0) -> Figure:
   """How much is looked at: attention weights, mean over heads, of tokens in the window (left) and of entries (right).
 
   Args:
