@@ -1,4 +1,4 @@
-"""Counts the parameters, operations and cache bytes of a model; nothing is allocated and JAX is not loaded.
+"""Counts the parameters, operations, cache bytes and training memory of a model; nothing is allocated, JAX is not loaded.
 
 python -m launch.count --config configs/v4_flash.py [--set model.num_hidden_layers=4]... [--context 1048576] [--json FILE]
 
@@ -16,7 +16,7 @@ from typing import Any, Mapping
 from absl import app, flags
 
 from deepseek_v4 import config as config_lib
-from deepseek_v4.analysis.count import Count, count
+from deepseek_v4.analysis.count import PRECISION, Count, count, v32_cost
 from deepseek_v4.config import ModelConfig
 
 
@@ -47,6 +47,7 @@ def to_json(result: Count) -> dict[str, Any]:
   found = dataclasses.asdict(result)
   p = result.parameters
   found["parameters"] |= {"total": p.total, "total_active": p.total_active, "total_mtp": p.total_mtp}
+  found |= {"equivalent_flops": result.equivalent_flops, "kept_bytes": result.kept_bytes}
   return found
 
 
@@ -54,21 +55,30 @@ def _table(title: str, columns: Mapping[str, Mapping[str, int]], unit: float) ->
   """Rows of numbers, one per part that is anywhere above zero, and their sum."""
   parts = [part for part in dict.fromkeys(name for column in columns.values() for name in column)
            if any(column.get(part) for column in columns.values())]
-  lines = [title.ljust(22) + "".join(name.rjust(16) for name in columns)]
+  lines = [title.ljust(26) + "".join(name.rjust(16) for name in columns)]
   for part in parts:
-    lines.append(part.ljust(22) + "".join(f"{column.get(part, 0) / unit:16,.2f}" for column in columns.values()))
-  return [*lines, "sum".ljust(22) + "".join(f"{sum(column.values()) / unit:16,.2f}" for column in columns.values()), ""]
+    lines.append(part.ljust(26) + "".join(f"{column.get(part, 0) / unit:16,.2f}" for column in columns.values()))
+  return [*lines, "sum".ljust(26) + "".join(f"{sum(column.values()) / unit:16,.2f}" for column in columns.values()), ""]
 
 
 def report(result: Count) -> str:
   """The numbers as text."""
   p, n = result.parameters, f"{result.context:,}"
   lines = _table("parameters, millions", {"main": p.main, "active": p.active, "mtp": p.mtp}, 1e6)
-  lines += _table(f"decoding at {n}", {"GFLOP a token": result.flops_per_token}, 1e9)
+  v32 = v32_cost(result.context)
+  named = lambda flops: {f"{part} ({PRECISION[part]})": found for part, found in flops.items()}
+  lines += _table(f"decoding at {n}", {"GFLOP a token": named(result.flops_per_token), "V3.2": named(v32.flops)}, 1e9)[:-1]
+  lines += [f"  of it {name}".ljust(26) + f"{found / 1e9:16,.2f}" for name, found in result.flops_by_precision.items()]
+  lines += [f"in FP8 equivalents        {result.equivalent_flops / 1e9:16,.2f}{v32.equivalent_flops / 1e9:16,.2f}"
+            "   (V3.2's index scores are FP8)", ""]
   lines += _table(f"cache at {n}, MiB", result.cache_bytes, 2**20)
+  lines[-1:] = [f"kept beside V3.2's {v32.bytes / 2**20:,.2f}: {result.kept_bytes / 2**20:,.2f}", ""]
+  lines += _table("training, GiB", {"all devices": result.training_bytes}, 2**30)
   lines += [f"parameters {p.total:,}, prediction block {p.total_mtp:,}, active for a token {p.total_active:,}",
             f"against V3.2 at {n}: {100 * result.ratio_to_v32['flops']:.1f}% of its FP8-equivalent operations, "
-            f"{100 * result.ratio_to_v32['cache']:.1f}% of its cache (mixed storage)"]
+            f"{100 * result.ratio_to_v32['cache']:.1f}% of its cache (mixed storage without scales)"]
+  for what, rules in result.by_other_rules.items():
+    lines += [f"  {what} by other rules: " + ", ".join(f"{100 * ratio:.1f}% {rule}" for rule, ratio in rules.items())]
   return "\n".join(lines)
 
 

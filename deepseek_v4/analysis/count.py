@@ -1,9 +1,9 @@
-"""What a model is made of and what a token costs: parameters, operations, cache bytes, from the config alone; no JAX here.
+"""What a model is made of and what a token costs: parameters, operations, bytes; from the config alone, no JAX here.
 
 Conventions: a multiplication and an addition are two operations. A cost "at context n" is that of the one token that is
 decoded as the n-th, so it sees min(n, window) keys and n // rate entries. The published ratios to V3.2 (27% and 10% of its
 operations, 10% and 7% of its cache at a million tokens) come out under the rules written down at `EQUIVALENT` and
-`Count.ratio_to_v32`.
+`Count.ratio_to_v32`; what other rules would give is in `Count.by_other_rules`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from deepseek_v4.config import CSA, HASH, HCA, SLIDING, LayerSpec, ModelConfig
 from deepseek_v4.config_checks import refuse
 from deepseek_v4.model.formats import INDEX_BLOCK, KV_BLOCK, STORAGES
 
-# Operations in units of one FP8 operation, at the peak rates of a chip with twice the rate for half the width. Linear layers
-# and experts count as FP8 (FP4 weights are multiplied at that rate today), index scores of V4 as FP4, the rest as BF16.
-EQUIVALENT = {"linear": 1.0, "routed_experts": 1.0, "exact_linear": 2.0, "hyper_connections": 2.0, "attention": 2.0,
-              "indexer": 0.5, "head": 2.0}
+# What the operations of each part are done in: linear layers and experts in FP8 (FP4 weights are multiplied at that rate
+# today), index scores of V4 in FP4, the mixing of streams in FP32, the rest in BF16.
+PRECISION = {"linear": "FP8", "routed_experts": "FP8", "exact_linear": "BF16", "hyper_connections": "FP32",
+             "attention": "BF16", "indexer": "FP4", "head": "BF16"}
+# Operations in units of one FP8 operation, at the peak rates of a chip with twice the rate for half the width; the few FP32
+# operations count like BF16.
+UNITS = {"FP4": 0.5, "FP8": 1.0, "BF16": 2.0, "FP32": 2.0}
+EQUIVALENT = {part: UNITS[precision] for part, precision in PRECISION.items()}
 V32_INDEXER = 1.0  # V3.2's index scores are FP8
+KEPT = ("window", "entries", "index_keys")  # what the published ratios of caches compare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +67,35 @@ class Count:
     context: tokens seen, the one that is decoded included.
     parameters: see `Parameters`.
     flops_per_token: operations of one decoded token by part, the prediction block left out.
+    flops_by_precision: the same by what they are done in, see `PRECISION`.
     cache_bytes: storage ("compute", "mixed") -> kind -> bytes of one sequence: "window" and "entries" (keys = values),
       "index_keys", "scales" of what is stored in FP8 and FP4, "pending" (tokens of unfinished entries); with drafts also
       "draft", the prediction block's own cache.
-    ratio_to_v32: "flops" as FP8-equivalent operations; "cache" as bytes of the mixed storage without "pending" and "draft",
-      against V3.2's FP8 cache; both at this context.
+    ratio_to_v32: "flops" as FP8-equivalent operations, "cache" as `kept_bytes` against V3.2's FP8 cache, at this context.
+    by_other_rules: the same ratios counted otherwise: "flops" and "cache", each rule -> ratio, see `_other_rules`.
+    training_bytes: kind -> bytes of training, over all devices: float32 "parameters" and "gradients", Muon's "momentum" of
+      matrices (float32), AdamW's two "moments" of what is no matrix, and "streams", what `remat="block"` keeps of one row of
+      this many tokens: the residual streams in front of every layer in `compute_dtype`. The prediction block is included.
   """
 
   context: int
   parameters: Parameters
   flops_per_token: Mapping[str, int]
+  flops_by_precision: Mapping[str, int]
   cache_bytes: Mapping[str, Mapping[str, int]]
   ratio_to_v32: Mapping[str, float]
+  by_other_rules: Mapping[str, Mapping[str, float]]
+  training_bytes: Mapping[str, int]
+
+  @property
+  def equivalent_flops(self) -> float:
+    """Operations of one decoded token in units of one FP8 operation; see `EQUIVALENT`."""
+    return sum(found * EQUIVALENT[part] for part, found in self.flops_per_token.items())
+
+  @property
+  def kept_bytes(self) -> int:
+    """Bytes of the mixed cache that `ratio_to_v32` compares: window, entries and index keys, without their scales."""
+    return sum(self.cache_bytes["mixed"][kind] for kind in KEPT)
 
 
 def count(config: ModelConfig, context: int = 1_048_576, *, rewind: int = 0, drafts: int = 0) -> Count:
@@ -96,15 +118,17 @@ def count(config: ModelConfig, context: int = 1_048_576, *, rewind: int = 0, dra
     refuse("drafts", drafts, "0, as the model has no prediction block (num_nextn_predict_layers = 0)")
   flops = _flops(config, context)
   cache = {storage: cache_bytes(config, context, storage, rewind=max(rewind, drafts)) for storage in STORAGES}
-  v32_flops, v32_cache = _v32(context)
-  kept = sum(size for kind, size in cache["mixed"].items() if kind != "pending")
+  kept = sum(cache["mixed"][kind] for kind in KEPT)
   if drafts:
     block = dataclasses.replace(config, num_hidden_layers=1, layer_types=(config.mtp_spec.attention,),
                                 mlp_layer_types=(config.mtp_spec.router,))
     for storage in STORAGES:
       cache[storage]["draft"] = sum(cache_bytes(block, context, storage, rewind=max(rewind, drafts)).values())
-  ratio = {"flops": sum(flops[part] * EQUIVALENT[part] for part in flops) / v32_flops, "cache": kept / v32_cache}
-  return Count(context, parameters(config), flops, cache, ratio)
+  v32 = v32_cost(context)
+  ratio = {"flops": sum(flops[part] * EQUIVALENT[part] for part in flops) / v32.equivalent_flops, "cache": kept / v32.bytes}
+  precisions = {name: sum(flops[part] for part in flops if PRECISION[part] == name) for name in UNITS}
+  return Count(context, parameters(config), flops, precisions, cache, ratio, _other_rules(config, context, flops, cache),
+               training_bytes(config, context))
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
@@ -242,8 +266,28 @@ def cache_bytes(config: ModelConfig, context: int, storage: str, *, rewind: int 
 
 
 # ---- the model that the report compares with -------------------------------------------------------------------------
-def _v32(context: int) -> tuple[float, float]:
-  """(FP8-equivalent operations of one decoded token, cache bytes) of DeepSeek-V3.2 as it is served.
+@dataclasses.dataclass(frozen=True)
+class V32Cost:
+  """What DeepSeek-V3.2 costs as it is served.
+
+  Attributes:
+    flops: operations of one decoded token: "linear" (FP8, experts included), "exact_linear", "attention", "head" (BF16) and
+      "indexer" (FP8).
+    bytes: of one sequence's cache; all_bf16: if everything in it were BF16.
+  """
+
+  flops: Mapping[str, int]
+  bytes: int
+  all_bf16: int
+
+  @property
+  def equivalent_flops(self) -> float:
+    """In units of one FP8 operation."""
+    return sum(found * (V32_INDEXER if part == "indexer" else EQUIVALENT[part]) for part, found in self.flops.items())
+
+
+def v32_cost(context: int) -> V32Cost:
+  """DeepSeek-V3.2 at a context of so many tokens.
 
   61 layers, the first 3 dense; attention over latents of 512 + 64 with absorbed projections; an indexer on every layer that
   scores all tokens and keeps 2048. Widths: transformers' `DeepseekV32Config`. Cache per token and layer: 512 e4m3 with four
@@ -255,9 +299,62 @@ def _v32(context: int) -> tuple[float, float]:
                + 2 * heads * nope * latent + heads * nope * d  # absorbed keys and values, output
                + q_rank * index_heads * index_width + d * index_width)  # index queries and keys
   experts = dense * 3 * d * 18432 + (layers - dense) * (8 + 1) * 3 * d * 2048
-  exact = layers * d * index_heads + (layers - dense) * d * 256
-  scores = layers * _index_scores(index_heads, index_width, context)
-  core = layers * 2 * heads * (latent + rope + latent) * min(context, top_k)
-  flops = (2 * (layers * attention + experts) * EQUIVALENT["linear"] + 2 * exact * EQUIVALENT["exact_linear"]
-           + core * EQUIVALENT["attention"] + scores * V32_INDEXER + 2 * d * 129280 * EQUIVALENT["head"])
-  return flops, layers * context * (512 + 4 * 4 + 2 * 64 + 128 + 4)
+  flops = {"linear": 2 * (layers * attention + experts),
+           "exact_linear": 2 * (layers * d * index_heads + (layers - dense) * d * 256),
+           "attention": layers * 2 * heads * (latent + rope + latent) * min(context, top_k),
+           "indexer": layers * _index_scores(index_heads, index_width, context), "head": 2 * d * 129280}
+  return V32Cost(flops, layers * context * (512 + 4 * 4 + 2 * 64 + 128 + 4),
+                 layers * context * 2 * (latent + rope + index_width))
+
+
+def _other_rules(c: ModelConfig, context: int, flops: Mapping[str, int],
+                 cache: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
+  """Ratios to V3.2 that one gets with other ways to count.
+
+  Of operations: all alike; V4's index scores in FP8 as V3.2's are; all alike but V4's index scores for half. Of the cache:
+  with V4's scales, too (V3.2's belong to its layout); with FP8 index keys; everything of both in BF16.
+  """
+  v32 = v32_cost(context)
+  weighed = lambda weights: sum(flops[part] * weights(part) for part in flops)
+  plain = sum(v32.flops.values())
+  mixed = cache["mixed"]
+  kept = sum(mixed[kind] for kind in KEPT)
+  bf16 = cache_bytes(dataclasses.replace(c, compute_dtype="bfloat16"), context, "compute")
+  return {
+    "flops": {"all operations alike": weighed(lambda part: 1) / plain,
+              "index scores in FP8 too": weighed(lambda part: 1 if part == "indexer" else EQUIVALENT[part])
+              / v32.equivalent_flops,
+              "all alike, index scores for half": weighed(lambda part: 0.5 if part == "indexer" else 1) / plain},
+    "cache": {"scales too": (kept + mixed["scales"]) / v32.bytes,
+              "index keys in FP8": (kept + mixed["index_keys"]) / v32.bytes,
+              "all in BF16": sum(bf16[kind] for kind in KEPT) / v32.all_bf16}}
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+def training_bytes(config: ModelConfig, context: int) -> dict[str, int]:
+  """Bytes of training by kind, over all devices; see `Count.training_bytes`.
+
+  Which parameters Muon has: all matrices but embedding and head (report 2.4); AdamW has those two and the vectors.
+  """
+  c, found = config, parameters(config)
+  total = found.total + found.total_mtp
+  biases = sum(spec.router != HASH for spec in (*c.layer_specs, *[c.mtp_spec] * c.num_nextn_predict_layers))
+  trained = total - biases * c.n_routed_experts  # no gradient moves the routers' biases
+  vectors = 2 * c.vocab_size * c.hidden_size + _vectors(c)
+  width = {"float32": 4, "bfloat16": 2, "float64": 8}[c.compute_dtype]
+  layers = c.num_hidden_layers + c.num_nextn_predict_layers
+  return {"parameters": 4 * total, "gradients": 4 * trained, "momentum": 4 * (trained - vectors), "moments": 2 * 4 * vectors,
+          "streams": layers * context * c.hc_mult * c.hidden_size * width}
+
+
+def _vectors(c: ModelConfig) -> int:
+  """Parameters that are no matrices: norms, sinks, position biases, bases and scales of hyper-connections."""
+  n, total = c.hc_mult, 0
+  for spec in (*c.layer_specs, *[c.mtp_spec] * c.num_nextn_predict_layers):
+    series, rate = _series(spec.attention), c.compress_rate(spec.attention) if _series(spec.attention) else 0
+    widths = {SLIDING: 0, CSA: c.head_dim + c.index_head_dim, HCA: c.head_dim}[spec.attention]
+    total += 2 * c.hidden_size + c.q_lora_rank + c.head_dim + c.num_attention_heads  # norms, sinks
+    total += (series * rate + 1) * widths  # position biases and norms of compressors
+    total += 2 * ((2 + n) * n + 3)
+  outputs = 1 + c.num_nextn_predict_layers
+  return total + outputs * (n + 1 + c.hidden_size) + 2 * c.hidden_size * c.num_nextn_predict_layers

@@ -1,4 +1,7 @@
-"""Pictures of a run, drawn without a screen and readable in black and white print."""
+"""Pictures of runs, drawn without a screen and readable in black and white print; and what all pictures are made with.
+
+What a model does inside is in `plots_attention.py` and `plots_layers.py`, what it costs in `plots_costs.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from matplotlib.figure import Figure
 
 AUXILIARY = ("mtp", "indexer", "balance")
 STYLES = ("-", "--", ":", "-.")  # told apart without colours
+MARKERS = ("o", "s", "^", "D", "v", "x")
+SHADES = ("black", "0.35", "0.55", "0.2", "0.65", "0.45")
 
 
 def loss_curves(lines: Sequence[Mapping[str, Any]], path: str | Path, baselines: Mapping[str, float] | None = None) -> None:
@@ -103,93 +108,62 @@ def _curve(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, label: str
     axes.plot(*zip(*points), label=label, **style)
 
 
-# ---- what a traced model does (names of `analysis.trace`) --------------------------------------------------------------
+def side_by_side(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str = "next_token", ylabel: str = "nats per token",
+                 *, smooth: int = 1) -> Figure:
+  """Loss curves of runs: training on the left, held out on the right, where a run has such lines.
+
+  Args:
+    runs: label -> what `metrics.read_lines` gives of the run; lines without the number are left out.
+    name: of the number.
+    ylabel: its unit.
+    smooth: steps whose mean is drawn, on the left only.
+  """
+  figure = new_figure(9, 3.6)
+  axes = figure.subplots(1, 2, sharex=True, sharey=True)
+  for i, (label, lines) in enumerate(runs.items()):
+    for part, split in zip(axes, ("train", "held_out")):
+      points = [(line["step"], line[name]) for line in lines if line["split"] == split and line.get(name) is not None]
+      if not points:
+        continue
+      steps, values = np.asarray(points, float).T
+      if split == "train" and smooth > 1 and len(values) >= smooth:
+        values = np.convolve(values, np.full(smooth, 1 / smooth), "valid")
+        steps = steps[smooth - 1:]
+      part.plot(steps, values, label=label, markevery=max(1, len(steps) // 8), **line_style(i))
+  for part, title in zip(axes, ("training" + (f", mean of {smooth} steps" if smooth > 1 else ""), "held out")):
+    finish(part, title, "step", ylabel)
+  return figure
+
+
+# ---- what all pictures are made with ---------------------------------------------------------------------------------
+def new_figure(width: float, height: float) -> Figure:
+  """An empty figure of so many inches, without a screen."""
+  return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def line_style(i: int) -> dict[str, Any]:
+  """The look of the i-th line: another dash and another marker each, so that print tells them apart."""
+  return {"linestyle": STYLES[i % len(STYLES)], "marker": MARKERS[i % len(MARKERS)], "color": SHADES[i % len(SHADES)],
+          "markersize": 4, "linewidth": 1.2, "markerfacecolor": "white"}
+
+
+def finish(axes: Axes, title: str, xlabel: str, ylabel: str, **settings: Any) -> None:
+  """Titles, a light grid, and a legend where there is something to tell apart."""
+  axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
+  axes.grid(alpha=0.3)
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(fontsize=9)
+
+
+def image(axes: Axes, values: np.ndarray, title: str, xlabel: str, ylabel: str, bar: str = "", **options: Any) -> None:
+  """A matrix in shades of grey, dark = much, with its scale beside it (named `bar`)."""
+  picture = axes.imshow(values, aspect="auto", interpolation="nearest", **({"cmap": "Greys"} | options))
+  axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+  axes.figure.colorbar(picture, ax=axes, fraction=0.046, label=bar)
+
+
 def png(figure: Figure) -> bytes:
   """A figure as the bytes of a PNG, for notebooks and files."""
   buffer = io.BytesIO()
   FigureCanvasAgg(figure).print_png(buffer)
   return buffer.getvalue()
-
-
-def _image(axes: Axes, values: np.ndarray, title: str, xlabel: str, ylabel: str, **options: Any) -> None:
-  picture = axes.imshow(values, aspect="auto", interpolation="nearest", **({"cmap": "Greys"} | options))
-  axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-  axes.figure.colorbar(picture, ax=axes, fraction=0.046)
-
-
-def attention_maps(found: Mapping[str, Any], layers: Sequence[int], row: int = 0) -> Figure:
-  """Who looks at what: attention weights, mean over heads, of tokens in the window (left) and of compressed entries (right).
-
-  Args:
-    found: of `trace`.
-    layers: one line of pictures each.
-    row: of the batch.
-  """
-  figure = Figure(figsize=(9, 3.2 * len(layers)), dpi=110, layout="constrained")
-  grid = figure.subplots(len(layers), 2, squeeze=False)
-  for (window, entries), layer in zip(grid, layers):
-    name = f"layers/{layer:02d}"
-    weights = np.asarray(found[f"{name}/attention/window_weight"][row]).mean(1)
-    _image(window, weights ** 0.5, f"layer {layer}: window", "key (token)", "query (token)")
-    of_entries = np.asarray(found[f"{name}/attention/entry_weight"][row]).mean(1)
-    if of_entries.shape[1]:
-      _image(entries, of_entries ** 0.5, f"layer {layer}: compressed entries", "entry", "query (token)")
-    else:
-      entries.set_axis_off()
-      entries.text(0.5, 0.5, "sliding layer: no entries", ha="center", va="center")
-  return figure
-
-
-def selection_map(found: Mapping[str, Any], layer: int, row: int = 0) -> Figure:
-  """The indexer of a CSA layer: its choice (left) and the attention mass of each query on the chosen entries (right)."""
-  name = f"layers/{layer:02d}"
-  scores, picks = (np.asarray(found[f"{name}/indexer/{part}"][row]) for part in ("scores", "selected"))
-  chosen = np.zeros(scores.shape)
-  rows, places = np.nonzero(picks >= 0)
-  chosen[rows, picks[rows, places]] = 1
-  figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
-  left, right = figure.subplots(1, 2)
-  shades = chosen + 0.25 * (scores > -np.inf)
-  _image(left, shades, f"layer {layer}: visible (grey), chosen (black)", "entry", "query (token)")
-  mass = np.asarray(found[f"{name}/attention/entry_weight"][row]).mean(1).sum(-1)
-  right.plot(mass, color="black", linewidth=0.8)
-  right.set(title="attention on compressed entries", xlabel="query (token)", ylabel="share, mean over heads", ylim=(0, 1))
-  return figure
-
-
-def expert_loads(found: Mapping[str, Any], num_experts: int, segment_ids: Any = None) -> Figure:
-  """Share of the tokens' picks that each expert gets, layer by layer; level = balanced.
-
-  Args:
-    found: of `trace`.
-    segment_ids: [B, S], to leave out places that hold no token; None = all count.
-  """
-  names = sorted(name for name in found if name.startswith("layers/") and name.endswith("router/experts"))
-  tokens = _tokens(segment_ids, found[names[0]])
-  loads = np.stack([np.bincount(np.asarray(found[name])[tokens].reshape(-1), minlength=num_experts) for name in names])
-  figure = Figure(figsize=(9, 0.5 * len(names) + 1.6), dpi=110, layout="constrained")
-  relative = loads / loads.sum(1, keepdims=True) * num_experts
-  _image(figure.subplots(), relative, "expert load (1 = balanced)", "expert", "layer", vmin=0, vmax=2)
-  return figure
-
-
-def _tokens(segment_ids: Any, of: Any) -> np.ndarray:
-  """bool [B, S]: places that hold a token; `of` is any array [B, S, ...]."""
-  return np.ones(np.shape(of)[:2], bool) if segment_ids is None else np.asarray(segment_ids) > 0
-
-
-def stream_mixing(found: Mapping[str, Any], segment_ids: Any = None) -> Figure:
-  """mHC over depth: the mean mixing matrix of every sublayer; rows = new streams, each summing to about 1.
-
-  Args:
-    found: of `trace`.
-    segment_ids: [B, S], to leave out places that hold no token; None = all count.
-  """
-  names = sorted(n for n in found if n.startswith("layers/") and n.endswith("/comb"))
-  # Within a layer attention comes before the experts, as the alphabet has it.
-  figure = Figure(figsize=(1.5 * len(names) + 1, 2.1), dpi=110, layout="constrained")
-  for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names):
-    comb = np.asarray(found[name])[_tokens(segment_ids, found[name])]
-    axes.imshow(comb.mean(0).T, cmap="Greys", vmin=0, vmax=1)
-    axes.set(title=f"{name.split('/')[1]} {name.split('/')[2].removeprefix('mhc_')}", xticks=[], yticks=[])
-  return figure

@@ -1,4 +1,4 @@
-"""The picture of optimizers that were compared: their losses over the steps, and over the learning rates tried."""
+"""Pictures of optimizers: compared ones (losses over steps and learning rates), and what Newton-Schulz does to a matrix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deepseek_v4.analysis.plots import STYLES
+from deepseek_v4.analysis.plots import STYLES, finish, line_style, new_figure
 
 COLOURS = ("black", "tab:red", "tab:blue", "tab:green")
 MARKERS = ("o", "s", "^", "v")
@@ -49,3 +49,22 @@ def race(curves: Mapping[str, Sequence[Any]], sweeps: Mapping[str, Mapping[float
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
   FigureCanvasAgg(figure).print_png(str(path))
+
+
+def singular_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> Figure:
+  """Singular values of matrices before Newton-Schulz (left, each over its largest) and after it (right).
+
+  Args:
+    before, after: label -> singular values, in any order.
+  """
+  figure = new_figure(9, 3.6)
+  left, right = figure.subplots(1, 2)
+  for axes, found in ((left, before), (right, after)):
+    for i, (label, values) in enumerate(found.items()):
+      values = np.sort(np.asarray(values, np.float64))[::-1]
+      values = values / values[0] if axes is left else values
+      axes.plot(np.linspace(0, 1, len(values)), values, label=label, markevery=max(1, len(values) // 8), **line_style(i))
+  finish(left, "before", "rank, as a share of all", "singular value / largest", yscale="log")
+  right.axhline(1, color="0.5", linewidth=0.8)
+  finish(right, "after", "rank, as a share of all", "singular value", ylim=(0, 1.3))
+  return figure

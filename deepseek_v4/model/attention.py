@@ -71,7 +71,7 @@ class Attention(nn.Module):
       loss = indexer.indexer_loss(index, q_BSHd, entries_BTd, lse_BSH, selection, context, scale=width**-0.5,
                                   kernels=self.kernels)
     if self.is_mutable_collection("intermediates"):
-      self._trace(q_BSHd, kv_BSd, entries_BTd, selection, lse_BSH, context)
+      self._trace(q_BSHd, kv_BSd, entries_BTd, selection, lse_BSH, sink_H, context)
     out_BSHd = rope.rotate(out_BSHd, cos[:, :, None], sin[:, :, None], inverse=True)
     return self._project(out_BSHd), loss, new_cache, selection
 
@@ -144,8 +144,12 @@ class Attention(nn.Module):
     low_BSGR = remat.keep(jnp.einsum("BSGc,GcR->BSGR", out_BSGc, o_a))
     return quantize.linear_input(config, low_BSGR.reshape(*out_BSHd.shape[:2], groups * rank)) @ o_b
 
-  def _trace(self, q_BSHd, kv_BSd, entries_BTd, selection, lse_BSH, context: Context) -> None:
-    """Dense attention weights from lse, for `dsv4.trace` only: window [B, S, H, S], entries [B, S, H, T], sink [B, S, H]."""
+  def _trace(self, q_BSHd, kv_BSd, entries_BTd, selection, lse_BSH, sink_H, context: Context) -> None:
+    """Queries, keys and dense weights from lse, for `dsv4.trace` only: window [B, S, H, S], entries [B, S, H, T], sink
+    [B, S, H]."""
+    self.sow("intermediates", "queries", q_BSHd)
+    self.sow("intermediates", "keys", kv_BSd)
+    self.sow("intermediates", "sink_weight", jnp.exp(sink_H - lse_BSH))
     scale, dtype = self.config.head_dim**-0.5, lse_BSH.dtype
     place = jnp.arange(q_BSHd.shape[1])
     apart = place[:, None] - place[None, :]
@@ -157,5 +161,6 @@ class Attention(nn.Module):
       logits = jnp.einsum("BSHd,BUd->BSHU", q_BSHd.astype(dtype), keys.astype(dtype)) * scale
       self.sow("intermediates", name, jnp.where(visible[:, :, None], jnp.exp(logits - lse_BSH[..., None]), 0))
     if self.attention != SLIDING:
+      self.sow("intermediates", "entries", entries_BTd)
       self.sow("intermediates", "entry_segment", segment)
       self.sow("intermediates", "entry_position", last - (context.entries[self.attention].rate - 1))

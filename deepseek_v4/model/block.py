@@ -64,14 +64,18 @@ class Block(nn.Module):
     streams_BSND, z_BSD, post, comb = HyperConnection(config, kernels, name="attn_hc")(streams_BSND)
     attention = Attention(config, self.spec.attention, kernels, name="attention")
     x_BSD = sharding.constrain(RMSNorm(config, name="attn_norm")(z_BSD), ("batch", "sequence", None))
+    self.sow("intermediates", "attn_input", x_BSD)
     y_BSD, indexer_loss, cache, selection = attention(x_BSD, context, cache, given.selection)
+    self.sow("intermediates", "attn_output", y_BSD)
     y_BSD = remat.keep(y_BSD)
 
     ffn_hc = HyperConnection(config, kernels, name="ffn_hc")
     streams_BSND, z_BSD, post, comb = ffn_hc(streams_BSND, (y_BSD, post, comb))
     moe = MoE(config, self.spec.router, kernels, name="moe")
     x_BSD = sharding.constrain(RMSNorm(config, name="ffn_norm")(z_BSD), ("batch", "sequence", None))
+    self.sow("intermediates", "ffn_input", x_BSD)
     y_BSD, experts, load, balance_loss = moe(x_BSD, context, layer, given.experts)
+    self.sow("intermediates", "ffn_output", y_BSD)
     streams_BSND = expand(streams_BSND, remat.keep(y_BSD), post, comb, kernels=kernels)
     self.sow("intermediates", "streams", streams_BSND)
     nothing = (jnp.zeros((), weights.exact_dtype(config)),) * 2

@@ -184,13 +184,16 @@ class Compressor(nn.Module):
 
     def entries():
       if earlier is None and sequence.is_split():
-        pooled_BTd = _pooled_by_part(raw, bias_omd, layout)
+        pooled_BTd = _by_part(_pooled, raw, bias_omd, layout)
       else:
         pooled_BTd = _pooled(raw, None if earlier is None else earlier(), bias_omd, layout)
       entries_BTd = rms_norm(pooled_BTd.astype(x_BSD.dtype), norm_d, config.rms_norm_eps)
       return rope.rotate(entries_BTd, layout.cos, layout.sin)
 
     if earlier is None:
+      if self.is_mutable_collection("intermediates"):  # [B, T, slots, d], for `dsv4.trace` only
+        of_slots = _by_part(_slots, raw, bias_omd, layout) if sequence.is_split() else _slots(raw, None, bias_omd, layout)
+        self.sow("intermediates", "weight", of_slots[0])
       return entries(), None
     stacked = jnp.stack([jnp.stack(pair, 2) for pair in raw], 3)
     if x_BSD.shape[1] >= m:
@@ -201,7 +204,13 @@ class Compressor(nn.Module):
 
 
 def _pooled(raw, earlier, bias_omd: jax.Array, layout: EntryLayout) -> jax.Array:
-  """[B, T, d], at least float32: the weighted sum of each entry's slots.
+  """[B, T, d], at least float32: the weighted sum of each entry's slots. Arguments of `_slots`."""
+  weight, value = _slots(raw, earlier, bias_omd, layout)
+  return (weight * value.astype(weight.dtype)).sum(2)
+
+
+def _slots(raw, earlier, bias_omd: jax.Array, layout: EntryLayout) -> tuple[jax.Array, jax.Array]:
+  """Weights, at least float32, and values [B, T, slots, d] of each entry's slots; weights sum to 1 over the slots.
 
   Args:
     raw: (values, gates) [B, S, d] of each series; earlier: as in `Compressor`, or None.
@@ -216,17 +225,16 @@ def _pooled(raw, earlier, bias_omd: jax.Array, layout: EntryLayout) -> jax.Array
     gate = _windows(gate, layout, offset).astype(bias_omd.dtype) + bias_omd[o]
     gates.append(jnp.where(layout.has_previous[..., None, None], gate, -jnp.inf) if offset else gate)
   value, gate = (jnp.concatenate(parts, 2) if series > 1 else parts[0] for parts in (values, gates))
-  weight = jax.nn.softmax(gate, 2)
-  return (weight * value.astype(weight.dtype)).sum(2)
+  return jax.nn.softmax(gate, 2), value
 
 
-def _pooled_by_part(raw, bias_omd: jax.Array, layout: EntryLayout) -> jax.Array:
-  """`_pooled` of a split sequence: the part before hands over values and gates of its last tokens."""
+def _by_part(fn: Callable, raw, bias_omd: jax.Array, layout: EntryLayout) -> Any:
+  """`_pooled` or `_slots` of a split sequence: the part before hands over values and gates of its last tokens."""
   count = len(raw) * layout.rate - 1
 
   def run(raw, layout, bias_omd):
     last = jnp.stack([jnp.stack([x[:, x.shape[1] - count:] for x in pair], 2) for pair in raw], 3)
-    return _pooled(raw, sequence.last_of_previous(last, count), bias_omd, layout)
+    return fn(raw, sequence.last_of_previous(last, count), bias_omd, layout)
 
   layout = dataclasses.replace(layout, last=None, segment=None)  # these are whole already and not needed
   return sharding.per_shard(run, (sequence.TOKENS, sequence.TOKENS, ()), sequence.TOKENS)(raw, layout, bias_omd)

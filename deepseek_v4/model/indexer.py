@@ -112,7 +112,9 @@ class Indexer(nn.Module):
     return sharding.per_shard(run, (*index_axes, *place_axes), query)(*index, *places)
 
   def _trace(self, index, selection: Selection, context: Context) -> None:
-    """Dense pictures of what happened, for `dsv4.trace` only: scores [B, S, T] and the chosen entries [B, S, K]."""
+    """What happened, for `dsv4.trace` only: the index, dense scores [B, S, T] and the chosen entries [B, S, K]."""
+    for name, value in zip(("queries", "weights", "keys"), index):
+      self.sow("intermediates", name, value)
     layout = context.entries[CSA]
     visible = reference.sees_entry(context.positions, context.segment_ids, layout.last, layout.segment)
     self.sow("intermediates", "scores", jnp.where(visible, reference.scores(*index), -jnp.inf))

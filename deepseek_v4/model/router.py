@@ -152,4 +152,6 @@ class Router(nn.Module):
     if given is not None and self.kind != HASH:
       # What is beyond the scores has the score NaN; a change of the weights themselves would round gradients otherwise.
       weighed_BSk = jnp.where((given != experts_BSk) & (context.segment_ids > 0)[..., None], num_experts, experts_BSk)
-    return experts_BSk, combine_weights(scores_BSE, weighed_BSk, config.routed_scaling_factor), scores_BSE
+    weights_BSk = combine_weights(scores_BSE, weighed_BSk, config.routed_scaling_factor)
+    self.sow("intermediates", "weights", weights_BSk)
+    return experts_BSk, weights_BSk, scores_BSE

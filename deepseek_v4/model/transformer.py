@@ -239,6 +239,7 @@ class DeepseekV4(nn.Module):
     given, given_to_mtp = choices(replay, config, context, segment_ids, back, run_mtp)
 
     embedded_BSD = Embedding(config, name="embed")(tokens)
+    self.sow("intermediates", "embedding", embedded_BSD)
     streams_BSND = jnp.broadcast_to(embedded_BSD[:, :, None], (*tokens.shape, config.hc_mult, config.hidden_size))
     layer_caches = {} if cache is None else cache.layers
     stack = Stack(config, kernels, name="layers")
