@@ -67,7 +67,13 @@ def _read(path: Path) -> dict[str, Any]:
   path = path / "config.json" if path.is_dir() else path
   if not path.is_file():
     raise FileNotFoundError(f"{path}: expected a config.json or a folder that holds one")
-  return json.loads(path.read_text(encoding="utf-8"))
+  try:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:  # no UTF-8, or no JSON
+    raise ValueError(f"{path}: expected a JSON object; {error}") from error
+  if not isinstance(raw, dict):
+    raise ValueError(f"{path}: expected a JSON object, found a {type(raw).__name__}")
+  return raw
 
 
 def _layer_types(raw: Mapping[str, Any], n: int, rates: Mapping[str, int]) -> tuple[str, ...]:

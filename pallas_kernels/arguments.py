@@ -43,5 +43,7 @@ def check_number(op: str, name: str, value: Any, least: int) -> None:
   Raises:
     ValueError: names it.
   """
-  if not isinstance(value, jax.core.Tracer) and (isinstance(value, bool) or not hasattr(value, "__index__") or value < least):
+  if isinstance(value, jax.core.Tracer):
+    return
+  if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
     raise ValueError(f"{op}: {name} = {value!r}: expected a whole number, at least {least}")

@@ -249,7 +249,6 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   Raises:
     ValueError: what does not fit, before anything is computed.
   """
-  settings = _settings(len(prompts), temperature, top_p, top_k, min_p)
   _check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, thinking_budget)
   if cache_storage not in STORAGES:
     refuse("cache_storage", cache_storage, f"one of {', '.join(STORAGES)}")
@@ -260,6 +259,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
     refuse("record", record, f"some of {', '.join(RECORDS)}, without speculation")
   from deepseek_v4.generation import speculative as speculation  # it builds on this module
   drafts = speculation.check(model.config, variables, speculative)
+  settings = _settings(len(prompts), temperature, top_p, top_k, min_p)
   if drafts:
     return speculation.generate(model, variables, prompts, drafts=drafts, keys=keys, settings=settings,
                                 max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, thinking_budget=thinking_budget,

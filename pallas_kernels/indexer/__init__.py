@@ -38,7 +38,8 @@ def select(queries: jax.Array, weights: jax.Array, keys: Any, *, top_k: int, pos
   """
   arguments.check("select", queries=(queries, "B S h c"), weights=(weights, "B S h"),
                   positions=(positions, "int: B S"), segment_ids=(segment_ids, "int: B S"),
-                  entry_last=(entry_last, "int: B T"), entry_segment=(entry_segment, "int: B T"), **({} if unpack else {"keys": (keys, "B T c")}))
+                  entry_last=(entry_last, "int: B T"), entry_segment=(entry_segment, "int: B T"),
+                  **({} if unpack else {"keys": (keys, "B T c")}))
   arguments.check_number("select", "top_k", top_k, 1)
   if top_k >= entry_last.shape[1]:
     return Selection.all(*positions.shape)
@@ -78,7 +79,8 @@ def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_q
   arguments.check("kl_loss", queries=(queries, "B S h c"), weights=(weights, "B S h"), keys=(keys, "B T c"),
                   attention_queries=(attention_queries, "B S H d"), entries=(entries, "B T d"), lse=(lse, "B S H"),
                   positions=(positions, "int: B S"), segment_ids=(segment_ids, "int: B S"),
-                  entry_last=(entry_last, "int: B T"), entry_segment=(entry_segment, "int: B T"), **{"selection.picks": (selection.picks, "int: B S K")})
+                  entry_last=(entry_last, "int: B T"), entry_segment=(entry_segment, "int: B T"),
+                  **{"selection.picks": (selection.picks, "int: B S K")})
   run = pick("indexer.kl_loss", implementation, {
       "reference": reference.kl_loss, "blockwise": blockwise.kl_loss,
       "pallas": _fastest_loss, "interpret": functools.partial(kernel_loss.kl_loss, interpret=True)})

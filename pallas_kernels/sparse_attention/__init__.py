@@ -56,7 +56,8 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selectio
   arguments.check("attend", q=(q, "B S H d"), window_kv=(window_kv, "B S d"), sink=(sink, "H"),
                   positions=(positions, "int: B S"), segment_ids=(segment_ids, "int: B S"),
                   entry_last=(entry_last, "int: B T"), entry_segment=(entry_segment, "int: B T"),
-                  **({} if unpack else {"entries": (entries, "B T d")}), **{"selection.picks": (selection.picks, "int: B S K")})
+                  **({} if unpack else {"entries": (entries, "B T d")}),
+                  **{"selection.picks": (selection.picks, "int: B S K")})
   arguments.check_number("attend", "window", window, 0)
   if (past_kv is None) != (past_segment is None) or (past_kv is not None and past_kv.shape[:2] != past_segment.shape):
     shapes = [None if x is None else x.shape for x in (past_kv, past_segment)]
