@@ -1,8 +1,5 @@
 """Command lines: the mains are called in this process, up to what they refuse."""
 
-import importlib
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ from absl import flags
 
 from launch import processes
 from tests.bad_input.table import check, table
+from tests.launch.in_process import program
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, WORKDIR = ("--config", str(ROOT / "configs/debug.py")), ("--workdir", "runs/nothing")
@@ -17,23 +15,10 @@ NO_RUN_FILE = str(ROOT / "deepseek_v4/config_checks.py")
 
 
 def command(name, *arguments):
-  """A main with its flags read, as `python -m launch.NAME` does it; flags and environment are those of before afterwards."""
+  """A main with its flags read, as `python -m launch.NAME` does it."""
   def run(_):
-    module = importlib.import_module(f"launch.{name}")
-    before, environment = set(flags.FLAGS), dict(os.environ)
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(signal, "signal", lambda *_: None)
-      for meant_for_a_new_process in ("use_huge_pages", "emulate_devices"):
-        patch.setattr(module, meant_for_a_new_process, lambda *_: None, raising=False)
-      try:
-        getattr(module, "define_flags", importlib.import_module("launch.train").define_flags)()
-        module.main(flags.FLAGS([name, *arguments]))
-      finally:
-        for flag in set(flags.FLAGS) - before:
-          delattr(flags.FLAGS, flag)
-        flags.FLAGS.unparse_flags()
-        os.environ.clear()
-        os.environ.update(environment)
+    with program(name) as module:
+      module.main(flags.FLAGS([name, *arguments]))
   return run
 
 
