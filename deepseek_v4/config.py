@@ -71,7 +71,7 @@ class RunConfig:
   distillation: DistillationConfig | None = None  # a run of launch.distill
   reinforcement: ReinforcementConfig | None = None  # learning from rewards instead of from text
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     if self.model.inference_rounding:
       refuse("model.inference_rounding", True, "False in a run: rounding has no gradient to train with")

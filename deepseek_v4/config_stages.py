@@ -46,7 +46,7 @@ class StageConfig:
   warmup_steps: int = 0
   decay_steps: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     if not _NAME.fullmatch(self.name):
       refuse("stages: name", self.name, "letters, digits, _ and -, not beginning with a digit")

@@ -271,11 +271,11 @@ class OnMesh:
   def _ambient(self):
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-  def __call__(self, *args):
+  def __call__(self, *args: Any) -> Any:
     with self._ambient():
       return self.jitted(*args)
 
-  def lower(self, *args):
+  def lower(self, *args: Any) -> jax.stages.Lowered:
     """Lowers for arrays or ShapeDtypeStructs; `.compile()` follows as with any jitted function."""
     with self._ambient():
       return self.jitted.lower(*args)

@@ -44,7 +44,7 @@ class ThinkingBudget:
   tokens: int
   close: tuple[int, ...]
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     at_least(self, 0, "tokens")
     if not self.close or min(self.close) < 0:

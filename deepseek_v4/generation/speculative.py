@@ -158,7 +158,7 @@ def feed(model: DeepseekV4, variables: Any, cache: Cache, draft_cache: Cache, to
 
 @functools.partial(jax.jit, static_argnames=("model", "reach"), donate_argnames=("state",))
 def advance(model: DeepseekV4, variables: Any, state: State, keys: jax.Array, numbers: jax.Array, count: jax.Array,
-            forced: jax.Array, settings: Rows, *, reach: int):
+            forced: jax.Array, settings: Rows, *, reach: int) -> Any:
   """One step of the main model over the last token and its drafts, and drafts for the next one; the state is given up.
 
   Args:

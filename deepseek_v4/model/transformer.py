@@ -85,7 +85,8 @@ class Stack(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array, context: Context, caches: dict[str, LayerCache], given: list[Choice]):
+  def __call__(self, streams_BSND: jax.Array, context: Context, caches: dict[str, LayerCache], given: list[Choice]
+               ) -> Any:
     """Returns the streams after the last layer, the reports of all layers, stacked over L, the selections of the CSA layers
     if they are kept, and the layers' caches.
 
@@ -197,7 +198,7 @@ class DeepseekV4(nn.Module):
   config: ModelConfig
   kernels: str = "auto"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self.kernels = pallas_kernels.resolve(self.kernels)
     super().__post_init__()
 

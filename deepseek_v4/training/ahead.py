@@ -15,7 +15,7 @@ class Ahead:
   The thread is a daemon: one that hangs in `take` does not keep the process alive.
   """
 
-  def __init__(self, take: Callable[[], Any]):
+  def __init__(self, take: Callable[[], Any]) -> None:
     self._take = take
     self._box: queue.SimpleQueue | None = None  # of the call that runs or has not been asked for
 

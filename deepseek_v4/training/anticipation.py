@@ -99,7 +99,7 @@ class Anticipation:
   """
 
   def __init__(self, run_config: RunConfig, mesh: Mesh | None, plain_step: Callable[..., Any], end: int,
-               say: Callable[[str], None]):
+               say: Callable[[str], None]) -> None:
     self._run_config, self._mesh, self._plain, self._end, self._say = run_config, mesh, plain_step, end, say
     self._waiting: collections.deque[_Waiting] = collections.deque()
     self._choose = self._replayed = None  # compiled when the first period begins

@@ -126,7 +126,7 @@ class ChatDocuments:
   text_bytes = None  # of a conversation only a part is predicted: its loss is no measure of text
   left_out = ()
 
-  def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer: Any):
+  def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer: Any) -> None:
     del vocab_size  # the tokenizer was checked against it
     template = template_of(config)
     found, bad = read(config, split)

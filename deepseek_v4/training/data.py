@@ -140,8 +140,8 @@ class Batches:
     config: the settings that they come from.
   """
 
-  def __init__(self, config: DataConfig, split: str, documents, tokenizer, rows: Sequence[int],
-               order: RowOrder | None = None):
+  def __init__(self, config: DataConfig, split: str, documents: Any, tokenizer: Any, rows: Sequence[int],
+               order: RowOrder | None = None) -> None:
     self.config, self._split, self._source = config, split, documents
     self._order = order or RowOrder(documents, config, split)
     self.tokenizer = tokenizer
@@ -207,7 +207,7 @@ class Batches:
 class BatchIterator:
   """Batches {"tokens", "segment_ids", "positions", "loss_mask"}, each int32 [A, B, S], with a position that can be saved."""
 
-  def __init__(self, batches: Batches):
+  def __init__(self, batches: Batches) -> None:
     self._batches = batches
     self._place = Position()
     self._iterator = iter(batches.pipeline(self._place))

@@ -104,7 +104,7 @@ class RowOrder:
     packing: of all documents, in rows of `config.sequence_length`.
   """
 
-  def __init__(self, documents: Documents, config: DataConfig, split: str):
+  def __init__(self, documents: Documents, config: DataConfig, split: str) -> None:
     self._documents, self._config, self._split = documents, config, split
     self.packing = packing.pack(documents.lengths, config.sequence_length)
 

@@ -168,7 +168,7 @@ class RecordFile:
     largest: the largest id in the file, -1 without any.
   """
 
-  def __init__(self, file: Path, name: str):
+  def __init__(self, file: Path, name: str) -> None:
     from array_record.python import array_record_module
     self.file, self.name = file, name
     _check_readable(file)

@@ -7,6 +7,7 @@ from typing import Any, Mapping
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4 import optim, sharding
@@ -40,7 +41,7 @@ def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   return DeepseekV4(config, kernels="reference").init(key, jnp.zeros(shape, jnp.int32))
 
 
-def optimizer_of(run_config: RunConfig, params: Any, mesh: Mesh | None):
+def optimizer_of(run_config: RunConfig, params: Any, mesh: Mesh | None) -> optax.GradientTransformation:
   """The run's Optax transformation for a `params` tree (arrays or shapes)."""
   shardings = None if mesh is None else sharding.parameter_shardings(params, mesh)
   return optim.build_optimizer(run_config.optimizer, params, steps=run_config.training.steps, shardings=shardings)
@@ -120,7 +121,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
                     jax.tree_util.tree_map_with_path(of_moment, state.opt_state), everywhere)
 
 
-def jit_init(run_config: RunConfig, mesh: Mesh | None = None):
+def jit_init(run_config: RunConfig, mesh: Mesh | None = None) -> Any:
   """The jitted function key -> TrainState; on a mesh every leaf is created where it belongs."""
   places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run_config, mesh))
   return jax.jit(lambda key: _new_state(run_config, mesh, key), out_shardings=places)

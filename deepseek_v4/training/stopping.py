@@ -46,7 +46,7 @@ class Stopping:
     unsaved: whether steps were finished that are not on disk yet; the loop says so.
   """
 
-  def __init__(self, grace: float = 25.0):
+  def __init__(self, grace: float = 25.0) -> None:
     self._grace = grace
     self._signal: int | None = None  # the first that came
     self._interrupts = 0
