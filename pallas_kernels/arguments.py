@@ -23,9 +23,9 @@ def check(op: str, **arguments: tuple[Any, str]) -> None:
   for name, (array, axes) in arguments.items():
     kind, _, letters = axes.rpartition(": ")
     wanted = letters.split()
-    shape = getattr(array, "shape", None)
+    shape = getattr(array, "shape", ())
     expected = [sizes.get(letter, int(letter) if letter.isdigit() else letter) for letter in wanted]
-    if shape is None or len(shape) != len(wanted) or any(isinstance(e, int) and e != n for e, n in zip(expected, shape)):
+    if len(shape) != len(wanted) or any(isinstance(e, int) and e != n for e, n in zip(expected, shape)):
       _refuse(op, name, array, f"{' '.join(wanted)} = {', '.join(map(str, expected))}")
     if not jnp.issubdtype(array.dtype, jnp.integer if kind == "int" else jnp.floating):
       _refuse(op, name, array, f"{'whole' if kind == 'int' else 'floating'} numbers [{' '.join(wanted)}]")

@@ -96,7 +96,7 @@ class Stack(nn.Module):
     """
     groups = group_layers(self.config)
     reports: list[LayerOutput] = []
-    new_caches = {}
+    new_caches: dict[str, LayerCache | None] = {}
     for layers in [*self._runs(0, groups.prefix), None, *self._runs(groups.suffix_start, groups.num_layers)]:
       if layers is not None:
         keys = [groups.key_of(layer)[0] for layer in layers]

@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import sys
 import zlib
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -228,7 +228,7 @@ class BatchIterator:
     earlier = {"earlier": [list(pair) for pair in self._place.earlier]} if self._place.earlier else {}
     return {"row": self._place.row, **self._batches.identity, **earlier}
 
-  def set_state(self, state: dict[str, Any]) -> None:
+  def set_state(self, state: Mapping[str, Any]) -> None:
     """Goes to a position of `get_state`: the next batch is the one that would have followed there.
 
     Raises:

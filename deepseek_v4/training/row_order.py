@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any, Callable, Protocol, Sequence
+from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import grain
 import numpy as np
@@ -58,7 +58,8 @@ class Position:
     Raises:
       ValueError: the state is none.
     """
-    row, earlier = (state.get("row"), state.get("earlier", [])) if isinstance(state, dict) else (None, None)
+    found: tuple[Any, Any] = (state.get("row"), state.get("earlier", [])) if isinstance(state, dict) else (None, None)
+    row, earlier = found
     whole = lambda x, least: type(x) is int and x >= least
     if not whole(row, 0) or not isinstance(earlier, (list, tuple)) or not all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 and whole(pair[0], 2) and whole(pair[1], 1) for pair in earlier):
@@ -69,7 +70,7 @@ class Position:
     return position
 
 
-def moved(state: dict[str, Any], sequence_length: int) -> dict[str, Any]:
+def moved(state: Mapping[str, Any], sequence_length: int) -> Mapping[str, Any]:
   """The same place in the documents, to go on from in rows of another length; the state itself where it is the same one.
 
   Args:
@@ -112,7 +113,7 @@ class RowOrder:
     """Row number -> row, for numbers from `position.row` on; behind the one epoch of held-out text rows without tokens."""
     begin, rest = position.begin, self._left(position.earlier)
     count = rest.rows if rest else 0
-    first = self._shuffled(_Rows(rest, self._documents), begin) if rest else None
+    first: Any = self._shuffled(_Rows(rest, self._documents), begin) if rest else None
     epochs = self._epochs(_Rows(self.packing, self._documents))
 
     def row_at(row: int) -> Batch:

@@ -38,7 +38,7 @@ def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Fresh variables {"params", "router"}; no shape depends on the tokens they are initialised with."""
   parts = sharding.sequence_parts()
   shape = (sharding.batch_shards(), parts * config.local_reach if parts > 1 else 2)
-  return DeepseekV4(config, kernels="reference").init(key, jnp.zeros(shape, jnp.int32))
+  return dict(DeepseekV4(config, kernels="reference").init(key, jnp.zeros(shape, jnp.int32)))
 
 
 def optimizer_of(run_config: RunConfig, params: Any, mesh: Mesh | None) -> optax.GradientTransformation:
@@ -107,7 +107,7 @@ def abstract_state(run_config: RunConfig, mesh: Mesh | None = None) -> TrainStat
                       state_shardings(shapes, mesh))
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: Mesh) -> Any:
   """NamedSharding of every leaf: moments lie like their parameters, scalars and keys everywhere."""
   everywhere = NamedSharding(mesh, PartitionSpec())
   params = sharding.parameter_shardings(state.params, mesh)
@@ -117,7 +117,8 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     names = sharding.path_names(path)
     return next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), everywhere)
 
-  return TrainState(everywhere, params, sharding.parameter_shardings(state.router, mesh),
+  build: Any = TrainState  # of shardings in the place of arrays
+  return build(everywhere, params, sharding.parameter_shardings(state.router, mesh),
                     jax.tree_util.tree_map_with_path(of_moment, state.opt_state), everywhere)
 
 

@@ -28,7 +28,7 @@ ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")  # what every batch
 
 # XLA's CPU scheduler otherwise starts recomputation at once, and remat then saves no memory. On a TPU the rows of routed
 # experts travel while other work goes on, such as the shared expert's.
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
                     "tpu": {"xla_tpu_enable_async_ragged_all_to_all": True}}
 
 
@@ -184,8 +184,8 @@ def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: Tra
   new = _updated(run_config, mesh, state, grads, load)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new.params)
   keep = lambda a, b: jax.lax.select(finite, a, b)
-  kept = TrainState(*(jax.tree.map(keep, getattr(new, name), getattr(state, name))
-                      for name in ("step", "params", "router", "opt_state")), state.key)
+  kept = TrainState(**{name: jax.tree.map(keep, getattr(new, name), getattr(state, name))
+                       for name in ("step", "params", "router", "opt_state")}, key=state.key)
   rate = optim.make_schedule(run_config.optimizer, run_config.training.steps)(state.step)
   metrics = {"loss": loss, **means, "grad_norm": grad_norm, "learning_rate": rate, "finite": finite,
              "tokens": (batch["segment_ids"] > 0).sum(), "max_load_violation": _max_violation(load)}

@@ -106,7 +106,7 @@ def _body(counts, ids, q, words, entries, near_words, near_keys, sink, out, lse,
 
   if not plan.merged:
     @pl.when(j < counts[number])
-    def _():
+    def tile():
       keys = entries[...]
       seen = tiles.key_mask(words[...], tiles.tile_id(counts, ids, number, j, plan), plan.entries)
       s = tiles.hide(matmul_t(qs[...], keys), seen)

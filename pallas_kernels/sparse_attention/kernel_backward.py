@@ -135,7 +135,7 @@ def _body(counts, ids, q, words, entries, near_words, near_keys, sink, out, d_ou
 
   if not plan.merged:
     @pl.when(j < counts[number])
-    def _():
+    def tile():
       tile = tiles.tile_id(counts, ids, number, j, plan)
       entry_sum[_tile_rows(tile, plan)] += gradients(entries[...], tiles.key_mask(words[...], tile, plan.entries))
 
