@@ -272,6 +272,7 @@ class OnMesh:
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
   def __call__(self, *args: Any) -> Any:
+    """Calls the jitted function."""
     with self._ambient():
       return self.jitted(*args)
 

@@ -159,6 +159,7 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, experts_BSk: jax.Array, weights_BSk: jax.Array) -> jax.Array:
+    """x [B, S, D], experts int32 [B, S, k], weights [B, S, k] -> the weighted sum [B, S, D] over the chosen experts."""
     config = self.config
     count, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
     expert_axis, width_axis = sharding.axis_name("expert"), sharding.axis_name("mlp")
@@ -182,6 +183,7 @@ class SharedExpert(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array) -> jax.Array:
+    """x [B, S, D] -> [B, S, D], what every token's own expert adds."""
     config, limit = self.config, self.config.swiglu_limit
     d, f = config.hidden_size, config.moe_intermediate_size
     gate, up = remat.keep([x_BSD @ weights.matrix(self, config, name, (d, f)) for name in ("gate", "up")])

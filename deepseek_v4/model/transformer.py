@@ -346,6 +346,7 @@ class Embedding(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
+    """tokens int32 [B, S] -> [B, S, D]."""
     table = weights.matrix(self, self.config, "embedding", (self.config.vocab_size, self.config.hidden_size))
     return sharding.constrain(table[tokens], ("batch", "sequence", None))
 
@@ -357,4 +358,5 @@ class LMHead(nn.Module):
 
   @nn.compact
   def __call__(self) -> Any:
+    """The matrix [D, V]."""
     return weights.matrix(self, self.config, "kernel", (self.config.hidden_size, self.config.vocab_size))

@@ -56,6 +56,7 @@ class Teacher:
 
   @property
   def name(self) -> str:
+    """As the config calls it."""
     return self.config.name
 
 

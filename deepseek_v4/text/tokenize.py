@@ -43,6 +43,7 @@ class ByteTokenizer:
 
   @property
   def vocab_size(self) -> int:
+    """Ids that it gives: those of bytes, of begin, end and padding, and of fill-in-the-middle where there is room."""
     return BYTE_VOCABULARY if self.fim is None else BYTE_VOCABULARY + len(self.fim)
 
   def encode(self, text: str | bytes) -> list[int]:

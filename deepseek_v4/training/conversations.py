@@ -42,6 +42,7 @@ class Conversation:
 
   @property
   def messages(self) -> list[Mapping[str, Any]]:
+    """As `chat.encode` takes them."""
     return self.fields["messages"]
 
 
@@ -150,6 +151,7 @@ class ChatDocuments:
     self.checksum = zlib.crc32(self._written.tobytes(), zlib.crc32(self._ids.tobytes()))
 
   def read(self, document: int, start: int, length: int) -> np.ndarray:
+    """Ids int32 [length] of a document, from `start` on."""
     at = self._first[document] + start
     return self._ids[at:at + length]
 

@@ -104,6 +104,7 @@ class MetricsWriter:
         self._events.add_scalar(f"{split}/{name}", float(value), step)
 
   def close(self) -> None:
+    """Ends the files."""
     if self.active:
       self._file.close()
       self._events.close()
@@ -161,6 +162,7 @@ class Progress:
       self._bar.write(text, file=sys.stdout)
 
   def close(self) -> None:
+    """Takes the bar away."""
     self._bar.close()
 
 

@@ -31,7 +31,8 @@ class Documents(Protocol):
   lengths: np.ndarray
   counted: Callable[[int, int, int], np.ndarray] | None
 
-  def read(self, document: int, start: int, length: int) -> np.ndarray: ...
+  def read(self, document: int, start: int, length: int) -> np.ndarray:
+    """Ids int32 [length] of a document, from `start` on."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,10 +44,12 @@ class Sizes:
 
   @property
   def all_queries(self) -> int:
+    """Queries of a row, padding included."""
     return self.cores * self.blocks * self.queries
 
   @property
   def all_entries(self) -> int:
+    """Entries of a row, padding included."""
     return self.steps * self.entries
 
   def block(self, core: Any, step: Any) -> Any:
@@ -159,6 +161,7 @@ class LossCall:
 
   @property
   def grid(self) -> tuple[int, ...]:
+    """Steps of the Pallas call: cores, rows of the batch, blocks of queries, tiles of entries."""
     return (self.sizes.cores, self.ranges.shape[0] // (self.sizes.cores * self.sizes.blocks), self.sizes.blocks,
             self.sizes.steps)
 

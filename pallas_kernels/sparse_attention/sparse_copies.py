@@ -87,6 +87,7 @@ class Copies(NoCopies):
       lax.fori_loop(0, self.plan.queries, lambda query, _: self._start(0, 0, query, 0, 1), None)
 
   def wait(self) -> None:
+    """Waits for the copies of this step."""
     self._wait(self.slot)
 
   def start_next(self, query: Any, part: Any) -> None:
@@ -94,6 +95,7 @@ class Copies(NoCopies):
     self._start(jnp.minimum(self.step + 1, self.plan.run - 1), 1 - self.slot, query, part, PARTS)
 
   def join(self, staged_Kw: jax.Array, query: Any) -> jax.Array:
+    """Staged rows and those that were copied."""
     columns = [self.landing[self.slot, query, :, column] for column in range(self.landing.shape[3])]
     return jnp.concatenate([staged_Kw, jnp.concatenate([x.reshape(-1, LANES) for x in columns], 1)], 0)
 
