@@ -14,7 +14,9 @@ AOT = [
 # nbclient executes the notebooks (the tests do), nbformat reads them, ipykernel is the Python that they run in.
 # transformers and torch are the independent truth about the model; the parity tests run on the older Python.
 NOTEBOOKS = ["nbclient", "nbformat", "ipykernel"]
-TEST = AOT + NOTEBOOKS + ["pytest", "pytest-xdist", "hypothesis", "pyyaml", f"transformers==5.24.0; {OLDER}",
+# ruff and mypy are pinned: another version has other opinions.
+LINT = ["ruff==0.17.6", "mypy==2.4.1"]
+TEST = AOT + NOTEBOOKS + LINT + ["pytest", "pytest-xdist", "hypothesis", "pyyaml", f"transformers==5.24.0; {OLDER}",
                           f"torch==2.13.0; {OLDER}"]
 
 setup(

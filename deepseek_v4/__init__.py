@@ -3,7 +3,10 @@
     import deepseek_v4 as dsv4
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import Any
 
 _NAMES = {
     "ModelConfig": "deepseek_v4.config", "RunConfig": "deepseek_v4.config",
@@ -25,7 +28,7 @@ _MODULES["distillation"] = "deepseek_v4.posttraining.distillation"
 __all__ = [*_NAMES, *_MODULES]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
   if name in _NAMES:
     return getattr(importlib.import_module(_NAMES[name]), name)
   if name in _MODULES:
@@ -33,5 +36,5 @@ def __getattr__(name):
   raise AttributeError(f"module 'deepseek_v4' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
   return sorted(__all__)

@@ -71,7 +71,7 @@ class RunConfig:
   distillation: DistillationConfig | None = None  # a run of launch.distill
   reinforcement: ReinforcementConfig | None = None  # learning from rewards instead of from text
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     if self.model.inference_rounding:
       refuse("model.inference_rounding", True, "False in a run: rounding has no gradient to train with")
@@ -149,7 +149,7 @@ def override(config: Any, overrides: Sequence[str]) -> Any:
 def _replace(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
   hints = typing.get_type_hints(type(config))
   names = fields_of(config)
-  new = {}
+  new: dict[str, Any] = {}
   for name, value in changes.items():
     if name not in names:
       raise ValueError(f"{type(config).__name__} has no field {prefix + name!r}; it has {', '.join(names)}")
@@ -211,7 +211,7 @@ def to_dict(config: Any) -> dict[str, Any]:
   return dataclasses.asdict(config)
 
 
-def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
+def from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
   """The dataclass `kind` from a dictionary that `to_dict` (through JSON or not) made; unknown names are an error."""
   hints = typing.get_type_hints(kind)
   names = fields_of(kind)

@@ -20,7 +20,7 @@ class TeacherConfig:
   data: DataConfig = DataConfig()  # its documents: prompts from the training split, scores on the held-out one
   weight: float = 1.0  # of its KL in the loss
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     if not self.name or not self.name.replace("_", "a").replace("-", "a").isalnum() or not self.name.isascii():
       refuse("name", self.name, "letters, digits, '_' and '-'")
@@ -48,7 +48,7 @@ class DistillationConfig:
   decode_batch: int = 128  # replies that are sampled at a time
   hidden_dtype: str = "bfloat16"  # of the teachers' cached hidden states: "bfloat16" or "float32"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     object.__setattr__(self, "teachers", tuple(self.teachers))
     names = [teacher.name for teacher in self.teachers]

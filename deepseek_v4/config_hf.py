@@ -67,7 +67,13 @@ def _read(path: Path) -> dict[str, Any]:
   path = path / "config.json" if path.is_dir() else path
   if not path.is_file():
     raise FileNotFoundError(f"{path}: expected a config.json or a folder that holds one")
-  return json.loads(path.read_text(encoding="utf-8"))
+  try:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:  # no UTF-8, or no JSON
+    raise ValueError(f"{path}: expected a JSON object; {error}") from error
+  if not isinstance(raw, dict):
+    raise ValueError(f"{path}: expected a JSON object, found a {type(raw).__name__}")
+  return raw
 
 
 def _layer_types(raw: Mapping[str, Any], n: int, rates: Mapping[str, int]) -> tuple[str, ...]:
@@ -75,7 +81,7 @@ def _layer_types(raw: Mapping[str, Any], n: int, rates: Mapping[str, int]) -> tu
   types, ratios = raw.get("layer_types"), raw.get("compress_ratios")
   if types is None and ratios is None:
     refuse("compress_ratios", None, "this list or layer_types")
-  by_ratio = None if ratios is None else _kinds_of_ratios(ratios, n, rates)
+  by_ratio = () if ratios is None else _kinds_of_ratios(ratios, n, rates)
   if types is None:
     return by_ratio
   for i, (given, meant) in enumerate(zip(types, by_ratio or types)):
@@ -133,10 +139,8 @@ def _rates(raw: Mapping[str, Any]) -> dict[str, int]:
 def _rope_dim(raw: Mapping[str, Any], head_dim: int) -> int:
   """Rotary channels per head; the two spellings must agree where both are given."""
   factor, given = raw.get("partial_rotary_factor"), raw.get("qk_rope_head_dim")
-  if factor is None and given is None:
-    return round(head_dim * 64 / 512)
   if factor is None:
-    return given
+    return given if given is not None else round(head_dim * 64 / 512)
   dim = round(head_dim * factor)
   if given is not None and given != dim:
     refuse("qk_rope_head_dim", given, f"partial_rotary_factor * head_dim = {dim}")

@@ -39,7 +39,7 @@ class Yarn:
   beta_fast: float = 32.0
   beta_slow: float = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     at_least(self, 1, "factor", "original_max_position_embeddings")
     positive(self, "beta_fast", "beta_slow")
@@ -97,7 +97,7 @@ class ModelConfig:
   expert_exchange: str = "auto"  # how tokens meet experts of other devices, one of EXCHANGES; see `model/experts.py`
   loss_chunk_size: int = 1024  # tokens per device whose logits exist at a time in training
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     object.__setattr__(self, "layer_types", tuple(self.layer_types))
     object.__setattr__(self, "mlp_layer_types", tuple(self.mlp_layer_types))

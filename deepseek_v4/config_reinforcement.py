@@ -39,7 +39,7 @@ class ReinforcementConfig:
   length_penalty: float = 0.0  # taken off the reward of a reply of max_new_tokens tokens, in proportion of shorter ones
   length_penalty_cap: float = 1.0  # but never more than this
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     object.__setattr__(self, "rewards", tuple(self.rewards))
     if not self.rewards:

@@ -46,7 +46,7 @@ class StageConfig:
   warmup_steps: int = 0
   decay_steps: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     if not _NAME.fullmatch(self.name):
       refuse("stages: name", self.name, "letters, digits, _ and -, not beginning with a digit")
@@ -91,7 +91,7 @@ class StageConfig:
     """Steps of the stage; `data` as of `data_of`."""
     if self.steps is not None:
       return self.steps
-    left, sizes = self.tokens, self.batch_sizes(data)
+    left, sizes = self.tokens or 0, self.batch_sizes(data)
     for (first, rows), (following, _) in zip(sizes, sizes[1:]):
       taken = (following - first) * rows * data.sequence_length
       if taken >= left:

@@ -34,7 +34,7 @@ class OptimizerConfig:
   adam_eps: float = 1e-20
   adam_v_floor: float = 0.0  # smallest second moment; above 0 it prevents 10x steps where v underflows
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     positive(self, "learning_rate", "clip_norm", "update_rms")
     at_least(self, 0, "first_step", "warmup_steps", "decay_steps", "weight_decay", "adam_eps", "adam_v_floor",
@@ -63,7 +63,7 @@ class LossConfig:
   indexer_weight: float = 0.01
   bias_update_speed: float = 1e-3
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     at_least(self, 0, "mtp_weight", "mtp_weight_final", "balance_weight", "indexer_weight", "bias_update_speed")
 
@@ -85,7 +85,7 @@ class DataConfig:
   fim_rate: float = 0.0  # share of documents rearranged as prefix, suffix, middle
   seed: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     one_of(self, "source", ("stdlib", "text", "jsonl", "chat", "array_record"))
     if (self.path is None) != (self.source == "stdlib"):
@@ -116,7 +116,7 @@ class MeshConfig:
   tensor: int = 1
   emulated_devices: int = 0  # CPU devices that the launcher asks JAX for, of all processes; 0 = what the machines have
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     sizes = {name: getattr(self, name) for name in self.axis_names}
     for name, size in sizes.items():
@@ -150,7 +150,7 @@ class AnomalyConfig:
   anticipation_delay: int = 8  # steps between the choice of experts and the step that they are for; 0 = the plain step
   anticipation_steps: int = 200  # how long that lasts from the step on that went wrong; the report gives neither number
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     one_of(self, "policy", ("skip", "repeat", "anticipate", "log", "stop"))
     at_least(self, 2, "window")
@@ -177,7 +177,7 @@ class TrainingConfig:
   keep_checkpoints: int = 2
   grace_seconds: float = 25.0  # within which the process ends after SIGTERM; Kubernetes kills after 30
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     if self.init_from == "":
       refuse("init_from", self.init_from, "a folder, or None")

@@ -189,7 +189,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
   """Which of the `rows` of a batch [A, rows, S] the devices of this process hold, in order."""
-  places = batch_sharding(mesh).addressable_devices_indices_map((1, rows, mesh.size))
+  places: Any = batch_sharding(mesh).addressable_devices_indices_map((1, rows, mesh.size))
   return sorted({row for _, held, _ in places.values() for row in range(*held.indices(rows))})
 
 
@@ -228,14 +228,14 @@ def query_axis(length: int) -> str:
   """Logical axis of the queries of an op that needs all heads at once: "queries", split over context and tensor, where
   `length` splits evenly; else "sequence", and the tensor axis repeats the work."""
   mesh = _ambient()
-  shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["queries"])
+  shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["queries"] or ())
   return "sequence" if length % shards else "queries"
 
 
 def axis_name(logical: str) -> str | None:
   """Mesh axis to sum over inside `per_shard` for a logical axis that is split there; None where it is whole."""
   mesh, axis = _ambient(), RULES[logical]
-  return axis if mesh is not None and mesh.shape[axis] > 1 else None
+  return axis if isinstance(axis, str) and mesh is not None and mesh.shape[axis] > 1 else None
 
 
 def axis_size(logical: str) -> int:
@@ -271,11 +271,12 @@ class OnMesh:
   def _ambient(self):
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-  def __call__(self, *args):
+  def __call__(self, *args: Any) -> Any:
+    """Calls the jitted function."""
     with self._ambient():
       return self.jitted(*args)
 
-  def lower(self, *args):
+  def lower(self, *args: Any) -> jax.stages.Lowered:
     """Lowers for arrays or ShapeDtypeStructs; `.compile()` follows as with any jitted function."""
     with self._ambient():
       return self.jitted.lower(*args)

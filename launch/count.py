@@ -85,15 +85,17 @@ def report(result: Count) -> str:
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-  values = flags.FLAGS
+  values, path = flags.FLAGS, flags.FLAGS["json"].value
   try:
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+      raise ValueError(f"--json = {path!r}: expected a file in a folder that exists")
     result = count(load_model(values["config"].value, values["set"].value), values["context"].value,
                    rewind=values["rewind"].value, drafts=values["drafts"].value)
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f"error: {error}")
   print(report(result))
-  if values["json"].value:
-    Path(values["json"].value).write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+  if path is not None:
+    Path(path).write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -323,6 +323,8 @@ def main(argv: list[str]) -> None:
     processes.refuse_several("launch.generate", os.environ)
     prompts = [value("prompt")]
     if value("prompts") is not None:
+      if not Path(value("prompts")).is_file():
+        raise FileNotFoundError(f"--prompts = {value('prompts')!r}: expected a file with a prompt on each line")
       lines = Path(value("prompts")).read_text(encoding="utf-8").splitlines()
       prompts = [line for line in lines if line.strip()]
       if not prompts:

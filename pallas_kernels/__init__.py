@@ -8,6 +8,10 @@
 What lives here: arrays and integers in, arrays out. What may not: configs, parameters, flax, anything of `deepseek_v4`.
 """
 
+from __future__ import annotations
+
+from typing import Any, Callable
+
 import jax
 
 IMPLEMENTATIONS = ("reference", "blockwise", "pallas", "interpret")
@@ -34,7 +38,7 @@ def resolve(implementation: str) -> str:
   return implementation
 
 
-def pick(op: str, implementation: str, available: dict):
+def pick(op: str, implementation: str, available: dict) -> Callable[..., Any]:
   """The implementation that insists or raises with the reason.
 
   Raises:

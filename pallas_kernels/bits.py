@@ -9,6 +9,7 @@ Axis letters: B batch   S queries   T entries   K picks per query   W words   C 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def to_picks(words: jax.Array, num_entries: int, top_k: int) -> jax.Array:
   return blocks.join(lax.map(one, blocks.cut(words, size)), batch, length)
 
 
-def words_of(selection, num_entries: int, places: dict[str, jax.Array]) -> jax.Array:
+def words_of(selection: Any, num_entries: int, places: dict[str, jax.Array]) -> jax.Array:
   """int32 [B, S, W]: the entries that each query really attends to, whatever the selection's kind.
 
   Args:

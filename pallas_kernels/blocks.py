@@ -47,7 +47,8 @@ def sees_entry(position_C: jax.Array, segment_C: jax.Array, last_T: jax.Array, e
   return same & (last_T[..., None, :] <= position_C[..., :, None])
 
 
-def picked_sees(picks_CK, position_C, segment_C, last_T, entry_segment_T) -> jax.Array:
+def picked_sees(picks_CK: jax.Array, position_C: jax.Array, segment_C: jax.Array, last_T: jax.Array,
+                entry_segment_T: jax.Array) -> jax.Array:
   """bool [..., C, K]: the pick is an entry, not empty, and visible to the query that picked it."""
   there_CK = (picks_CK >= 0) & (picks_CK < last_T.shape[0])
   safe_CK = jnp.where(there_CK, picks_CK, 0)

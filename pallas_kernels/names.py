@@ -4,6 +4,9 @@ A name counts inside `jax.checkpoint` only, and there only with a policy that me
 gradient takes the array from: in a written gradient's forward rule, since a name given to the op's result is that of a copy.
 """
 
+from __future__ import annotations
+
+import jax
 from jax.ad_checkpoint import checkpoint_name
 
 ATTENTION = "attention"  # output and log-sum-exp
@@ -11,6 +14,6 @@ INDEX_LOSS = "index_loss"  # two numbers per query
 EXPERTS = "experts"  # of each routed row
 
 
-def named(name: str, *arrays):
+def named(name: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   """The same arrays, named."""
   return tuple(checkpoint_name(x, name) for x in arrays)

@@ -56,6 +56,7 @@ class Parameters:
 
   @property
   def total_mtp(self) -> int:
+    """Parameters of the prediction block."""
     return sum(self.mtp.values())
 
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from deepseek_v4.analysis.gains import Gains
 
 Lines = Sequence[Mapping[str, Any]]
-STYLES = ({"color": "black", "linewidth": 1.0}, {"color": "tab:red", "linewidth": 1.0, "linestyle": "--"})
+STYLES: tuple[dict[str, Any], ...] = (
+  {"color": "black", "linewidth": 1.0}, {"color": "tab:red", "linewidth": 1.0, "linestyle": "--"})
 
 
 def stability(spiking: Mapping[str, Lines], mixing: Mapping[str, tuple[Lines, Sequence[Gains]]], path: str | Path) -> None:

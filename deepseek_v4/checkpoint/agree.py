@@ -37,13 +37,14 @@ def unless_any_fails(action: Callable[[], T], failure: type[Exception]) -> T:
 
   `action` must not make the processes wait for each other.
   """
+  values, problem = [], ""
   try:
-    value, problem = action(), ""
+    values.append(action())
   except failure as error:
     if jax.process_count() == 1:
       raise
-    value, problem = None, f"process {jax.process_index()}: {error}"
+    problem = f"process {jax.process_index()}: {error}"
   problem = next(filter(None, texts_of_all(problem)), "")
   if problem:
     raise failure(problem)
-  return value
+  return values[0]

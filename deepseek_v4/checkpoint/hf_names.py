@@ -145,6 +145,7 @@ class Leaf:
 
   @property
   def shape(self) -> tuple[int, ...]:
+    """Of our leaf."""
     return tuple(self.sizes[a] for a in self.row.axes.split())
 
   @property
@@ -163,6 +164,7 @@ class Leaf:
 
   @property
   def their_shape(self) -> tuple[int, ...]:
+    """Of the same numbers under their name."""
     return tuple(math.prod(self.sizes[a] for a in group) for group in self._their_axes)
 
   def to_theirs(self, x: np.ndarray) -> np.ndarray:
@@ -203,10 +205,12 @@ class Tensor:
 
   @property
   def stored(self) -> str:
+    """What becomes of it in a quantised release; see `Row`."""
     return self.leaves[0].row.stored
 
   @property
   def shape(self) -> tuple[int, ...]:
+    """Under their name."""
     shapes = [list(leaf.their_shape) for leaf in self.leaves]
     if self.expert is not None:
       return tuple(shapes[0][1:])

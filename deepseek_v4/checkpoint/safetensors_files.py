@@ -124,6 +124,7 @@ class Planned:
 
   @property
   def nbytes(self) -> int:
+    """Bytes that it will take in a file."""
     return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 

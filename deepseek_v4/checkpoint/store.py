@@ -47,7 +47,7 @@ class CheckpointStore:
       is restored.
   """
 
-  def __init__(self, directory: str | os.PathLike[str], *, keep: int, config_dict: Mapping[str, Any]):
+  def __init__(self, directory: str | os.PathLike[str], *, keep: int, config_dict: Mapping[str, Any]) -> None:
     if keep < 1:
       raise ValueError(f"keep = {keep}: expected at least 1")
     self.directory = _path(directory)

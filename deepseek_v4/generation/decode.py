@@ -44,7 +44,7 @@ class ThinkingBudget:
   tokens: int
   close: tuple[int, ...]
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     at_least(self, 0, "tokens")
     if not self.close or min(self.close) < 0:
@@ -249,7 +249,6 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   Raises:
     ValueError: what does not fit, before anything is computed.
   """
-  settings = _settings(len(prompts), temperature, top_p, top_k, min_p)
   _check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, thinking_budget)
   if cache_storage not in STORAGES:
     refuse("cache_storage", cache_storage, f"one of {', '.join(STORAGES)}")
@@ -260,6 +259,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
     refuse("record", record, f"some of {', '.join(RECORDS)}, without speculation")
   from deepseek_v4.generation import speculative as speculation  # it builds on this module
   drafts = speculation.check(model.config, variables, speculative)
+  settings = _settings(len(prompts), temperature, top_p, top_k, min_p)
   if drafts:
     return speculation.generate(model, variables, prompts, drafts=drafts, keys=keys, settings=settings,
                                 max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, thinking_budget=thinking_budget,
@@ -299,8 +299,8 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
   for reply, first in zip(tokens, begun, strict=True):
     reply += first
   closed = [budget is not None and _holds(reply, budget.close) for reply in tokens]  # the thought of a reply
-  going = lambda: ~stopped & (lengths() < max_new_tokens)
   lengths = lambda: np.array([len(reply) for reply in tokens], np.int32)
+  going = lambda: ~stopped & (lengths() < max_new_tokens)
   stop = np.array(sorted(stop_tokens), np.int32)
 
   def take(new: dict[str, np.ndarray]) -> None:

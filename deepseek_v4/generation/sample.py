@@ -36,7 +36,7 @@ class Sampling:
   top_k: int = 0
   min_p: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     at_least(self, 0, "temperature", "top_k")
     if not 0 < self.top_p <= 1:

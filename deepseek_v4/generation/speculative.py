@@ -158,7 +158,7 @@ def feed(model: DeepseekV4, variables: Any, cache: Cache, draft_cache: Cache, to
 
 @functools.partial(jax.jit, static_argnames=("model", "reach"), donate_argnames=("state",))
 def advance(model: DeepseekV4, variables: Any, state: State, keys: jax.Array, numbers: jax.Array, count: jax.Array,
-            forced: jax.Array, settings: Rows, *, reach: int):
+            forced: jax.Array, settings: Rows, *, reach: int) -> Any:
   """One step of the main model over the last token and its drafts, and drafts for the next one; the state is given up.
 
   Args:
@@ -279,7 +279,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
     guessed = np.asarray(state.drafts)
     forced = np.array([replies.forced(i, guessed[i].tolist()) for i in range(batch)], np.int32)
     numbers = np.array([len(reply) for reply in replies.tokens], np.int32)
-    longest = max(len(prompts[i]) + len(replies.tokens[i]) - 1 + int(count[i]) for i in np.flatnonzero(count))
+    longest = max(len(prompts[i]) + len(replies.tokens[i]) - 1 + int(count[i]) for i in np.flatnonzero(count).tolist())
     state, found = advance(model, variables, state, keys, numbers, count, forced, settings,
                            reach=decode.reach_of(longest, room))
     tokens, logprobs, accepted = jax.device_get(found)

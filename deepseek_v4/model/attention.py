@@ -36,7 +36,8 @@ class Attention(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, context: Context, cache: LayerCache | None = None, given: Selection | None = None):
+  def __call__(self, x_BSD: jax.Array, context: Context, cache: LayerCache | None = None, given: Selection | None = None
+               ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, LayerCache | None, Selection | None]:
     """Returns (output [B, S, D], indexer loss as (sum, count) or None, the cache after these tokens or None, the selection
     of entries that was read).
 

@@ -54,7 +54,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, streams_BSND: jax.Array, context: Context, layer: Any, cache: LayerCache | None = None,
-               given: Choice | None = None):
+               given: Choice | None = None) -> tuple[jax.Array, LayerOutput, LayerCache | None]:
     """Returns the new streams, the layer's report and its cache after these tokens (None without one).
 
     `layer` is the layer's number (it seeds a fresh hash table); `given` are choices that the layer does not make itself.

@@ -181,7 +181,7 @@ def rewind(cache: Cache, lengths: Any) -> Cache:
     ValueError: lengths of another shape or dtype, or outside these bounds (where they are known, that is outside jit; inside
       it the caller answers for them).
   """
-  lengths = jnp.asarray(lengths)
+  lengths = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
   if lengths.shape != cache.lengths.shape or not jnp.issubdtype(lengths.dtype, jnp.integer):
     raise ValueError(f"lengths = {lengths.dtype}{lengths.shape}: expected integers {cache.lengths.shape}")
   if not any(isinstance(x, jax.core.Tracer) for x in (lengths, cache.lengths, cache.furthest)):

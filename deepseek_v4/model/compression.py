@@ -164,7 +164,8 @@ class Compressor(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, layout: EntryLayout, earlier: Callable[[], jax.Array] | None = None):
+  def __call__(self, x_BSD: jax.Array, layout: EntryLayout, earlier: Callable[[], jax.Array] | None = None
+               ) -> tuple[jax.Array, jax.Array | None]:
     """Returns (entries [B, T, d], normalised and rotated, and the tokens' values and gates [B, S, 2, o, d] for a cache).
 
     Unused entries hold finite values without meaning. `earlier` gives values and gates [B, P, 2, o, d] of the tokens before,

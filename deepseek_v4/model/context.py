@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, SLIDING, ModelConfig
+from deepseek_v4.config_checks import refuse
 from deepseek_v4.model import rope, sequence
 from deepseek_v4.model.cache import Cache
 from deepseek_v4.model.compression import EntryLayout, chunk_layout, entry_layout
@@ -71,23 +74,64 @@ class Context:
     return jnp.broadcast_to(last_T, closed_BT.shape), closed_BT.astype(jnp.int32)
 
 
+def known_values(x: Any) -> np.ndarray | None:
+  """The numbers of an array that has them here: not inside jit, where it stands for any, nor on other processes' devices.
+  None of what is not there."""
+  if x is None or isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+    return None
+  return np.asarray(x)
+
+
 def check_inputs(config: ModelConfig, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None,
-                 attention_mode: str) -> None:
+                 attention_mode: str, *, cached: bool = False) -> None:
   """Refuses what does not fit.
 
+  Args:
+    cached: the rows continue a cache, and segment ids only say what is a token.
+
   Raises:
-    ValueError: shapes or dtypes that do not fit, or an unknown attention mode.
+    ValueError: shapes or dtypes that do not fit, or an unknown attention mode; numbers that mean nothing, where they are
+      known, that is outside jit.
   """
-  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise ValueError(f"tokens = {tokens.dtype}{tokens.shape}: expected integers [batch, sequence]")
+  if getattr(tokens, "ndim", None) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f"tokens = {form(tokens)}: expected integers [batch, sequence]")
   if not 1 <= tokens.shape[1] <= config.max_position_embeddings:
     raise ValueError(f"tokens have length {tokens.shape[1]}: expected 1 to max_position_embeddings = "
                      f"{config.max_position_embeddings}")
   for name, value in (("positions", positions), ("segment_ids", segment_ids)):
-    if value is not None and (value.shape != tokens.shape or not jnp.issubdtype(value.dtype, jnp.integer)):
-      raise ValueError(f"{name} = {value.dtype}{value.shape}: expected integers of the tokens' shape {tokens.shape}")
+    if value is not None and (np.shape(value) != tokens.shape
+                              or not jnp.issubdtype(getattr(value, "dtype", object), jnp.integer)):
+      raise ValueError(f"{name} = {form(value)}: expected integers of the tokens' shape {tokens.shape}")
   if attention_mode not in ("sparse", "dense"):
     raise ValueError(f"attention_mode = {attention_mode!r}: expected sparse or dense")
+  _check_values(config, *map(known_values, (tokens, positions, segment_ids)), segment_ids is None, cached)
+
+
+def form(x: Any) -> str:
+  """Dtype and shape of an array, or type and shape of what is there instead of one, for messages."""
+  return f"{getattr(x, 'dtype', type(x).__name__)}{tuple(np.shape(x))}"
+
+
+def _check_values(config: ModelConfig, tokens_BS: np.ndarray | None, positions_BS: np.ndarray | None,
+                  segments_BS: np.ndarray | None, all_tokens: bool, cached: bool) -> None:
+  """Refuses numbers without a meaning, of those arrays that are known; what is no token may hold anything."""
+  if segments_BS is not None:
+    if (segments_BS < 0).any():
+      refuse("segment_ids", int(segments_BS.min()), "a document's number, from 1, or 0 = not a token")
+    highest_BS = np.maximum.accumulate(segments_BS, axis=1)
+    if not cached and (sinks := (segments_BS > 0) & (segments_BS < highest_BS)).any():
+      row, place = np.argwhere(sinks)[0]
+      refuse(f"segment_ids[{row}, {place}]", int(segments_BS[row, place]), f"at least {highest_BS[row, place]}, that of a "
+             "document before it: the tokens of a document lie together, and ids do not decrease")
+  if segments_BS is None and not all_tokens:
+    return
+  token_BS = True if segments_BS is None else segments_BS > 0
+  for name, values_BS, count in (("tokens", tokens_BS, ("vocab_size", config.vocab_size)),
+                                 ("positions", positions_BS,
+                                  ("max_position_embeddings", config.max_position_embeddings))):
+    if values_BS is not None and (wrong := token_BS & ((values_BS < 0) | (values_BS >= count[1]))).any():
+      row, place = np.argwhere(wrong)[0]
+      refuse(f"{name}[{row}, {place}]", int(values_BS[row, place]), f"0 to {count[0]} - 1 = {count[1] - 1}")
 
 
 def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None,

@@ -83,6 +83,7 @@ class Route:
   back: Slices
 
   def reversed(self) -> "Route":
+    """The way back of what went this way."""
     return Route(self.back, self.out)
 
 

@@ -38,8 +38,9 @@ GATHERED = 16384
 SENT = 4096
 
 
-def routed(x_BSD, experts_BSk, weights_BSk, gate_EDF, up_EDF, down_EFD, *, limit: float, kernels: str,
-           expert_axis: str | None = None, width_axis: str | None = None, exchange: str = "auto", wave: int | None = None,
+def routed(x_BSD: jax.Array, experts_BSk: jax.Array, weights_BSk: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array,
+           down_EFD: jax.Array, *, limit: float, kernels: str, expert_axis: str | None = None,
+           width_axis: str | None = None, exchange: str = "auto", wave: int | None = None,
            rounded: Callable[[jax.Array], jax.Array] | None = None,
            prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
   """Sum over each token's experts of weight * expert(x), [B, S, D], on one device's part of the arrays.
@@ -158,6 +159,7 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, experts_BSk: jax.Array, weights_BSk: jax.Array) -> jax.Array:
+    """x [B, S, D], experts int32 [B, S, k], weights [B, S, k] -> the weighted sum [B, S, D] over the chosen experts."""
     config = self.config
     count, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
     expert_axis, width_axis = sharding.axis_name("expert"), sharding.axis_name("mlp")
@@ -181,6 +183,7 @@ class SharedExpert(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array) -> jax.Array:
+    """x [B, S, D] -> [B, S, D], what every token's own expert adds."""
     config, limit = self.config, self.config.swiglu_limit
     d, f = config.hidden_size, config.moe_intermediate_size
     gate, up = remat.keep([x_BSD @ weights.matrix(self, config, name, (d, f)) for name in ("gate", "up")])
@@ -196,7 +199,8 @@ class MoE(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int, given: jax.Array | None = None):
+  def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int, given: jax.Array | None = None
+               ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Returns (output [B, S, D], experts int32 [B, S, k], load int32 [E], balance loss (sum, count) or None).
 
     `given` experts are taken instead of the router's own, see `Router`; load and balance loss are then of these.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -47,7 +48,7 @@ class HyperConnection(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array, before: tuple[jax.Array, jax.Array, jax.Array] | None = None):
+  def __call__(self, streams_BSND: jax.Array, before: tuple[jax.Array, jax.Array, jax.Array] | None = None) -> Any:
     """Returns (streams, collapsed [B, S, D], post [B, S, N], comb [B, S, N, N]).
 
     Args:

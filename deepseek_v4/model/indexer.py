@@ -44,7 +44,7 @@ class Indexer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, latent_BSr: jax.Array, context: Context, cache: LayerCache | None = None,
-               given: Selection | None = None):
+               given: Selection | None = None) -> Any:
     """Returns (selection, (queries [B, S, h, c], weights [B, S, h], keys [B, T, c]), the cache with the new keys or None);
     keys of a packed cache as it holds them.
 
@@ -122,8 +122,8 @@ class Indexer(nn.Module):
     self.sow("intermediates", "selected", everything if selection.kind == "all" else selection.indices())
 
 
-def indexer_loss(index, attention_queries, entries, lse, selection: Selection, context: Context, *, scale: float,
-                 kernels: str):
+def indexer_loss(index: Any, attention_queries: jax.Array, entries: Any, lse: jax.Array, selection: Selection,
+                 context: Context, *, scale: float, kernels: str) -> Any:
   """The KL loss as (sum over queries, count of queries that see an entry); report 2.3.1, V3.2 2.1.
 
   Args:

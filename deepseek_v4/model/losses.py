@@ -16,7 +16,8 @@ from deepseek_v4 import sharding
 from deepseek_v4.model import sequence
 
 
-def cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, chunk_size: int):
+def cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, chunk_size: int
+                  ) -> tuple[jax.Array, jax.Array]:
   """(sum, count) of -log softmax(hidden @ head)[target] in nats over the places with a target.
 
   Args:

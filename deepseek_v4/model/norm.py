@@ -59,6 +59,7 @@ class RMSNorm(nn.Module):
   config: ModelConfig
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """x [..., D] -> the same shape and dtype, see `rms_norm`."""
     return rms_norm(x, self.weight(x.shape[-1]), self.config.rms_norm_eps)
 
   @nn.compact

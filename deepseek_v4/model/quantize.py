@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -105,7 +106,7 @@ def _scaled(x: jax.Array, rule: Rule, axis: int) -> tuple[jax.Array, jax.Array]:
   return exact * inverse, scales
 
 
-def decode(codes: jax.Array, scales: jax.Array, rule: Rule, dtype, axis: int = -1) -> jax.Array:
+def decode(codes: jax.Array, scales: jax.Array, rule: Rule, dtype: Any, axis: int = -1) -> jax.Array:
   """The inverse of `encode`, [..., n] of `dtype`; exact where the dtype has three bits of fraction and the exponents."""
   bits = jnp.uint4 if rule.element is E2M1 else jnp.uint8
   values = jax.lax.bitcast_convert_type(codes.astype(bits), _DTYPES[rule.element])
@@ -177,7 +178,7 @@ def pack_index(x: jax.Array) -> PackedIndex:
   return PackedIndex(codes[..., ::2] | codes[..., 1::2] << 4, scales)
 
 
-def unpack(packed: PackedKV | PackedIndex | jax.Array, dtype) -> jax.Array:
+def unpack(packed: PackedKV | PackedIndex | jax.Array, dtype: Any) -> jax.Array:
   """What was packed, rounded, [..., d] or [..., c] of `dtype`; an array is only cast."""
   if isinstance(packed, PackedKV):
     return jnp.concatenate([decode(packed.plain, packed.scales, KV, dtype), packed.rotary.astype(dtype)], -1)

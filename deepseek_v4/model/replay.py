@@ -19,7 +19,7 @@ import numpy as np
 from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, LEARNED, ModelConfig
 from deepseek_v4.config_checks import refuse
-from deepseek_v4.model.context import Context
+from deepseek_v4.model.context import Context, form, known_values
 from pallas_kernels.selection import Selection
 
 
@@ -81,7 +81,7 @@ def choices(replay: Replay | None, config: ModelConfig, context: Context, segmen
   _check_experts("replay.experts", replay.experts, (config.num_hidden_layers, *shape), config, segment_ids)
   _check_experts("replay.mtp_experts", replay.mtp_experts, shape, config, segment_ids)
   if replay.mtp_experts is not None and not runs_mtp:
-    refuse("replay.mtp_experts", _form(replay.mtp_experts), "None in a pass without the prediction block")
+    refuse("replay.mtp_experts", form(replay.mtp_experts), "None in a pass without the prediction block")
   selections = _checked_selection(replay.selection, config, context)
 
   order = None if back is None else jnp.argsort(back, axis=1)
@@ -107,17 +107,6 @@ def stacked(of_layers: Sequence[Choice]) -> Choice:
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------------
-def _form(x: Any) -> str:
-  return f"{getattr(x, 'dtype', type(x).__name__)}{tuple(np.shape(x))}"
-
-
-def _values(x: Any) -> np.ndarray | None:
-  """The numbers of an array that has them here."""
-  if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
-    return None
-  return np.asarray(x)
-
-
 def _check_experts(name: str, experts: Any, rows: tuple[int, ...], config: ModelConfig,
                    segment_ids: Any) -> None:
   if experts is None:
@@ -125,8 +114,8 @@ def _check_experts(name: str, experts: Any, rows: tuple[int, ...], config: Model
   wanted = (*rows, config.num_experts_per_tok)
   if np.shape(experts) != wanted or not jnp.issubdtype(getattr(experts, "dtype", object), jnp.integer):
     axes = "[layers, batch, sequence, experts per token]" if len(wanted) == 4 else "[batch, sequence, experts per token]"
-    raise ValueError(f"{name} = {_form(experts)}: expected integers {axes} = {wanted}")
-  values, segments = _values(experts), _values(np.ones(wanted[-3:-1]) if segment_ids is None else segment_ids)
+    raise ValueError(f"{name} = {form(experts)}: expected integers {axes} = {wanted}")
+  values, segments = known_values(experts), known_values(np.ones(wanted[-3:-1]) if segment_ids is None else segment_ids)
   if values is None or segments is None:
     return
   learned = [i for i, kind in enumerate(config.mlp_layer_types) if kind == LEARNED]
@@ -156,11 +145,11 @@ def _checked_selection(selection: Any, config: ModelConfig, context: Context) ->
       refuse(name, type(one).__name__, "a Selection")
     arrays = jax.tree.leaves(one)
     if any(x.shape[:2] != context.tokens.shape or not jnp.issubdtype(x.dtype, jnp.integer) for x in arrays):
-      raise ValueError(f"{name} = {', '.join(map(_form, arrays))}: expected integers [batch, sequence, ...] of the tokens' "
+      raise ValueError(f"{name} = {', '.join(map(form, arrays))}: expected integers [batch, sequence, ...] of the tokens' "
                        f"shape {context.tokens.shape}")
     if one.kind == "bits" and one.num_entries != count:
       refuse(f"{name}.num_entries", one.num_entries, f"{count}, the entries of these rows")
-    values = _values(one.picks)
+    values = known_values(one.picks)
     if values is not None and values.size and values.max() >= count:
       refuse(name, int(values.max()), f"entry numbers below {count}, or -1 = empty")
   return [dataclasses.replace(one, picks=jnp.where(one.picks < count, one.picks, -1)) for one in selection]

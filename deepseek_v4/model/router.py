@@ -122,7 +122,8 @@ class Router(nn.Module):
   kind: str
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int, given: jax.Array | None = None):
+  def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int, given: jax.Array | None = None
+               ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (experts int32 [B, S, k], weights [B, S, k], scores [B, S, E]); weights sum to routed_scaling_factor.
 
     `given` experts int32 [B, S, k] are taken instead of the best ones by a learned router; the weights are their current

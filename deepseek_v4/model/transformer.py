@@ -13,14 +13,24 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import pallas_kernels
 from deepseek_v4 import sharding
 from deepseek_v4.config import LayerSpec, ModelConfig
+from deepseek_v4.config_checks import refuse
 from deepseek_v4.model import losses, remat, two_levels, weights
 from deepseek_v4.model.block import Block, LayerOutput
 from deepseek_v4.model.cache import Cache, LayerCache
-from deepseek_v4.model.context import Chunk, Context, check_inputs, make_chunk_context, make_context
+from deepseek_v4.model.context import (
+  Chunk,
+  Context,
+  check_inputs,
+  form,
+  known_values,
+  make_chunk_context,
+  make_context,
+)
 from deepseek_v4.model.groups import LayerGroups, group_layers
 from deepseek_v4.model.hyper_connections import HyperHead
 from deepseek_v4.model.mtp import MTP, next_embeddings
@@ -75,7 +85,8 @@ class Stack(nn.Module):
   kernels: str
 
   @nn.compact
-  def __call__(self, streams_BSND: jax.Array, context: Context, caches: dict[str, LayerCache], given: list[Choice]):
+  def __call__(self, streams_BSND: jax.Array, context: Context, caches: dict[str, LayerCache], given: list[Choice]
+               ) -> Any:
     """Returns the streams after the last layer, the reports of all layers, stacked over L, the selections of the CSA layers
     if they are kept, and the layers' caches.
 
@@ -85,7 +96,7 @@ class Stack(nn.Module):
     """
     groups = group_layers(self.config)
     reports: list[LayerOutput] = []
-    new_caches = {}
+    new_caches: dict[str, LayerCache | None] = {}
     for layers in [*self._runs(0, groups.prefix), None, *self._runs(groups.suffix_start, groups.num_layers)]:
       if layers is not None:
         keys = [groups.key_of(layer)[0] for layer in layers]
@@ -187,7 +198,7 @@ class DeepseekV4(nn.Module):
   config: ModelConfig
   kernels: str = "auto"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self.kernels = pallas_kernels.resolve(self.kernels)
     super().__post_init__()
 
@@ -275,15 +286,20 @@ class DeepseekV4(nn.Module):
     weights.check_dtype(self.config)
     if logits not in ("all", "last", "none"):
       raise ValueError(f"logits = {logits!r}: expected all, last or none")
-    if targets is not None and (targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer)):
-      raise ValueError(f"targets = {targets.dtype}{targets.shape}: expected integers of the tokens' shape {tokens.shape}")
+    if targets is not None and (np.shape(targets) != np.shape(tokens)
+                                or not jnp.issubdtype(getattr(targets, "dtype", object), jnp.integer)):
+      raise ValueError(f"targets = {form(targets)}: expected integers of the tokens' shape {np.shape(tokens)}")
+    values = None if targets is None else known_values(targets)
+    if values is not None and values.size and not -1 <= values.min() <= values.max() < self.config.vocab_size:
+      wrong = values[(values < -1) | (values >= self.config.vocab_size)][0]
+      refuse("targets", int(wrong), f"ids below vocab_size = {self.config.vocab_size}, or -1 = not counted")
     if no_mtp:
       raise ValueError("mtp = True: expected a model with num_nextn_predict_layers = 1")
 
   def _check_cached(self, cache: Cache, reach: int | None, tokens, positions, segment_ids, attention_mode: str,
                     more: bool) -> None:
     """Refuses what does not go with a cache."""
-    check_inputs(self.config, tokens, positions, segment_ids, attention_mode)
+    check_inputs(self.config, tokens, positions, segment_ids, attention_mode, cached=True)
     if positions is not None:
       raise ValueError("positions: expected None beside a cache, whose lengths they follow")
     if sharding.sequence_parts() > 1:
@@ -331,6 +347,7 @@ class Embedding(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
+    """tokens int32 [B, S] -> [B, S, D]."""
     table = weights.matrix(self, self.config, "embedding", (self.config.vocab_size, self.config.hidden_size))
     return sharding.constrain(table[tokens], ("batch", "sequence", None))
 
@@ -342,4 +359,5 @@ class LMHead(nn.Module):
 
   @nn.compact
   def __call__(self) -> Any:
+    """The matrix [D, V]."""
     return weights.matrix(self, self.config, "kernel", (self.config.hidden_size, self.config.vocab_size))

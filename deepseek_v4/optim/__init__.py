@@ -1,4 +1,8 @@
-"""Muon for matrices, AdamW for the rest, by one table."""
+"""Muon for matrices, AdamW for the rest, by one table.
+
+Gradients in, updates out: neither losses nor data nor a model are known here, and which leaf belongs to whom is said in
+`assign.py` alone.
+"""
 
 from deepseek_v4.optim.assign import MatrixAxes, assign, decay_mask, matrix_axes
 from deepseek_v4.optim.build import build_optimizer

@@ -69,7 +69,10 @@ def layout_of(shape: Sequence[int], axes: MatrixAxes, spec: PartitionSpec | None
   short, long = axes
   if math.prod(shape[i] for i in short) > math.prod(shape[i] for i in long):
     short, long = long, short
-  placed, split, first, rest, matrix = [], [], [], [], {}
+  placed: list[Any] = []
+  split: list[int] = []
+  first: list[int] = []
+  rest, matrix = [], {}
   for axis, size in enumerate(shape):
     parts = [sizes[name] for name in names[axis]]
     if size % math.prod(parts):
@@ -193,7 +196,7 @@ def map_matrices(function: Callable[[jax.Array], jax.Array], leaves: Sequence[ja
   """
   sizes = mesh_sizes()
   specs = [None] * len(leaves) if specs is None else specs
-  layouts = [layout_of(x.shape, *rest, sizes) for x, *rest in zip(leaves, axes, specs)]
+  layouts = [layout_of(x.shape, pair, spec, sizes) for x, pair, spec in zip(leaves, axes, specs)]
   members: dict[Any, list[int]] = {}
   for i, layout in enumerate(layouts):
     members.setdefault(layout.stack, []).append(i)

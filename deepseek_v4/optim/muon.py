@@ -79,7 +79,7 @@ def orthogonalize(*, axes: Any = None, shardings: Any = None, dtype: jax.typing.
     travel = [x.astype(dtype) if jnp.dtype(dtype) == jnp.bfloat16 else x for x in leaves]
     results = map_matrices(lambda x: newton_schulz(x, dtype=dtype, coefficients=coefficients), travel,
                            _axes_of(updates, axes), _specs_of(updates, shardings))
-    return treedef.unflatten([y.astype(x.dtype) for x, y in zip(leaves, results)])
+    return jax.tree.unflatten(treedef, [y.astype(x.dtype) for x, y in zip(leaves, results)])
 
   return _stateless(update)
 
@@ -95,7 +95,7 @@ def scale_by_shape(update_rms: float = 0.18, *, axes: Any = None) -> optax.Gradi
   def update(updates):
     leaves, treedef = jax.tree.flatten(updates)
     sides = [max(math.prod(x.shape[i] for i in side) for side in pair) for x, pair in zip(leaves, _axes_of(updates, axes))]
-    return treedef.unflatten([x * (update_rms * math.sqrt(side)) for x, side in zip(leaves, sides)])
+    return jax.tree.unflatten(treedef, [x * (update_rms * math.sqrt(side)) for x, side in zip(leaves, sides)])
 
   return _stateless(update)
 

@@ -79,7 +79,7 @@ class Tools:
   library: Library
   resident: Resident
   steps: Steps
-  score: Callable[..., dict[str, float]]
+  score: Callable[..., dict[str, Any]]
   store: CheckpointStore
   writer: metrics.MetricsWriter
   progress: metrics.Progress

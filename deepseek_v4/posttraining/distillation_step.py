@@ -143,7 +143,7 @@ class Steps:
     ValueError: sizes that the mesh does not divide.
   """
 
-  def __init__(self, run_config: RunConfig, mesh: Mesh | None = None):
+  def __init__(self, run_config: RunConfig, mesh: Mesh | None = None) -> None:
     self._mesh = mesh
     self._places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run_config, mesh))
     shapes = abstract_state(run_config)

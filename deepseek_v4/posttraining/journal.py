@@ -41,7 +41,7 @@ class Journal:
     OSError: the file cannot be written.
   """
 
-  def __init__(self, folder: str | Path, number: int, asked: Any, requests: int):
+  def __init__(self, folder: str | Path, number: int, asked: Any, requests: int) -> None:
     if requests < 1:
       raise ValueError(f"requests = {requests}: expected at least 1")
     self.tokens: list[list[int]] = [[] for _ in range(requests)]

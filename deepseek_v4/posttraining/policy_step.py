@@ -152,7 +152,7 @@ class Programs:
     ValueError: sizes that the mesh does not divide.
   """
 
-  def __init__(self, run_config: RunConfig, mesh: Mesh | None = None):
+  def __init__(self, run_config: RunConfig, mesh: Mesh | None = None) -> None:
     self._mesh = mesh
     shapes = abstract_policy(run_config, mesh)
     places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)

@@ -53,7 +53,8 @@ class Problems:
     ValueError: lines that are no problems, each with its cause, or none that is one.
   """
 
-  def __init__(self, config: DataConfig, split: str, effort: str, template: ChatTemplate, tokenizer: Any, longest: int):
+  def __init__(self, config: DataConfig, split: str, effort: str, template: ChatTemplate, tokenizer: Any, longest: int
+               ) -> None:
     lines, bad = conversations.read(config, split)
     self.all: list[Problem] = []
     for line in lines:

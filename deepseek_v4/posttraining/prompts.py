@@ -35,7 +35,7 @@ class Text:
     ValueError: data that cannot be used.
   """
 
-  def __init__(self, run_config: RunConfig, data: DataConfig, sequence_length: int):
+  def __init__(self, run_config: RunConfig, data: DataConfig, sequence_length: int) -> None:
     config = dataclasses.replace(data, sequence_length=sequence_length, batch_size=1, accumulation=1)
     model = run_config.model
     self._batches = make_dataset(config, model.vocab_size, document_end=model.eos_token_id)
@@ -60,7 +60,7 @@ class Prompts:
     ValueError: data that cannot be used.
   """
 
-  def __init__(self, run_config: RunConfig, teacher: TeacherConfig):
+  def __init__(self, run_config: RunConfig, teacher: TeacherConfig) -> None:
     distillation = run_config.distillation
     self._text = Text(run_config, teacher.data, distillation.prompt_length)
     self._shortest, self._longest = distillation.shortest_prompt, distillation.prompt_length
@@ -88,7 +88,7 @@ class ChatPrompts:
     ValueError: data that cannot be used; each bad line with its cause.
   """
 
-  def __init__(self, run_config: RunConfig, teacher: TeacherConfig):
+  def __init__(self, run_config: RunConfig, teacher: TeacherConfig) -> None:
     data, longest = teacher.data, run_config.distillation.prompt_length
     tokenizer = tokenize.load_tokenizer(data.tokenizer, run_config.model.vocab_size)
     found, bad = conversations.read(data, "train")

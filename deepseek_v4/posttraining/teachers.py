@@ -56,6 +56,7 @@ class Teacher:
 
   @property
   def name(self) -> str:
+    """As the config calls it."""
     return self.config.name
 
 
@@ -116,7 +117,7 @@ class Library:
     mesh: devices; None = the default one.
   """
 
-  def __init__(self, run_config: RunConfig, folder: str | Path, mesh: jax.sharding.Mesh | None = None):
+  def __init__(self, run_config: RunConfig, folder: str | Path, mesh: jax.sharding.Mesh | None = None) -> None:
     self._run_config, self._folder, self._mesh = run_config, Path(folder), mesh
     self._dtype = jnp.dtype(run_config.distillation.hidden_dtype)
 
@@ -189,7 +190,7 @@ class Resident:
     loads: how many times a head was brought there.
   """
 
-  def __init__(self, library: Library, put: Callable[[np.ndarray], jax.Array]):
+  def __init__(self, library: Library, put: Callable[[np.ndarray], jax.Array]) -> None:
     self._library, self._put = library, put
     self._name: str | None = None
     self._head: jax.Array | None = None

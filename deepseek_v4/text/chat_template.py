@@ -43,7 +43,7 @@ class ChatTemplate:
   thinking_budget: Mapping[str, int] = dataclasses.field(default_factory=lambda: THINKING_BUDGET)
   default_effort: str = "high"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for level, text in self.effort_prefix.items():
       if not isinstance(text, str) or (level == NONE and text):
         refuse(f"effort_prefix[{level!r}]", text, "a string, empty for 'none'")

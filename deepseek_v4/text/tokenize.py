@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class ByteTokenizer:
 
   @property
   def vocab_size(self) -> int:
+    """Ids that it gives: those of bytes, of begin, end and padding, and of fill-in-the-middle where there is room."""
     return BYTE_VOCABULARY if self.fim is None else BYTE_VOCABULARY + len(self.fim)
 
   def encode(self, text: str | bytes) -> list[int]:
@@ -67,7 +68,7 @@ class JsonTokenizer:
 
   _CHUNK = 1 << 20  # bytes encoded in one call: the library's results are much larger than the ids
 
-  def __init__(self, tokenizer, name: str, document_end: int, fim: tuple[int, int, int] | None):
+  def __init__(self, tokenizer: Any, name: str, document_end: int, fim: tuple[int, int, int] | None) -> None:
     self._tokenizer = tokenizer
     self.name = name
     self.document_end = document_end

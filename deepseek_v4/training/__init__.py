@@ -4,7 +4,10 @@
     step = dsv4.training.make_train_step(run_config, mesh)
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import Any
 
 _NAMES = {"TrainState": "state", "init_state": "state", "abstract_state": "state", "make_train_step": "step",
           "make_eval_step": "step", "find_non_finite": "step", "make_dataset": "data", "train": "loop",
@@ -13,7 +16,7 @@ _NAMES = {"TrainState": "state", "init_state": "state", "abstract_state": "state
 __all__ = [*_NAMES]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
   if name in _NAMES:
     return getattr(importlib.import_module(f"deepseek_v4.training.{_NAMES[name]}"), name)
   raise AttributeError(f"module 'deepseek_v4.training' has no attribute {name!r}; it has {', '.join(__all__)}")

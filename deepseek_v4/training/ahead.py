@@ -15,15 +15,19 @@ class Ahead:
   The thread is a daemon: one that hangs in `take` does not keep the process alive.
   """
 
-  def __init__(self, take: Callable[[], Any]):
+  def __init__(self, take: Callable[[], Any]) -> None:
     self._take = take
     self._box: queue.SimpleQueue | None = None  # of the call that runs or has not been asked for
 
   def start(self) -> None:
     """Begins the next call, unless one is begun already."""
+    self._begun()
+
+  def _begun(self) -> queue.SimpleQueue:
     if self._box is None:
       self._box = queue.SimpleQueue()
       threading.Thread(target=self._call, args=(self._box,), daemon=True).start()
+    return self._box
 
   def _call(self, box: queue.SimpleQueue) -> None:
     try:
@@ -33,10 +37,10 @@ class Ahead:
 
   def get(self, give_up: Callable[[], bool] = lambda: False) -> Any:
     """What `take` returned, or None if `give_up()` became true before; what it raised is raised here."""
-    self.start()
+    box = self._begun()
     while True:
       try:
-        value, error = self._box.get(timeout=_LOOK_UP)
+        value, error = box.get(timeout=_LOOK_UP)
         break
       except queue.Empty:
         if give_up():

@@ -99,10 +99,11 @@ class Anticipation:
   """
 
   def __init__(self, run_config: RunConfig, mesh: Mesh | None, plain_step: Callable[..., Any], end: int,
-               say: Callable[[str], None]):
+               say: Callable[[str], None]) -> None:
     self._run_config, self._mesh, self._plain, self._end, self._say = run_config, mesh, plain_step, end, say
     self._waiting: collections.deque[_Waiting] = collections.deque()
-    self._choose = self._replayed = None  # compiled when the first period begins
+    self._choose: Any = None  # both are compiled when the first period begins
+    self._replayed: Any = None
     self._passes, self._seconds = 0, 0.0
 
   def active(self, step: int, record: Record) -> bool:
@@ -146,7 +147,7 @@ class Anticipation:
     jax.block_until_ready(self._waiting[-1].experts)
     seconds = time.perf_counter() - clock
     item = self._waiting.popleft()
-    state, values = self._replayed(place.state, {**taken.batch, **item.experts})
+    state, values = self._replayed(place.state, {**taken.batch, **(item.experts or {})})
     self._passes, self._seconds = self._passes + passes, self._seconds + seconds
     if place.step + 1 == min(place.record.anticipate_until, self._end):
       self._say(f"anticipatory routing ends with step {place.step + 1}: {self._passes} forward-only passes of "

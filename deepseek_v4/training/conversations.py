@@ -42,6 +42,7 @@ class Conversation:
 
   @property
   def messages(self) -> list[Mapping[str, Any]]:
+    """As `chat.encode` takes them."""
     return self.fields["messages"]
 
 
@@ -126,7 +127,7 @@ class ChatDocuments:
   text_bytes = None  # of a conversation only a part is predicted: its loss is no measure of text
   left_out = ()
 
-  def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer: Any):
+  def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer: Any) -> None:
     del vocab_size  # the tokenizer was checked against it
     template = template_of(config)
     found, bad = read(config, split)
@@ -150,6 +151,7 @@ class ChatDocuments:
     self.checksum = zlib.crc32(self._written.tobytes(), zlib.crc32(self._ids.tobytes()))
 
   def read(self, document: int, start: int, length: int) -> np.ndarray:
+    """Ids int32 [length] of a document, from `start` on."""
     at = self._first[document] + start
     return self._ids[at:at + length]
 

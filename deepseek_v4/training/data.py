@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import sys
 import zlib
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -140,8 +140,8 @@ class Batches:
     config: the settings that they come from.
   """
 
-  def __init__(self, config: DataConfig, split: str, documents, tokenizer, rows: Sequence[int],
-               order: RowOrder | None = None):
+  def __init__(self, config: DataConfig, split: str, documents: Any, tokenizer: Any, rows: Sequence[int],
+               order: RowOrder | None = None) -> None:
     self.config, self._split, self._source = config, split, documents
     self._order = order or RowOrder(documents, config, split)
     self.tokenizer = tokenizer
@@ -207,7 +207,7 @@ class Batches:
 class BatchIterator:
   """Batches {"tokens", "segment_ids", "positions", "loss_mask"}, each int32 [A, B, S], with a position that can be saved."""
 
-  def __init__(self, batches: Batches):
+  def __init__(self, batches: Batches) -> None:
     self._batches = batches
     self._place = Position()
     self._iterator = iter(batches.pipeline(self._place))
@@ -228,7 +228,7 @@ class BatchIterator:
     earlier = {"earlier": [list(pair) for pair in self._place.earlier]} if self._place.earlier else {}
     return {"row": self._place.row, **self._batches.identity, **earlier}
 
-  def set_state(self, state: dict[str, Any]) -> None:
+  def set_state(self, state: Mapping[str, Any]) -> None:
     """Goes to a position of `get_state`: the next batch is the one that would have followed there.
 
     Raises:

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, NoReturn
 
 import jax
 import numpy as np
@@ -151,9 +151,11 @@ def prepared(phase: stages.Phase, texts: Texts, shared: Mapping[str, Any], place
   step = make_train_step(run_config, mesh).lower(place.state, shapes).compile()
   seconds = time.perf_counter() - clock
   progress.say(f"compiled the step in {seconds:.1f} s")
-  score = before.score if same_stage else scorer_of(phase, texts.held_out, place, mesh, shared["stop"], progress.say)
+  score = before.score if before and same_stage else scorer_of(
+    phase, texts.held_out, place, mesh, shared["stop"], progress.say)
   patience = min(run_config.training.log_every, phase.steps)
-  watch = before.watch if same_stage else trainable.Watch(patience, f"stage {phase.stage}, " if phase.stage else "")
+  watch = before.watch if before and same_stage else trainable.Watch(
+    patience, f"stage {phase.stage}, " if phase.stage else "")
   batches = iter(rows)
   progress.restart_clock()
   routing = Anticipation(run_config, mesh, step, phase.end, progress.say)
@@ -174,7 +176,7 @@ def scorer_of(phase: stages.Phase, held_out: Batches, place: Place, mesh: jax.sh
 
 def of_stage(tools: Tools, numbers: Mapping[str, Any]) -> dict[str, Any]:
   """The numbers of a line of metrics.jsonl, with the name of the stage if there are any."""
-  return ({"stage": tools.phase.stage} if tools.phase.stage else {}) | numbers
+  return {**({"stage": tools.phase.stage} if tools.phase.stage else {}), **numbers}
 
 
 def summarised(tools: Tools, place: Place, known: Mapping[str, float]) -> dict[str, Any]:
@@ -260,7 +262,7 @@ def save(tools: Tools, place: Place) -> None:
   tools.store.save(place.step, place.state, extra | ({"unscored": True} if place.unscored else {}))
 
 
-def leave(tools: Tools, place: Place) -> None:
+def leave(tools: Tools, place: Place) -> NoReturn:
   """Saves the place and raises Stopped."""
   if place.step:
     save(tools, place)

@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
 class MetricsWriter:
   """Writes metrics.jsonl and TensorBoard files of a run; `active=False` (all processes but the first) writes nothing."""
 
-  def __init__(self, workdir: str | Path, last_step: int = 0, active: bool = True):
+  def __init__(self, workdir: str | Path, last_step: int = 0, active: bool = True) -> None:
     """Opens the files; lines beyond `last_step`, the step that the run goes on from, are dropped."""
     self.active = active
     self._written: set[tuple[str, int]] = set()
@@ -104,6 +104,7 @@ class MetricsWriter:
         self._events.add_scalar(f"{split}/{name}", float(value), step)
 
   def close(self) -> None:
+    """Ends the files."""
     if self.active:
       self._file.close()
       self._events.close()
@@ -112,7 +113,7 @@ class MetricsWriter:
 class Progress:
   """A progress bar with tokens/s, time left and loss; where nobody watches (no terminal), one line per report."""
 
-  def __init__(self, first_step: int, steps: int, active: bool = True):
+  def __init__(self, first_step: int, steps: int, active: bool = True) -> None:
     self._bar = tqdm.tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout,
                           disable=None if active else True)
     self._first, self._steps, self._active = first_step, steps, active
@@ -161,6 +162,7 @@ class Progress:
       self._bar.write(text, file=sys.stdout)
 
   def close(self) -> None:
+    """Takes the bar away."""
     self._bar.close()
 
 

@@ -35,10 +35,12 @@ class Packing:
 
   @property
   def rows(self) -> int:
+    """How many rows there are."""
     return len(self.offset) - 1
 
   @property
   def tokens(self) -> int:
+    """Of all pieces."""
     return int(self.length.sum())
 
   @property

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from typing import Any, Callable, Protocol, Sequence
+from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import numpy as np
 
@@ -32,7 +32,8 @@ class Documents(Protocol):
   lengths: np.ndarray
   counted: Callable[[int, int, int], np.ndarray] | None
 
-  def read(self, document: int, start: int, length: int) -> np.ndarray: ...
+  def read(self, document: int, start: int, length: int) -> np.ndarray:
+    """Ids int32 [length] of a document, from `start` on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Position:
     Raises:
       ValueError: the state is none.
     """
-    row, earlier = (state.get("row"), state.get("earlier", [])) if isinstance(state, dict) else (None, None)
+    found: tuple[Any, Any] = (state.get("row"), state.get("earlier", [])) if isinstance(state, dict) else (None, None)
+    row, earlier = found
     whole = lambda x, least: type(x) is int and x >= least
     if not whole(row, 0) or not isinstance(earlier, (list, tuple)) or not all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 and whole(pair[0], 2) and whole(pair[1], 1) for pair in earlier):
@@ -70,7 +72,7 @@ class Position:
     return position
 
 
-def moved(state: dict[str, Any], sequence_length: int) -> dict[str, Any]:
+def moved(state: Mapping[str, Any], sequence_length: int) -> Mapping[str, Any]:
   """The same place in the documents, to go on from in rows of another length; the state itself where it is the same one.
 
   Args:
@@ -92,7 +94,7 @@ class RowOrder:
     packing: of all documents, in rows of `config.sequence_length`.
   """
 
-  def __init__(self, documents: Documents, config: DataConfig, split: str):
+  def __init__(self, documents: Documents, config: DataConfig, split: str) -> None:
     self._documents, self._config, self._split = documents, config, split
     self.packing = packing.pack(documents.lengths, config.sequence_length)
 

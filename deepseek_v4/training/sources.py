@@ -64,10 +64,10 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
   assert config.path is not None  # DataConfig sees to it
   path = Path(config.path)
   if path.is_dir():
-    accept = {"text": lambda name: True, "jsonl": lambda name: name.endswith((".jsonl", ".ndjson")),
+    lines = lambda name: name.endswith((".jsonl", ".ndjson"))
+    accept = {"text": lambda name: True, "jsonl": lines, "chat": lines,
               "array_record": lambda name: ".array_record" in name and not name.endswith(".npz")}
-    accept = (accept | {"chat": accept["jsonl"]})[config.source]
-    root, names = path, _walk(path, accept, ("__pycache__",))
+    root, names = path, _walk(path, accept[config.source], ("__pycache__",))
   elif path.is_file():
     root, names = path.parent, [path.name]
   else:
@@ -168,7 +168,7 @@ class RecordFile:
     largest: the largest id in the file, -1 without any.
   """
 
-  def __init__(self, file: Path, name: str):
+  def __init__(self, file: Path, name: str) -> None:
     from array_record.python import array_record_module
     self.file, self.name = file, name
     _check_readable(file)

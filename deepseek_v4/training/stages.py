@@ -8,6 +8,7 @@ one phase, and that phase's settings are the run's.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from deepseek_v4 import optim
 from deepseek_v4.config import LossConfig, RunConfig, StageConfig
@@ -60,7 +61,7 @@ def phases(run_config: RunConfig) -> tuple[Phase, ...]:
 def _settings(run_config: RunConfig, stage_config: StageConfig, begin: int) -> RunConfig:
   """The run's settings with those of a stage that begins with step `begin` in their place."""
   data, training = stage_config.data_of(run_config.data), run_config.training
-  own = {"attention_mode": stage_config.attention_mode, "trainable": stage_config.trainable}
+  own: dict[str, Any] = {"attention_mode": stage_config.attention_mode, "trainable": stage_config.trainable}
   training = dataclasses.replace(training, watch_gradients=True, **{k: v for k, v in own.items() if v is not None})
   optimizer, loss = run_config.optimizer, run_config.loss
   if stage_config.learning_rate is not None:

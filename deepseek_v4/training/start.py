@@ -140,7 +140,7 @@ def check_source(run_config: RunConfig, mesh: jax.sharding.Mesh | None = None) -
     ValueError: its model is another one than `run_config.model`, leaves that are not that model's, by name and shape, or
       sizes that the mesh does not divide.
   """
-  folder = Path(run_config.training.init_from)
+  folder = Path(run_config.training.init_from or "")
   if not (folder / CHECKPOINTS).is_dir():
     released = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
     hint = f"; a release is converted first: python -m launch.convert --source {folder} --to orbax --target ..."
@@ -166,7 +166,7 @@ def state_from(run_config: RunConfig, key: jax.Array, mesh: jax.sharding.Mesh | 
   Raises:
     FileNotFoundError, ValueError: see `check_source`.
   """
-  folder = Path(run_config.training.init_from)
+  folder = Path(run_config.training.init_from or "")
   path, manifest = check_source(run_config, mesh)
   size = sum(math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize for name, entry in manifest["leaves"].items()
              if name.split("/")[0] in VARIABLES)
@@ -188,6 +188,6 @@ def state_from(run_config: RunConfig, key: jax.Array, mesh: jax.sharding.Mesh | 
 def copy_release(run_config: RunConfig, workdir: Path) -> None:
   """Copies config.json, tokenizer and encoder of the release that the weights came from, if they came from one, so that the
   run can be talked to and exported as the release could."""
-  source = Path(run_config.training.init_from) / RELEASE
+  source = Path(run_config.training.init_from or "") / RELEASE
   if source.is_dir() and source.resolve() != (workdir / RELEASE).resolve():
     shutil.copytree(source, workdir / RELEASE, dirs_exist_ok=True)

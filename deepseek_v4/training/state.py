@@ -7,6 +7,7 @@ from typing import Any, Mapping
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4 import optim, sharding
@@ -37,10 +38,10 @@ def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Fresh variables {"params", "router"}; no shape depends on the tokens they are initialised with."""
   parts = sharding.sequence_parts()
   shape = (sharding.batch_shards(), parts * config.local_reach if parts > 1 else 2)
-  return DeepseekV4(config, kernels="reference").init(key, jnp.zeros(shape, jnp.int32))
+  return dict(DeepseekV4(config, kernels="reference").init(key, jnp.zeros(shape, jnp.int32)))
 
 
-def optimizer_of(run_config: RunConfig, params: Any, mesh: Mesh | None):
+def optimizer_of(run_config: RunConfig, params: Any, mesh: Mesh | None) -> optax.GradientTransformation:
   """The run's Optax transformation for a `params` tree (arrays or shapes)."""
   shardings = None if mesh is None else sharding.parameter_shardings(params, mesh)
   return optim.build_optimizer(run_config.optimizer, params, steps=run_config.training.steps, shardings=shardings)
@@ -106,7 +107,7 @@ def abstract_state(run_config: RunConfig, mesh: Mesh | None = None) -> TrainStat
                       state_shardings(shapes, mesh))
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: Mesh) -> Any:
   """NamedSharding of every leaf: moments lie like their parameters, scalars and keys everywhere."""
   everywhere = NamedSharding(mesh, PartitionSpec())
   params = sharding.parameter_shardings(state.params, mesh)
@@ -116,11 +117,12 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     names = sharding.path_names(path)
     return next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), everywhere)
 
-  return TrainState(everywhere, params, sharding.parameter_shardings(state.router, mesh),
+  build: Any = TrainState  # of shardings in the place of arrays
+  return build(everywhere, params, sharding.parameter_shardings(state.router, mesh),
                     jax.tree_util.tree_map_with_path(of_moment, state.opt_state), everywhere)
 
 
-def jit_init(run_config: RunConfig, mesh: Mesh | None = None):
+def jit_init(run_config: RunConfig, mesh: Mesh | None = None) -> Any:
   """The jitted function key -> TrainState; on a mesh every leaf is created where it belongs."""
   places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run_config, mesh))
   return jax.jit(lambda key: _new_state(run_config, mesh, key), out_shardings=places)

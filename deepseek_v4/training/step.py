@@ -24,10 +24,11 @@ from deepseek_v4.training import stages, trainable
 from deepseek_v4.training.state import TrainState, abstract_state, optimizer_of
 
 Batch = Mapping[str, jax.Array]
+ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")  # what every batch holds
 
 # XLA's CPU scheduler otherwise starts recomputation at once, and remat then saves no memory. On a TPU the rows of routed
 # experts travel while other work goes on, such as the shared expert's.
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
                     "tpu": {"xla_tpu_enable_async_ragged_all_to_all": True}}
 
 
@@ -35,6 +36,23 @@ def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
   """What the mesh's devices (None: the default ones) want for programs with recomputation."""
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
   return COMPILER_OPTIONS.get(platform, {})
+
+
+def check_batch(batch: Batch) -> None:
+  """Refuses a batch that is not as `make_train_step` says; its numbers are not looked at.
+
+  Raises:
+    ValueError: arrays that are missing, or have another shape or dtype.
+  """
+  if missing := [name for name in ARRAYS if name not in batch]:
+    raise ValueError(f"batch: {', '.join(missing)} not there: expected {', '.join(ARRAYS)}")
+  shape = batch["tokens"].shape
+  for name in ARRAYS:
+    x = batch[name]
+    if len(shape) != 3 or x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+      wanted = f" = {tuple(shape)}, as tokens have" if len(shape) == 3 else ""
+      raise ValueError(f"batch: {name} = {x.dtype}{tuple(x.shape)}: expected integers [accumulation, batch, sequence]"
+                       f"{wanted}")
 
 
 # ---- losses -----------------------------------------------------------------------------------------------------------
@@ -160,13 +178,14 @@ def _updated(run_config: RunConfig, mesh: Mesh | None, state: TrainState, grads:
 def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: TrainState,
                batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
   """The step as a pure function; see `make_train_step`."""
+  check_batch(batch)
   grads, means, loss, load = _accumulate(run_config, state, batch, places)
   grad_norm = optax.tree.norm(grads)
   new = _updated(run_config, mesh, state, grads, load)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new.params)
   keep = lambda a, b: jax.lax.select(finite, a, b)
-  kept = TrainState(*(jax.tree.map(keep, getattr(new, name), getattr(state, name))
-                      for name in ("step", "params", "router", "opt_state")), state.key)
+  kept = TrainState(**{name: jax.tree.map(keep, getattr(new, name), getattr(state, name))
+                       for name in ("step", "params", "router", "opt_state")}, key=state.key)
   rate = optim.make_schedule(run_config.optimizer, run_config.training.steps)(state.step)
   metrics = {"loss": loss, **means, "grad_norm": grad_norm, "learning_rate": rate, "finite": finite,
              "tokens": (batch["segment_ids"] > 0).sum(), "max_load_violation": _max_violation(load)}
@@ -226,6 +245,8 @@ def make_eval_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding.
   model = DeepseekV4(run_config.model, run_config.training.kernels)
 
   def score(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+    check_batch(batch)
+
     def one(rows):
       targets = next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
       out = model.apply({"params": state.params, "router": state.router}, rows["tokens"], rows["positions"],

@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 STOPPED, INTERRUPTED, OUT_OF_TIME = 75, 130, 143
-SIGNALS = {signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}
+SIGNALS: dict[int, int] = {signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}
 _ORDERLY = 5.0  # seconds that a process with nothing left to save may take to leave by itself
 
 
@@ -46,7 +46,7 @@ class Stopping:
     unsaved: whether steps were finished that are not on disk yet; the loop says so.
   """
 
-  def __init__(self, grace: float = 25.0):
+  def __init__(self, grace: float = 25.0) -> None:
     self._grace = grace
     self._signal: int | None = None  # the first that came
     self._interrupts = 0
@@ -70,7 +70,7 @@ class Stopping:
   @property
   def exit_code(self) -> int:
     """That of a process which leaves with everything saved; where another process was told to stop, as if this one were."""
-    return SIGNALS.get(self._signal, STOPPED)
+    return STOPPED if self._signal is None else SIGNALS.get(self._signal, STOPPED)
 
   def ask(self, number: int = signal.SIGTERM) -> None:
     """Tells the run to stop, as this signal would."""

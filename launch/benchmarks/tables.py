@@ -1,4 +1,4 @@
-"""README's tables from the JSON files of benches: of the kernels one for each released model; of forward, train, decode one."""
+"""README's tables from the JSON files of benches: kernels of each released model; forward, train, decode."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Callable
 
 import jax
 
-from pallas_kernels import pick
+from pallas_kernels import arguments, pick
 from pallas_kernels.grouped_matmul import blockwise, kernel, reference
 
 
@@ -30,7 +30,16 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
 
   Returns:
     [M, D] in x's dtype, differentiable in x and the three weights where there is no rounding.
+
+  Raises:
+    NotImplementedError: a named implementation that does not exist.
+    ValueError: arrays that do not fit together, or rows that are no whole tiles.
   """
+  arguments.check("expert_mlp", x=(x, "M D"), gate=(gate, "E D F"), up=(up, "E D F"), down=(down, "E F D"),
+                  group_sizes=(group_sizes, "int: E"))
+  arguments.check_number("expert_mlp", "tile", tile, 1)
+  if x.shape[0] % tile:
+    raise ValueError(f"expert_mlp: x has {x.shape[0]} rows: expected a multiple of tile = {tile}")
   available = {"reference": reference.expert_mlp, "blockwise": blockwise.expert_mlp,
                "pallas": functools.partial(kernel.expert_mlp, interpret=False),
                "interpret": functools.partial(kernel.expert_mlp, interpret=True)}
@@ -53,7 +62,11 @@ def few_picks(x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Ar
 
   Returns:
     [T, D] in the weights' dtype if that is wider.
+
+  Raises:
+    ValueError: arrays that do not fit together.
   """
+  arguments.check("few_picks", x=(x, "T D"), experts=(experts, "int: T k"), weights=(weights, "T k"))
   return blockwise.few_picks(x, experts, weights, gate, up, down, limit=limit, rounded=rounded,
                              prepared=prepared)
 

@@ -9,12 +9,15 @@ Axis letters: X tiles   C rows of a tile   D hidden size   F expert width   E ex
 from __future__ import annotations
 
 import functools
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
 
 
-def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, rounding=None):
+def expert_mlp(x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array,
+               *, tile: int, limit: float, rounding: tuple[Callable[[jax.Array], jax.Array], jax.Array] | None = None
+               ) -> jax.Array:
   """See `pallas_kernels.grouped_matmul.expert_mlp`."""
   last_E = jnp.cumsum(-(-group_sizes_E // tile))
   first_E = last_E - -(-group_sizes_E // tile)
@@ -23,7 +26,9 @@ def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, 
   return (_tiles(*arrays, limit) if rounding is None else _every_tile(*arrays, limit, rounding)).reshape(x_MD.shape)
 
 
-def few_picks(x_TD, experts_Tk, weights_Tk, gate_EDF, up_EDF, down_EFD, *, limit, rounded=None, prepared=None):
+def few_picks(x_TD: jax.Array, experts_Tk: jax.Array, weights_Tk: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array,
+              down_EFD: jax.Array, *, limit: float, rounded: Callable[[jax.Array], jax.Array] | None = None,
+              prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
   """See `pallas_kernels.grouped_matmul.few_picks`."""
   num_experts, top_k = gate_EDF.shape[0], experts_Tk.shape[1]
 

@@ -28,6 +28,7 @@ Axis letters: M rows   D hidden size   F expert width   E experts
 from __future__ import annotations
 
 import functools
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,9 @@ from pallas_kernels.grouped_matmul import kernel_calls as calls
 from pallas_kernels.names import EXPERTS, named
 
 
-def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, interpret, rounding=None):
+def expert_mlp(x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array,
+               *, tile: int, limit: float, interpret: bool,
+               rounding: tuple[Callable[[jax.Array], jax.Array], jax.Array] | None = None) -> jax.Array:
   """See `pallas_kernels.grouped_matmul.expert_mlp`."""
   d, f = (tpu.round_up(size, tpu.LANES) for size in gate_EDF.shape[1:])
   pad = lambda w, rows, columns: tpu.pad_axis(tpu.pad_axis(w.astype(x_MD.dtype), 1, rows), 2, columns)

@@ -73,7 +73,7 @@ def each_inner(width: int, step: Callable[[Any], None], largest: int = _INNER) -
   lax.fori_loop(0, width // inner, body, 0)
 
 
-def rows_call(body: Callable[..., None], name: str, interpret: bool, plan, tile: int, columns: int,
+def rows_call(body: Callable[..., None], name: str, interpret: bool, plan: Any, tile: int, columns: int,
               inputs: tuple[tuple[str, jax.Array], ...], outputs: int, zeros: bool = False) -> list[jax.Array]:
   """body(*inputs, *outputs) for every block of columns and every tile of rows in use.
 
@@ -150,7 +150,7 @@ def _weights_body(expert, place, used, x, *refs, count):
       output[...] = total[...].astype(output.dtype)
 
 
-def weights_call(name: str, interpret: bool, plan, tile: int, x_MK: jax.Array, gradients: tuple[jax.Array, ...],
+def weights_call(name: str, interpret: bool, plan: Any, tile: int, x_MK: jax.Array, gradients: tuple[jax.Array, ...],
                  experts: int) -> list[jax.Array]:
   """x^T times each gradient [M, n], per expert: [E, K, n] each.
 

@@ -5,16 +5,20 @@ Axis letters: M rows   D hidden size   F expert width   E experts
 
 from __future__ import annotations
 
+from typing import Callable
+
 import jax
 import jax.numpy as jnp
 
 
-def hidden(x, gate, up, limit):
+def hidden(x: jax.Array, gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
   """The clamped SwiGLU between the matmuls: silu(min(g, limit)) * clip(u, -limit, limit)."""
   return jax.nn.silu(jnp.minimum(x @ gate, limit)) * jnp.clip(x @ up, -limit, limit)
 
 
-def expert_mlp(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E, *, tile, limit, rounding=None):
+def expert_mlp(x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array,
+               *, tile: int, limit: float, rounding: tuple[Callable[[jax.Array], jax.Array], jax.Array] | None = None
+               ) -> jax.Array:
   """See `pallas_kernels.grouped_matmul.expert_mlp`."""
   last_tile_E = jnp.cumsum(-(-group_sizes_E // tile))
   expert_M = jnp.searchsorted(last_tile_E, jnp.arange(x_MD.shape[0]) // tile, side="right")

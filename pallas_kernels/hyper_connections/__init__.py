@@ -6,7 +6,7 @@ import functools
 
 import jax
 
-from pallas_kernels import pick, tpu
+from pallas_kernels import arguments, pick, tpu
 from pallas_kernels.hyper_connections import blockwise, forms, kernel, reference
 
 
@@ -23,6 +23,18 @@ def _pick(name: str, implementation: str):
   return pick(f"hyper_connections.{name}", implementation, available)
 
 
+def _check_streams(op: str, streams: jax.Array, update: jax.Array, post: jax.Array, comb: jax.Array) -> None:
+  arguments.check(op, streams=(streams, "B S N D"), update=(update, "B S D"), post=(post, "B S N"), comb=(comb, "B S N N"))
+
+
+def _check_coefficients(op: str, streams: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Array,
+                        iterations: int) -> None:
+  arguments.check(op, streams=(streams, "B S N D"))
+  n, d = streams.shape[2:]
+  arguments.check(op, fn=(fn, f"{n * d} {(2 + n) * n}"), base=(base, f"{(2 + n) * n}"), scale=(scale, "3"))
+  arguments.check_number(op, "iterations", iterations, 1)
+
+
 def collapse(streams: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Array, *, norm_eps: float, eps: float,
              iterations: int, implementation: str = "auto") -> tuple[jax.Array, jax.Array, jax.Array]:
   """The sublayer's input and the coefficients with which its output returns to the streams.
@@ -37,7 +49,11 @@ def collapse(streams: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Arra
   Returns:
     collapsed [B, S, D] = sum_j pre_j X_j in the streams' dtype; post [B, S, N]; comb [B, S, N, N], used transposed. Both
     coefficients are at least float32.
+
+  Raises:
+    ValueError: arrays that do not fit together.
   """
+  _check_coefficients("collapse", streams, fn, base, scale, iterations)
   run = _pick("collapse", implementation)
   return run(streams, fn, base, scale, norm_eps=norm_eps, eps=eps, iterations=iterations)
 
@@ -51,7 +67,11 @@ def expand(streams: jax.Array, update: jax.Array, post: jax.Array, comb: jax.Arr
 
   Returns:
     [B, S, N, D] in the streams' dtype.
+
+  Raises:
+    ValueError: arrays that do not fit together.
   """
+  _check_streams("expand", streams, update, post, comb)
   return _pick("expand", implementation)(streams, update, post, comb)
 
 
@@ -66,6 +86,11 @@ def expand_collapse(streams: jax.Array, update: jax.Array, post: jax.Array, comb
 
   Returns:
     new streams [B, S, N, D]; of them collapsed [B, S, D], post [B, S, N], comb [B, S, N, N].
+
+  Raises:
+    ValueError: arrays that do not fit together.
   """
+  _check_streams("expand_collapse", streams, update, post, comb)
+  _check_coefficients("expand_collapse", streams, fn, base, scale, iterations)
   run = _pick("expand_collapse", implementation)
   return run(streams, update, post, comb, fn, base, scale, norm_eps=norm_eps, eps=eps, iterations=iterations)

@@ -71,7 +71,8 @@ def _collapse_block(streams_CND, fn, base, scale, norm_eps, eps, iterations):
   return _weighted_sum(x_CND, pre_CN).astype(streams_CND.dtype), post_CN, comb_CNN
 
 
-def collapse(streams_BSND, fn, base, scale, *, norm_eps, eps, iterations):
+def collapse(streams_BSND: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Array, *, norm_eps: float, eps: float,
+             iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
   """See `pallas_kernels.hyper_connections.collapse`."""
   return _collapse(streams_BSND, fn, base, scale, (norm_eps, eps, iterations))
 
@@ -107,7 +108,7 @@ def _expand_block(streams_CND, update_CD, post_CN, comb_CNN):
 
 
 @jax.custom_vjp
-def expand(streams_BSND, update_BSD, post_BSN, comb_BSNN):
+def expand(streams_BSND: jax.Array, update_BSD: jax.Array, post_BSN: jax.Array, comb_BSNN: jax.Array) -> jax.Array:
   """See `pallas_kernels.hyper_connections.expand`."""
   items = tuple(map(_cut, (streams_BSND, update_BSD, post_BSN, comb_BSNN)))
   return _join(jax.lax.map(lambda item: _expand_block(*item), items), *streams_BSND.shape[:2])
@@ -132,7 +133,9 @@ def _expand_backward(saved, g_BSND):
 expand.defvjp(lambda *args: (expand(*args), args), _expand_backward)
 
 
-def expand_collapse(streams_BSND, update_BSD, post_BSN, comb_BSNN, fn, base, scale, *, norm_eps, eps, iterations):
+def expand_collapse(streams_BSND: jax.Array, update_BSD: jax.Array, post_BSN: jax.Array, comb_BSNN: jax.Array,
+                    fn: jax.Array, base: jax.Array, scale: jax.Array, *, norm_eps: float, eps: float, iterations: int
+                    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """See `pallas_kernels.hyper_connections.expand_collapse`."""
   new_BSND = expand(streams_BSND, update_BSD, post_BSN, comb_BSNN)
   return new_BSND, *collapse(new_BSND, fn, base, scale, norm_eps=norm_eps, eps=eps, iterations=iterations)

@@ -18,17 +18,21 @@ from pallas_kernels.hyper_connections.kernel_blocks import Sizes
 from pallas_kernels.hyper_connections.kernel_sinkhorn import from_columns, sinkhorn, sinkhorn_backward, to_columns
 
 
-def collapse(streams_BSND, fn, base, scale, *, norm_eps, eps, iterations, interpret):
+def collapse(streams_BSND: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Array, *, norm_eps: float, eps: float,
+             iterations: int, interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
   """See `pallas_kernels.hyper_connections.collapse`."""
   return _collapse(streams_BSND, fn, base, scale, (norm_eps, eps, iterations, interpret))
 
 
-def expand(streams_BSND, update_BSD, post_BSN, comb_BSNN, *, interpret):
+def expand(streams_BSND: jax.Array, update_BSD: jax.Array, post_BSN: jax.Array, comb_BSNN: jax.Array, *, interpret: bool
+           ) -> jax.Array:
   """See `pallas_kernels.hyper_connections.expand`."""
   return _expand(streams_BSND, update_BSD, post_BSN, comb_BSNN, interpret)
 
 
-def expand_collapse(streams_BSND, update_BSD, post_BSN, comb_BSNN, fn, base, scale, *, norm_eps, eps, iterations, interpret):
+def expand_collapse(streams_BSND: jax.Array, update_BSD: jax.Array, post_BSN: jax.Array, comb_BSNN: jax.Array,
+                    fn: jax.Array, base: jax.Array, scale: jax.Array, *, norm_eps: float, eps: float, iterations: int,
+                    interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """See `pallas_kernels.hyper_connections.expand_collapse`."""
   static = (norm_eps, eps, iterations, interpret)
   return _expand_collapse(streams_BSND, update_BSD, post_BSN, comb_BSNN, fn, base, scale, static)

@@ -169,14 +169,16 @@ _COLLAPSE_INPUTS = ("update", "sheet", "sheet", "whole", "whole")
 _EXPAND_INPUTS = ("streams", "update", "sheet", "whole", "streams")
 
 
-def collapse(x_NTD, dz_TD, sheet, dl, affine, fn, sizes: Sizes, interpret: bool):
+def collapse(x_NTD: jax.Array, dz_TD: jax.Array, sheet: jax.Array, dl: jax.Array, affine: jax.Array, fn: jax.Array,
+             sizes: Sizes, interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
   """-> dx [N, T, D], partial sums of d fn [cores, N, U, D] and of the logits' gradients [cores, 8, 128]."""
   call = Call("hyper_collapse_backward", _collapse, ("streams", *_COLLAPSE_INPUTS), ("streams", *_sum_shapes(sizes)),
               functools.partial(_collapse_scratch, sizes), _collapse_flops(sizes))
   return call.run(sizes, interpret, x_NTD, dz_TD, sheet, dl, affine, fn)
 
 
-def expand(x_NTD, y_TD, coefficients, g_NTD, sizes: Sizes, interpret: bool):
+def expand(x_NTD: jax.Array, y_TD: jax.Array, coefficients: jax.Array, g_NTD: jax.Array, sizes: Sizes, interpret: bool
+           ) -> jax.Array:
   """-> dx [N, T, D], dy [T, D], gradients of the coefficients in lanes 0 .. N + N N - 1 of [T, 128]."""
   pull = pull_mix(sizes)
   call = Call("hyper_expand_backward", _expand, _EXPAND_INPUTS, ("streams", "update", "sheet"),
@@ -184,7 +186,9 @@ def expand(x_NTD, y_TD, coefficients, g_NTD, sizes: Sizes, interpret: bool):
   return call.run(sizes, interpret, x_NTD, y_TD, coefficients, pull.pattern(sizes.dtype), g_NTD)
 
 
-def expand_collapse(x_NTD, y_TD, coefficients, new_NTD, g_NTD, dz_TD, sheet, dl, affine, fn, sizes: Sizes, interpret: bool):
+def expand_collapse(x_NTD: jax.Array, y_TD: jax.Array, coefficients: jax.Array, new_NTD: jax.Array, g_NTD: jax.Array,
+                    dz_TD: jax.Array, sheet: jax.Array, dl: jax.Array, affine: jax.Array, fn: jax.Array, sizes: Sizes,
+                    interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """-> what `expand` and `collapse` return: dx, dy, d coefficients, d fn, sums."""
   pull = pull_mix(sizes)
   call = Call("hyper_expand_collapse_backward", _expand_collapse, (*_EXPAND_INPUTS, "streams", *_COLLAPSE_INPUTS),

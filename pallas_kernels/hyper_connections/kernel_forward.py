@@ -101,7 +101,8 @@ def _mix_flops(sizes: Sizes) -> int:
   return 2 * sizes.streams * sizes.padded * (sizes.streams + 1)
 
 
-def collapse(x_NTD, fn, affine, sizes: Sizes, interpret: bool):
+def collapse(x_NTD: jax.Array, fn: jax.Array, affine: jax.Array, sizes: Sizes, interpret: bool
+             ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """-> z [T, D], sheet float32 [T, 128]; fn and affine as kernel_blocks makes them."""
   mix = collapse_mix(sizes)
   call = Call("hyper_collapse", _collapse, ("streams", "whole", "whole"), ("update", "sheet"),
@@ -109,7 +110,7 @@ def collapse(x_NTD, fn, affine, sizes: Sizes, interpret: bool):
   return call.run(sizes, interpret, x_NTD, fn, affine)
 
 
-def expand(x_NTD, y_TD, coefficients, sizes: Sizes, interpret: bool):
+def expand(x_NTD: jax.Array, y_TD: jax.Array, coefficients: jax.Array, sizes: Sizes, interpret: bool) -> jax.Array:
   """-> new streams [N, T, D]; coefficients float32 [T, 128]: post, comb row by row, zeros."""
   mix = expand_mix(sizes)
   call = Call("hyper_expand", _expand, ("streams", "update", "sheet", "whole"), ("streams",),
@@ -117,7 +118,8 @@ def expand(x_NTD, y_TD, coefficients, sizes: Sizes, interpret: bool):
   return call.run(sizes, interpret, x_NTD, y_TD, coefficients, mix.pattern(sizes.dtype))[0]
 
 
-def expand_collapse(x_NTD, y_TD, coefficients, fn, affine, sizes: Sizes, interpret: bool):
+def expand_collapse(x_NTD: jax.Array, y_TD: jax.Array, coefficients: jax.Array, fn: jax.Array, affine: jax.Array,
+                    sizes: Sizes, interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """-> new streams [N, T, D], their z [T, D], their sheet float32 [T, 128]."""
   mixes = expand_mix(sizes), collapse_mix(sizes)
   call = Call("hyper_expand_collapse", _expand_collapse, ("streams", "update", "sheet", "whole", "whole", "whole"),

@@ -71,7 +71,7 @@ class Mix:
       return pltpu.VMEM((rows // GROUP, GROUP * len(self.lanes), self.depth), dtype)
     return pltpu.VMEM((rows // GROUP, GROUP, tpu.LANES), jnp.float32)
 
-  def prepare(self, sheet: jax.Array, pattern, operand) -> None:
+  def prepare(self, sheet: jax.Array, pattern: Any, operand: Any) -> None:
     """Fills the scratch from float32 coefficients [C, 128]; for the matrix unit with zeros behind the last one."""
     rows, dtype = sheet.shape[0], operand.dtype
     if not self.on_matrix_unit:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
-def sinkhorn(logits_NN, *, iterations, eps):
+def sinkhorn(logits_NN: jax.Array, *, iterations: int, eps: float) -> jax.Array:
   """[..., N, N] logits -> positive matrices whose columns sum to 1 (within eps) and whose rows nearly do."""
   comb = jax.nn.softmax(logits_NN, -1) + eps
   comb = comb / (comb.sum(-2, keepdims=True) + eps)
@@ -21,7 +21,8 @@ def sinkhorn(logits_NN, *, iterations, eps):
   return jax.lax.fori_loop(0, iterations - 1, round_, comb)
 
 
-def collapse(streams_BSND, fn, base, scale, *, norm_eps, eps, iterations):
+def collapse(streams_BSND: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Array, *, norm_eps: float, eps: float,
+             iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
   """See `pallas_kernels.hyper_connections.collapse`."""
   exact = jnp.promote_types(streams_BSND.dtype, jnp.float32)
   x_BSND = streams_BSND.astype(exact)
@@ -36,14 +37,16 @@ def collapse(streams_BSND, fn, base, scale, *, norm_eps, eps, iterations):
   return jnp.einsum("BSN,BSND->BSD", pre_BSN, x_BSND, precision="highest").astype(streams_BSND.dtype), post_BSN, comb_BSNN
 
 
-def expand(streams_BSND, update_BSD, post_BSN, comb_BSNN):
+def expand(streams_BSND: jax.Array, update_BSD: jax.Array, post_BSN: jax.Array, comb_BSNN: jax.Array) -> jax.Array:
   """See `pallas_kernels.hyper_connections.expand`."""
   exact = comb_BSNN.dtype
   mixed = jnp.einsum("BSjk,BSjD->BSkD", comb_BSNN, streams_BSND.astype(exact), precision="highest")
   return (post_BSN[..., None] * update_BSD[:, :, None].astype(exact) + mixed).astype(streams_BSND.dtype)
 
 
-def expand_collapse(streams_BSND, update_BSD, post_BSN, comb_BSNN, fn, base, scale, *, norm_eps, eps, iterations):
+def expand_collapse(streams_BSND: jax.Array, update_BSD: jax.Array, post_BSN: jax.Array, comb_BSNN: jax.Array,
+                    fn: jax.Array, base: jax.Array, scale: jax.Array, *, norm_eps: float, eps: float, iterations: int
+                    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """See `pallas_kernels.hyper_connections.expand_collapse`."""
   new_BSND = expand(streams_BSND, update_BSD, post_BSN, comb_BSNN)
   return new_BSND, *collapse(new_BSND, fn, base, scale, norm_eps=norm_eps, eps=eps, iterations=iterations)

@@ -8,7 +8,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import pick, tpu
+from pallas_kernels import arguments, pick, tpu
 from pallas_kernels.indexer import blockwise, forms, kernel, kernel_loss, reference
 from pallas_kernels.selection import Selection
 
@@ -34,7 +34,13 @@ def select(queries: jax.Array, weights: jax.Array, keys: Any, *, top_k: int, pos
 
   Raises:
     NotImplementedError: a named implementation that does not exist.
+    ValueError: arrays that do not fit together.
   """
+  arguments.check("select", queries=(queries, "B S h c"), weights=(weights, "B S h"),
+                  positions=(positions, "int: B S"), segment_ids=(segment_ids, "int: B S"),
+                  entry_last=(entry_last, "int: B T"), entry_segment=(entry_segment, "int: B T"),
+                  **({} if unpack else {"keys": (keys, "B T c")}))
+  arguments.check_number("select", "top_k", top_k, 1)
   if top_k >= entry_last.shape[1]:
     return Selection.all(*positions.shape)
   whole = lambda run, **fixed: lambda q, w, keys, **options: run(q, w, unpack(keys) if unpack else keys, **options, **fixed)
@@ -68,7 +74,13 @@ def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_q
 
   Raises:
     NotImplementedError: a named implementation that does not exist.
+    ValueError: arrays that do not fit together.
   """
+  arguments.check("kl_loss", queries=(queries, "B S h c"), weights=(weights, "B S h"), keys=(keys, "B T c"),
+                  attention_queries=(attention_queries, "B S H d"), entries=(entries, "B T d"), lse=(lse, "B S H"),
+                  positions=(positions, "int: B S"), segment_ids=(segment_ids, "int: B S"),
+                  entry_last=(entry_last, "int: B T"), entry_segment=(entry_segment, "int: B T"),
+                  **{"selection.picks": (selection.picks, "int: B S K")})
   run = pick("indexer.kl_loss", implementation, {
       "reference": reference.kl_loss, "blockwise": blockwise.kl_loss,
       "pallas": _fastest_loss, "interpret": functools.partial(kernel_loss.kl_loss, interpret=True)})

@@ -7,6 +7,7 @@ Axis letters: B batch   S queries   T entries   h index heads   c index width   
 from __future__ import annotations
 
 import functools
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import blocks
 from pallas_kernels.blocks import MASKED, positive_zero
 from pallas_kernels.indexer.largest import GROUP, group_maxima, largest
+from pallas_kernels.selection import Selection
 
 _LARGEST_TILE, _SMALLEST_TILE = 8192, 512
 _BYTES_PER_TILE = 16 * 2**20  # of dot products
@@ -38,7 +40,9 @@ def _block_scores(q_Chc, w_Ch, keys):
   return total
 
 
-def select(queries_BShc, weights_BSh, keys_BTc, *, top_k, positions, segment_ids, entry_last, entry_segment, unpack=None):
+def select(queries_BShc: jax.Array, weights_BSh: jax.Array, keys_BTc: jax.Array, *, top_k: int, positions: jax.Array,
+           segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array,
+           unpack: Callable[[Any], jax.Array] | None = None) -> jax.Array:
   """See `pallas_kernels.indexer.select`; returns picks [B, S, K].
 
   A block scores the entries tile by tile, from the first tile to the last in which one of its queries may see something.
@@ -113,8 +117,9 @@ def _best(scores_CT, k):
   return jax.lax.top_k(scores_CT, k) if scores_CT.shape[0] < _FEW_ROWS else largest(scores_CT, k)
 
 
-def kl_loss(queries_BShc, weights_BSh, keys_BTc, attention_BSHd, entries_BTd, lse_BSH, selection, *, positions, segment_ids,
-            entry_last, entry_segment, scale):
+def kl_loss(queries_BShc: jax.Array, weights_BSh: jax.Array, keys_BTc: jax.Array, attention_BSHd: jax.Array,
+            entries_BTd: jax.Array, lse_BSH: jax.Array, selection: Selection, *, positions: jax.Array,
+            segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array, scale: float) -> jax.Array:
   """See `pallas_kernels.indexer.kl_loss`. Each block is recomputed in the backward pass."""
   used = (entry_segment > 0)[..., None]
   keys_BTc, entries_BTd = jnp.where(used, keys_BTc, 0), jnp.where(used, entries_BTd, 0)

@@ -223,7 +223,8 @@ def _words(queries, weights, keys, positions, segment_ids, entry_last, entry_seg
   return words[:, :positions.shape[1]]
 
 
-def select(queries, weights, keys, *, top_k, positions, segment_ids, entry_last, entry_segment, interpret):
+def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: int, positions: jax.Array,
+           segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array, interpret: bool) -> Selection:
   """See `pallas_kernels.indexer.select`; the selection is of kind "bits"."""
   words = _words(queries, weights, keys, positions, segment_ids, entry_last, entry_segment, top_k=top_k,
                  interpret=interpret)

@@ -15,6 +15,7 @@ Axis letters: B batch   S queries   T entries   h index heads   c index width   
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from pallas_kernels import bits, tpu
 from pallas_kernels.indexer import kernel_loss_backward
 from pallas_kernels.indexer.tiles import LossCall, Sizes, head_dots, masses, prepare, tile_mask, tile_of, weigh
 from pallas_kernels.names import INDEX_LOSS, named
+from pallas_kernels.selection import Selection
 from pallas_kernels.tpu import LANES, MASKED
 
 TILE = {"v5p": (1024, 512), "v6e": (2048, 512), "tpu7x": (1024, 1024)}  # ((query, head) rows, entries)
@@ -102,8 +104,9 @@ def _loss_backward(static, kept, g):
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def kl_loss(queries, weights, keys, attention_queries, entries, lse, selection, *, positions, segment_ids, entry_last,
-            entry_segment, scale, interpret):
+def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_queries: jax.Array, entries: Any,
+            lse: jax.Array, selection: Selection, *, positions: jax.Array, segment_ids: jax.Array,
+            entry_last: jax.Array, entry_segment: jax.Array, scale: float, interpret: bool) -> jax.Array:
   """See `pallas_kernels.indexer.kl_loss`; float32."""
   if not keys.shape[1]:
     return jnp.zeros(positions.shape, jnp.float32)

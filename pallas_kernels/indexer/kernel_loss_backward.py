@@ -12,6 +12,7 @@ Axis letters: B batch   S queries   T entries   h index heads   c index width   
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def _kernel(ranges, q, w, k, a, lse, entries, words, factors, dq, dw, dk, teache
       copy.wait()
 
 
-def gradients(static, arrays, words, kept, g):
+def gradients(static: Any, arrays: Any, words: Any, kept: Any, g: jax.Array) -> Any:
   """-> d queries [B, S, h, c], d weights [B, S, h], d keys [B, T, c], in the operands' dtypes.
 
   Args:

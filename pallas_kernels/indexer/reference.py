@@ -5,13 +5,16 @@ Axis letters: B batch   S queries   T entries   h index heads   c index width   
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import positive_zero, sees_entry
+from pallas_kernels.selection import Selection
 
 
-def scores(queries_BShc, weights_BSh, keys_BTc):
+def scores(queries_BShc: jax.Array, weights_BSh: jax.Array, keys_BTc: jax.Array) -> jax.Array:
   """[B, S, T], at least float32: sum_h w_h relu(q_h . k)."""
   exact = jnp.promote_types(queries_BShc.dtype, jnp.float32)
   q, w, k = (x.astype(exact) for x in (queries_BShc, weights_BSh, keys_BTc))
@@ -19,7 +22,8 @@ def scores(queries_BShc, weights_BSh, keys_BTc):
   return (dots_BSTh * w[:, :, None]).sum(-1)
 
 
-def select(queries, weights, keys, *, top_k, positions, segment_ids, entry_last, entry_segment):
+def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: int, positions: jax.Array,
+           segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array) -> jax.Array:
   """See `pallas_kernels.indexer.select`; returns picks [B, S, K]."""
   keys = jnp.where((entry_segment > 0)[..., None], keys, 0)
   visible = sees_entry(positions, segment_ids, entry_last, entry_segment)
@@ -28,8 +32,9 @@ def select(queries, weights, keys, *, top_k, positions, segment_ids, entry_last,
   return jnp.where(best > -jnp.inf, picks, -1)
 
 
-def kl_loss(queries, weights, keys, attention_queries, entries, lse, selection, *, positions, segment_ids, entry_last,
-            entry_segment, scale):
+def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_queries: jax.Array, entries: Any,
+            lse: jax.Array, selection: Selection, *, positions: jax.Array, segment_ids: jax.Array,
+            entry_last: jax.Array, entry_segment: jax.Array, scale: float) -> jax.Array:
   """See `pallas_kernels.indexer.kl_loss`."""
   used = (entry_segment > 0)[..., None]
   keys, entries = jnp.where(used, keys, 0), jnp.where(used, entries, 0)

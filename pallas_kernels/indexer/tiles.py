@@ -7,6 +7,7 @@ Axis letters: B batch   S queries   T entries   h index heads   c index width   
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +44,19 @@ class Sizes:
 
   @property
   def all_queries(self) -> int:
+    """Queries of a row, padding included."""
     return self.cores * self.blocks * self.queries
 
   @property
   def all_entries(self) -> int:
+    """Entries of a row, padding included."""
     return self.steps * self.entries
 
-  def block(self, core, step):
+  def block(self, core: Any, step: Any) -> Any:
     """Number of the block that a core works on in a step."""
     return step * self.cores + core
 
-  def row_block(self, core, row, step):
+  def row_block(self, core: Any, row: Any, step: Any) -> Any:
     """The same among the blocks of all rows."""
     return row * self.cores * self.blocks + self.block(core, step)
 
@@ -66,12 +69,13 @@ def pack_range(used: jax.Array) -> jax.Array:
   return jnp.where(used.any(-1), first | (end - first) << 16, 0)
 
 
-def tile_of(packed, step):
+def tile_of(packed: Any, step: Any) -> Any:
   """Number of the tile to fetch in a step: past the range's end its last one again, so that nothing is copied."""
   return (packed & 0xffff) + jnp.minimum(step, jnp.maximum((packed >> 16) - 1, 0))
 
 
-def visible_range(position_BS, segment_BS, last_BT, segment_BT, sizes: Sizes) -> jax.Array:
+def visible_range(position_BS: jax.Array, segment_BS: jax.Array, last_BT: jax.Array, segment_BT: jax.Array, sizes: Sizes
+                  ) -> jax.Array:
   """int32 [B * N] packed ranges of the tiles that any query of a block may see.
 
   A block's tokens lie in documents low..high. What is strictly between counts as visible; the first and the last
@@ -140,7 +144,7 @@ class LossCall:
   ranges: jax.Array
 
   @staticmethod
-  def of(arrays, words: jax.Array, tiles: dict[str, tuple[int, int]], interpret: bool) -> "LossCall":
+  def of(arrays: Any, words: jax.Array, tiles: dict[str, tuple[int, int]], interpret: bool) -> 'LossCall':
     """`tiles`: by chip ((query, attention head) rows, entries); keys of unused memory are finite."""
     queries, weights, keys, attention, entries, lse = arrays
     chip = tpu.current_chip(interpret)
@@ -157,6 +161,7 @@ class LossCall:
 
   @property
   def grid(self) -> tuple[int, ...]:
+    """Steps of the Pallas call: cores, rows of the batch, blocks of queries, tiles of entries."""
     return (self.sizes.cores, self.ranges.shape[0] // (self.sizes.cores * self.sizes.blocks), self.sizes.blocks,
             self.sizes.steps)
 
@@ -177,13 +182,13 @@ class LossCall:
             self.per_query(*attention.shape[2:]), self.per_query(lse.shape[2]), rows(entries), words]
 
 
-def prepare(attention, lse, teacher, base, scale: float) -> None:
+def prepare(attention: Any, lse: jax.Array, teacher: Any, base: jax.Array, scale: float) -> None:
   """Once per block of queries, attention queries and lse to base 2: `teacher` [bq * H, d], `base` [bq * H, 128]."""
   teacher[...] = (attention.astype(jnp.float32) * (scale * tpu.LOG2E)).astype(teacher.dtype).reshape(teacher.shape)
   base[...] = jnp.broadcast_to((lse * tpu.LOG2E)[:, :, None], (*lse.shape, LANES)).reshape(base.shape)
 
 
-def masses(teacher, base, entries, chosen) -> jax.Array:
+def masses(teacher: Any, base: jax.Array, entries: Any, chosen: Any) -> jax.Array:
   """float32 [bq, bk]: sum over heads of exp(logit - lse), 0 where the entry is not chosen."""
   logits = tpu.matmul_t(teacher, entries)
   mass = jnp.exp2(logits - tpu.widen(base, logits.shape[1])).reshape(chosen.shape[0], -1, logits.shape[1]).sum(1)

@@ -9,7 +9,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import pick, tpu
+from pallas_kernels import arguments, pick, tpu
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import blockwise, forms, kernel, reference, sparse
 
@@ -51,8 +51,14 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selectio
   Raises:
     NotImplementedError: a named implementation that does not exist, or a kernel on a chip or with more entries than it is
       made for.
-    ValueError: a window beyond a kernel's, or past keys without their documents.
+    ValueError: arrays that do not fit together, a window beyond a kernel's, or past keys without their documents.
   """
+  arguments.check("attend", q=(q, "B S H d"), window_kv=(window_kv, "B S d"), sink=(sink, "H"),
+                  positions=(positions, "int: B S"), segment_ids=(segment_ids, "int: B S"),
+                  entry_last=(entry_last, "int: B T"), entry_segment=(entry_segment, "int: B T"),
+                  **({} if unpack else {"entries": (entries, "B T d")}),
+                  **{"selection.picks": (selection.picks, "int: B S K")})
+  arguments.check_number("attend", "window", window, 0)
   if (past_kv is None) != (past_segment is None) or (past_kv is not None and past_kv.shape[:2] != past_segment.shape):
     shapes = [None if x is None else x.shape for x in (past_kv, past_segment)]
     raise ValueError(f"past_kv, past_segment = {shapes[0]}, {shapes[1]}: expected [batch, past, width], [batch, past]")

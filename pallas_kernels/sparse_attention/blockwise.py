@@ -11,6 +11,7 @@ Axis letters: B batch   S queries   H heads   T entries   K picks   d head width
 from __future__ import annotations
 
 import functools
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,13 @@ import jax.numpy as jnp
 from pallas_kernels import blocks
 from pallas_kernels.blocks import MASKED
 from pallas_kernels.names import ATTENTION, named
+from pallas_kernels.selection import Selection
 
 
-def attend(q_BSHd, window_kv_BXd, entries_BTd, selection, sink_H, *, positions, segment_ids, key_segment, entry_last,
-           entry_segment, window, scale, unpack=None):
+def attend(q_BSHd: jax.Array, window_kv_BXd: jax.Array, entries_BTd: jax.Array, selection: Selection, sink_H: jax.Array,
+           *, positions: jax.Array, segment_ids: jax.Array, key_segment: jax.Array, entry_last: jax.Array,
+           entry_segment: jax.Array, window: int, scale: float, unpack: Callable[[Any], jax.Array] | None = None
+           ) -> tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.sparse_attention.attend`; of the window keys the last S are the queries' own."""
   kind, selection = selection.kind, selection.listed()
   places = (positions, segment_ids, entry_last, entry_segment, key_segment)

@@ -10,6 +10,7 @@ Axis letters: B batch   S queries   H heads   T entries   d head width   W words
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +20,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import bits, tpu
 from pallas_kernels.names import ATTENTION, named
+from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import kernel_backward, tiles
 from pallas_kernels.tpu import LANES, matmul, matmul_t, widen
 
 TILE = {"v5p": (1024, 512), "v6e": (4096, 256), "tpu7x": (1024, 1024)}  # rows, entries: fewest bundles
 
 
-def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, segment_ids, entry_last, entry_segment,
-           window, scale, interpret):
+def attend(q_BSHd: jax.Array, window_kv_BSd: jax.Array, entries_BTd: jax.Array, selection: Selection, sink_H: jax.Array,
+           *, positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array,
+           window: int, scale: float, interpret: bool) -> tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.sparse_attention.attend`.
 
   Raises:
@@ -57,7 +60,8 @@ def _attend_backward(options, saved, gradients):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def forward(q, window_kv, entries, sink, words, segment_ids, options):
+def forward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any, segment_ids: jax.Array,
+            options: Any) -> Any:
   """-> out [B, S, H, d] in q's dtype, lse [B, S, H] float32."""
   plan = tiles.make_plan(q.shape, entries.shape[1], q.dtype.itemsize, options, *TILE[options.chip.name], whole_windows=False)
   counts, *operands = tiles.operands(q, window_kv, entries, sink, words, segment_ids, options.window, plan)
@@ -102,7 +106,7 @@ def _body(counts, ids, q, words, entries, near_words, near_keys, sink, out, lse,
 
   if not plan.merged:
     @pl.when(j < counts[number])
-    def _():
+    def tile():
       keys = entries[...]
       seen = tiles.key_mask(words[...], tiles.tile_id(counts, ids, number, j, plan), plan.entries)
       s = tiles.hide(matmul_t(qs[...], keys), seen)

@@ -10,6 +10,7 @@ Axis letters: B batch   S queries   H heads   T entries   d head width   W words
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ from pallas_kernels.tpu import LANES, matmul, matmul_t, t_matmul, widen
 TILE = {"v5p": (1024, 1024), "v6e": (2048, 512), "tpu7x": (1024, 512)}  # rows, entries: fewest bundles
 
 
-def backward(q, window_kv, entries, sink, words, segment_ids, out, lse, d_out, d_lse, options):
+def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any, segment_ids: jax.Array,
+             out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array, options: Any) -> Any:
   """-> gradients of q, window_kv, entries and sink."""
   plan = _plan(q, entries, options)
   counts, *operands = tiles.operands(q, window_kv, entries, sink, words, segment_ids, options.window, plan)
@@ -133,7 +135,7 @@ def _body(counts, ids, q, words, entries, near_words, near_keys, sink, out, d_ou
 
   if not plan.merged:
     @pl.when(j < counts[number])
-    def _():
+    def tile():
       tile = tiles.tile_id(counts, ids, number, j, plan)
       entry_sum[_tile_rows(tile, plan)] += gradients(entries[...], tiles.key_mask(words[...], tile, plan.entries))
 

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import sees_entry
+from pallas_kernels.selection import Selection
 
 
-def attend(q_BSHd, window_kv_BXd, entries_BTd, selection, sink_H, *, positions, segment_ids, key_segment, entry_last,
-           entry_segment, window, scale):
+def attend(q_BSHd: jax.Array, window_kv_BXd: jax.Array, entries_BTd: jax.Array, selection: Selection, sink_H: jax.Array,
+           *, positions: jax.Array, segment_ids: jax.Array, key_segment: jax.Array, entry_last: jax.Array,
+           entry_segment: jax.Array, window: int, scale: float) -> tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.sparse_attention.attend`; of the window keys the last S are the queries' own."""
   exact = jnp.promote_types(q_BSHd.dtype, jnp.float32)
   q, kv, entries, sink = (x.astype(exact) for x in (q_BSHd, window_kv_BXd, entries_BTd, sink_H))

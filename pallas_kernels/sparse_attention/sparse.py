@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jax import lax
 
 from pallas_kernels import bits, blocks, tpu
 from pallas_kernels.names import ATTENTION, named
+from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import (
   sparse_backward,
   sparse_forward,
@@ -40,8 +42,9 @@ DIRECT = {"v5p": 384, "v6e": 384, "tpu7x": 256}  # rows that the forward kernel 
 BACKWARD_STEP = {"v5p": (4, 1024), "v6e": (8, 1024), "tpu7x": (4, 1024)}
 
 
-def attend(q_BSHd, window_kv_BSd, entries_BTd, selection, sink_H, *, positions, segment_ids, entry_last, entry_segment,
-           window, scale, interpret):
+def attend(q_BSHd: jax.Array, window_kv_BSd: jax.Array, entries_BTd: jax.Array, selection: Selection, sink_H: jax.Array,
+           *, positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array,
+           window: int, scale: float, interpret: bool) -> tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.sparse_attention.attend`. Meant for selections of few entries: kind "all" reads every one.
 
   The SparseCore has no interpreter: with `interpret` its copies and sums of rows are plain JAX, all else is the same.
@@ -159,7 +162,8 @@ def _operands(q, window_kv, sink, segment_ids, window, plan):
       sink, plan)
 
 
-def forward(q, window_kv, entries, sink, chosen, segment_ids, static):
+def forward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, chosen: Any, segment_ids: jax.Array,
+            static: Any) -> Any:
   """-> out [B, S, H, d] in q's dtype, lse [B, S, H] float32."""
   options = static[0]
   plan = _plan(q, entries, static, FORWARD_STEP, ROWS, DIRECT[options.chip.name])
@@ -188,7 +192,8 @@ def forward(q, window_kv, entries, sink, chosen, segment_ids, static):
   return sparse_plan.from_steps(out, q.shape, plan), tiles.from_statistics(lse, q.shape, plan)
 
 
-def backward(q, window_kv, entries, sink, chosen, segment_ids, out, lse, d_out, d_lse, static):
+def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, chosen: Any, segment_ids: jax.Array,
+             out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array, static: Any) -> Any:
   """-> gradients of q, window_kv, entries and sink."""
   options, plan = static[0], _plan(q, entries, static, BACKWARD_STEP, _backward_rows(entries.shape[1]))
   statistics = jnp.stack([tiles.as_statistics(x, plan) for x in (lse, d_lse)])

@@ -10,6 +10,7 @@ Axis letters: N all steps   H heads   d head width   R rows of a step   U keys o
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from pallas_kernels.sparse_attention import sparse_plan, sparse_table, tiles
 from pallas_kernels.tpu import LANES, matmul, matmul_t, t_matmul, widen
 
 
-def gradients(chunk, rows, words, operands, results, plan, options):
+def gradients(chunk: Any, rows: Any, words: Any, operands: Any, results: Any, plan: Any, options: Any) -> Any:
   """Gradients of one chunk's queries.
 
   Args:

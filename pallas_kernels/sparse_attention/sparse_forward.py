@@ -9,6 +9,7 @@ Axis letters: N all steps   H heads   d head width   R rows of a step   U places
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from pallas_kernels.sparse_attention import sparse_copies, sparse_plan, sparse_t
 from pallas_kernels.tpu import LANES, matmul, matmul_t, widen
 
 
-def attend_rows(chunk, rows, words, operands, direct, results, plan, options):
+def attend_rows(chunk: Any, rows: Any, words: Any, operands: Any, direct: Any, results: Any, plan: Any, options: Any
+                ) -> Any:
   """Attention of one chunk's queries.
 
   Args:

@@ -14,6 +14,7 @@ Axis letters: C queries   W words of a query   K places of a list   J words that
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ DIRECT_WORDS = 1024  # of a query, that are listed in one level
 _BLOCK = 64  # rows at a time
 
 
-def from_words(words_CW: jax.Array, places: int, options, source=(None, None)) -> jax.Array:
+def from_words(words_CW: jax.Array, places: int, options: Any, source: Any = (None, None)) -> jax.Array:
   """Rows of bits int32 [C, W] with at most `places` bits each -> entries int32 [C, places], -1 in the places behind them.
 
   The order of a query's entries is that of words, and of bits inside a word; in two levels the words' order is that of their
@@ -185,13 +186,13 @@ def _partial_counts(x):
   return two, four, eight, eight + right(eight, 8) & 0x00FF00FF
 
 
-def bit_count(x):
+def bit_count(x: jax.Array) -> jax.Array:
   """Ones of int32 words."""
   sixteen = _partial_counts(x)[3]
   return (sixteen + (sixteen >> 16)) & 63
 
 
-def bit_of_rank(x, rank):
+def bit_of_rank(x: jax.Array, rank: jax.Array) -> jax.Array:
   """The bit of each int32 word that is a one with `rank` ones below it; anything where there is none."""
   two, four, eight, sixteen = _partial_counts(x)
   place = jnp.zeros_like(x)

@@ -11,6 +11,7 @@ Axis letters: T rows of a table   n places of all lists   w 32-bit numbers of a 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,8 @@ def add_rows(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, chip: 
   return jax.freeze(sums)
 
 
-def add_rows_and_gather(sums_UEd, index_n, rows_nd, table_Tw, wanted_m, chip: tpu.Chip, interpret: bool):
+def add_rows_and_gather(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, table_Tw: jax.Array,
+                        wanted_m: jax.Array, chip: tpu.Chip, interpret: bool) -> Any:
   """`add_rows` of the first three and `gather` of the next two in one call: two calls would not both run beside a kernel."""
   if interpret:
     return add_rows(sums_UEd, index_n, rows_nd, chip, True), gather(table_Tw, wanted_m, True)

@@ -10,6 +10,7 @@ Axis letters: B batch   T entries   d head width   R rows of all batch rows   w 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from pallas_kernels.tpu import LANES
 _BLOCK = 1024
 
 
-def make_tables(entries_BTd: jax.Array, seen_BT: jax.Array, options, pieces: bool) -> list[jax.Array]:
+def make_tables(entries_BTd: jax.Array, seen_BT: jax.Array, options: Any, pieces: bool) -> list[jax.Array]:
   """The rows of all entries, zeros where nobody may see one: [R, w], and with `pieces` also [R, w / 128, 128].
 
   Args:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +183,8 @@ def _padded(x, *sizes: int):
   return x
 
 
-def operands(q, window_kv, entries, sink, words, segment_ids, window: int, plan: Plan) -> tuple[jax.Array, ...]:
+def operands(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any, segment_ids: jax.Array,
+             window: int, plan: Plan) -> tuple[jax.Array, ...]:
   """What forward and backward read, in the order of `specs`, two lists of tiles before it."""
   words = _padded(words, plan.blocks * plan.queries, bits.num_words(plan.tiles * plan.entries))
   logit_H = jnp.maximum(tpu.pad_axis(sink.astype(jnp.float32), 0, plan.heads) * tpu.LOG2E, LOWEST)
@@ -262,7 +264,7 @@ def tile_lists(words_BSW: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
   return used.sum(1, dtype=jnp.int32), (numbers << shifts).sum(-1, dtype=jnp.int32).reshape(-1)
 
 
-def tile_id(counts, ids, number, j, plan: Plan):
+def tile_id(counts: Any, ids: Any, number: Any, j: Any, plan: Plan) -> Any:
   """The j-th tile of a list; past its end the last one, so that nothing new is fetched."""
   j = jnp.minimum(j, jnp.maximum(counts[number] - 1, 0))
   word, place = _divide(j, 32 // plan.id_bits)
@@ -277,7 +279,8 @@ def key_mask(words_CL: jax.Array, tile: int | jax.Array, keys: int) -> jax.Array
   return jnp.concatenate([words_CL << (31 - c - first) for c in range(chunks)], -1) < 0  # the sign bit
 
 
-def first_keys(words, entries, near_words, near_keys, window: int, plan: Plan) -> tuple[jax.Array, jax.Array] | None:
+def first_keys(words: Any, entries: Any, near_words: Any, near_keys: Any, window: int, plan: Plan
+               ) -> tuple[jax.Array, jax.Array] | None:
   """Keys [U, d] and their mask [C, U] of a block's first step: its window, and the entries behind it if they are merged."""
   pairs = [(near_keys[...], key_mask(near_words[...], 0, 2 * plan.reach))] if window else []
   if plan.merged:

@@ -1,0 +1,19 @@
+"""What every room of bad input shares: a count of the programs that JAX compiles."""
+
+import jax
+import pytest
+
+from tests.model.small import T0, abstract_variables
+
+_COMPILED = []
+
+
+@pytest.fixture(scope="session")
+def compiled():
+  """A list that grows by one with every program that is compiled, or read from the compilation cache, from now on."""
+  if not _COMPILED:  # a listener cannot be taken away again
+    _COMPILED.append("listening")
+    abstract_variables(T0)  # what the tables are made of compiles before anything is counted
+    jax.monitoring.register_event_duration_secs_listener(
+      lambda event, *_, **__: _COMPILED.append(event) if event.endswith("backend_compile_duration") else None)
+  return _COMPILED

@@ -1,0 +1,48 @@
+"""How much the rooms of bad input hold, and that the count of compiled programs counts."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.bad_input import (
+  test_config_fields,
+  test_damaged_checkpoints,
+  test_dtypes,
+  test_empty_data,
+  test_files,
+  test_flags,
+  test_meshes,
+  test_numbers,
+  test_shapes,
+  test_tokenizers,
+)
+from tests.bad_input.table import check, table
+
+ROOMS = {
+  "config fields": test_config_fields.WRONG, "flags": test_flags.WRONG, "files": test_files.WRONG,
+  "shapes": test_shapes.WRONG, "dtypes": test_dtypes.WRONG, "token ids": test_numbers.TOKENS,
+  "positions": test_numbers.POSITIONS, "segment ids": test_numbers.SEGMENTS, "meshes": test_meshes.WRONG,
+  "damaged checkpoints": test_damaged_checkpoints.WRONG, "tokenizers": test_tokenizers.WRONG,
+  "empty data": test_empty_data.WRONG}
+
+
+def test_every_room_has_fifteen_and_all_together_many_more():
+  for room, wrong in ROOMS.items():
+    assert len(wrong) >= 15, room
+  assert sum(map(len, ROOMS.values())) >= 150
+
+
+def test_a_program_that_is_compiled_first_is_noticed(tmp_path, compiled):
+  def late(_):
+    jax.jit(lambda x: x * 3 + 1)(np.ones(7, np.float32))
+    raise ValueError("x = 1: expected 2")
+  with pytest.raises(AssertionError, match="programs were compiled before"):
+    check(*table(("x", "1", "2", late)), tmp_path, compiled)
+
+
+@pytest.mark.parametrize("said", ["x: expected 2", "x = 1: no", "y = 1: 2"])
+def test_a_message_without_field_value_or_expectation_is_noticed(said, tmp_path, compiled):
+  def refuse(_):
+    raise ValueError(said)
+  with pytest.raises(AssertionError, match="not in"):
+    check(*table(("x", "1", "2", refuse)), tmp_path, compiled)

@@ -1,0 +1,52 @@
+"""Every public function of the two libraries says what it takes and gives, and every package what lives in it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(path for folder in ("deepseek_v4", "pallas_kernels") for path in (ROOT / folder).rglob("*.py"))
+
+
+def public_functions(body, inside=""):
+  """(name, node) of a module's functions and of its public classes' methods, __init__ and the like included."""
+  for node in body:
+    if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+      yield from public_functions(node.body, f"{node.name}.")
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (
+        not node.name.startswith("_") or node.name.startswith("__")):
+      yield inside + node.name, node
+
+
+def untyped(node, method):
+  """Names of the parameters without a type, and "return"."""
+  given = node.args
+  parameters = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+  missing = [p.arg for p in parameters if p.annotation is None and not (method and p.arg in ("self", "cls"))]
+  return missing + ["return"] * (node.returns is None)
+
+
+def of_text(text):
+  return {name: untyped(node, "." in name) for name, node in public_functions(ast.parse(text).body)}
+
+
+def test_public_signatures_are_typed():
+  found = {f"{path.relative_to(ROOT)}: {name}": missing for path in FILES
+           for name, missing in of_text(path.read_text(encoding="utf-8")).items() if missing}
+  assert not found
+
+
+def test_missing_types_are_seen():
+  text = ("def f(a, *, b: int): pass\nclass A:\n  def __init__(self, c) -> None: pass\n  def _g(self): pass\n"
+          "def h(*x: int) -> int: pass")
+  assert of_text(text) == {"f": ["a", "return"], "A.__init__": ["c"], "h": []}
+
+
+@pytest.mark.parametrize("package", [path for path in FILES if path.name == "__init__.py"],
+                         ids=lambda path: path.parent.relative_to(ROOT).as_posix())
+def test_a_package_says_what_lives_in_it(package):
+  said = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
+  assert len(said) > 40
+  rooms = package.parent.parent.name == "deepseek_v4"  # the rooms of the library also say what may not
+  assert not rooms or any(word in said.lower() for word in ("no ", "not", "neither", "nothing", "only"))

@@ -1,0 +1,204 @@
+"""What README.md says can be done and found: its commands are understood and run, its paths, links and names exist."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+import deepseek_v4 as dsv4
+from deepseek_v4 import config as c
+from launch import bench, miniatures
+from tests import documents
+from tests.checkpoint.releases import make_release
+from tests.documents import ROOT, Command
+from tests.launch.in_process import program
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = documents.commands(TEXT)
+DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *(ROOT / ".github").glob("*.md"),
+                                                                  *(ROOT / "pallas_kernels").glob("*.md")))
+MAINS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if "app.run(main)" in path.read_text(encoding="utf-8"))
+RELEASE = "DeepSeek-V4-Flash"  # stands for a folder that a reader has downloaded
+CODE = [*documents.spans(TEXT), *(content for _, content in documents.blocks(TEXT))]
+
+# Placeholders in a command, by the flag in front of them ("" = none): what a test puts there.
+FILLED = {("config", "FILE"): "configs/debug.py", ("json", "FILE"): "figures.json", ("workdir", "DIR"): "runs/filled",
+          ("", "NAME"): miniatures.NAMES[0], ("coordinator", "HOST:PORT"): "localhost:12355", ("num_processes", "N"): "1",
+          ("process_id", "I"): "0"}
+
+
+def filled(command: Command) -> Command:
+  """The command with something in the place of its placeholders."""
+  words = []
+  for before, word in zip(("", *command.words), command.words):
+    words.append(FILLED.get((before.removeprefix("--") if before.startswith("--") else "", word), word))
+  return Command(tuple(words))
+
+
+def made_before(folder: str, command: Command) -> bool:
+  """Whether a command further up makes the folder."""
+  earlier = COMMANDS[:COMMANDS.index(command)]
+  made = [other.value_of(flag) for other in earlier for flag in ("workdir", "target")]
+  return folder == RELEASE or any(folder == name or folder.startswith(f"{name}/") for name in made if name)
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------------
+def test_there_are_commands_and_the_parser_sees_them():
+  assert {command.main for command in COMMANDS} >= {"train", "generate", "convert", "count", "plan", "bench"}
+  text = "```\npip install x && python -m launch.a --b \\\n  'c d'  # e\n```\n`python -m launch.f g`\n"
+  text += "```python\npip no\n```\n"
+  assert [command.words for command in documents.commands(text)] == [
+    ("pip", "install", "x"), ("python", "-m", "launch.a", "--b", "c d"), ("python", "-m", "launch.f", "g")]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.main], ids=str)
+def test_a_command_is_understood(command):
+  """Its flags exist and have values of their kind, its config file is there and takes its settings."""
+  with program(command.main) as module:
+    rest = flags.FLAGS([command.main, *filled(command).arguments])[1:]
+    known = {"bench": bench.KINDS, "miniature": miniatures.NAMES}.get(command.main, ())
+    assert set(rest) <= set(known) and len(rest) == bool(known), rest
+    value = {name: flags.FLAGS[name].value for name in flags.FLAGS}
+  assert module.__doc__ and f"python -m launch.{command.main}" in module.__doc__
+  run_file = value.get("config")
+  if run_file and run_file.endswith(".py"):
+    c.load(ROOT / run_file, value.get("set") or ())
+  for folder in (value.get("checkpoint"), value.get("source"), run_file):
+    assert folder is None or (ROOT / folder).exists() or made_before(folder, command), folder
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.main], ids=str)
+def test_a_command_of_another_program_is_right(command):
+  """pip's extras are those of setup.py; a script has no mistake in its grammar and knows its word."""
+  program, *arguments = command.words
+  if program == "bash":
+    script = ROOT / arguments[0]
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    assert all(re.search(rf"^\s*{word}\)", script.read_text("utf-8"), re.M) for word in arguments[1:])
+  elif program == "pip":
+    setup = (ROOT / "setup.py").read_text("utf-8")
+    assert arguments[:2] == ["install", "-e"]
+    extras = re.findall(r"\[([\w,]+)\]", arguments[2])
+    assert all(f'"{extra}":' in setup for extra in ",".join(extras).split(",") if extra)
+  else:
+    assert (program, arguments) == ("pytest", [])
+
+
+def test_count_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+  """The one command that takes seconds; the others run in the long tests."""
+  released = json.loads((ROOT / "tests/golden/released_configs.json").read_text("utf-8"))[RELEASE]
+  (tmp_path / RELEASE).mkdir()
+  (tmp_path / RELEASE / "config.json").write_text(json.dumps(released))
+  monkeypatch.chdir(tmp_path)
+  counted = [command for command in COMMANDS if command.main == "count"]
+  assert counted
+  for command in counted:
+    with program("count") as module:
+      module.main(flags.FLAGS(["count", *filled(command).arguments]))
+    assert "284,332,240,471" in capsys.readouterr().out  # as the README says of V4-Flash
+
+
+# ---- what is named -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_and_links_exist(document):
+  text = (ROOT / document).read_text(encoding="utf-8")
+  folder = (ROOT / document).parent
+  missing = [path for path in documents.paths(text) if not (documents.exists(path) or documents.exists(path, folder))]
+  missing += [link for link in documents.links(text) if link and "://" not in link and not (folder / link).exists()]
+  # files of an example, and those that a reader is told to make
+  assert not [path for path in missing if path not in ("my_module.py", "configs/debug_NAME.py")]
+
+
+def test_the_tree_is_the_repository():
+  named = documents.tree(TEXT)
+  assert len(named) > 15
+  assert not [path for path in named if not (ROOT / path).exists()]
+  rooms = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deepseek_v4").iterdir() if path.is_dir()} - {
+    "deepseek_v4/__pycache__"}
+  assert rooms <= set(named)
+
+
+def test_public_names_exist():
+  names = {name for code in CODE for name in re.findall(r"\bdsv4((?:\.\w+)+)", code)}
+  assert {".DeepseekV4", ".training.make_train_step"} <= names
+  for name in names:
+    found = dsv4
+    for part in name.strip(".").split("."):
+      found = getattr(found, part)
+  outputs = {name for code in CODE for name in re.findall(r"\bout\.(\w+)", code)}
+  assert outputs <= {field.name for field in dataclasses.fields(dsv4.ModelOutput)}
+
+
+def test_settings_exist():
+  """section.field, SectionConfig.field and stages.NAME.field, wherever code names them."""
+  sections = {field.name: type(getattr(c.RunConfig(), field.name)) for field in dataclasses.fields(c.RunConfig)}
+  sections |= {"stages": None, "distillation": c.DistillationConfig, "reinforcement": c.ReinforcementConfig}
+  code = " ".join([*documents.spans(TEXT), *(content for language, content in documents.blocks(TEXT) if not language)])
+  has = lambda kind, name: hasattr(kind, name) or name in {field.name for field in dataclasses.fields(kind)}
+  found = [(kind, name) for section, kind in sections.items() if kind
+           for name in re.findall(rf"(?<![\w./]){section}\.(\w+)(?![\w/]*\.py)", code)]
+  found += [(c.StageConfig, name) for name in re.findall(r"\bstages\.\w+\.(\w+)", code)]
+  found += [(getattr(c, kind), name) for kind, name in re.findall(r"\b([A-Z]\w*Config)\.(\w+)", code)]
+  assert len(found) > 15
+  assert not [(kind.__name__, name) for kind, name in found if not (has(kind, name) or hasattr(dsv4.DeepseekV4, name))]
+
+
+def test_flags_exist():
+  known = set()
+  for main in MAINS:
+    with program(main):
+      known |= set(flags.FLAGS)
+  given = {name for span in documents.spans(TEXT) for name in re.findall(r"(?<!\S)--([a-z]\w*)", span)}
+  assert len(given) > 5
+  assert not {name for name in given if name not in known and name.removeprefix("no") not in known}
+
+
+# ---- everything, shortened ---------------------------------------------------------------------------------------------
+# What makes a command short; None: hours, and tests of its own run it in small (tests/launch).
+SHORTER = {
+  "generate": ("--max_new_tokens", "4"), "convert": (), "count": (), "miniature": None, "distill": None,
+  "plan": ("--set", "model.num_hidden_layers=1"), "faults": ("--kills", "1", "--stops", "0", "--full_disks", "0"),
+  "bench forward": ("--lengths", "64", "--repeats", "1"), "bench train": ("--lengths", "64", "--repeats", "1"),
+  "bench decode": ("--lengths", "64", "--repeats", "1"), "bench remat": ("--lengths", "64", "--repeats", "1"),
+  "bench kernels": ("--lengths", "512", "--models", "flash", "--ops", "select", "--noothers"),
+  "bench memory": ("--lengths", "512", "--noothers"), "bench exchange": ("--lengths", "512"),
+  "bench context": ("--tokens", "2048", "--chunks", "512,384")}
+
+
+def shorter(command: Command) -> tuple[str, ...] | None:
+  """What is added to a command, so that it takes a minute; None: it is not run."""
+  if command.main != "train":
+    kind = f"bench {command.arguments[0]}" if command.main == "bench" else command.main
+    return SHORTER.get(kind)
+  settings = ["training.log_every=1", "training.eval_batches=1", "training.checkpoint_every=2", "optimizer.warmup_steps=1",
+              "optimizer.decay_steps=1", "training.steps=2", "data.source=text", f"data.path={ROOT / 'deepseek_v4'}"]
+  return tuple(word for setting in settings for word in ("--set", setting))
+
+
+def test_every_command_is_run_or_has_a_reason():
+  for command in COMMANDS:
+    if command.main and command.main != "train":
+      assert (f"bench {command.arguments[0]}" if command.main == "bench" else command.main) in SHORTER, command
+
+
+@pytest.mark.long
+def test_the_commands_run_one_after_another(tmp_path):
+  """In a folder that looks like the checkout, as later commands use what earlier ones made."""
+  for path in ROOT.iterdir():
+    if path.name not in ("runs", ".git"):
+      (tmp_path / path.name).symlink_to(path)
+  make_release(tmp_path / RELEASE)
+  environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+  environment.pop("XLA_FLAGS", None)
+  for command in map(filled, COMMANDS):
+    more = shorter(command) if command.main else None
+    if more is None:
+      continue
+    done = subprocess.run([sys.executable, *command.words[1:], *more], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True, timeout=1200)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
