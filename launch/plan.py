@@ -60,14 +60,22 @@ def wanted_of(run_config: Any) -> Any:
                         values["storage"].value)
 
 
-def searched(wanted: Any, say: Any) -> dict[str, Any]:
+def accumulation_of(run_config: Any, stage: str) -> str:
+  """What --set calls the number of passes of a run's stage."""
+  names = [one.name for one in run_config.stages]
+  if not names:
+    return "data.accumulation"
+  return f"stages.{stage if stage in names else names[int(stage or 0)]}.accumulation"
+
+
+def searched(run_config: Any, wanted: Any, say: Any) -> dict[str, Any]:
   """The search's figures, said as a table."""
   from launch.plans import search
   values = flags.FLAGS
   command = ["--config", values["config"].value, "--topology", wanted.topology, "--stage", values["stage"].value]
   command += [part for text in values["set"].value for part in ("--set", text)]
-  found = search.search(wanted, command, tuple(values["remat"].value), values["compiles"].value, values["jobs"].value,
-                        60 * values["minutes"].value, say)
+  found = search.search(wanted, command, accumulation_of(run_config, values["stage"].value), tuple(values["remat"].value),
+                        values["compiles"].value, values["jobs"].value, 60 * values["minutes"].value, say)
   say(search.table(found))
   return {"rows": found}
 
@@ -92,7 +100,7 @@ def main(argv: list[str]) -> None:
       say(line)
     wanted = wanted_of(run_config)
     if flags.FLAGS["search"].value:
-      figures = searched(wanted, say)
+      figures = searched(run_config, wanted, say)
     else:
       figures = measure.measured(wanted, say)
       say(report.text(figures))

@@ -93,8 +93,8 @@ def forward_flops(model: ModelConfig, length: int, attention_mode: str = "sparse
     sparse = kind == CSA and attention_mode == "sparse"
     pairs += (np.minimum(entries, model.index_topk) if sparse else entries).mean()
     scored += entries.mean() if sparse else 0.0
-  return {"matmuls": float(matmuls), "attention": 4.0 * model.num_attention_heads * model.head_dim * pairs,
-          "indexer": model.index_n_heads * (2.0 * model.index_head_dim + 3) * scored}
+  return {"matmuls": float(matmuls), "attention": float(4 * model.num_attention_heads * model.head_dim * pairs),
+          "indexer": float(model.index_n_heads * (2 * model.index_head_dim + 3) * scored)}
 
 
 def step_flops(run_config: RunConfig) -> float:

@@ -7,10 +7,13 @@ from typing import Any
 
 import jax
 
-from deepseek_v4.config import RunConfig
-from deepseek_v4.training.state import abstract_state
+from deepseek_v4.training.state import TrainState, state_shardings
 
-KINDS = ("parameters", "optimizer", "router", "other")
+
+def placed(shapes: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+  """A state's shapes, `abstract_state(run_config)`, with their shardings on a mesh."""
+  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes,
+                      state_shardings(shapes, mesh))
 
 
 def device_bytes(tree: Any) -> int:
@@ -21,13 +24,8 @@ def device_bytes(tree: Any) -> int:
   return sum(map(size, jax.tree.leaves(tree)))
 
 
-def by_kind(run_config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, int]:
-  """Bytes of one device's part of the state: "parameters", "optimizer" (momentum, moments), "router" (biases, hash tables),
-  "other" (step, key). The compiler pads small and oddly shaped arrays, so its arguments may be a little larger.
-
-  Raises:
-    ValueError: sizes that the mesh does not divide.
-  """
-  state = abstract_state(run_config, mesh)
+def by_kind(state: TrainState) -> dict[str, int]:
+  """Bytes of one device's part: "parameters", "optimizer" (momentum, moments), "router" (biases, hash tables), "other" (step,
+  key). The compiler pads small and oddly shaped arrays, so its arguments may be a little larger."""
   return {"parameters": device_bytes(state.params), "optimizer": device_bytes(state.opt_state),
           "router": device_bytes(state.router), "other": device_bytes((state.step, state.key))}

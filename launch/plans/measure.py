@@ -14,6 +14,7 @@ import jax
 from deepseek_v4.analysis.count import count
 from deepseek_v4.config import RunConfig
 from deepseek_v4.planning import bound, collectives, dots, lower, read, state
+from deepseek_v4.training.state import abstract_state
 from launch.benchmarks.kernels import chips, program
 from launch.plans import kernels
 
@@ -68,7 +69,7 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
   clock = time.perf_counter()
   if wanted.step == TRAIN:
     traced = lower.trace_step(run_config, mesh)
-    held = state.by_kind(run_config, mesh)
+    held = state.by_kind(abstract_state(run_config, mesh))
   else:
     traced = lower.trace_serving(run_config, mesh, wanted.tokens, wanted.storage)
     held = _served(wanted, mesh)
@@ -113,6 +114,11 @@ def _compiled(lowered: jax.stages.Lowered, say: Callable[[str], None]) -> jax.st
     done.set()
 
 
+def rates_of(chip: chips.Chip) -> bound.Rates:
+  """The chip's rates as the bounds want them."""
+  return bound.Rates(chip.clock * chip.flops_per_cycle, chip.hbm_rate, chip.link_rate)
+
+
 # ---- what it does -----------------------------------------------------------------------------------------------------
 def work_of(wanted: Wanted, mesh: jax.sharding.Mesh, jaxpr: Any, text: str, chip: chips.Chip) -> Figures:
   """Kernels, collectives, FLOPs, bytes moved, time bounds, and the share of the peak that they allow; of one device."""
@@ -129,7 +135,7 @@ def work_of(wanted: Wanted, mesh: jax.sharding.Mesh, jaxpr: Any, text: str, chip
   work = bound.Work(executed["dots"], of_all("flops"), of_all("seconds"), moved + of_all("bytes"),
                     sum(row["bytes"] - row["hidden"] for row in found.values()),
                     sum(row["hidden"] for row in found.values()))
-  rates = bound.Rates(chip.clock * chip.flops_per_cycle, chip.hbm_rate, chip.link_rate)
+  rates = rates_of(chip)
   least, flops = bound.seconds(work, rates), wanted.model_flops
   return {"kernels": of_kernels, "traffic": found, "hbm_bytes_moved": work.hbm_bytes,
           "flops": {"model": flops / mesh.size, "matmuls": work.matmul_flops, "kernels": work.kernel_flops,
