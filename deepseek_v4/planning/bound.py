@@ -84,15 +84,13 @@ def forward_flops(model: ModelConfig, length: int, attention_mode: str = "sparse
   parts = count(model, 1).flops_per_token
   matmuls = sum(flops for part, flops in parts.items() if part not in ("attention", "indexer"))
   seen = np.arange(1, length + 1)
-  pairs, scored = 0.0, 0.0
-  for kind in model.layer_types:
-    pairs += np.minimum(seen, model.sliding_window).mean()
-    if kind == SLIDING:
-      continue
-    entries = seen // model.compress_rate(kind)
+  pairs = model.num_hidden_layers * np.minimum(seen, model.sliding_window).mean()
+  scored = 0.0
+  for kind in {*model.layer_types} - {SLIDING}:
+    layers, entries = model.layer_types.count(kind), seen // model.compress_rate(kind)
     sparse = kind == CSA and attention_mode == "sparse"
-    pairs += (np.minimum(entries, model.index_topk) if sparse else entries).mean()
-    scored += entries.mean() if sparse else 0.0
+    pairs += layers * (np.minimum(entries, model.index_topk) if sparse else entries).mean()
+    scored += layers * entries.mean() if sparse else 0.0
   return {"matmuls": float(matmuls), "attention": float(4 * model.num_attention_heads * model.head_dim * pairs),
           "indexer": float(model.index_n_heads * (2 * model.index_head_dim + 3) * scored)}
 

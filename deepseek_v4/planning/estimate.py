@@ -113,4 +113,6 @@ def _work(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, int
   streams = model.hc_mult * model.hidden_size * width * tokens
   moved = passes * (2 * width * PASSES[model.remat] * (experts + dense / shape["tensor"])
                     + 12 * PASSES[model.remat] * streams * layers + 3 * held["parameters"]) + 8 * sum(held.values())
+  # Attention's and the experts' sums over the axis tensor, forward and for the gradients of their inputs.
+  summed = PASSES[model.remat] * 2 * 2 * model.hidden_size * width * tokens * missing("tensor") * layers * passes
   return bound.Work(share * sum(forward.values()), 0.0, 0.0, moved, weights + summed, exchanged)
