@@ -7,8 +7,8 @@ Of a run with stages it is the step of one of them, with the batch that it ends 
 (a name, or a place from 0). The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where
 the run says "auto". A step of four layers takes minutes.
 
-It fits if arguments, outputs, temporaries and code leave a tenth of what the compiler lets a program use. Bounds are what
-`deepseek_v4/planning/bound.py` and `launch/plans/kernels.py` say: least times by the chip's published rates, not measured ones.
+It fits if arguments, outputs, temporaries and code leave a tenth of what the compiler lets a program use. Bounds are least
+times by the chip's published rates (`deepseek_v4/planning/bound.py`, `launch/plans/kernels.py`); nothing is measured.
 
 --step prefill and decode plan what `launch.generate` runs again and again: --chunk_size tokens more, or one, for each of
 data.batch_size rows, in a cache with room for data.sequence_length of them that is nearly full.

@@ -81,8 +81,8 @@ def collectives(text: str) -> list[Collective]:
 
 
 def traffic(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
-  """By kind: "count" in the program's text, "started" of these, "bytes" of all runs, "hidden" of these bytes those of started
-  ones, and "more": the bytes of one run of those inside loops whose length is not known."""
+  """By kind: "count" in the program's text, "started" of these, "bytes" of all runs, "hidden" of these bytes those of
+  started ones, and "more": the bytes of one run of those inside loops whose length is not known."""
   table: dict[str, dict[str, int]] = {}
   for one in found:
     row = table.setdefault(one.kind, dict.fromkeys(("count", "started", "bytes", "hidden", "more"), 0))

@@ -73,7 +73,8 @@ def _convolution(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, 
 
 
 @functools.lru_cache(maxsize=4096)
-def valid_positions(inputs: int, kernel: int, outputs: int, low: int, stride: int, dilation: int, kernel_dilation: int) -> int:
+def valid_positions(inputs: int, kernel: int, outputs: int, low: int, stride: int, dilation: int,
+                    kernel_dilation: int) -> int:
   """Pairs of an output and a place of the kernel that meet an input, along one axis of a convolution.
 
   Args:

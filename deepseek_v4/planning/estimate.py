@@ -75,9 +75,9 @@ def kept_streams(run_config: RunConfig) -> int:
 
 
 def _bytes(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, int]) -> float:
-  """The state; in a pass the gradients so far, those of the pass, streams and one layer's arrays; in the update the gradients,
-  the new state, which replaces the old one only if it is finite, and Newton-Schulz's numbers: matrices and their successors
-  in float32, operands and products in its own dtype."""
+  """The state; in a pass the gradients so far, those of the pass, streams and one layer's arrays; in the update the
+  gradients, the new state, which replaces the old one only if it is finite, and Newton-Schulz's numbers: matrices and their
+  successors in float32, operands and products in its own dtype."""
   model, tokens = run_config.model, tokens_of(run_config, mesh)
   width = WIDTHS[model.compute_dtype]
   streams = model.hc_mult * model.hidden_size * width * tokens
@@ -94,8 +94,9 @@ def _bytes(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, in
 
 # ---- time -------------------------------------------------------------------------------------------------------------
 def _work(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, int]) -> bound.Work:
-  """Matmuls as the model's, with what the policy computes again; weights and gradients that travel in every pass, and sums of
-  what the axis tensor splits; rows that travel to their experts and back; HBM for weights, gradients and a few dozen reads and writes of a layer's streams."""
+  """Matmuls as the model's, with what the policy computes again; weights and gradients that travel in every pass, and sums
+  of what the axis tensor splits; rows that travel to their experts and back; HBM for weights, gradients and a few dozen
+  reads and writes of a layer's streams."""
   model, data, shape = run_config.model, run_config.data, mesh.shape
   forward = bound.forward_flops(model, data.sequence_length, run_config.training.attention_mode)
   tokens, passes, width = tokens_of(run_config, mesh), data.accumulation, WIDTHS[model.compute_dtype]

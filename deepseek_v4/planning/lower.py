@@ -1,5 +1,5 @@
-"""The real step of a run, optimizer and kernels included, or of serving its model, for a named slice of TPUs that need not be
-there.
+"""The real step of a run, optimizer and kernels included, or of serving its model, for a named slice of TPUs that need not
+be there.
 
 Axis letters: B rows   S tokens of a chunk   V vocabulary
 """
@@ -99,9 +99,10 @@ def abstract_cache(model: ModelConfig, rows: int, max_length: int, storage: str,
   return cache.replace(layers=layers, lengths=place(0, cache.lengths), furthest=place(0, cache.furthest))
 
 
-def trace_serving(run_config: RunConfig, mesh: jax.sharding.Mesh, tokens: int, storage: str = "compute") -> jax.stages.Traced:
-  """The program that `generate` runs again and again: `tokens` more for each of `data.batch_size` rows, with a cache that has
-  room for `data.sequence_length` tokens and is nearly full. One token: decoding; more: a chunk of a prompt.
+def trace_serving(run_config: RunConfig, mesh: jax.sharding.Mesh, tokens: int,
+                  storage: str = "compute") -> jax.stages.Traced:
+  """The program that `generate` runs again and again: `tokens` more for each of `data.batch_size` rows, with a cache that
+  has room for `data.sequence_length` tokens and is nearly full. One token: decoding; more: a chunk of a prompt.
 
   Raises:
     ValueError: sizes that the mesh does not divide; a mesh that splits the sequence, which a cache does not allow.

@@ -40,8 +40,8 @@ def kernels(compiled: Any) -> dict[str, int]:
 
 
 def executed(text: str) -> dict[str, int]:
-  """How often each kernel runs in a step, loops multiplied out, those of unknown length left out; by the name that its author
-  gave it, without what JAX's transformations put around."""
+  """How often each kernel runs in a step, loops multiplied out, those of unknown length left out; by the name that its
+  author gave it, without what JAX's transformations put around."""
   parts = hlo.computations(text)
   runs, found = hlo.runs(parts), Counter()
   for name, lines in parts.items():

@@ -25,7 +25,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def by_kind(state: TrainState) -> dict[str, int]:
-  """Bytes of one device's part: "parameters", "optimizer" (momentum, moments), "router" (biases, hash tables), "other" (step,
-  key). The compiler pads small and oddly shaped arrays, so its arguments may be a little larger."""
+  """Bytes of one device's part: "parameters", "optimizer" (momentum, moments), "router" (biases, hash tables), "other"
+  (step, key). The compiler pads small and oddly shaped arrays, so its arguments may be a little larger."""
   return {"parameters": device_bytes(state.params), "optimizer": device_bytes(state.opt_state),
           "router": device_bytes(state.router), "other": device_bytes((state.step, state.key))}

@@ -179,7 +179,8 @@ def _experts(name: str, one: Pass) -> Local:
   tokens = one.rows // (mesh["data"] * mesh["fsdp"] * shards) * one.tokens // mesh["context"]
   way = c.expert_exchange
   if way == "auto" or shards == 1:
-    way = routed.cheaper_exchange(tokens, c.num_experts_per_tok, c.n_routed_experts // shards, shards, c.compute_dtype, False)
+    way = routed.cheaper_exchange(tokens, c.num_experts_per_tok, c.n_routed_experts // shards, shards, c.compute_dtype,
+                                  False)
   waves = routed.num_waves(tokens, shards, {"gather": routed.GATHERED, "all_to_all": routed.SENT * shards}[way])
   return Local(name, 1, 1, 1, 0, 0, _shapes(one, 1, c.moe_intermediate_size // mesh["tensor"]),
                rows=-(-tokens // waves) * c.num_experts_per_tok, experts=c.n_routed_experts // shards)
@@ -212,6 +213,7 @@ def total(calls: Sequence[Traced], executed: Mapping[str, int], one: Pass, chip:
   table = {}
   for name, costs in sorted(found.items()):
     share = executed.get(name, 0) / sum(times for times, _ in costs)
-    sums = {field: share * sum(times * getattr(one, field) for times, one in costs) for field in ("flops", "bytes", "seconds")}
-    table[name] = {"calls": executed.get(name, 0)} | sums
+    table[name] = {"calls": executed.get(name, 0)}
+    for field in ("flops", "bytes", "seconds"):
+      table[name][field] = share * sum(times * getattr(one, field) for times, one in costs)
   return table

@@ -1,8 +1,8 @@
 """Which mesh, accumulation and remat policy of a train step fits a slice and is fastest by the bounds.
 
-All of them are estimated from shapes (`planning/estimate.py`), those that cannot fit are dropped, and the others compiled in
-the order of their estimated time, each in a process of its own, whose end frees its memory. What a compiled plan needs beyond
-its estimate is expected of the candidates after it, too, so that few compilations are spent on what will not fit.
+All of them are estimated from shapes (`planning/estimate.py`), those that cannot fit are dropped, and the others compiled
+in the order of their estimated time, each in a process of its own, whose end frees its memory. What a compiled plan needs
+beyond its estimate is expected of the candidates after it, too, so that few compilations are spent on what will not fit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 from deepseek_v4 import sharding
 from deepseek_v4.config import MeshConfig, RunConfig
@@ -117,7 +117,7 @@ def search(wanted: Wanted, command: Sequence[str], accumulation: str, remats: Se
   chip = chips.chip_of(wanted.topology)
   waiting = candidates(wanted.run_config, wanted.topology, remats)
   if not waiting:
-    raise ValueError(f"--search on {wanted.topology}: no mesh fits even by the estimate from shapes; expected a larger slice")
+    raise ValueError(f"--search on {wanted.topology}: no mesh fits even by the estimate, expected a larger slice")
   say(f"{len(waiting)} candidates may fit; compiling at most {compiles}, {jobs} at a time")
   found: list[Figures] = []
   excess, clock = [1.0], time.monotonic()

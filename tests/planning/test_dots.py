@@ -1,4 +1,4 @@
-"""FLOPs of matmuls in a compiled program: by hand, on programs of the CPU's compiler and on lines as the TPU's writes them."""
+"""FLOPs of matmuls in a compiled program by hand: of the CPU's compiler, and of lines as the TPU's writes them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ from deepseek_v4.planning import dots
 
 
 def flops(function, *shapes):
-  return dots.flops(jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile().as_text())
+  operands = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+  return dots.flops(jax.jit(function).lower(*operands).compile().as_text())
 
 
 def test_a_matmul_is_counted_as_often_as_its_loops_run():

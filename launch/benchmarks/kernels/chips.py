@@ -11,8 +11,8 @@ class Chip:
 
   Matrix rates are jax's `tpu_info` (459e12, 920e12 and 1,155e12 bfloat16 FLOP/s); divided by what a cycle can do they give
   the clocks: 1.75 GHz for v5p and v6e, 2.2 GHz for TPU7x, the latter on the assumption that its cycle does as much as
-  v6e's. HBM rates are the Cloud documentation's for v5p (2,765 GB/s) and v6e (1,638 GB/s) and half of TPU7x's 7,380 GB/s; so are the
-  bidirectional rates of the interconnect, 1,200, 800 and half of 1,200 GB/s.
+  v6e's. HBM rates are the Cloud documentation's for v5p (2,765 GB/s) and v6e (1,638 GB/s) and half of TPU7x's 7,380 GB/s; so
+  are the bidirectional rates of the interconnect, 1,200, 800 and half of 1,200 GB/s.
   The HBM size is what the compiler lets a program use, from its own out-of-memory message.
 
   Attributes:
