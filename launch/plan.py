@@ -1,7 +1,7 @@
 """Compiles the real step of a run for a slice of TPUs that need not be there, and says what it takes.
 
 python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--stage NAME] [--set KEY=VALUE]... [--json FILE]
-                      [--step train|prefill|decode] [--search [--compiles 4] [--jobs 1] [--remat NAMES] [--minutes 30]]
+                      [--step train|prefill|decode] [--bundles] [--search [--compiles 4] [--jobs 1] [--remat NAMES] [--minutes 30]]
 
 Of a run with stages it is the step of one of them, with the batch that it ends with: the first unless --stage says another
 (a name, or a place from 0). The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where
@@ -9,6 +9,7 @@ the run says "auto". A step of four layers takes minutes.
 
 It fits if arguments, outputs, temporaries and code leave a tenth of what the compiler lets a program use. Bounds are least
 times by the chip's published rates (`deepseek_v4/planning/bound.py`, `launch/plans/kernels.py`); nothing is measured.
+--bundles bounds kernels by the bundles of the compiler's schedule, too, which takes a minute or several more.
 
 --step prefill and decode plan what `launch.generate` runs again and again: --chunk_size tokens more, or one, for each of
 data.batch_size rows, in a cache with room for data.sequence_length of them that is nearly full.
@@ -40,6 +41,7 @@ def define_flags() -> None:
   flags.DEFINE_enum("step", "train", ["train", "prefill", "decode"], "What is compiled.")
   flags.DEFINE_integer("chunk_size", 512, "Tokens of a row that a prefill step feeds.", lower_bound=1)
   flags.DEFINE_enum("storage", "compute", ["compute", "mixed"], "How the cache of a prefill or decode step is stored.")
+  flags.DEFINE_bool("bundles", False, "Compile every kernel alone, too, and bound its time by the compiler's schedule.")
   flags.DEFINE_bool("search", False, "Try meshes, accumulation and remat policies of a train step.")
   flags.DEFINE_integer("compiles", 4, "Of a search: how many candidates are compiled.", lower_bound=1)
   flags.DEFINE_integer("jobs", 1, "Of a search: how many are compiled at a time; each may take 10 GB.", lower_bound=1)
@@ -57,7 +59,7 @@ def wanted_of(run_config: Any) -> Any:
     training = dataclasses.replace(run_config.training, kernels="pallas")
     run_config = dataclasses.replace(run_config, training=training)
   return measure.Wanted(run_config, values["topology"].value, values["step"].value, values["chunk_size"].value,
-                        values["storage"].value)
+                        values["storage"].value, values["bundles"].value)
 
 
 def accumulation_of(run_config: Any, stage: str) -> str:

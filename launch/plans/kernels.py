@@ -1,10 +1,9 @@
 """What the Pallas kernels of a traced program cost one device, from the shapes of each call.
 
-A kernel takes the longest of: its matmuls at the chip's rate, masked pairs and padded rows included; its HBM bytes; and of
-the indexer's selection the vector unit's work. How often a tile is visited depends on the data; here a row is one document,
-a device has the last of its context shard's queries, who see most and whom the others wait for, and every expert gets as
-many rows as any other. The compiler's bundles are not looked at: `python -m launch.bench kernels` does that, kernel by
-kernel.
+A kernel takes the longest of: its matmuls at the chip's rate, masked pairs and padded rows included; its HBM bytes; of the
+indexer's selection the vector unit's work; and the bundles of the compiler's schedule where they were asked for
+(`bundles.py`). How often a tile is visited depends on the data; here a row is one document, a device has the last of a row's
+queries, who see most and whom the others wait for, and every expert gets as many rows as any other.
 
 Axis letters of shapes: B rows   S queries   H heads   d width   T entries   E experts   D hidden size   F expert width
 """
@@ -46,6 +45,7 @@ class Traced:
     flops: what its author declares; 0 = nothing.
     matmuls: in its body, as written.
     times: executions, scans multiplied out; None inside a loop whose length is known at run time only.
+    equation: of the jaxpr.
   """
 
   call: program.Call
@@ -53,6 +53,12 @@ class Traced:
   flops: int
   matmuls: int
   times: int | None
+  equation: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+  @property
+  def signature(self) -> str:
+    """The same for calls that the compiler makes the same code of."""
+    return f"{self.call.name} {self.call.grid} {self.operands} {self.matmuls}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +99,7 @@ def traced_calls(jaxpr: Any, times: int | None = 1) -> Iterator[Traced]:
       estimate = params.get("cost_estimate")
       (call,) = program.calls(_Alone([equation]))
       yield Traced(call, tuple(tuple(x.aval.shape) for x in equation.invars), int(estimate.flops) if estimate else 0,
-                   _matmuls(params["jaxpr"]), times)
+                   _matmuls(params["jaxpr"]), times, equation)
       continue
     inner = times
     if name == "scan" and times is not None:
@@ -187,8 +193,12 @@ def _experts(name: str, one: Pass) -> Local:
 
 
 # ---- what they cost ---------------------------------------------------------------------------------------------------
-def cost(traced: Traced, local: Local | None, chip: Chip) -> Cost:
-  """One execution's cost; without a plan of how often its regions run, a kernel does what its author declares."""
+def cost(traced: Traced, local: Local | None, chip: Chip, bundles: float = 0.0) -> Cost:
+  """One execution's cost; without a plan of how often its regions run, a kernel does what its author declares.
+
+  Args:
+    bundles: of a core's schedule; 0 = not known.
+  """
   plan = plans.plan_of(traced.call.name, local, traced.call, chip)
   if plan is None:
     steps = float(plans.grid_steps(traced.call))
@@ -196,20 +206,23 @@ def cost(traced: Traced, local: Local | None, chip: Chip) -> Cost:
   flops = plan.flops or traced.flops
   size = program.window_bytes(traced.call, plan.steps, plan.visits) + plan.copied
   vector = bounds.least(local).vector / chip.cores if local and local.op == "select" else 0.0
-  return Cost(flops, size, max(flops / chip.flops_per_cycle, size / chip.bytes_per_cycle, vector) / chip.clock)
+  return Cost(flops, size, max(flops / chip.flops_per_cycle, size / chip.bytes_per_cycle, vector, bundles) / chip.clock)
 
 
-def total(calls: Sequence[Traced], executed: Mapping[str, int], one: Pass, chip: Chip) -> dict[str, dict[str, float]]:
+def total(calls: Sequence[Traced], executed: Mapping[str, int], one: Pass, chip: Chip,
+          bundles: Mapping[str, float]) -> dict[str, dict[str, float]]:
   """By kernel: "calls" of a step, "flops", "bytes" and "seconds" of all of them together.
 
   Args:
     executed: calls of each kernel in the compiled program, loops multiplied out; what the compiler left out or made twice is
       as dear as the mean call.
+    bundles: by signature.
   """
   found: dict[str, list[tuple[int, Cost]]] = {}
   for traced in calls:
     if traced.times:
-      found.setdefault(traced.call.name, []).append((traced.times, cost(traced, local_of(traced, one), chip)))
+      price = cost(traced, local_of(traced, one), chip, bundles.get(traced.signature, 0.0))
+      found.setdefault(traced.call.name, []).append((traced.times, price))
   table = {}
   for name, costs in sorted(found.items()):
     share = executed.get(name, 0) / sum(times for times, _ in costs)

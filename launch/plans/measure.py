@@ -16,7 +16,7 @@ from deepseek_v4.config import RunConfig
 from deepseek_v4.planning import bound, collectives, dots, lower, read, state
 from deepseek_v4.training.state import abstract_state
 from launch.benchmarks.kernels import chips, program
-from launch.plans import kernels
+from launch.plans import bundles, kernels
 
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
 STEPS = (TRAIN, PREFILL, DECODE)
@@ -34,6 +34,7 @@ class Wanted:
     step: one of `STEPS`.
     chunk_size: tokens of a row that a prefill step feeds.
     storage: of the cache.
+    bundles: whether kernels are compiled alone, too, for their schedules.
   """
 
   run_config: RunConfig
@@ -41,6 +42,7 @@ class Wanted:
   step: str = TRAIN
   chunk_size: int = 512
   storage: str = "compute"
+  bundles: bool = False
 
   @property
   def tokens(self) -> int:
@@ -64,15 +66,8 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
     ValueError: what does not fit the mesh or the slice, before anything is compiled.
     jax.errors.JaxRuntimeError: the compiler refuses it.
   """
-  run_config, chip = wanted.run_config, chips.chip_of(wanted.topology)
-  mesh = lower.mesh_on(run_config, wanted.topology)
-  clock = time.perf_counter()
-  if wanted.step == TRAIN:
-    traced = lower.trace_step(run_config, mesh)
-    held = state.by_kind(abstract_state(run_config, mesh))
-  else:
-    traced = lower.trace_serving(run_config, mesh, wanted.tokens, wanted.storage)
-    held = _served(wanted, mesh)
+  chip, clock = chips.chip_of(wanted.topology), time.perf_counter()
+  mesh, traced = traced_of(wanted)
   lowered = lower.lowered(traced, mesh)
   before = time.perf_counter() - clock
   say(f"lowered in {before:.0f} s; compiling for {mesh.size} x {mesh.devices.flat[0].device_kind}")
@@ -82,7 +77,8 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
   return _head(wanted, mesh) | {
       "seconds": seconds, "compile_seconds": seconds - before,
       "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "hbm_bytes": chip.hbm_bytes, "memory": memory,
-      "fits": read.fits(memory, chip.hbm_bytes), "state": held} | work_of(wanted, mesh, traced.jaxpr.jaxpr, text, chip)
+      "fits": read.fits(memory, chip.hbm_bytes), "state": _held(wanted, mesh),
+      **work_of(wanted, mesh, traced.jaxpr.jaxpr, text, chip, say)}
 
 
 def _head(wanted: Wanted, mesh: jax.sharding.Mesh) -> Figures:
@@ -93,8 +89,30 @@ def _head(wanted: Wanted, mesh: jax.sharding.Mesh) -> Figures:
           "remat": wanted.run_config.model.remat, "attention_mode": training.attention_mode, "versions": versions}
 
 
-def _served(wanted: Wanted, mesh: jax.sharding.Mesh) -> dict[str, int]:
+def traced_of(wanted: Wanted) -> tuple[jax.sharding.Mesh, jax.stages.Traced]:
+  """The mesh on the slice, and the traced step.
+
+  Raises:
+    ValueError: as `measured`.
+  """
+  mesh = lower.mesh_on(wanted.run_config, wanted.topology)
+  if wanted.step == TRAIN:
+    return mesh, lower.trace_step(wanted.run_config, mesh)
+  return mesh, lower.trace_serving(wanted.run_config, mesh, wanted.tokens, wanted.storage)
+
+
+def pass_of(wanted: Wanted, mesh: jax.sharding.Mesh) -> kernels.Pass:
+  """What the step computes at a time."""
+  run_config, data = wanted.run_config, wanted.run_config.data
+  rows = data.batch_size // (data.accumulation if wanted.step == TRAIN else 1)
+  return kernels.Pass(run_config.model, rows, wanted.tokens, data.sequence_length, run_config.training.attention_mode,
+                      dict(mesh.shape))
+
+
+def _held(wanted: Wanted, mesh: jax.sharding.Mesh) -> dict[str, int]:
   data, model = wanted.run_config.data, wanted.run_config.model
+  if wanted.step == TRAIN:
+    return state.by_kind(abstract_state(wanted.run_config, mesh))
   variables = lower.abstract_variables(model, mesh)
   cache = lower.abstract_cache(model, data.batch_size, data.sequence_length, wanted.storage, mesh)
   return {"parameters": state.device_bytes(variables["params"]), "router": state.device_bytes(variables["router"]),
@@ -120,14 +138,12 @@ def rates_of(chip: chips.Chip) -> bound.Rates:
 
 
 # ---- what it does -----------------------------------------------------------------------------------------------------
-def work_of(wanted: Wanted, mesh: jax.sharding.Mesh, jaxpr: Any, text: str, chip: chips.Chip) -> Figures:
+def work_of(wanted: Wanted, mesh: jax.sharding.Mesh, jaxpr: Any, text: str, chip: chips.Chip,
+            say: Callable[[str], None]) -> Figures:
   """Kernels, collectives, FLOPs, bytes moved, time bounds, and the share of the peak that they allow; of one device."""
-  run_config = wanted.run_config
-  data = run_config.data
-  rows = data.batch_size // (data.accumulation if wanted.step == TRAIN else 1)
-  one = kernels.Pass(run_config.model, rows, wanted.tokens, data.sequence_length, run_config.training.attention_mode,
-                     dict(mesh.shape))
-  of_kernels = kernels.total(list(kernels.traced_calls(jaxpr)), read.executed(text), one, chip)
+  by_signature = bundles.of_plan(wanted, say) if wanted.bundles else {}
+  of_kernels = kernels.total(list(kernels.traced_calls(jaxpr)), read.executed(text), pass_of(wanted, mesh), chip,
+                             by_signature)
   found = collectives.traffic(collectives.collectives(text))
   executed = dots.flops(text)
   of_all = lambda field: sum(row[field] for row in of_kernels.values())
@@ -137,7 +153,7 @@ def work_of(wanted: Wanted, mesh: jax.sharding.Mesh, jaxpr: Any, text: str, chip
                     sum(row["hidden"] for row in found.values()))
   rates = rates_of(chip)
   least, flops = bound.seconds(work, rates), wanted.model_flops
-  return {"kernels": of_kernels, "traffic": found, "hbm_bytes_moved": work.hbm_bytes,
+  return {"kernels": of_kernels, "with_bundles": len(by_signature), "traffic": found, "hbm_bytes_moved": work.hbm_bytes,
           "flops": {"model": flops / mesh.size, "matmuls": work.matmul_flops, "kernels": work.kernel_flops,
                     "hardware": work.matmul_flops + work.kernel_flops, "more": executed["more"]},
           "bounds": least, "utilization": bound.utilization(flops, mesh.size, rates, least["step"])}

@@ -80,7 +80,7 @@ def test_experts_have_their_share_of_the_picks():
   one = one_pass(512, mesh=MESH | {"expert": 2})
   assert kernels.local_of(hidden, one).rows == 1024
   assert kernels.cost(hidden, kernels.local_of(hidden, one), V5P).flops == 2 * 1024 * 256 * 2 * 128
-  found = kernels.total([hidden, down], {"experts_hidden": 3, "experts_down": 1}, one, V5P)
+  found = kernels.total([hidden, down], {"experts_hidden": 3, "experts_down": 1}, one, V5P, {})
   assert found["experts_hidden"]["flops"] == 3 * 2 * 1024 * 256 * 2 * 128 and found["experts_down"]["calls"] == 1
 
 
@@ -95,3 +95,11 @@ def test_a_selection_is_bound_by_the_vector_unit():
   pairs = 2 * sum(n // 4 for n in range(1, 2049))
   # 270 cycles of a core for 8 queries, 512 entries and 64 heads; two cores at 1.75 GHz.
   assert cost.seconds >= pairs * 8 * 270 / (8 * 512 * 64) / 2 / 1.75e9 * 0.999
+
+
+def test_bundles_bound_a_kernel_that_nothing_else_bounds_higher():
+  (call,) = attention(256, 64)
+  one = one_pass(256)
+  alone = kernels.cost(call, kernels.local_of(call, one), V5P).seconds
+  found = kernels.total([call], {"masked_attention": 2}, one, V5P, {call.signature: 1.75e9})
+  assert found["masked_attention"]["seconds"] == 2.0 and alone < 1  # of a clock of 1.75 GHz
