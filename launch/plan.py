@@ -1,7 +1,8 @@
 """Compiles the real step of a run for a slice of TPUs that need not be there, and says what it takes.
 
 python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--stage NAME] [--set KEY=VALUE]... [--json FILE]
-                      [--step train|prefill|decode] [--bundles] [--search [--compiles 4] [--jobs 1] [--remat NAMES] [--minutes 30]]
+                      [--step train|prefill|decode] [--bundles]
+                      [--search [--compiles 4] [--jobs 1] [--remat NAMES] [--minutes 30]]
 
 Of a run with stages it is the step of one of them, with the batch that it ends with: the first unless --stage says another
 (a name, or a place from 0). The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where
@@ -9,7 +10,7 @@ the run says "auto". A step of four layers takes minutes.
 
 It fits if arguments, outputs, temporaries and code leave a tenth of what the compiler lets a program use. Bounds are least
 times by the chip's published rates (`deepseek_v4/planning/bound.py`, `launch/plans/kernels.py`); nothing is measured.
---bundles bounds kernels by the bundles of the compiler's schedule, too, which takes a minute or several more.
+--bundles bounds kernels by the bundles of the compiler's schedule, too: a second process compiles each of them alone.
 
 --step prefill and decode plan what `launch.generate` runs again and again: --chunk_size tokens more, or one, for each of
 data.batch_size rows, in a cache with room for data.sequence_length of them that is nearly full.

@@ -2,9 +2,9 @@
 
     python -m launch.plans.bundles FILE
 
-is a process of its own, since the compiler writes its schedules only if it is told so before it is loaded. It reads a pickled
-`measure.Wanted` from stdin and writes JSON: {signature of a call: [bundles of the busiest core, whether the plan of how often
-its regions run fits the schedule]}, or of a kernel that fails {signature: text}.
+is a process of its own, since the compiler writes its schedules only if it is told so before it is loaded. It reads a
+pickled `measure.Wanted` from stdin and writes JSON: {signature of a call: [bundles of the busiest core, whether the plan of
+how often its regions run fits the schedule]}, or of a kernel that fails {signature: text}.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def of_plan(wanted: Any, say: Callable[[str], None]) -> dict[str, float]:
   return {signature: answer[0] for signature, answer in found.items() if not isinstance(answer, str)}
 
 
-def bundles_of(traced: kernels.Traced, local: kernels.Local | None, found: schedule.Schedule, chip: Chip) -> tuple[float, bool]:
+def bundles_of(traced: kernels.Traced, local: kernels.Local | None, found: schedule.Schedule,
+               chip: Chip) -> tuple[float, bool]:
   """(Bundles of the busiest core in one execution, whether the plan fits the schedule)."""
   call = traced.call
   cores, plan = min(chip.cores, call.parallel), plans.plan_of(call.name, local, call, chip)

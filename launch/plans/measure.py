@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import importlib.metadata
 import resource
 import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import jax
 
@@ -68,17 +69,20 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
   """
   chip, clock = chips.chip_of(wanted.topology), time.perf_counter()
   mesh, traced = traced_of(wanted)
-  lowered = lower.lowered(traced, mesh)
-  before = time.perf_counter() - clock
-  say(f"lowered in {before:.0f} s; compiling for {mesh.size} x {mesh.devices.flat[0].device_kind}")
-  compiled = _compiled(lowered, say)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    of_kernels = pool.submit(bundles.of_plan, wanted, say) if wanted.bundles else None
+    lowered = lower.lowered(traced, mesh)
+    before = time.perf_counter() - clock
+    say(f"lowered in {before:.0f} s; compiling for {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    compiled = _compiled(lowered, say)
+    seconds = time.perf_counter() - clock
+    by_signature = of_kernels.result() if of_kernels else {}
   memory, text = read.memory(compiled), compiled.as_text()
-  seconds = time.perf_counter() - clock
   return _head(wanted, mesh) | {
       "seconds": seconds, "compile_seconds": seconds - before,
       "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "hbm_bytes": chip.hbm_bytes, "memory": memory,
       "fits": read.fits(memory, chip.hbm_bytes), "state": _held(wanted, mesh),
-      **work_of(wanted, mesh, traced.jaxpr.jaxpr, text, chip, say)}
+      **work_of(wanted, mesh, traced.jaxpr.jaxpr, text, chip, by_signature)}
 
 
 def _head(wanted: Wanted, mesh: jax.sharding.Mesh) -> Figures:
@@ -139,9 +143,12 @@ def rates_of(chip: chips.Chip) -> bound.Rates:
 
 # ---- what it does -----------------------------------------------------------------------------------------------------
 def work_of(wanted: Wanted, mesh: jax.sharding.Mesh, jaxpr: Any, text: str, chip: chips.Chip,
-            say: Callable[[str], None]) -> Figures:
-  """Kernels, collectives, FLOPs, bytes moved, time bounds, and the share of the peak that they allow; of one device."""
-  by_signature = bundles.of_plan(wanted, say) if wanted.bundles else {}
+            by_signature: Mapping[str, float]) -> Figures:
+  """Kernels, collectives, FLOPs, bytes moved, time bounds, and the share of the peak that they allow; of one device.
+
+  Args:
+    by_signature: kernels' bundles.
+  """
   of_kernels = kernels.total(list(kernels.traced_calls(jaxpr)), read.executed(text), pass_of(wanted, mesh), chip,
                              by_signature)
   found = collectives.traffic(collectives.collectives(text))
