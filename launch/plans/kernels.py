@@ -14,6 +14,7 @@ import dataclasses
 import math
 from typing import Any, Iterator, Mapping, Sequence
 
+from deepseek_v4 import sharding
 from deepseek_v4.config import CSA, HCA, ModelConfig
 from deepseek_v4.model import experts as routed
 from launch.benchmarks.kernels import bounds, plans, program
@@ -182,7 +183,7 @@ def _experts(name: str, one: Pass) -> Local:
   """Rows that a device works on at a time: its share of all picks."""
   c, mesh = one.model, one.mesh
   shards = mesh["expert"]
-  tokens = one.rows // (mesh["data"] * mesh["fsdp"] * shards) * one.tokens // mesh["context"]
+  tokens = one.rows // math.prod(mesh[axis] for axis in sharding.BATCH_AXES) * one.tokens // mesh["context"]
   way = c.expert_exchange
   if way == "auto" or shards == 1:
     way = routed.cheaper_exchange(tokens, c.num_experts_per_tok, c.n_routed_experts // shards, shards, c.compute_dtype,
