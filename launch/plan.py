@@ -77,6 +77,7 @@ def searched(run_config: Any, wanted: Any, say: Any) -> dict[str, Any]:
   values = flags.FLAGS
   command = ["--config", values["config"].value, "--topology", wanted.topology, "--stage", values["stage"].value]
   command += [part for text in values["set"].value for part in ("--set", text)]
+  command += ["--bundles"] if values["bundles"].value else []
   found = search.search(wanted, command, accumulation_of(run_config, values["stage"].value), tuple(values["remat"].value),
                         values["compiles"].value, values["jobs"].value, 60 * values["minutes"].value, say)
   say(search.table(found))

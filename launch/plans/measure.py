@@ -67,8 +67,9 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
     ValueError: what does not fit the mesh or the slice, before anything is compiled.
     jax.errors.JaxRuntimeError: the compiler refuses it.
   """
-  chip, clock = chips.chip_of(wanted.topology), time.perf_counter()
+  clock = time.perf_counter()
   mesh, traced = traced_of(wanted)
+  chip = chips.chip_of(wanted.topology)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     of_kernels = pool.submit(bundles.of_plan, wanted, say) if wanted.bundles else None
     lowered = lower.lowered(traced, mesh)

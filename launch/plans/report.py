@@ -26,7 +26,8 @@ def _memory(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _kernels(figures: Mapping[str, Any]) -> list[str]:
-  lines = ["kernels: calls in a step, TFLOP that they multiply, GB of HBM, least ms"]
+  basis = f", of {figures['with_bundles']} shapes also by the compiler's schedule" if figures["with_bundles"] else ""
+  lines = [f"kernels: calls in a step, TFLOP that they multiply, GB of HBM, least ms by these{basis}"]
   lines += [f"  {name:32}{row['calls']:7}{row['flops'] / TERA:10.2f}{row['bytes'] / GB:10.2f}{row['seconds'] * 1e3:10.2f}"
             for name, row in figures["kernels"].items()] or ["  none"]
   return lines

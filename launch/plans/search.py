@@ -70,7 +70,8 @@ def candidates(run_config: RunConfig, topology: str, remats: Sequence[str]) -> l
   for name in remats:
     if name not in REMAT_POLICIES:
       refuse("--remat", name, f"some of {', '.join(REMAT_POLICIES)}, with commas between them")
-  chip, devices = chips.chip_of(topology), lower.devices_of(topology)
+  devices = lower.devices_of(topology)
+  chip = chips.chip_of(topology)
   shapes, found = abstract_state(dataclasses.replace(run_config, mesh=MeshConfig())), []
   for sizes in shapes_of(len(devices)):
     mesh_config = MeshConfig(**dict(zip(AXES, sizes)))
@@ -115,8 +116,8 @@ def search(wanted: Wanted, command: Sequence[str], accumulation: str, remats: Se
   """
   if wanted.step != TRAIN:
     refuse("--step", wanted.step, f"{TRAIN!r} with --search")
-  chip = chips.chip_of(wanted.topology)
   waiting = candidates(wanted.run_config, wanted.topology, remats)
+  room = read.SHARE * chips.chip_of(wanted.topology).hbm_bytes
   if not waiting:
     raise ValueError(f"--search on {wanted.topology}: no mesh fits even by the estimate, expected a larger slice")
   say(f"{len(waiting)} candidates may fit; compiling at most {compiles}, {jobs} at a time")
@@ -126,7 +127,7 @@ def search(wanted: Wanted, command: Sequence[str], accumulation: str, remats: Se
     running: dict[concurrent.futures.Future, Candidate] = {}
     while True:
       while len(running) < jobs and len(found) + len(running) < compiles and waiting:
-        waiting = [one for one in waiting if one.estimate.bytes * statistics.median(excess) <= read.SHARE * chip.hbm_bytes]
+        waiting = [one for one in waiting if one.estimate.bytes * statistics.median(excess) <= room]
         if waiting:
           one = waiting.pop(0)
           running[pool.submit(_compile, one, command, accumulation, timeout)] = one
