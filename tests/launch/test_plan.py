@@ -19,7 +19,8 @@ def figures(**changes):
   memory = {"arguments": 3 * GIB, "outputs": 3 * GIB, "aliased": 3 * GIB, "temporaries": 2 * GIB, "all": 5 * GIB}
   return {"seconds": 61.2, "compile_seconds": 50.4, "host_bytes": 3 * GIB, "devices": 8, "hbm_bytes": 6 * GIB, "fits": True,
           "memory": memory, "state": {"parameters": GIB, "optimizer": 2 * GIB},
-          "with_bundles": 0, "kernels": {"attend": {"calls": 12, "flops": 2e12, "bytes": 3e9, "seconds": 0.004}}, "traffic": {
+          "with_bundles": 0, "kernels": {"attend": {"calls": 12, "flops": 2e12, "bytes": 3e9, "seconds": 0.004}},
+          "traffic": {
             "all-gather": {"count": 4, "started": 3, "bytes": 1.5e9, "hidden": 1e9, "more": 0},
             "ragged-all-to-all": {"count": 9, "started": 8, "bytes": 2e9, "hidden": 2e9, "more": 0.25e9}},
           "flops": {"model": 8e12, "hardware": 12e12, "matmuls": 10e12, "kernels": 2e12, "more": 1e12},
