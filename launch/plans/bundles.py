@@ -90,7 +90,9 @@ def main(path: str) -> None:
       found[call.signature] = bundles_of(call, kernels.local_of(call, one), read, chip)
     except Exception as error:  # whatever the compiler says is the answer
       found[call.signature] = f"{type(error).__name__}: {error}"[:300]
-    Path(path).write_text(json.dumps(found), encoding="utf-8")
+    whole = Path(path).with_suffix(".part")
+    whole.write_text(json.dumps(found), encoding="utf-8")
+    whole.replace(path)  # the compiler may end the process at any time
 
 
 if __name__ == "__main__":
