@@ -76,6 +76,11 @@ def lowered(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> jax.stages.Lo
     return traced.lower()
 
 
+def lower_step(run_config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+  """`trace_step`, lowered."""
+  return lowered(trace_step(run_config, mesh), mesh)
+
+
 # ---- serving ----------------------------------------------------------------------------------------------------------
 def abstract_variables(model: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """The variables' shapes and shardings for serving: parameters in the compute dtype, as `load_hf(dtype=...)` gives them."""
