@@ -1,10 +1,22 @@
-"""Compiles the real train step of a run for a slice of TPUs that need not be there, and says what it takes.
+"""Compiles the real step of a run for a slice of TPUs that need not be there, and says what it takes.
 
 python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--stage NAME] [--set KEY=VALUE]... [--json FILE]
+                      [--step train|prefill|decode] [--bundles]
+                      [--search [--compiles 4] [--jobs 1] [--remat NAMES] [--minutes 30]]
 
 Of a run with stages it is the step of one of them, with the batch that it ends with: the first unless --stage says another
 (a name, or a place from 0). The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where
 the run says "auto". A step of four layers takes minutes.
+
+It fits if arguments, outputs, temporaries and code leave a tenth of what the compiler lets a program use. Bounds are least
+times by the chip's published rates (`deepseek_v4/planning/bound.py`, `launch/plans/kernels.py`); nothing is measured.
+--bundles bounds kernels by the bundles of the compiler's schedule, too: a second process compiles each of them alone.
+
+--step prefill and decode plan what `launch.generate` runs again and again: --chunk_size tokens more, or one, for each of
+data.batch_size rows, in a cache with room for data.sequence_length of them that is nearly full.
+
+--search tries meshes over the whole slice, accumulation and remat policies (see `launch/plans/search.py`): all are estimated
+from shapes, the --compiles best are compiled, each in a process of its own, --jobs at a time, and those that fit are ranked.
 """
 
 from __future__ import annotations
@@ -13,15 +25,12 @@ import dataclasses
 import json
 import os
 import sys
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
 from launch import use_huge_pages
-
-GIB = 2**30
 
 
 def define_flags() -> None:
@@ -30,43 +39,49 @@ def define_flags() -> None:
   flags.DEFINE_string("stage", "", "Of a run with stages: the one to plan, by its name or its place from 0.")
   flags.DEFINE_multi_string("set", [], "KEY=VALUE replaces a setting, for example mesh.expert=64; repeatable.")
   flags.DEFINE_string("json", None, "File for the figures.")
+  flags.DEFINE_enum("step", "train", ["train", "prefill", "decode"], "What is compiled.")
+  flags.DEFINE_integer("chunk_size", 512, "Tokens of a row that a prefill step feeds.", lower_bound=1)
+  flags.DEFINE_enum("storage", "compute", ["compute", "mixed"], "How the cache of a prefill or decode step is stored.")
+  flags.DEFINE_bool("bundles", False, "Compile every kernel alone, too, and bound its time by the compiler's schedule.")
+  flags.DEFINE_bool("search", False, "Try meshes, accumulation and remat policies of a train step.")
+  flags.DEFINE_integer("compiles", 4, "Of a search: how many candidates are compiled.", lower_bound=1)
+  flags.DEFINE_integer("jobs", 1, "Of a search: how many are compiled at a time; each may take 10 GB.", lower_bound=1)
+  flags.DEFINE_list("remat", ["block", "full"], "Of a search: the policies to try.")
+  flags.DEFINE_integer("minutes", 30, "Of a search: the most that one compilation may take.", lower_bound=1)
 
 
-def measured(run_config, mesh, chip, say) -> dict:
-  """The figures of the compiled step; says once a minute that the compiler still works."""
-  from deepseek_v4.planning import collectives, lower, read
-  clock = time.perf_counter()
-  lowered = lower.lower_step(run_config, mesh)
-  say(f"lowered in {time.perf_counter() - clock:.0f} s; compiling for {mesh.size} x {mesh.devices.flat[0].device_kind}")
-  done = threading.Event()
-
-  def tick():
-    while not done.wait(60):
-      say(f"  compiling for {time.perf_counter() - clock:.0f} s")
-  threading.Thread(target=tick, daemon=True).start()
-  try:
-    compiled = lowered.compile()
-  finally:
-    done.set()
-  return {"seconds": time.perf_counter() - clock, "devices": mesh.size, "hbm_bytes": chip.hbm_bytes,
-          "memory": read.memory(compiled), "kernels": read.kernels(compiled),
-          "traffic": collectives.traffic(collectives.collectives(compiled.as_text()))}
+def wanted_of(run_config: Any) -> Any:
+  """What the flags ask for of a run: one of its stages, with kernels."""
+  from deepseek_v4.training import stages
+  from launch.plans import measure
+  values = flags.FLAGS
+  run_config = stages.of_stage(run_config, values["stage"].value)
+  if run_config.training.kernels == "auto":
+    training = dataclasses.replace(run_config.training, kernels="pallas")
+    run_config = dataclasses.replace(run_config, training=training)
+  return measure.Wanted(run_config, values["topology"].value, values["step"].value, values["chunk_size"].value,
+                        values["storage"].value, values["bundles"].value)
 
 
-def text(figures: dict) -> str:
-  """The figures as lines to read."""
-  memory, room = figures["memory"], figures["hbm_bytes"]
-  lines = [f"compiled in {figures['seconds']:.0f} s for {figures['devices']} devices; bytes of one device, in GiB"]
-  lines += [f"  {name:12}{size / GIB:8.2f}" for name, size in memory.items()]
-  lines += [f"  of {room / GIB:.2f}: " + ("fits" if memory["all"] <= room else "DOES NOT FIT")]
-  lines += ["calls of kernels in the program (one inside a loop counts once)"]
-  lines += [f"  {name:28}{count:5}" for name, count in figures["kernels"].items()] or ["  none"]
-  lines += ["collectives: GiB that a device receives in a step, how many the program has, how many beside other work",
-            "(a ragged exchange as if its room were filled; + GiB for each run of a loop whose length depends on the data)"]
-  more = lambda found: f"   + {found['more'] / GIB:.2f}" if found["more"] else ""
-  lines += [f"  {kind:20}{found['bytes'] / GIB:8.2f}{found['count']:5}{found['started']:5}{more(found)}"
-            for kind, found in figures["traffic"].items()] or ["  none"]
-  return "\n".join(lines)
+def accumulation_of(run_config: Any, stage: str) -> str:
+  """What --set calls the number of passes of a run's stage."""
+  names = [one.name for one in run_config.stages]
+  if not names:
+    return "data.accumulation"
+  return f"stages.{stage if stage in names else names[int(stage or 0)]}.accumulation"
+
+
+def searched(run_config: Any, wanted: Any, say: Any) -> dict[str, Any]:
+  """The search's figures, said as a table."""
+  from launch.plans import search
+  values = flags.FLAGS
+  command = ["--config", values["config"].value, "--topology", wanted.topology, "--stage", values["stage"].value]
+  command += [part for text in values["set"].value for part in ("--set", text)]
+  command += ["--bundles"] if values["bundles"].value else []
+  found = search.search(wanted, command, accumulation_of(run_config, values["stage"].value), tuple(values["remat"].value),
+                        values["compiles"].value, values["jobs"].value, 60 * values["minutes"].value, say)
+  say(search.table(found))
+  return {"rows": found}
 
 
 def main(argv: list[str]) -> None:
@@ -79,7 +94,7 @@ def main(argv: list[str]) -> None:
   from deepseek_v4 import config
   from deepseek_v4.planning import lower
   from deepseek_v4.training import stages
-  from launch.benchmarks.kernels import chips
+  from launch.plans import measure, report
   os.environ.update(lower.ENVIRONMENT)
   import jax
   say = lambda line: print(line, flush=True)
@@ -87,15 +102,14 @@ def main(argv: list[str]) -> None:
     run_config = config.load(flags.FLAGS["config"].value, flags.FLAGS["set"].value)
     for line in stages.table(run_config):
       say(line)
-    run_config = stages.of_stage(run_config, flags.FLAGS["stage"].value)
-    if run_config.training.kernels == "auto":
-      training = dataclasses.replace(run_config.training, kernels="pallas")
-      run_config = dataclasses.replace(run_config, training=training)
-    mesh = lower.mesh_on(run_config, flags.FLAGS["topology"].value)
-    figures = measured(run_config, mesh, chips.chip_of(flags.FLAGS["topology"].value), say)
+    wanted = wanted_of(run_config)
+    if flags.FLAGS["search"].value:
+      figures = searched(run_config, wanted, say)
+    else:
+      figures = measure.measured(wanted, say)
+      say(report.text(figures))
   except (ValueError, FileNotFoundError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
     sys.exit(f"error: {error}")
-  say(text(figures))
   if path is not None:
     Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Mapping, Sequence
+from typing import Sequence
 
 import numpy as np
+
+from deepseek_v4.planning import hlo
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "ragged-all-to-all", "reduce-scatter", "collective-permute")
 _LINE = re.compile(rf"= (\(*\w+\[.*?) ({'|'.join(sorted(KINDS, key=len, reverse=True))})(-start)?\(")
@@ -65,8 +67,8 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
 
 def collectives(text: str) -> list[Collective]:
   """All collectives of a compiled program's text that more than one device takes part in."""
-  parts, found = _computations(text), []
-  runs = _runs(parts)
+  parts, found = hlo.computations(text), []
+  runs = hlo.runs(parts)
   for name, lines in parts.items():
     for line in lines:
       if match := _LINE.search(line):
@@ -79,56 +81,15 @@ def collectives(text: str) -> list[Collective]:
 
 
 def traffic(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
-  """By kind: "count" in the program's text, "started" of these, "bytes" of all runs, and "more": the bytes of one run of
-  those inside loops whose length is not known."""
+  """By kind: "count" in the program's text, "started" of these, "bytes" of all runs, "hidden" of these bytes those of
+  started ones, and "more": the bytes of one run of those inside loops whose length is not known."""
   table: dict[str, dict[str, int]] = {}
   for one in found:
-    row = table.setdefault(one.kind, dict.fromkeys(("count", "started", "bytes", "more"), 0))
+    row = table.setdefault(one.kind, dict.fromkeys(("count", "started", "bytes", "hidden", "more"), 0))
     row["count"], row["started"] = row["count"] + 1, row["started"] + one.starts
-    row["more" if one.runs is None else "bytes"] += one.bytes * (one.runs or 1)
+    for field in ["more"] if one.runs is None else ["bytes", "hidden"] if one.starts else ["bytes"]:
+      row[field] += one.bytes * (one.runs or 1)
   return dict(sorted(table.items()))
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-  """Lines of each computation by its name; the one that runs first is "ENTRY", and so is text that names none."""
-  parts: dict[str, list[str]] = {}
-  for part in re.split(r"\n(?=\S)", text):
-    head = part.split("(", 1)[0].strip()
-    named = re.match(r"%?([\w.\-]+)$", head) if part.split("\n", 1)[0].rstrip().endswith("{") else None
-    parts.setdefault(named[1] if named else "ENTRY", []).extend(part.splitlines())
-  return parts
-
-
-def _runs(parts: Mapping[str, Sequence[str]]) -> dict[str, int | None]:
-  """How often each computation runs; None = that depends on the data."""
-  total: dict[str, int | None] = {}
-
-  def visit(name, times):
-    known = total.get(name, 0)
-    total[name] = None if times is None or known is None else known + times
-    for line in parts.get(name, ()):
-      loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
-      if loop:
-        length = _length(line, parts.get(loop[1], ()))
-        visit(loop[2], None if times is None or length is None else times * length)
-      else:
-        for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
-          visit(called, times)
-        for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
-          for called in re.findall(r"[\w.\-]+", branches):
-            visit(called, None)
-  visit("ENTRY", 1)
-  return total
-
-
-def _length(line: str, condition: Sequence[str]) -> int | None:
-  """Steps of a loop that counts from 0: as its own line says, or the constant in the comparison that ends it."""
-  if found := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
-    return int(found[1])
-  constants = {found[1]: int(found[2]) for line in condition
-               if (found := re.search(r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", line))}
-  ends = [found[1] for line in condition if (found := re.search(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT", line))]
-  return constants.get(ends[0]) if ends else None
 
 
 def _groups_of(line: str) -> np.ndarray:

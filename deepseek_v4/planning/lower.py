@@ -1,4 +1,8 @@
-"""The real train step of a run, optimizer and kernels included, for a named slice of TPUs that need not be there."""
+"""The real step of a run, optimizer and kernels included, or of serving its model, for a named slice of TPUs that need not
+be there.
+
+Axis letters: B rows   S tokens of a chunk   V vocabulary
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,18 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
 
 from deepseek_v4 import sharding
-from deepseek_v4.config import RunConfig
+from deepseek_v4.config import ModelConfig, RunConfig
+from deepseek_v4.config_checks import refuse
+from deepseek_v4.generation.decode import advance, reach_of
+from deepseek_v4.model.cache import init_cache
+from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.training.feed import abstract_batch
-from deepseek_v4.training.state import abstract_state
+from deepseek_v4.training.state import abstract_state, init_variables
 from deepseek_v4.training.step import make_train_step
 
 # libtpu looks for TPUs and for other processes that hold one; before it is loaded it must be told that there are none.
@@ -48,11 +58,72 @@ def mesh_on(run_config: RunConfig, topology: str) -> jax.sharding.Mesh:
   return sharding.make_mesh(run_config.mesh, devices[:wanted] if wanted > 0 else devices)
 
 
-def lower_step(run_config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-  """The train step of a run (with stages: of its first, see `make_train_step`) for the devices of a mesh, described or real;
-  `.compile()` is the compiler's work.
+def trace_step(run_config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
+  """The train step of a run (with stages: of its first, see `make_train_step`) for the devices of a mesh, described or real:
+  what `lower` takes, and its jaxpr.
 
   Raises:
     ValueError: sizes that the mesh does not divide.
   """
-  return make_train_step(run_config, mesh).lower(abstract_state(run_config, mesh), abstract_batch(run_config, mesh))
+  step, operands = make_train_step(run_config, mesh), (abstract_state(run_config, mesh), abstract_batch(run_config, mesh))
+  with jax.set_mesh(mesh):
+    return step.jitted.trace(*operands)
+
+
+def lowered(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+  """What a trace becomes for the mesh that it was made for; `.compile()` is the compiler's work."""
+  with jax.set_mesh(mesh):  # Pallas asks the mesh which TPU it lowers for
+    return traced.lower()
+
+
+def lower_step(run_config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+  """`trace_step`, lowered."""
+  return lowered(trace_step(run_config, mesh), mesh)
+
+
+# ---- serving ----------------------------------------------------------------------------------------------------------
+def abstract_variables(model: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """The variables' shapes and shardings for serving: parameters in the compute dtype, as `load_hf(dtype=...)` gives them."""
+  sharding.check_model_divides(model, mesh)
+  shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+  place = lambda leaf, place, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
+  return {name: jax.tree.map(lambda leaf, at, dtype=dtype: place(leaf, at, dtype), shapes[name],
+                             sharding.parameter_shardings(shapes[name], mesh))
+          for name, dtype in (("params", jnp.dtype(model.compute_dtype)), ("router", None))}
+
+
+def abstract_cache(model: ModelConfig, rows: int, max_length: int, storage: str, mesh: jax.sharding.Mesh) -> Any:
+  """The shapes of `init_cache`, rows split like those of a batch; heads share their keys, so nothing else is."""
+  def place(axis, leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(
+        mesh, sharding.spec([None] * axis + ["batch"])))
+  cache = jax.eval_shape(lambda: init_cache(model, rows, max_length, storage=storage))
+  of_layers = lambda key: 1 if cache.groups.scanned(key) else 0
+  layers = {key: jax.tree.map(lambda leaf, key=key: place(of_layers(key), leaf), layer)
+            for key, layer in cache.layers.items()}
+  return cache.replace(layers=layers, lengths=place(0, cache.lengths), furthest=place(0, cache.furthest))
+
+
+def trace_serving(run_config: RunConfig, mesh: jax.sharding.Mesh, tokens: int,
+                  storage: str = "compute") -> jax.stages.Traced:
+  """The program that `generate` runs again and again: `tokens` more for each of `data.batch_size` rows, with a cache that
+  has room for `data.sequence_length` tokens and is nearly full. One token: decoding; more: a chunk of a prompt.
+
+  Raises:
+    ValueError: sizes that the mesh does not divide; a mesh that splits the sequence, which a cache does not allow.
+  """
+  model, rows, length = run_config.model, run_config.data.batch_size, run_config.data.sequence_length
+  if mesh.shape["context"] > 1:
+    refuse("mesh.context", mesh.shape["context"], "1 for prefill and decode: a row's cache lies on one device")
+  shards = mesh.size // mesh.shape["tensor"]
+  if rows % shards:
+    refuse("data.batch_size", rows, f"a multiple of data x fsdp x expert = {shards}, the shards of the cache's rows")
+  if not 1 <= tokens <= length:
+    refuse("tokens", tokens, f"1 to data.sequence_length = {length}")
+  chunk = lambda *axes, shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.spec(axes)))
+  tokens_BS = chunk("batch", None, shape=(rows, tokens), dtype=jnp.int32)
+  logits_BV = chunk("batch", "vocab", shape=(rows, model.vocab_size), dtype=jnp.float32)
+  operands = (abstract_variables(model, mesh), abstract_cache(model, rows, length, storage, mesh), tokens_BS, tokens_BS,
+              logits_BV)
+  with jax.set_mesh(mesh):
+    return advance.trace(DeepseekV4(model, run_config.training.kernels), *operands, reach=reach_of(length, length))

@@ -1,21 +1,140 @@
-"""What `launch.plan` prints of a compiled step; the compiler itself: tests/planning/test_aot.py."""
+"""What `launch.plan` prints of a compiled step, and how it ranks; the compiler itself: tests/planning/test_aot.py."""
 
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from deepseek_v4.config import MeshConfig
+from deepseek_v4.planning import bound, estimate
 from launch import plan
+from launch.benchmarks.kernels import chips
+from launch.plans import measure, report, search
+from tests.training.small import RUN
 
 GIB = 2**30
 
 
 def figures(**changes):
-  memory = {"arguments": 3 * GIB, "outputs": 3 * GIB, "aliased": 3 * GIB, "temporaries": 2 * GIB, "code": 0, "all": 5 * GIB}
-  return {"seconds": 61.2, "devices": 8, "hbm_bytes": 6 * GIB, "memory": memory, "kernels": {"attend": 2}, "traffic": {
-    "all-gather": {"count": 4, "started": 3, "bytes": 3 * GIB // 2, "more": 0},
-    "ragged-all-to-all": {"count": 9, "started": 8, "bytes": 2 * GIB, "more": GIB // 4}}} | changes
+  memory = {"arguments": 3 * GIB, "outputs": 3 * GIB, "aliased": 3 * GIB, "temporaries": 2 * GIB, "all": 5 * GIB}
+  return {"seconds": 61.2, "compile_seconds": 50.4, "host_bytes": 3 * GIB, "devices": 8, "hbm_bytes": 6 * GIB, "fits": True,
+          "memory": memory, "state": {"parameters": GIB, "optimizer": 2 * GIB},
+          "with_bundles": 0, "kernels": {"attend": {"calls": 12, "flops": 2e12, "bytes": 3e9, "seconds": 0.004}},
+          "traffic": {
+            "all-gather": {"count": 4, "started": 3, "bytes": 1.5e9, "hidden": 1e9, "more": 0},
+            "ragged-all-to-all": {"count": 9, "started": 8, "bytes": 2e9, "hidden": 2e9, "more": 0.25e9}},
+          "flops": {"model": 8e12, "hardware": 12e12, "matmuls": 10e12, "kernels": 2e12, "more": 1e12},
+          "bounds": dict.fromkeys(("matmuls", "kernels", "compute", "hbm", "exposed", "hidden", "step"), 0.25),
+          "utilization": 0.456} | changes
 
 
-def test_memory_kernels_and_collectives_are_printed():
-  lines = [line.split() for line in plan.text(figures()).splitlines()]
-  for wanted in (["temporaries", "2.00"], ["of", "6.00:", "fits"], ["attend", "2"], ["all-gather", "1.50", "4", "3"],
-                 ["ragged-all-to-all", "2.00", "9", "8", "+", "0.25"]):
-    assert wanted in lines
-  small = plan.text(figures(hbm_bytes=4 * GIB, kernels={}, traffic={}))
-  assert "DOES NOT FIT" in small and small.splitlines().count("  none") == 2
+def test_everything_is_printed():
+  lines = [line.split() for line in report.text(figures()).splitlines()]
+  for wanted in (["temporaries", "2.00"], ["optimizer", "2.00"], ["attend", "12", "2.00", "3.00", "4.00"],
+                 ["all-gather", "1.50", "4", "3"], ["ragged-all-to-all", "2.00", "9", "8", "+", "0.25"]):
+    assert wanted in lines, wanted
+  text = report.text(figures())
+  assert "83.3% of the 6.00 that the compiler lets a program use: fits" in text and text.endswith("this allows: 45.6%")
+  assert "model 8.0, hardware 12.0, matmuls 10.0, kernels 2.0; + 1.0 for" in text
+  assert "least ms by these, of 7 shapes also by the compiler's schedule" in report.text(figures(with_bundles=7))
+  small = report.text(figures(fits=False, kernels={}, traffic={}))
+  assert "DOES NOT FIT, expected at most 90%" in small and small.splitlines().count("  none") == 2
+
+
+def test_a_chips_rates_are_its_published_ones():
+  """Cloud documentation: bfloat16 TFLOP/s, GB/s of HBM and of the bidirectional interconnect, per chip; TPU7x has two
+  devices a chip. libtpu's own matrix rate of v6e is 920 against 918."""
+  for name, published in (("v5p:2x2x1", (459e12, 2765e9, 1200e9)), ("v6e:2x2", (918e12, 1638e9, 800e9)),
+                          ("TPU7x:2x2x1", (2307e12, 7380e9, 1200e9))):
+    chip = chips.chip_of(name)
+    rates = dataclasses.astuple(measure.rates_of(chip))
+    assert [rate * chip.devices_per_chip for rate in rates] == pytest.approx(published, rel=3e-3)
+
+
+# ---- search -----------------------------------------------------------------------------------------------------------
+def test_every_mesh_is_a_way_to_write_the_number_of_devices():
+  found = list(search.shapes_of(12, 3))
+  assert len(found) == len(set(found)) == 18 and all(a * b * c == 12 for a, b, c in found)
+
+
+def described(monkeypatch, devices):
+  """Eight emulated devices in place of a slice's."""
+  import jax
+  monkeypatch.setattr(search.lower, "devices_of", lambda topology: jax.devices()[:devices])
+
+
+def test_candidates_divide_and_the_fastest_comes_first(monkeypatch):
+  described(monkeypatch, 4)
+  found = search.candidates(RUN, "v5p:2x2x1", ["none", "block"])
+  meshes = {(one.mesh.data, one.mesh.fsdp, one.mesh.expert, one.mesh.context, one.mesh.tensor) for one in found}
+  assert (1, 2, 2, 1, 1) in meshes and (1, 1, 1, 4, 1) in meshes and all(one.accumulation >= 1 for one in found)
+  assert (1, 1, 1, 1, 4) not in meshes  # two groups of heads
+  times = [one.estimate.seconds["step"] for one in found]
+  assert times == sorted(times) and {one.remat for one in found} == {"none", "block"}
+  # Eight rows: with four groups one or two rows each in a pass.
+  assert {one.accumulation for one in found if one.mesh.fsdp == 4} == {2, 1}
+
+
+def test_an_unknown_policy_is_named(monkeypatch):
+  described(monkeypatch, 4)
+  with pytest.raises(ValueError, match="--remat = 'all': expected some of none, mhc"):
+    search.candidates(RUN, "v5p:2x2x1", ["all"])
+
+
+def wanted(step="train"):
+  return measure.Wanted(RUN, "v5p:2x2x1", step)
+
+
+def candidate(number, size, seconds):
+  work = bound.Work(0, 0, 0, 0, 0, 0)
+  return search.Candidate(MeshConfig(data=number), 1, "block", estimate.Estimate(size, work, {"step": seconds}, 0.5))
+
+
+def run_search(monkeypatch, sizes, real, compiles=3, jobs=1):
+  """Searches among candidates 1, 2, ... of these estimated bytes; `real` says what each one's plan would say."""
+  room, compiled, said = chips.chip_of("v5p:2x2x1").hbm_bytes, [], []
+  monkeypatch.setattr(search, "candidates", lambda *_: [
+    candidate(number, share * room, number) for number, share in enumerate(sizes, 1)])
+
+  def compile_(one, command, accumulation, timeout):
+    compiled.append(one.mesh.data)
+    share, seconds = real[one.mesh.data]
+    if share is None:
+      return {"failed": "error: no"}
+    return {"memory": {"all": share * room}, "hbm_bytes": room, "fits": share <= 0.9, "bounds": {"step": seconds},
+            "utilization": 0.4}
+  monkeypatch.setattr(search, "_compile", compile_)
+  rows = search.search(wanted(), [], "data.accumulation", ["block"], compiles, jobs, 60, said.append)
+  return rows, compiled, said
+
+
+def test_plans_that_fit_are_ranked_by_their_bound(monkeypatch):
+  real = {1: (0.8, 9.0), 2: (None, 0), 3: (0.7, 5.0), 4: (0.6, 1.0)}
+  rows, compiled, said = run_search(monkeypatch, [0.6, 0.6, 0.6, 0.6], real)
+  assert compiled == [1, 2, 3] and [row["candidate"][:6] for row in rows] == ["data=3", "one de", "data=2"]
+  assert said[0] == "4 candidates may fit; compiling at most 3, 1 at a time"
+  assert said[1].startswith("[1/3] one device, accumulation 1, remat block: 80% of the memory, step at least 9.00 s")
+  assert "a minute, about" in said[1] and "[2/3] data=2, accumulation 1, remat block: error: no" in said[2]
+  assert search.table(rows).splitlines()[0].startswith("1. data=3, accumulation 1, remat block: 70% of the memory")
+
+
+def test_what_a_plan_takes_beyond_its_estimate_is_expected_of_the_next(monkeypatch):
+  """The first takes half as much again: the second and third would not fit then, the fourth would."""
+  real = {1: (1.2, 9.0), 4: (0.6, 1.0)}
+  rows, compiled, said = run_search(monkeypatch, [0.8, 0.8, 0.7, 0.5], real)
+  assert compiled == [1, 4] and [row["fits"] for row in rows] == [True, False] and "DOES NOT FIT" in said[1]
+
+
+def test_a_search_says_what_it_cannot_do(monkeypatch):
+  monkeypatch.setattr(search, "candidates", lambda *_: [])
+  with pytest.raises(ValueError, match="no mesh fits even by the estimate"):
+    search.search(wanted(), [], "data.accumulation", ["block"], 1, 1, 60, print)
+  with pytest.raises(ValueError, match="--step = 'decode': expected 'train' with --search"):
+    search.search(wanted("decode"), [], "data.accumulation", ["block"], 1, 1, 60, print)
+
+
+def test_passes_are_set_where_the_run_reads_them():
+  stages = SimpleNamespace(stages=(SimpleNamespace(name="dense"), SimpleNamespace(name="long")))
+  of = lambda stage: plan.accumulation_of(stages, stage)
+  assert plan.accumulation_of(RUN, "") == "data.accumulation"
+  assert (of(""), of("1"), of("long")) == ("stages.dense.accumulation", *["stages.long.accumulation"] * 2)

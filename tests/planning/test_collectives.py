@@ -42,10 +42,11 @@ def test_one_instruction(line):
 def test_traffic_by_kind():
   alone = f"%b = {ARRAY} all-reduce(%x), replica_groups={{{{0}},{{1}}}}, to_apply=%add"
   done = f"%c = {ARRAY} all-gather-done(%a.6)"
-  row = lambda *numbers: dict(zip(("count", "started", "bytes", "more"), numbers))
+  row = lambda *numbers: dict(zip(("count", "started", "bytes", "hidden", "more"), numbers))
   assert traffic(collectives("\n".join(["  " + line for line in [*LINES, alone, done]]))) == {
-    "all-gather": row(3, 2, 7680, 0), "all-reduce": row(2, 1, 6656, 0), "all-to-all": row(1, 0, 2048, 0),
-    "collective-permute": row(1, 1, 2048, 0), "ragged-all-to-all": row(2, 1, 2560, 0), "reduce-scatter": row(1, 0, 2048, 0)}
+    "all-gather": row(3, 2, 7680, 6144, 0), "all-reduce": row(2, 1, 6656, 3072, 0), "all-to-all": row(1, 0, 2048, 0, 0),
+    "collective-permute": row(1, 1, 2048, 2048, 0), "ragged-all-to-all": row(2, 1, 2560, 1024, 0),
+    "reduce-scatter": row(1, 0, 2048, 0, 0)}
 
 
 @functools.cache
@@ -66,4 +67,4 @@ def program():
 def test_loops_are_multiplied_out():
   found = [one for one in collectives(program()) if one.arrays == (("f32", (64,)),)]
   assert sorted(one.runs for one in found if one.runs) == [3, 15] and [one.runs for one in found].count(None) == 1
-  assert traffic(found) == {"all-reduce": {"count": 3, "started": 0, "bytes": 18 * 256, "more": 256}}
+  assert traffic(found) == {"all-reduce": {"count": 3, "started": 0, "bytes": 18 * 256, "hidden": 0, "more": 256}}

@@ -11,7 +11,8 @@ class Chip:
 
   Matrix rates are jax's `tpu_info` (459e12, 920e12 and 1,155e12 bfloat16 FLOP/s); divided by what a cycle can do they give
   the clocks: 1.75 GHz for v5p and v6e, 2.2 GHz for TPU7x, the latter on the assumption that its cycle does as much as
-  v6e's. HBM rates are the Cloud documentation's for v5p (2,765 GB/s) and v6e (1,638 GB/s) and half of TPU7x's 7,380 GB/s.
+  v6e's. HBM rates are the Cloud documentation's for v5p (2,765 GB/s) and v6e (1,638 GB/s) and half of TPU7x's 7,380 GB/s; so
+  are the bidirectional rates of the interconnect, 1,200, 800 and half of 1,200 GB/s.
   The HBM size is what the compiler lets a program use, from its own out-of-memory message.
 
   Attributes:
@@ -24,6 +25,7 @@ class Chip:
     vmem_bytes: of one TensorCore.
     cores: TensorCores that share a device's grid; each runs the schedule for its own part.
     devices_per_chip: JAX devices that make a chip.
+    link_rate: bytes per second that a device sends and receives, both together, over the interconnect of a slice.
   """
 
   name: str
@@ -35,6 +37,7 @@ class Chip:
   vmem_bytes: int
   cores: int
   devices_per_chip: int
+  link_rate: float
 
   @property
   def bytes_per_cycle(self) -> float:
@@ -43,9 +46,9 @@ class Chip:
 
 
 CHIPS = (
-    Chip("v5p", "v5p:2x2x1", 1.75e9, 262_144, 2.765e12, int(95.74 * 2**30), 64 * 2**20, 2, 1),
-    Chip("v6e", "v6e:2x2", 1.75e9, 524_288, 1.638e12, int(31.25 * 2**30), 128 * 2**20, 1, 1),
-    Chip("tpu7x", "TPU7x:2x2x1", 2.2e9, 524_288, 3.69e12, int(94.75 * 2**30), 64 * 2**20, 1, 2),
+    Chip("v5p", "v5p:2x2x1", 1.75e9, 262_144, 2.765e12, int(95.74 * 2**30), 64 * 2**20, 2, 1, 1.2e12),
+    Chip("v6e", "v6e:2x2", 1.75e9, 524_288, 1.638e12, int(31.25 * 2**30), 128 * 2**20, 1, 1, 0.8e12),
+    Chip("tpu7x", "TPU7x:2x2x1", 2.2e9, 524_288, 3.69e12, int(94.75 * 2**30), 64 * 2**20, 1, 2, 0.6e12),
 )
 
 

@@ -1,0 +1,25 @@
+"""V4-Flash at 1,048,576 tokens on 256 TPU v5p: the step with the batch of its recipe.
+
+command   python -m launch.train --config configs/pod_flash_1m.py --workdir FOLDER --set data.path=GLOB
+plan      python -m launch.plan --config configs/pod_flash_1m.py --topology v5p:4x8x8
+hardware  256 TPU v5p
+duration  none: nobody has trained this file
+result    not compiled yet
+
+32 chips share a row, 32,768 tokens each.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from deepseek_v4.config import MeshConfig, RunConfig, load
+
+
+def get_config() -> RunConfig:
+  flash = load(Path(__file__).with_name("v4_flash.py"))
+  return dataclasses.replace(
+    flash,
+    model=dataclasses.replace(flash.model, remat="full"),
+    mesh=MeshConfig(data=1, expert=8, context=32),
+    data=dataclasses.replace(flash.data, sequence_length=1048576, batch_size=72, accumulation=9),
+    stages=())

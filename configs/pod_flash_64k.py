@@ -1,0 +1,24 @@
+"""V4-Flash at 65,536 tokens on 256 TPU v5p: the step with the batch of its recipe.
+
+command   python -m launch.train --config configs/pod_flash_64k.py --workdir FOLDER --set data.path=GLOB
+plan      python -m launch.plan --config configs/pod_flash_64k.py --topology v5p:4x8x8
+hardware  256 TPU v5p
+duration  none: nobody has trained this file
+result    not compiled yet
+
+Eight chips share a row, 8,192 tokens each.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from deepseek_v4.config import MeshConfig, RunConfig, load
+
+
+def get_config() -> RunConfig:
+  flash = load(Path(__file__).with_name("v4_flash.py"))
+  return dataclasses.replace(
+    flash,
+    mesh=MeshConfig(data=1, expert=32, context=8),
+    data=dataclasses.replace(flash.data, sequence_length=65536, batch_size=1152, accumulation=36),
+    stages=())

@@ -1,0 +1,25 @@
+"""V4-Pro at 1,048,576 tokens on 1,024 TPU v5p: the step with about the batch of its recipe, 100.7M tokens.
+
+command   python -m launch.train --config configs/pod_pro_1m.py --workdir FOLDER --set data.path=GLOB
+plan      python -m launch.plan --config configs/pod_pro_1m.py --topology v5p:8x8x16
+hardware  1,024 TPU v5p
+duration  none: nobody has trained this file
+result    not compiled yet
+
+64 chips share a row, 16,384 tokens each. Six passes of 16 rows: the recipe's 90 rows do not divide.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from deepseek_v4.config import MeshConfig, RunConfig, load
+
+
+def get_config() -> RunConfig:
+  pro = load(Path(__file__).with_name("v4_pro.py"))
+  return dataclasses.replace(
+    pro,
+    model=dataclasses.replace(pro.model, remat="full"),
+    mesh=MeshConfig(data=1, expert=16, context=64),
+    data=dataclasses.replace(pro.data, sequence_length=1048576, batch_size=96, accumulation=6),
+    stages=())

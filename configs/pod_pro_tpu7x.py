@@ -1,0 +1,24 @@
+"""V4-Pro at 4,096 tokens on 512 TPU7x: the step with about the batch of its recipe, 96.5M tokens.
+
+command   python -m launch.train --config configs/pod_pro_tpu7x.py --workdir FOLDER --set data.path=GLOB
+plan      python -m launch.plan --config configs/pod_pro_tpu7x.py --topology TPU7x:8x8x8
+hardware  512 TPU7x, which are 1,024 devices
+duration  none: nobody has trained this file
+result    not compiled yet
+
+The mesh of pod_pro_4k; a device is half a chip.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from deepseek_v4.config import MeshConfig, RunConfig, load
+
+
+def get_config() -> RunConfig:
+  pro = load(Path(__file__).with_name("v4_pro.py"))
+  return dataclasses.replace(
+    pro,
+    mesh=MeshConfig(data=1, fsdp=4, expert=128, context=2),
+    data=dataclasses.replace(pro.data, sequence_length=4096, batch_size=23552, accumulation=23),
+    stages=())

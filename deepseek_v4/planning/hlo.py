@@ -1,0 +1,48 @@
+"""The text of a compiled program: its computations, and how often each of them runs."""
+
+from __future__ import annotations
+
+import re
+from typing import Mapping, Sequence
+
+
+def computations(text: str) -> dict[str, list[str]]:
+  """Lines of each computation by its name; the one that runs first is "ENTRY", and so is text that names none."""
+  parts: dict[str, list[str]] = {}
+  for part in re.split(r"\n(?=\S)", text):
+    head = part.split("(", 1)[0].strip()
+    named = re.match(r"%?([\w.\-]+)$", head) if part.split("\n", 1)[0].rstrip().endswith("{") else None
+    parts.setdefault(named[1] if named else "ENTRY", []).extend(part.splitlines())
+  return parts
+
+
+def runs(parts: Mapping[str, Sequence[str]]) -> dict[str, int | None]:
+  """How often each computation runs; None = that depends on the data."""
+  total: dict[str, int | None] = {}
+
+  def visit(name, times):
+    known = total.get(name, 0)
+    total[name] = None if times is None or known is None else known + times
+    for line in parts.get(name, ()):
+      loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+      if loop:
+        length = _length(line, parts.get(loop[1], ()))
+        visit(loop[2], None if times is None or length is None else times * length)
+      else:
+        for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
+          visit(called, times)
+        for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
+          for called in re.findall(r"[\w.\-]+", branches):
+            visit(called, None)
+  visit("ENTRY", 1)
+  return total
+
+
+def _length(line: str, condition: Sequence[str]) -> int | None:
+  """Steps of a loop that counts from 0: as its own line says, or the constant in the comparison that ends it."""
+  if found := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+    return int(found[1])
+  constants = {found[1]: int(found[2]) for line in condition
+               if (found := re.search(r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", line))}
+  ends = [found[1] for line in condition if (found := re.search(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT", line))]
+  return constants.get(ends[0]) if ends else None

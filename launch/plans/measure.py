@@ -1,0 +1,167 @@
+"""Compiles one step for a slice that is not there and puts its figures together."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import importlib.metadata
+import resource
+import threading
+import time
+from typing import Any, Callable, Mapping
+
+import jax
+
+from deepseek_v4.analysis.count import count
+from deepseek_v4.config import RunConfig
+from deepseek_v4.planning import bound, collectives, dots, lower, read, state
+from deepseek_v4.training.state import abstract_state
+from launch.benchmarks.kernels import chips, program
+from launch.plans import bundles, kernels
+
+TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
+STEPS = (TRAIN, PREFILL, DECODE)
+
+Figures = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+  """What is planned.
+
+  Attributes:
+    run_config: without stages.
+    topology: name of the slice.
+    step: one of `STEPS`.
+    chunk_size: tokens of a row that a prefill step feeds.
+    storage: of the cache.
+    bundles: whether kernels are compiled alone, too, for their schedules.
+  """
+
+  run_config: RunConfig
+  topology: str
+  step: str = TRAIN
+  chunk_size: int = 512
+  storage: str = "compute"
+  bundles: bool = False
+
+  @property
+  def tokens(self) -> int:
+    """Of a row, in a pass."""
+    return {TRAIN: self.run_config.data.sequence_length, PREFILL: self.chunk_size, DECODE: 1}[self.step]
+
+  @property
+  def model_flops(self) -> float:
+    """Of the whole step on all devices; one that serves is at the end of its context."""
+    if self.step == TRAIN:
+      return bound.step_flops(self.run_config)
+    data = self.run_config.data
+    return float(sum(count(self.run_config.model, data.sequence_length).flops_per_token.values())
+                 * data.batch_size * self.tokens)
+
+
+def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
+  """The figures of the compiled step; says once a minute that the compiler still works.
+
+  Raises:
+    ValueError: what does not fit the mesh or the slice, before anything is compiled.
+    jax.errors.JaxRuntimeError: the compiler refuses it.
+  """
+  clock = time.perf_counter()
+  mesh, traced = traced_of(wanted)
+  chip = chips.chip_of(wanted.topology)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    of_kernels = pool.submit(bundles.of_plan, wanted, say) if wanted.bundles else None
+    lowered = lower.lowered(traced, mesh)
+    before = time.perf_counter() - clock
+    say(f"lowered in {before:.0f} s; compiling for {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    compiled = _compiled(lowered, say)
+    seconds = time.perf_counter() - clock
+    by_signature = of_kernels.result() if of_kernels else {}
+  memory, text = read.memory(compiled), compiled.as_text()
+  return _head(wanted, mesh) | {
+      "seconds": seconds, "compile_seconds": seconds - before,
+      "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "hbm_bytes": chip.hbm_bytes, "memory": memory,
+      "fits": read.fits(memory, chip.hbm_bytes), "state": _held(wanted, mesh),
+      **work_of(wanted, mesh, traced.jaxpr.jaxpr, text, chip, by_signature)}
+
+
+def _head(wanted: Wanted, mesh: jax.sharding.Mesh) -> Figures:
+  data, training = wanted.run_config.data, wanted.run_config.training
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+  return {"step": wanted.step, "topology": wanted.topology, "devices": mesh.size, "mesh": dict(mesh.shape),
+          "sequence_length": data.sequence_length, "batch_size": data.batch_size, "accumulation": data.accumulation,
+          "remat": wanted.run_config.model.remat, "attention_mode": training.attention_mode, "versions": versions}
+
+
+def traced_of(wanted: Wanted) -> tuple[jax.sharding.Mesh, jax.stages.Traced]:
+  """The mesh on the slice, and the traced step.
+
+  Raises:
+    ValueError: as `measured`.
+  """
+  mesh = lower.mesh_on(wanted.run_config, wanted.topology)
+  if wanted.step == TRAIN:
+    return mesh, lower.trace_step(wanted.run_config, mesh)
+  return mesh, lower.trace_serving(wanted.run_config, mesh, wanted.tokens, wanted.storage)
+
+
+def pass_of(wanted: Wanted, mesh: jax.sharding.Mesh) -> kernels.Pass:
+  """What the step computes at a time."""
+  run_config, data = wanted.run_config, wanted.run_config.data
+  rows = data.batch_size // (data.accumulation if wanted.step == TRAIN else 1)
+  return kernels.Pass(run_config.model, rows, wanted.tokens, data.sequence_length, run_config.training.attention_mode,
+                      dict(mesh.shape))
+
+
+def _held(wanted: Wanted, mesh: jax.sharding.Mesh) -> dict[str, int]:
+  data, model = wanted.run_config.data, wanted.run_config.model
+  if wanted.step == TRAIN:
+    return state.by_kind(abstract_state(wanted.run_config, mesh))
+  variables = lower.abstract_variables(model, mesh)
+  cache = lower.abstract_cache(model, data.batch_size, data.sequence_length, wanted.storage, mesh)
+  return {"parameters": state.device_bytes(variables["params"]), "router": state.device_bytes(variables["router"]),
+          "cache": state.device_bytes(cache)}
+
+
+def _compiled(lowered: jax.stages.Lowered, say: Callable[[str], None]) -> jax.stages.Compiled:
+  clock, done = time.perf_counter(), threading.Event()
+
+  def tick():
+    while not done.wait(60):
+      say(f"  compiling for {time.perf_counter() - clock:.0f} s")
+  threading.Thread(target=tick, daemon=True).start()
+  try:
+    return lowered.compile()
+  finally:
+    done.set()
+
+
+def rates_of(chip: chips.Chip) -> bound.Rates:
+  """The chip's rates as the bounds want them."""
+  return bound.Rates(chip.clock * chip.flops_per_cycle, chip.hbm_rate, chip.link_rate)
+
+
+# ---- what it does -----------------------------------------------------------------------------------------------------
+def work_of(wanted: Wanted, mesh: jax.sharding.Mesh, jaxpr: Any, text: str, chip: chips.Chip,
+            by_signature: Mapping[str, float]) -> Figures:
+  """Kernels, collectives, FLOPs, bytes moved, time bounds, and the share of the peak that they allow; of one device.
+
+  Args:
+    by_signature: kernels' bundles.
+  """
+  of_kernels = kernels.total(list(kernels.traced_calls(jaxpr)), read.executed(text), pass_of(wanted, mesh), chip,
+                             by_signature)
+  found = collectives.traffic(collectives.collectives(text))
+  executed = dots.flops(text)
+  of_all = lambda field: sum(row[field] for row in of_kernels.values())
+  moved = sum(part.times * part.hbm_bytes for part in program.parts(text) if part.certain and not part.kernel)
+  work = bound.Work(executed["dots"], of_all("flops"), of_all("seconds"), moved + of_all("bytes"),
+                    sum(row["bytes"] - row["hidden"] for row in found.values()),
+                    sum(row["hidden"] for row in found.values()))
+  rates = rates_of(chip)
+  least, flops = bound.seconds(work, rates), wanted.model_flops
+  return {"kernels": of_kernels, "with_bundles": len(by_signature), "traffic": found, "hbm_bytes_moved": work.hbm_bytes,
+          "flops": {"model": flops / mesh.size, "matmuls": work.matmul_flops, "kernels": work.kernel_flops,
+                    "hardware": work.matmul_flops + work.kernel_flops, "more": executed["more"]},
+          "bounds": least, "utilization": bound.utilization(flops, mesh.size, rates, least["step"])}
