@@ -36,8 +36,7 @@ from launch.miniatures.specialists_text import KINDS
 
 DESCRIPTION = "three specialists on Python, C and English, and one student distilled from them on its own replies"
 PICTURE = "specialists.png"
-LENGTH = 256  # tokens of a row
-ROWS, FEW = 48, 24  # of an update: of the start and the specialists, and of those that learn from all of them
+ROWS, LENGTH = 48, 256
 METHODS = {"student": "on-policy distillation", "off_policy": "off-policy distillation", "mixed": "plain, mixed text"}
 
 
@@ -46,8 +45,8 @@ class Plan:
   """Optimizer steps of each part; those of the suite's short version are fewer."""
 
   start: int = 120
-  specialist: int = 16
-  student: int = 176
+  specialist: int = 10
+  student: int = 144
   batches: int = 6  # of held-out text per kind
 
 
@@ -61,20 +60,19 @@ def model() -> c.ModelConfig:
     rope_scaling=None, max_position_embeddings=512, num_nextn_predict_layers=0, init_std=0.02)
 
 
-def data_of(folder: Path, kind: str | None, rows: int = ROWS) -> c.DataConfig:
+def data_of(folder: Path, kind: str | None) -> c.DataConfig:
   """A kind of text, or all of them (None)."""
   path = folder if kind is None else folder / f"{kind}.jsonl"
-  return c.DataConfig(source="jsonl", path=str(path), sequence_length=LENGTH, batch_size=rows, held_out_percent=6)
+  return c.DataConfig(source="jsonl", path=str(path), sequence_length=LENGTH, batch_size=ROWS, held_out_percent=6)
 
 
-def training_run(folder: Path, kind: str | None, steps: int, rate: float, seed: int, init_from: Path | None,
-                 rows: int = ROWS) -> c.RunConfig:
+def training_run(folder: Path, kind: str | None, steps: int, rate: float, seed: int, init_from: Path | None) -> c.RunConfig:
   """A run on a kind of text: at a constant rate from scratch, with one that decays from a start on."""
   warm_up = min(10 if init_from is None else 4, steps // 4)
   # A start that had decayed already would have to warm up again before it can learn anything else.
   decay = {} if init_from is None else {"decay_steps": steps - warm_up, "final_fraction": 0.03}
   return c.RunConfig(
-    model=model(), data=data_of(folder, kind, rows),
+    model=model(), data=data_of(folder, kind),
     optimizer=c.OptimizerConfig(learning_rate=rate, warmup_steps=warm_up, **decay),
     training=c.TrainingConfig(steps=steps, seed=seed, log_every=10, eval_every=steps, eval_batches=1, checkpoint_every=steps,
                               keep_checkpoints=1, init_from=None if init_from is None else str(init_from)))
@@ -83,9 +81,9 @@ def training_run(folder: Path, kind: str | None, steps: int, rate: float, seed: 
 def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, samples: str, seed: int,
                      init_from: Path) -> c.RunConfig:
   """The student's run; with samples = "text" that of the off-policy comparison."""
-  run = training_run(folder, None, steps, 6e-3, seed, init_from, FEW)
-  # Three samples fill two rows, in the mean; a pass takes those of a teacher.
-  rows = {"batch_size": 3 * FEW // 2, "accumulation": 4} if samples == c.STUDENT else {"accumulation": len(teachers)}
+  run = training_run(folder, None, steps, 3e-3, seed, init_from)
+  # Three samples fill two rows, in the mean.
+  rows = {"batch_size": 3 * ROWS // 2, "accumulation": 9} if samples == c.STUDENT else {"accumulation": len(teachers)}
   asked = tuple(c.TeacherConfig(kind, str(path), data_of(folder, kind)) for kind, path in teachers.items())
   return dataclasses.replace(
     run, data=dataclasses.replace(run.data, **rows),
@@ -121,7 +119,7 @@ def run_seed(folder: Path, text: Path, seed: int, say: Callable[[str], None], pl
     parts[kind] = training_run(text, kind, plan.specialist, 4e-3, seed, start), loop.train
   for name, samples in (("student", c.STUDENT), ("off_policy", c.TEXT)):
     parts[name] = distillation_run(text, specialists, plan.student, samples, seed, start), distillation_loop.distill
-  parts["mixed"] = training_run(text, None, plan.student, 6e-3, seed, start, FEW), loop.train
+  parts["mixed"] = training_run(text, None, plan.student, 3e-3, seed, start), loop.train
   scores = {}
   for name, (config, train) in parts.items():
     if not (folder / name / metrics.SUMMARY).is_file():

@@ -57,7 +57,7 @@ def test_all_ways_have_as_many_updates_of_as_many_tokens(tmp_path):
   """Samples of 96 + 64 tokens in the mean, three of them in two rows; all rows are of one length."""
   runs = [specialists.distillation_run(tmp_path, dict.fromkeys(KINDS, tmp_path), 40, samples, 0, tmp_path)
           for samples in (c.STUDENT, c.TEXT)]
-  runs.append(specialists.training_run(tmp_path, None, 40, 6e-3, 0, tmp_path, specialists.FEW))
+  runs.append(specialists.training_run(tmp_path, None, 40, 3e-3, 0, tmp_path))
   assert len({(run.training.steps, run.data.sequence_length, run.optimizer) for run in runs}) == 1
   asked = runs[0].distillation
   tokens = (asked.prompt_length + asked.shortest_prompt) / 2 + asked.reply_length
