@@ -151,7 +151,11 @@ def check_parts(model: ModelConfig, name: str, length: int, parts: int) -> None:
 
 
 def check_model_divides(model: ModelConfig, mesh: Mesh) -> None:
-  """The part of `check_divides` that concerns the model alone."""
+  """The part of `check_divides` that concerns the model alone.
+
+  Raises:
+    ValueError: names the field, its value and the mesh axis.
+  """
   wanted = {"tensor": ("num_attention_heads", "o_groups", "index_n_heads", "vocab_size", "moe_intermediate_size"),
             "fsdp": ("hidden_size", "q_lora_rank", "o_lora_rank"), "expert": ("n_routed_experts",)}
   for axis, fields in wanted.items():

@@ -182,7 +182,11 @@ def _budget(config: Any, effort: str, template: ChatTemplate, tokenizer: Any) ->
 
 def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None, store: CheckpointStore,
             stored: Mapping[str, Any]) -> tuple[int, PolicyState]:
-  """(optimizer steps done, state) to go on from: the newest sound checkpoint, the weights of training.init_from, or none."""
+  """(optimizer steps done, state) to go on from: the newest sound checkpoint, the weights of training.init_from, or none.
+
+  Raises:
+    ValueError: another run is in the workdir, or one that has done more steps or had other rounds.
+  """
   training = run_config.training
   restored = store.restore_latest(abstract_policy(run_config, mesh))
   if restored is None:
@@ -313,7 +317,11 @@ def learn(tools: Tools, step: int, state: PolicyState, judged: Judged) -> Policy
 
 def one_step(tools: Tools, state: PolicyState,
              passes: Sequence[Mapping[str, jax.Array]]) -> tuple[PolicyState, dict[str, float]]:
-  """One optimizer step on a minibatch."""
+  """One optimizer step on a minibatch.
+
+  Raises:
+    FloatingPointError: loss or gradients are not finite.
+  """
   programs = tools.programs
   counted = jax.device_get([programs.count(rows) for rows in passes])
   counts = {name: np.float32(sum(one[name] for one in counted)) for name in counted[0]}
