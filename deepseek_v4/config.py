@@ -92,7 +92,7 @@ class RunConfig:
     if self.reinforcement is not None:
       config_reinforcement.check(self)
 
-  def _check_post_training(self):
+  def _check_post_training(self) -> None:
     """Refuses settings of pre-training that post-training has no use for."""
     kinds = [name for name in ("distillation", "reinforcement") if getattr(self, name) is not None]
     if len(kinds) > 1:

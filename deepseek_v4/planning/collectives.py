@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def _runs(parts: Mapping[str, Sequence[str]]) -> dict[str, int | None]:
   """How often each computation runs; None = that depends on the data."""
   total: dict[str, int | None] = {}
 
-  def visit(name, times):
+  def visit(name: str, times: Any) -> None:
     known = total.get(name, 0)
     total[name] = None if times is None or known is None else known + times
     for line in parts.get(name, ()):

@@ -22,7 +22,7 @@ import re
 import sysconfig
 import zipfile
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -82,7 +82,7 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
   return root, names
 
 
-def _walk(root: Path, accept, skip: Sequence[str]) -> list[str]:
+def _walk(root: Path, accept: Callable[[str], bool], skip: Sequence[str]) -> list[str]:
   names = []
   for folder, folders, files in os.walk(root):
     folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
