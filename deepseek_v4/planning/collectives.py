@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any, Mapping, Sequence
+from typing import Mapping, Sequence
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def _runs(parts: Mapping[str, Sequence[str]]) -> dict[str, int | None]:
   """How often each computation runs; None = that depends on the data."""
   total: dict[str, int | None] = {}
 
-  def visit(name: str, times: Any) -> None:
+  def visit(name, times):
     known = total.get(name, 0)
     total[name] = None if times is None or known is None else known + times
     for line in parts.get(name, ()):
@@ -139,10 +139,8 @@ def _groups_of(line: str) -> np.ndarray:
   order = lambda sizes, turned: np.arange(np.prod(sizes)).reshape(sizes).transpose(turned or range(len(sizes)))
   if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
     return order(numbers(found[2]), found[3] and numbers(found[3])).reshape(numbers(found[1]))
-  found = re.search(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line)
-  assert found is not None, line  # the third of the forms that XLA writes
-  axes, ids, turned, names = found.groups()
+  axes, ids, turned, names = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line).groups()
   sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
   devices = order(numbers(ids), turned and numbers(turned)) if ids else np.arange(np.prod(list(sizes.values())))
   inner = re.findall(r"'(\w+)'", names)

@@ -83,7 +83,7 @@ def runs_mtp(run_config: RunConfig) -> bool:
   return run_config.model.num_nextn_predict_layers == 1 and run_config.training.trainable != "indexer"
 
 
-def _micro_losses(run_config: RunConfig, params: Any, router: Any, rows: Batch) -> tuple[dict[str, jax.Array], Any]:
+def _micro_losses(run_config: RunConfig, params: Any, router: Any, rows: Batch):
   """Loss sums of one pass over rows [B, S], and the routing."""
   model = DeepseekV4(run_config.model, run_config.training.kernels)
   targets = next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
@@ -96,7 +96,7 @@ def _micro_losses(run_config: RunConfig, params: Any, router: Any, rows: Batch) 
   return {name: total for name, (total, _) in out.losses.items()}, load
 
 
-def _accumulate(run_config: RunConfig, state: TrainState, batch: Batch, places: Any) -> tuple[Any, dict[str, Any], Any, Any]:
+def _accumulate(run_config: RunConfig, state: TrainState, batch: Batch, places: Any):
   """Gradients (None for frozen leaves), mean losses and expert loads of the whole batch, one pass after another over A."""
   counts = loss_counts(run_config.model, batch)
   decaying = state.step >= optim.decay_start(run_config.optimizer, run_config.training.steps)
@@ -106,13 +106,13 @@ def _accumulate(run_config: RunConfig, state: TrainState, batch: Batch, places: 
   trained = trainable.trained_part(what, state.params)
   total_of = lambda means: sum(weights[name] * mean for name, mean in means.items() if name in weights)
 
-  def objective(trained: Any, rows: Batch) -> Any:
+  def objective(trained, rows):
     params = trainable.with_frozen(trained, state.params)
     sums, load = _micro_losses(run_config, params, state.router, rows)
     means = {name: total / counts[name] for name, total in sums.items() if name in shown}
     return total_of(means), (means, load)
 
-  def one(rows: Batch) -> tuple[Any, Any, Any]:
+  def one(rows):
     (_, (means, load)), grads = jax.value_and_grad(objective, has_aux=True)(trained, rows)
     grads = grads if places is None else jax.lax.with_sharding_constraint(grads, places)
     return grads, means, load
@@ -132,7 +132,7 @@ def update_router(config: ModelConfig, router: Any, load: Mapping[str, jax.Array
   """Moves each learned router's bias by `speed` towards balance: b_e += speed * sign(mean load - load_e) (V3 2.1.2)."""
   groups = group_layers(config)
 
-  def moved(tree: Any, load_E: jax.Array) -> Any:
+  def moved(tree, load_E):
     if "bias" not in tree["moe"]["router"]:
       return tree
     load_E = load_E.astype(jnp.float32)
@@ -247,7 +247,7 @@ def make_eval_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding.
   def score(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
     check_batch(batch)
 
-    def one(rows: Batch) -> Any:
+    def one(rows):
       targets = next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
       out = model.apply({"params": state.params, "router": state.router}, rows["tokens"], rows["positions"],
                         rows["segment_ids"], targets=targets, mtp=False, attention_mode=run_config.training.attention_mode)
