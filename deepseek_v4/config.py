@@ -92,7 +92,7 @@ class RunConfig:
     if self.reinforcement is not None:
       config_reinforcement.check(self)
 
-  def _check_post_training(self):
+  def _check_post_training(self) -> None:
     """Refuses settings of pre-training that post-training has no use for."""
     kinds = [name for name in ("distillation", "reinforcement") if getattr(self, name) is not None]
     if len(kinds) > 1:
@@ -128,7 +128,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def override(config: Any, overrides: Sequence[str]) -> Any:
-  """Returns `config` with each `key.path=value` applied; all fields are checked once, after the last one."""
+  """Returns `config` with each `key.path=value` applied; all fields are checked once, after the last one.
+
+  Raises:
+    ValueError: an unknown field, a value of another type, or a setting that is refused.
+  """
   tree: dict[str, Any] = {}
   for item in overrides:
     key, sign, text = item.partition("=")
@@ -212,7 +216,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
-  """The dataclass `kind` from a dictionary that `to_dict` (through JSON or not) made; unknown names are an error."""
+  """The dataclass `kind` from a dictionary that `to_dict` (through JSON or not) made; unknown names are an error.
+
+  Raises:
+    ValueError: an unknown field, or a value that is refused.
+  """
   hints = typing.get_type_hints(kind)
   names = fields_of(kind)
   fields = {}

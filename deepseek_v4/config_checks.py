@@ -15,7 +15,11 @@ def refuse(field: str, value: Any, expected: str) -> typing.NoReturn:
 
 
 def at_least(config: Any, bound: float, *fields: str) -> None:
-  """Finite numbers not below `bound`."""
+  """Finite numbers not below `bound`.
+
+  Raises:
+    ValueError: names the first that is.
+  """
   for name in fields:
     value = getattr(config, name)
     if not (value >= bound and math.isfinite(value)):
@@ -23,7 +27,11 @@ def at_least(config: Any, bound: float, *fields: str) -> None:
 
 
 def positive(config: Any, *fields: str) -> None:
-  """Finite numbers above 0."""
+  """Finite numbers above 0.
+
+  Raises:
+    ValueError: names the first that is not.
+  """
   for name in fields:
     value = getattr(config, name)
     if not (value > 0 and math.isfinite(value)):
@@ -31,7 +39,11 @@ def positive(config: Any, *fields: str) -> None:
 
 
 def one_of(config: Any, field: str, choices: Sequence[Any]) -> None:
-  """One of a few values."""
+  """One of a few values.
+
+  Raises:
+    ValueError: it is none of them.
+  """
   if getattr(config, field) not in choices:
     refuse(field, getattr(config, field), f"one of {', '.join(map(repr, choices))}")
 
@@ -51,7 +63,11 @@ def _fits(value: Any, option: Any) -> bool:
 
 
 def typed(config: Any) -> None:
-  """Every field of a dataclass holds what its annotation says: whole numbers where it says int, numbers where float."""
+  """Every field of a dataclass holds what its annotation says: whole numbers where it says int, numbers where float.
+
+  Raises:
+    ValueError: names the first that does not.
+  """
   for name, annotation in typing.get_type_hints(type(config)).items():
     if name in fields_of(config) and not any(_fits(getattr(config, name), o) for o in options_of(annotation)):
       names = [getattr(option, "__name__", str(option)) for option in options_of(annotation)]

@@ -188,7 +188,11 @@ class ModelConfig:
     return config_hf.to_hf(self)
 
   def cut_layers(self, num_hidden_layers: int) -> "ModelConfig":
-    """The same model with only its first `num_hidden_layers` layers."""
+    """The same model with only its first `num_hidden_layers` layers.
+
+    Raises:
+      ValueError: more layers than there are, or none.
+    """
     if not 1 <= num_hidden_layers <= self.num_hidden_layers:
       refuse("num_hidden_layers", num_hidden_layers, f"1 to {self.num_hidden_layers} (the lists name no further layers)")
     n = num_hidden_layers

@@ -55,7 +55,7 @@ class StageConfig:
     except ValueError as error:
       raise ValueError(f"stages.{self.name}.{error}") from None
 
-  def _check(self):
+  def _check(self) -> None:
     if (self.steps is None) == (self.tokens is None):
       refuse("steps", self.steps, f"steps or tokens, one of them, beside tokens = {self.tokens}")
     for name, smallest in (("steps", 1), ("tokens", 1), ("sequence_length", 2), ("batch_size", 1), ("accumulation", 1),

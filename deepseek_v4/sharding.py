@@ -151,7 +151,11 @@ def check_parts(model: ModelConfig, name: str, length: int, parts: int) -> None:
 
 
 def check_model_divides(model: ModelConfig, mesh: Mesh) -> None:
-  """The part of `check_divides` that concerns the model alone."""
+  """The part of `check_divides` that concerns the model alone.
+
+  Raises:
+    ValueError: names the field, its value and the mesh axis.
+  """
   wanted = {"tensor": ("num_attention_heads", "o_groups", "index_n_heads", "vocab_size", "moe_intermediate_size"),
             "fsdp": ("hidden_size", "q_lora_rank", "o_lora_rank"), "expert": ("n_routed_experts",)}
   for axis, fields in wanted.items():
@@ -170,13 +174,13 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
 
   An axis that fsdp x expert x context does not divide is split over the first two or over fsdp alone.
   """
-  def fitting(size, axes):
+  def fitting(size: int, axes: Any) -> Any:
     if not isinstance(axes, tuple):
       return axes
     fits = [axes[:n] for n in range(len(axes), 1, -1) if size % math.prod(mesh.shape[a] for a in axes[:n]) == 0]
     return fits[0] if fits else axes[0]
 
-  def one(path, leaf):
+  def one(path: Any, leaf: Any) -> NamedSharding:
     axes = spec(parameter_axes(path_names(path), len(leaf.shape)))
     return NamedSharding(mesh, PartitionSpec(*map(fitting, leaf.shape, axes)))
   return jax.tree_util.tree_map_with_path(one, tree)
@@ -194,7 +198,7 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
 
 
 # ---- inside a traced function -----------------------------------------------------------------------------------------
-def _ambient():
+def _ambient() -> Any:
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty else mesh
 
@@ -268,7 +272,7 @@ class OnMesh:
   jitted: Any
   mesh: Mesh | None
 
-  def _ambient(self):
+  def _ambient(self) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
   def __call__(self, *args: Any) -> Any:

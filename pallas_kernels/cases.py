@@ -89,6 +89,9 @@ def packed(rows: Sequence[Sequence[int]], length: int, rate: int, num_entries: i
   Returns:
     positions, segment_ids int32 [B, S] and entry_last, entry_segment int32 [B, T]; entries that a row lacks are unused
     memory: segment 0, and last = 0 so that nothing but the segment hides them.
+
+  Raises:
+    ValueError: documents that do not fit the row.
   """
   columns = {name: [] for name in ("positions", "segment_ids", "entry_last", "entry_segment")}
   for documents in rows:

@@ -36,7 +36,11 @@ class Selection:
 
   @staticmethod
   def from_indices(picks: jax.Array) -> "Selection":
-    """A selection from entry numbers [B, S, K], -1 = empty."""
+    """A selection from entry numbers [B, S, K], -1 = empty.
+
+    Raises:
+      ValueError: picks of another shape or dtype.
+    """
     if picks.ndim != 3 or not jnp.issubdtype(picks.dtype, jnp.integer):
       raise ValueError(f"picks = {picks.dtype}{picks.shape}: expected integers [batch, queries, picks]")
     return Selection(picks.astype(jnp.int32))

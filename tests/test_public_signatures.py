@@ -43,6 +43,21 @@ def test_missing_types_are_seen():
   assert of_text(text) == {"f": ["a", "return"], "A.__init__": ["c"], "h": []}
 
 
+def silent(node):
+  """Whether a function raises or refuses something itself, of which its docstring says nothing."""
+  said = ast.get_docstring(node) or ""
+  raises = any(isinstance(part, ast.Raise) and part.exc is not None
+               or isinstance(part, ast.Call) and getattr(part.func, "id", "") == "refuse" for part in ast.walk(node))
+  return raises and not any(word in said for word in ("Raises", "raises", "raised", "Refuses", "refuses"))
+
+
+def test_errors_are_documented():
+  found = [f"{path.relative_to(ROOT)}: {name}" for path in FILES
+           for name, node in public_functions(ast.parse(path.read_text(encoding="utf-8")).body)
+           if not name.split(".")[-1].startswith("__") and silent(node)]
+  assert not found
+
+
 @pytest.mark.parametrize("package", [path for path in FILES if path.name == "__init__.py"],
                          ids=lambda path: path.parent.relative_to(ROOT).as_posix())
 def test_a_package_says_what_lives_in_it(package):

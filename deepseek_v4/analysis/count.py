@@ -243,6 +243,9 @@ def cache_bytes(config: ModelConfig, context: int, storage: str, *, rewind: int 
       e4m3 and the rotary ones in BF16, index keys in FP4, one byte of scale for every 64 e4m3 and every 32 FP4 channels.
       Pending tokens (values and gates) are kept in at least float32 by both.
     rewind: tokens that the cache can be taken back by.
+
+  Raises:
+    ValueError: a storage that does not exist.
   """
   c = config
   if storage not in STORAGES:

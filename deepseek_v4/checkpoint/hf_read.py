@@ -198,7 +198,11 @@ def leaf_dtype(leaf: Leaf, dtype: Any) -> Any:
 
 def read_variables(mapping: Mapping[str, Any], config: ModelConfig, problems: Problems, dtype: Any = None,
                    keep_scales: bool = False) -> dict[str, Any]:
-  """`from_hf_names` that also reports `problems` found before; see `load_hf` for the other arguments."""
+  """`from_hf_names` that also reports `problems` found before; see `load_hf` for the other arguments.
+
+  Raises:
+    ValueError: tensors that do not fit the config, or of which some are quantised and others not, with keep_scales.
+  """
   sources = find_sources(mapping, config, problems)
   quantised = {path: found[0].format is not None for path, found in sources.items()
                if found[0].tensor.stored in (FP8, EXPERTS)}

@@ -56,13 +56,13 @@ def restack(tree: Any, config: ModelConfig, scan_layers: bool = True) -> Any:
   """
   target = group_specs(config.layer_specs, scan_layers)
 
-  def regroup(layers):
+  def regroup(layers: Any) -> Any:
     source = group_specs(config.layer_specs, any(k.startswith("unit_") for k in layers))
     if set(layers) != set(source.keys):
       raise ValueError(f"layers = {sorted(layers)}: expected {sorted(source.keys)} for this config's layer_types")
     return join_layers(split_layers(layers, source), target, _stack)
 
-  def visit(node):
+  def visit(node: Any) -> Any:
     if not isinstance(node, Mapping):
       return node
     return {k: regroup(v) if k == "layers" and _is_layers(v) else visit(v) for k, v in node.items()}

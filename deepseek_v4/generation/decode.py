@@ -299,8 +299,8 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
   for reply, first in zip(tokens, begun, strict=True):
     reply += first
   closed = [budget is not None and _holds(reply, budget.close) for reply in tokens]  # the thought of a reply
-  lengths = lambda: np.array([len(reply) for reply in tokens], np.int32)
   going = lambda: ~stopped & (lengths() < max_new_tokens)
+  lengths = lambda: np.array([len(reply) for reply in tokens], np.int32)
   stop = np.array(sorted(stop_tokens), np.int32)
 
   def take(new: dict[str, np.ndarray]) -> None:

@@ -32,7 +32,11 @@ class LayerGroups:
     return self.prefix + self.unit * self.repeats
 
   def key_of(self, layer: int) -> tuple[str, int | None]:
-    """Key of a layer's subtree and, for a scanned one, its index on the leading axis of the leaves."""
+    """Key of a layer's subtree and, for a scanned one, its index on the leading axis of the leaves.
+
+    Raises:
+      ValueError: there is no such layer.
+    """
     if not 0 <= layer < self.num_layers:
       raise ValueError(f"layer = {layer}: expected 0 to {self.num_layers - 1}")
     if self.prefix <= layer < self.suffix_start:
@@ -89,7 +93,11 @@ def split_layers(layers: dict[str, Any], groups: LayerGroups,
 
 
 def join_layers(trees: Sequence[Any], groups: LayerGroups, stack: Callable[[list[Any]], Any] = jnp.stack) -> dict[str, Any]:
-  """The inverse of `split_layers`: one subtree per layer -> the grouped form."""
+  """The inverse of `split_layers`: one subtree per layer -> the grouped form.
+
+  Raises:
+    ValueError: more or fewer trees than layers.
+  """
   if len(trees) != groups.num_layers:
     raise ValueError(f"{len(trees)} layers: expected num_hidden_layers = {groups.num_layers}")
   joined = {}

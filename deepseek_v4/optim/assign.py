@@ -12,7 +12,7 @@ scale. The router's bias and hash table follow no gradient.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 
@@ -143,7 +143,7 @@ def rule_of(name: str, ndim: int, *, muon_split: str = "none", position_bias_own
   return rule
 
 
-def _tree_of(leaf_of, params: Any, choices: dict[str, str]) -> Any:
+def _tree_of(leaf_of: Callable[..., Any], params: Any, choices: dict[str, str]) -> Any:
   return jax.tree_util.tree_map_with_path(
       lambda path, leaf: leaf_of(rule_of(path_of(path), len(leaf.shape), **choices), leaf), params)
 
@@ -165,7 +165,7 @@ def assign(params: Any, **choices: str) -> Any:
 def matrix_axes(params: Any, **choices: str) -> Any:
   """`MatrixAxes` of every Muon leaf, counted from the front, None for the others, in a tree like params; see `assign`."""
 
-  def leaf_of(rule, leaf):
+  def leaf_of(rule: Any, leaf: Any) -> Any:
     if rule.axes is None:
       return None
     return MatrixAxes(*(tuple(axis + len(leaf.shape) for axis in axes) for axes in rule.axes))

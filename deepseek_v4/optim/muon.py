@@ -52,7 +52,7 @@ def _specs_of(updates: Any, shardings: Any) -> list[PartitionSpec] | None:
 
 
 def _stateless(update: Callable[[Any], Any]) -> optax.GradientTransformation:
-  def update_fn(updates, state, params=None):
+  def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
     del params
     return update(updates), state
 
@@ -74,7 +74,7 @@ def orthogonalize(*, axes: Any = None, shardings: Any = None, dtype: jax.typing.
     coefficients: Of Newton-Schulz's steps.
   """
 
-  def update(updates):
+  def update(updates: Any) -> Any:
     leaves, treedef = jax.tree.flatten(updates)
     travel = [x.astype(dtype) if jnp.dtype(dtype) == jnp.bfloat16 else x for x in leaves]
     results = map_matrices(lambda x: newton_schulz(x, dtype=dtype, coefficients=coefficients), travel,
@@ -92,7 +92,7 @@ def scale_by_shape(update_rms: float = 0.18, *, axes: Any = None) -> optax.Gradi
     axes: As for `orthogonalize`.
   """
 
-  def update(updates):
+  def update(updates: Any) -> Any:
     leaves, treedef = jax.tree.flatten(updates)
     sides = [max(math.prod(x.shape[i] for i in side) for side in pair) for x, pair in zip(leaves, _axes_of(updates, axes))]
     return jax.tree.unflatten(treedef, [x * (update_rms * math.sqrt(side)) for x, side in zip(leaves, sides)])
@@ -108,7 +108,7 @@ def _momentum(decay: float, dtype: jax.typing.DTypeLike | None) -> optax.Gradien
     return trace
   kept = lambda state: optax.tree.cast(state, dtype)
 
-  def update(updates, state, params=None):
+  def update(updates: Any, state: Any, params: Any = None) -> Any:
     exact = optax.TraceState(jax.tree.map(lambda m, g: m.astype(g.dtype), state.trace, updates))
     updates, state = trace.update(updates, exact, params)
     return updates, kept(state)
@@ -162,7 +162,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.95, eps: float = 1e-20,
   if v_floor == 0:
     return adam
 
-  def update(updates, state, params=None):
+  def update(updates: Any, state: Any, params: Any = None) -> Any:
     _, state = adam.update(updates, state, params)
     m = optax.tree.bias_correction(state.mu, b1, state.count)
     v = optax.tree.bias_correction(state.nu, b2, state.count)

@@ -5,7 +5,7 @@ R rows and C columns of a matrix that is at least as wide as tall; S the rows ag
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +50,10 @@ def newton_schulz(x: jax.Array, *, dtype: jax.typing.DTypeLike = jnp.float32,
 
   precision = "highest" if operand == wide else None
 
-  def product(equation, a, b):
+  def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a.astype(operand), b.astype(operand), precision=precision, preferred_element_type=wide)
 
-  def step(y, abc):
+  def step(y: jax.Array, abc: jax.Array) -> Any:
     a, b, c = abc
     gram = product("...RC,...SC->...RS", y, y)
     polynomial = b * gram + c * product("...RS,...ST->...RT", gram, gram)

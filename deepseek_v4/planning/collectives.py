@@ -100,10 +100,8 @@ def _groups_of(line: str) -> np.ndarray:
   order = lambda sizes, turned: np.arange(np.prod(sizes)).reshape(sizes).transpose(turned or range(len(sizes)))
   if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
     return order(numbers(found[2]), found[3] and numbers(found[3])).reshape(numbers(found[1]))
-  found = re.search(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line)
-  assert found is not None, line  # the third of the forms that XLA writes
-  axes, ids, turned, names = found.groups()
+  axes, ids, turned, names = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line).groups()
   sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
   devices = order(numbers(ids), turned and numbers(turned)) if ids else np.arange(np.prod(list(sizes.values())))
   inner = re.findall(r"'(\w+)'", names)

@@ -161,7 +161,11 @@ def read_data(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> tuple[tu
 
 def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None, store: CheckpointStore,
             stored: Mapping[str, Any]) -> Place:
-  """Where to go on: the newest sound checkpoint of the workdir, the weights of training.init_from, or from scratch."""
+  """Where to go on: the newest sound checkpoint of the workdir, the weights of training.init_from, or from scratch.
+
+  Raises:
+    ValueError: another run is in the workdir, or one that has done more steps.
+  """
   training = run_config.training
   restored = store.restore_latest(abstract_state(run_config, mesh))
   if restored is None:
@@ -274,7 +278,11 @@ def listen(tools: Tools, number: int, parts: list[list[list[dict[str, np.ndarray
 
 def one_step(tools: Tools, place: Place, parts: list[list[list[dict[str, np.ndarray]]]], heard: list[np.ndarray],
              step: int) -> Place:
-  """The step number `step` of a round, and what is due after it."""
+  """The step number `step` of a round, and what is due after it.
+
+  Raises:
+    FloatingPointError: loss or gradients are not finite.
+  """
   training, steps = tools.run_config.training, tools.steps
   tools.store.check_errors()
   leave_if_asked(tools, place)

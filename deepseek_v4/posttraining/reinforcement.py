@@ -182,7 +182,11 @@ def _budget(config: Any, effort: str, template: ChatTemplate, tokenizer: Any) ->
 
 def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None, store: CheckpointStore,
             stored: Mapping[str, Any]) -> tuple[int, PolicyState]:
-  """(optimizer steps done, state) to go on from: the newest sound checkpoint, the weights of training.init_from, or none."""
+  """(optimizer steps done, state) to go on from: the newest sound checkpoint, the weights of training.init_from, or none.
+
+  Raises:
+    ValueError: another run is in the workdir, or one that has done more steps or had other rounds.
+  """
   training = run_config.training
   restored = store.restore_latest(abstract_policy(run_config, mesh))
   if restored is None:
@@ -306,7 +310,11 @@ def learn(tools: Tools, step: int, state: PolicyState, judged: Judged) -> Policy
 
 def one_step(tools: Tools, state: PolicyState,
              passes: Sequence[Mapping[str, np.ndarray]]) -> tuple[PolicyState, dict[str, float]]:
-  """One optimizer step on a minibatch, whose rows come from the host."""
+  """One optimizer step on a minibatch, whose rows come from the host.
+
+  Raises:
+    FloatingPointError: loss or gradients are not finite.
+  """
   programs = tools.programs
   passes = [programs.put(rows) for rows in passes]
   if tools.run_config.reinforcement.kl_weight:  # the reference is the same for all steps of a round

@@ -156,7 +156,11 @@ class Library:
 
   def head(self, teacher: Teacher) -> np.ndarray:
     """[E, V] of the teacher on the host, in the dtype of its hidden states, with the student's number of columns: those
-    beyond are cut off, missing ones are zero."""
+    beyond are cut off, missing ones are zero.
+
+    Raises:
+      ValueError: the teacher's newest checkpoint is another one than when the run began.
+    """
     vocab_size = self._run_config.model.vocab_size
     path = self._folder / "heads" / f"{teacher.name}-{_digest([teacher.identity, str(self._dtype), vocab_size])}.npy"
     if not path.is_file():
@@ -197,7 +201,11 @@ class Resident:
     self.loads = 0
 
   def head(self, teacher: Teacher) -> jax.Array:
-    """The teacher's head, in the place of the one before."""
+    """The teacher's head, in the place of the one before.
+
+    Raises:
+      ValueError: the teacher's newest checkpoint is another one than when the run began.
+    """
     if self._name != teacher.name:
       if self._head is not None:
         self._head.delete()

@@ -52,6 +52,9 @@ def parts(messages: Sequence[Mapping[str, Any]], *, reasoning_effort: str | None
 
   The assistant writes its thought and what closes it, its answer, its tool calls and the end of its turn; the tokens that
   hand the turn to it, the opening of the thought among them, it is given.
+
+  Raises:
+    ValueError: a message or a level that the format has no place for.
   """
   template = DEFAULT if template is None else template
   effort = template.check_effort(reasoning_effort)

@@ -64,7 +64,11 @@ class ChatTemplate:
     return tuple(dict.fromkeys((NONE, *plain, *self.effort_prefix)))
 
   def check_effort(self, reasoning_effort: str | None) -> str:
-    """The level itself, for None the default one; or a ValueError that lists those there are."""
+    """The level itself, for None the default one; or a ValueError that lists those there are.
+
+    Raises:
+      ValueError: there is no such level.
+    """
     if reasoning_effort is None:
       return self.default_effort
     if reasoning_effort not in self.efforts:

@@ -36,7 +36,11 @@ class Ahead:
       box.put((None, error))
 
   def get(self, give_up: Callable[[], bool] = lambda: False) -> Any:
-    """What `take` returned, or None if `give_up()` became true before; what it raised is raised here."""
+    """What `take` returned, or None if `give_up()` became true before; what it raised is raised here.
+
+    Raises:
+      Whatever `take` raised.
+    """
     box = self._begun()
     while True:
       try:

@@ -56,7 +56,7 @@ def make_routing_pass(run_config: RunConfig, mesh: Mesh | None = None) -> shardi
   model = DeepseekV4(run_config.model, run_config.training.kernels)
 
   def choose(state: TrainState, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    def one(rows):
+    def one(rows: Any) -> Any:
       out = model.apply({"params": state.params, "router": state.router}, rows["tokens"], rows["positions"],
                         rows["segment_ids"], logits="none", mtp=runs_mtp(run_config),
                         attention_mode=run_config.training.attention_mode)

@@ -22,6 +22,9 @@ def bigram_bits_per_byte(train: Sequence[bytes], held_out: Sequence[bytes], smoo
   """Bits per byte on `held_out` of P(byte | byte before), counted on `train`; a file's first byte by the frequency of bytes.
 
   Every count gets k added; the result is that of the best k in `smoothing`.
+
+  Raises:
+    ValueError: held_out has no byte.
   """
   pairs, firsts = _count(train)
   seen, starts = _count(held_out)
@@ -50,7 +53,11 @@ def _count(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def zlib_bits_per_byte(texts: Sequence[bytes]) -> tuple[float, float]:
-  """Bits per byte of zlib at level 9: (all texts as one stream, each text by itself)."""
+  """Bits per byte of zlib at level 9: (all texts as one stream, each text by itself).
+
+  Raises:
+    ValueError: texts have no byte.
+  """
   size = sum(map(len, texts))
   if not size:
     raise ValueError("texts: expected at least one byte of text")

@@ -45,7 +45,7 @@ class _Ids:
 class _Finish:
   """What turns the ids of a text into a document of the corpus: maybe a rearrangement, and the document end."""
 
-  def __init__(self, config: DataConfig, split: str, tokenizer):
+  def __init__(self, config: DataConfig, split: str, tokenizer: Any) -> None:
     # Held-out documents stay as they are: their loss is compared between runs.
     self._rate = config.fim_rate if split == "train" else 0.0
     self._seed, self._longest = config.seed, config.sequence_length - 4
@@ -73,7 +73,7 @@ class _TextDocuments:
   threads = 0  # everything is in memory: reading takes microseconds
   counted = targets = None  # all tokens are learnt
 
-  def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer):
+  def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer: Any) -> None:
     found = sources.read_texts(config, split)
     finish = _Finish(config, split, tokenizer)
     encoded = tokenizer.encode_documents(found.texts)
@@ -103,7 +103,7 @@ class _RecordDocuments:
   text_bytes = None
   left_out = ()
 
-  def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer):
+  def __init__(self, config: DataConfig, split: str, vocab_size: int, tokenizer: Any) -> None:
     self._files = sources.open_records(config, vocab_size)
     self._finish = _Finish(config, split, tokenizer)
     files, records, lengths = [], [], []
@@ -290,7 +290,7 @@ def _rows_of_a_pass(config: DataConfig, rows: Sequence[int] | None) -> Sequence[
   return rows
 
 
-def _tokenizer_of(config: DataConfig, vocab_size: int, document_end: int | None):
+def _tokenizer_of(config: DataConfig, vocab_size: int, document_end: int | None) -> Any:
   if config.source != "array_record" or config.tokenizer is not None:
     return tokenize.load_tokenizer(config.tokenizer, vocab_size)
   if document_end is None or not 0 <= document_end < vocab_size:

@@ -319,7 +319,11 @@ def recover(tools: Tools, before: Place, after: Place, taken: Taken, anomaly: an
 
 
 def end(tools: Tools, state: Any, taken: Taken, anomaly: anomalies.Anomaly, why: str) -> None:
-  """Ends a run at an anomaly, with the name of the first tensor that is not finite."""
+  """Ends a run at an anomaly, with the name of the first tensor that is not finite.
+
+  Raises:
+    FloatingPointError: always, with what went wrong and why that ends the run.
+  """
   name = ""
   if anomaly.kind == anomalies.NOT_FINITE:
     found = find_non_finite(tools.run_config, tools.mesh)(state, taken.batch)

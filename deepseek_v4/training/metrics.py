@@ -23,7 +23,11 @@ LINES, EVENTS, SUMMARY, CURVES = "metrics.jsonl", "tensorboard", "summary.json",
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-  """The objects of a JSON-lines file in order; a last line that was cut off in writing is left out, no file is no lines."""
+  """The objects of a JSON-lines file in order; a last line that was cut off in writing is left out, no file is no lines.
+
+  Raises:
+    ValueError: a line that is no JSON object; the last one may be cut off.
+  """
   path = Path(path)
   texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
   lines = []

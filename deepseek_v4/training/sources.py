@@ -22,7 +22,7 @@ import re
 import sysconfig
 import zipfile
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -82,7 +82,7 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
   return root, names
 
 
-def _walk(root: Path, accept, skip: Sequence[str]) -> list[str]:
+def _walk(root: Path, accept: Callable[[str], bool], skip: Sequence[str]) -> list[str]:
   names = []
   for folder, folders, files in os.walk(root):
     folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
@@ -96,7 +96,11 @@ def _walk(root: Path, accept, skip: Sequence[str]) -> list[str]:
 
 
 def read_file(file: Path) -> bytes:
-  """The bytes of a file, or a ValueError that names it."""
+  """The bytes of a file, or a ValueError that names it.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
   try:
     return file.read_bytes()
   except OSError as error:
@@ -180,7 +184,11 @@ class RecordFile:
     self.lengths, self.largest = index if index is not None else self._scan()
 
   def read(self, record: int) -> np.ndarray:
-    """The ids of a record, int32 [n]."""
+    """The ids of a record, int32 [n].
+
+    Raises:
+      ValueError: the record has changed or is damaged.
+    """
     ids = self._decode(self._fetch([record])[0], record)
     if len(ids) != self.lengths[record]:
       raise ValueError(f"data.path: {self.file}, record {record}: expected {self.lengths[record]} ids, found {len(ids)}; "
@@ -216,7 +224,11 @@ class RecordFile:
     return lengths, largest
 
   def first_above(self, vocab_size: int) -> tuple[int, int]:
-    """(record, id) of the first id that is not below `vocab_size`, for a message."""
+    """(record, id) of the first id that is not below `vocab_size`, for a message.
+
+    Raises:
+      ValueError: no record holds the largest id that the index names.
+    """
     for number in range(len(self.lengths)):
       ids = self.read(number)
       if (ids >= vocab_size).any():

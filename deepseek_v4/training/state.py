@@ -69,7 +69,7 @@ def state_of(run_config: RunConfig, variables: dict[str, Any], key: jax.Array, m
                           for path, x in jax.tree_util.tree_leaves_with_path(tree)}
   refuse_other_shapes(by_name(given), by_name({name: getattr(shapes, name) for name in given}), "variables")
 
-  def build(variables, key):
+  def build(variables: Any, key: jax.Array) -> TrainState:
     params, router = (jax.tree.map(lambda x, shape: x.astype(shape.dtype), variables[name], getattr(shapes, name))
                       for name in ("params", "router"))
     _, run_key = jax.random.split(key)
@@ -113,7 +113,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> Any:
   params = sharding.parameter_shardings(state.params, mesh)
   by_path = {sharding.path_names(path): place for path, place in jax.tree_util.tree_leaves_with_path(params)}
 
-  def of_moment(path, _):
+  def of_moment(path: Any, _: Any) -> NamedSharding:
     names = sharding.path_names(path)
     return next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), everywhere)
 
