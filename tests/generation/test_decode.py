@@ -76,6 +76,18 @@ def test_a_request_draws_the_same_tokens_in_any_batch_and_row():
     ids.append(token)
 
 
+def test_a_request_is_the_same_beside_a_long_one():
+  """A cache with other room, of which more is read, and other chunks: the same tokens as alone."""
+  prompts = [random_tokens(n, seed=n).tolist() for n in (5, 300)]
+  hot = dict(chunk_size=64, temperature=[1.5, 0.0], top_p=0.9)
+  together = generate(prompts, [3, 1], **hot)
+  assert decode.room_for(5 + NEW, 4096) < decode.room_for(300 + NEW, 4096)
+  for i in range(2):
+    alone = generate(prompts[i:i + 1], [[3, 1][i]], **{**hot, "temperature": hot["temperature"][i]})
+    assert alone.tokens == together.tokens[i:i + 1]
+    np.testing.assert_allclose(alone.logprobs, together.logprobs[i:i + 1], atol=1e-3)
+
+
 def test_stop_tokens_end_a_reply_and_no_other():
   stop = greedy()[2][4]
   seen = []
