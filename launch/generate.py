@@ -6,12 +6,15 @@ python -m launch.generate --checkpoint DIR --chat [--reasoning_effort none|high|
 
 DIR is the folder of a training run or of a converted release. Without --chat a prompt is plain text that is gone on with;
 with --reasoning_effort it is a user's message. `--speculative` needs a model with a multi-token-prediction block.
+`--mesh tensor=2,expert=4` spreads the model over devices, each of which reads its own part (axes as in launch.train's
+mesh.*; data fills what is left), `--compute_dtype bfloat16` computes as the released models do.
 `--cache_storage mixed` keeps the published tenth of V3.2's cache (FP8 keys, FP4 index keys), `--inference_rounding` rounds
 whatever DeepSeek's own inference does, `--drift` tells what the mixed cache does to the logits of the generated texts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -21,8 +24,9 @@ from typing import Any, Callable, Iterable, Sequence
 
 from absl import app, flags, logging
 
+from deepseek_v4.generation.stream import Stream, text_of
 from deepseek_v4.model.formats import STORAGES
-from launch import processes, use_huge_pages
+from launch import emulate_devices, processes, use_huge_pages
 
 
 def define_flags() -> None:
@@ -43,6 +47,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("drafts", None, "With --speculative: tokens guessed at a time, one if not given.", lower_bound=1)
   flags.DEFINE_enum("cache_storage", "compute", STORAGES,
                     "What the cache keeps: compute, or mixed (FP8, BF16 and FP4).")
+  flags.DEFINE_string("mesh", None, "AXIS=DEVICES,...: data, fsdp, expert, tensor, as mesh.* of a run; also "
+                      "emulated_devices=N. Default: one device.")
+  flags.DEFINE_enum("compute_dtype", None, ["float32", "bfloat16"], "Of activations; default as the checkpoint's config.")
   flags.DEFINE_bool("inference_rounding", False, "Round what DeepSeek's own inference rounds.")
   flags.DEFINE_bool("drift", False, "Compare the logits of both storages on prompt and reply.")
 
@@ -58,6 +65,7 @@ class Speaker:
     options: of `generate` (sampling, lengths, speculation).
     seed: of the first reply.
     drift: whether a reply comes with the drift of the mixed cache.
+    mesh: the devices that hold the variables; None = the default one.
   """
 
   model: Any
@@ -67,6 +75,7 @@ class Speaker:
   options: dict[str, Any]
   seed: int
   drift: bool = False
+  mesh: Any = None
 
   def thinking_budget(self, effort: str | None):
     """The `ThinkingBudget` of replies with this effort, None without a thought: the effort's own, but no more than leaves
@@ -75,7 +84,7 @@ class Speaker:
     Raises:
       ValueError: no such effort, or `max_new_tokens` has no room for a closing and an answer.
     """
-    from deepseek_v4.generation.decode import ThinkingBudget
+    from deepseek_v4.generation.requests import ThinkingBudget
     from deepseek_v4.text.chat_template import NONE, THINK_END
     if effort is None or self.template.check_effort(effort) == NONE:
       return None
@@ -88,7 +97,13 @@ class Speaker:
     own = self.template.budget(effort)
     return ThinkingBudget(room if own is None else min(own, room), close)
 
-  def check_texts(self, texts: list[str]) -> None:
+  def ids(self, text: str, effort: str | None) -> list[int]:
+    """The tokens of a text that `reply` goes on from. A conversation (an effort) has ends of turns in it, which are what its
+    replies are stopped at, whatever the tokenizer makes of their spelling."""
+    from deepseek_v4.text import chat
+    return self.tokenizer.encode(text) if effort is None else chat.to_ids(text, self.tokenizer)
+
+  def check_texts(self, texts: list[str], effort: str | None) -> None:
     """Refuses texts that the model cannot reply to. Ids beyond its vocabulary no tokenizer has that `load_tokenizer` gives.
 
     Raises:
@@ -96,7 +111,7 @@ class Speaker:
     """
     config, new = self.model.config, self.options["max_new_tokens"]
     for i, text in enumerate(texts):
-      tokens = len(self.tokenizer.encode(text))
+      tokens = len(self.ids(text, effort))
       if not 1 <= tokens <= config.max_position_embeddings - new:
         raise ValueError(f"prompt {i + 1} of {len(texts)}: {tokens} tokens; expected from 1 to max_position_embeddings - "
                          f"max_new_tokens = {config.max_position_embeddings} - {new}")
@@ -113,55 +128,24 @@ class Speaker:
     """
     import jax
 
+    from deepseek_v4 import sharding
     from deepseek_v4.generation.decode import generate
-    from deepseek_v4.text import chat
     budget = self.thinking_budget(effort)
-    stream = None if on_text is None else _Stream(self.tokenizer, on_text)
+    stream = None if on_text is None else Stream(self.tokenizer, on_text)
+    prompts = [self.ids(text, effort) for text in texts]
     keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), number), len(texts))
-    # A conversation has ends of turns in it, which are what its replies are stopped at.
-    encode = self.tokenizer.encode if effort is None else lambda text: chat.to_ids(text, self.tokenizer)
-    found = generate(self.model, self.variables, [encode(text) for text in texts], keys=keys,
-                     stop_tokens=(self.tokenizer.document_end,), thinking_budget=budget, on_token=stream, **self.options)
+    with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+      spare = -len(prompts) % sharding.batch_shards()  # rows that the mesh's devices would not have
+      on_token = None if stream is None else lambda row, token: stream(row, token) if row == 0 else None
+      found = generate(self.model, self.variables, [*prompts, *prompts[-1:] * spare], on_token=on_token,
+                       keys=jax.numpy.concatenate([keys, jax.numpy.repeat(keys[-1:], spare)]),
+                       stop_tokens=(self.tokenizer.document_end,), thinking_budget=budget, **self.options)
     if stream is not None:
       stream.finish()
-    return [_text(self.tokenizer, tokens) for tokens in found.tokens], found
-
-
-def _text(tokenizer: Any, reply: list[int]) -> str:
-  """The text of a reply as `chat.parse` reads it: special tokens are spelled, but for the one that ends it."""
-  return tokenizer.decode([token for token in reply if token != tokenizer.document_end], keep_special=True)
-
-
-class _Stream:
-  """Tokens of one reply -> pieces of text, each as soon as its characters are whole.
-
-  Only the last few tokens are decoded: those of an unfinished character and one before them, since a tokenizer may write a
-  first token in another way. The first bytes of a character read as one U+FFFD, however many there are.
-  """
-
-  def __init__(self, tokenizer, on_text):
-    self._tokenizer, self._on_text = tokenizer, on_text
-    self._tokens: list[int] = []
-    self._text, self._shown = "", 0  # of these tokens, and how many of its characters have been shown
-
-  def __call__(self, _, token: int) -> None:
-    alone, text = _text(self._tokenizer, [token]), _text(self._tokenizer, [*self._tokens, token])
-    if not alone and text == self._text:
-      return
-    finished = not text.endswith("\ufffd")
-    separate = bool(alone) and text == self._text + alone  # it does not go on with the character before
-    self._tokens, self._text = [*self._tokens, token], text
-    self._show(len(text) - (not finished))
-    if finished or separate:
-      self._tokens, self._text, self._shown = [token], alone, len(alone) - (not finished)
-
-  def finish(self) -> None:
-    self._show(len(self._text))
-
-  def _show(self, end: int) -> None:
-    if end > self._shown:
-      self._on_text(self._text[self._shown:end])
-      self._shown = end
+    count = len(prompts)
+    found = dataclasses.replace(found, tokens=found.tokens[:count], logprobs=found.logprobs[:count],
+                                finish=found.finish[:count])
+    return [text_of(self.tokenizer, tokens) for tokens in found.tokens], found
 
 
 def check_options(model_config: Any, leaves: Iterable[str], options: dict[str, Any], drift: bool) -> None:
@@ -187,7 +171,8 @@ def check_options(model_config: Any, leaves: Iterable[str], options: dict[str, A
 
 
 def load(checkpoint: str, options: dict[str, Any], seed: int, *, prompts: Sequence[str] = (), effort: str | None = None,
-         chat: bool = False, inference_rounding: bool = False, drift: bool = False) -> Speaker:
+         chat: bool = False, inference_rounding: bool = False, drift: bool = False, mesh: Any = None,
+         compute_dtype: str | None = None) -> Speaker:
   """Reads chat wording, tokenizer and weights, the weights last: of a release they take minutes.
 
   Args:
@@ -198,12 +183,14 @@ def load(checkpoint: str, options: dict[str, Any], seed: int, *, prompts: Sequen
     chat: whether `converse` will be called, for which the effort None is the release's default. With neither a chat nor an
       effort no wording is read, and plain text needs none.
     inference_rounding: the field of `ModelConfig`.
+    mesh: see `Speaker`; every device reads its own part of the weights.
+    compute_dtype: the field of `ModelConfig`; None = as stored.
 
   Raises:
     FileNotFoundError, ValueError: no usable checkpoint or tokenizer there, or options or prompts that do not fit it; see
       `check_options`, `Speaker.thinking_budget` and `Speaker.check_texts`.
   """
-  from deepseek_v4 import config
+  from deepseek_v4 import config, sharding
   from deepseek_v4.checkpoint.convert import CHECKPOINTS, RELEASE
   from deepseek_v4.checkpoint.store import newest_manifest, restore_variables
   from deepseek_v4.model.transformer import DeepseekV4
@@ -214,7 +201,13 @@ def load(checkpoint: str, options: dict[str, Any], seed: int, *, prompts: Sequen
   stored = manifest["config"]
   model_config = dataclasses.replace(config.from_dict(config.ModelConfig, stored["model"]), scan_layers=False,
                                      expert_exchange="auto", inference_rounding=inference_rounding)
+  if compute_dtype is not None:
+    model_config = dataclasses.replace(model_config, compute_dtype=compute_dtype)
   check_options(model_config, manifest["leaves"], options, drift)
+  if mesh is not None:
+    if mesh.shape["context"] > 1:
+      raise ValueError(f"--mesh: context = {mesh.shape['context']}: expected 1, as replies come token by token")
+    sharding.check_model_divides(model_config, mesh)
   release = Path(checkpoint) / RELEASE
   source = release if (release / "tokenizer.json").is_file() else stored.get("data", {}).get("tokenizer")
   template = None
@@ -226,11 +219,11 @@ def load(checkpoint: str, options: dict[str, Any], seed: int, *, prompts: Sequen
       template = conversations.template_of(config.from_dict(config.DataConfig, stored["data"]))
     effort = template.check_effort(effort)
   tokenizer = load_tokenizer(source, model_config.vocab_size)
-  speaker = Speaker(DeepseekV4(model_config), None, tokenizer, template, options, seed, drift)
+  speaker = Speaker(DeepseekV4(model_config), None, tokenizer, template, options, seed, drift, mesh)
   speaker.thinking_budget(effort)
-  speaker.check_texts(encoded(speaker, prompts, effort))
+  speaker.check_texts(encoded(speaker, prompts, effort), effort)
   # Layers that are not scanned update their caches in place.
-  variables, _, _ = restore_variables(Path(checkpoint) / CHECKPOINTS, scan_layers=False)
+  variables, _, _ = restore_variables(Path(checkpoint) / CHECKPOINTS, scan_layers=False, mesh=mesh)
   return dataclasses.replace(speaker, variables=variables)
 
 
@@ -250,7 +243,7 @@ def encoded(speaker: Speaker, prompts: Sequence[str], effort: str | None) -> lis
 def summary(speaker: Speaker, texts: list[str], found, effort: str | None = None) -> str:
   """Speeds, sizes and the budget of a thought in a line; times include compilation. With `speaker.drift` a second line on
   the mixed cache."""
-  prompts = [speaker.tokenizer.encode(text) for text in texts]
+  prompts = [speaker.ids(text, effort) for text in texts]
   prompt_tokens, replies = sum(map(len, prompts)), sum(map(len, found.tokens))
   accepted = "" if found.acceptance is None else f"{found.acceptance:.1%} of the drafts accepted; "
   budget = speaker.thinking_budget(effort)
@@ -279,13 +272,19 @@ def answer(speaker: Speaker, prompts: list[str], effort: str | None, show: Calla
 
 
 def converse(speaker: Speaker, effort: str | None, ask: Callable[[], str], show: Callable[[str], None]) -> None:
-  """A conversation until `ask` returns nothing."""
+  """A conversation until `ask` returns nothing. A message that the context has no room for is left out, which is said."""
   from deepseek_v4.text import chat
   effort = speaker.template.check_effort(effort)
   messages: list[dict[str, Any]] = []
   while line := ask():
     messages.append({"role": "user", "content": line})
     text = chat.encode(messages, reasoning_effort=effort, template=speaker.template)
+    try:
+      speaker.check_texts([text], effort)
+    except ValueError as error:
+      messages.pop()
+      show(f"the conversation with this message is too long ({error}): left out; a shorter one may fit\n")
+      continue
     (reply,), found = speaker.reply([text], len(messages), effort, show)
     show(f"\n{summary(speaker, [text], found, effort)}\n")
     messages.append(message(reply, effort, speaker.template))
@@ -308,6 +307,19 @@ def _ask() -> str:
     return input("> ").strip()
   except EOFError:
     return ""
+
+
+def mesh_settings(text: str):
+  """The `MeshConfig` of AXIS=DEVICES,...
+
+  Raises:
+    ValueError: no such axis, or no such number.
+  """
+  from deepseek_v4 import config
+  try:
+    return config.override(config.MeshConfig(), text.split(","))
+  except ValueError as error:
+    raise ValueError(f"--mesh = {text!r}: {error}") from error
 
 
 def main(argv: list[str]) -> None:
@@ -335,10 +347,19 @@ def main(argv: list[str]) -> None:
       raise ValueError(f"--drafts = {value('drafts')}: expected --speculative with it")
     if value("drift") and value("inference_rounding"):
       raise ValueError("--drift with --inference_rounding: expected one of them, since both storages round the same then")
+    if value("drift") and value("mesh") is not None:
+      raise ValueError(f"--mesh = {value('mesh')!r} with --drift: expected one of them, since the drift is one device's")
     options["speculative"] = (value("drafts") or 1) if value("speculative") else False
+    mesh = None
+    if value("mesh") is not None:
+      settings = mesh_settings(value("mesh"))
+      emulate_devices(settings.emulated_devices)
+      from deepseek_v4.sharding import make_mesh  # wakes JAX
+      mesh = make_mesh(settings)
     speaker = load(value("checkpoint"), options, value("seed"), effort=value("reasoning_effort"),
                    prompts=() if value("chat") else prompts, chat=value("chat"),
-                   inference_rounding=value("inference_rounding"), drift=value("drift"))
+                   inference_rounding=value("inference_rounding"), drift=value("drift"), mesh=mesh,
+                   compute_dtype=value("compute_dtype"))
     if value("chat"):
       converse(speaker, value("reasoning_effort"), _ask, show)
     else:

@@ -92,49 +92,67 @@ def to_checkpoint(source: str | Path, target: str | Path, *, dtype: str = "float
   source, target = Path(source).absolute(), Path(target).absolute()  # Orbax wants absolute paths
   if dtype not in PLAIN:
     refuse_value("dtype", dtype, f"one of {', '.join(PLAIN)}")
-  refuse_occupied(target)
+  renamed = (target / _STARTED).is_file()  # all is there, but what was left to be tidied up
+  if not renamed:
+    refuse_occupied(target)
   config = ModelConfig.from_hf(source)
   if drop_draft:
     config = dataclasses.replace(config, num_nextn_predict_layers=0)
   stored, problems = read_folder(source)
-  items = list(_items(config, find_sources(stored, config, problems, drop_draft=drop_draft), dtype))
+  sources = find_sources(stored, config, problems, drop_draft=drop_draft, as_configured=True)
+  items = list(_items(config, sources, dtype))
   files = sorted({tensor.file for tensor in stored.values()})
   started = {"source": str(source), "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
              "config": config_lib.to_dict(config), "dtype": dtype, "part_bytes": part_bytes}
+  if renamed:
+    if not _is_of(target, started):
+      refuse_occupied(target)
+    _tidy(target)
+    return config
   work = _resume_or_start(unfinished(target), started)
   table = _write_parts(work / CHECKPOINTS / "0", items, part_bytes, progress)
   extra = {"converted_from": source.name}
   manifest = manifest_lib.of_entries({"model": config_lib.to_dict(config)}, extra, table)
   _write_whole(work / CHECKPOINTS / "0" / "manifest" / "manifest.json", manifest)
   _copy_release(source, work / RELEASE)
-  shutil.rmtree(work / CHECKPOINTS / "0" / "entries")
-  (work / _STARTED).unlink()
   os.replace(work, target)
+  _tidy(target)
   return config
 
 
 def _items(config: ModelConfig, sources: Mapping[str, Sequence[Source]], dtype: str) -> Iterator[_Item]:
   for leaf in leaves(config):
-    narrow = leaf.row.stored in (BF16, FP8, EXPERTS)
+    narrow = leaf.row.stored in (BF16, FP8, EXPERTS) and all(source.is_narrow for source in sources[leaf.path])
     yield _Item(leaf, sources[leaf.path], np.dtype(leaf_dtype(leaf, jnp.dtype(dtype) if narrow else None)))
     if sources[leaf.path][0].format is not None:
       yield _Item(leaf, sources[leaf.path], np.dtype(np.uint8), is_scales=True)
 
 
+def _is_of(folder: Path, started: Mapping[str, Any]) -> bool:
+  """Whether a conversion of the same source with the same options has begun this folder."""
+  try:
+    return json.loads((folder / _STARTED).read_text(encoding="utf-8")) == json.loads(json.dumps(started))
+  except (OSError, ValueError):
+    return False
+
+
 def _resume_or_start(work: Path, started: Mapping[str, Any]) -> Path:
   """The working folder: with what an interrupted conversion of the same source has finished, or empty."""
-  stamp = json.loads(json.dumps(started))
   if work.exists():
-    try:
-      before = json.loads((work / _STARTED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-      before = None
-    if before == stamp:
+    if _is_of(work, started):
       return work
     shutil.rmtree(work)
   work.mkdir(parents=True)
-  _write_whole(work / _STARTED, stamp)
+  _write_whole(work / _STARTED, started)
   return work
+
+
+def _tidy(target: Path) -> None:
+  """Deletes what only an interrupted conversion would have needed; what says so goes last."""
+  entries = target / CHECKPOINTS / "0" / "entries"
+  if entries.exists():
+    shutil.rmtree(entries)
+  (target / _STARTED).unlink()
 
 
 def _write_parts(step: Path, items: Sequence[_Item], part_bytes: int, progress: Progress) -> dict[str, Any]:
@@ -194,8 +212,8 @@ def to_release(source: str | Path, target: str | Path, *, quantization: str | No
   Args:
     source: folder of the run or of the conversion.
     target: folder that is empty or does not exist yet.
-    quantization: None, "fp8", "fp8+fp4", or "same" as the release that the weights came from (None where they were trained
-      from scratch).
+    quantization: None, "fp8", "fp8+fp4", or "same" as the release that the weights came from, which a run that began with
+      them has beside its checkpoints (None where they were trained from scratch).
     dtype, max_file_bytes: see `save_hf`.
     progress: called after each reading.
 
@@ -211,7 +229,10 @@ def to_release(source: str | Path, target: str | Path, *, quantization: str | No
                             f"folder {CHECKPOINTS!r} in it")
   path, manifest = newest_manifest(source / CHECKPOINTS)
   config = config_lib.from_dict(ModelConfig, manifest["config"]["model"])
-  quantization = config.quantization if quantization == SAME else quantization
+  companions = source / RELEASE if (source / RELEASE).is_dir() else None
+  if quantization == SAME:  # a run's own config need not say how the weights were stored that it began with
+    released = companions is not None and (companions / CONFIG_NAME).is_file()
+    quantization = (ModelConfig.from_hf(companions) if released else config).quantization
   stored = manifest["leaves"]
   problems: Problems = {"missing": [], "wrong shape": []}
   for leaf in leaves(config):
@@ -223,7 +244,6 @@ def to_release(source: str | Path, target: str | Path, *, quantization: str | No
   refuse(f"the checkpoint {path} does not fit its config", problems)
   with finished_or_nothing(target) as work:
     read = _Reader(path, manifest, config, progress)
-    companions = source / RELEASE if (source / RELEASE).is_dir() else None
     write_release(work, config, quantization, dtype, companions, read, max_file_bytes)
   return config
 

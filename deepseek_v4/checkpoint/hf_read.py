@@ -43,6 +43,13 @@ def as_numpy(value: Any) -> np.ndarray:
   return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
 
 
+def format_of(tensor: Tensor, quantization: str | None) -> Format | None:
+  """In which quantised format a release of this kind holds a tensor; None = a plain one."""
+  if quantization is None or tensor.stored not in (FP8, EXPERTS):
+    return None
+  return hf_format.FP4 if tensor.stored == EXPERTS and quantization == "fp8+fp4" else hf_format.FP8
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
   """A foreign tensor that was found: its values, for a quantised one its scales and format."""
@@ -51,6 +58,11 @@ class Source:
   value: Any
   scales: Any = None
   format: Format | None = None
+
+  @property
+  def is_narrow(self) -> bool:
+    """Whether it is stored in BF16, FP8 or FP4, and not in anything that bfloat16 rounds."""
+    return self.format is not None or _dtype(self.value) == "bfloat16"
 
   def read(self, dtype: Any) -> np.ndarray:
     """The values in their layout.
@@ -71,7 +83,7 @@ class Source:
 
 
 def find_sources(mapping: Mapping[str, Any], config: ModelConfig, problems: Problems, *,
-                 drop_draft: bool | None = None) -> dict[str, list[Source]]:
+                 drop_draft: bool | None = None, as_configured: bool = False) -> dict[str, list[Source]]:
   """The tensors of every leaf by its path, in the order of its experts.
 
   Args:
@@ -79,6 +91,8 @@ def find_sources(mapping: Mapping[str, Any], config: ModelConfig, problems: Prob
     config: the model.
     problems: found before, by kind; reported with what is found here.
     drop_draft: whether `mtp.*` tensors that the model has no place for are left out; None: silently, as transformers does.
+    as_configured: whether tensors must be in the formats of `config.quantization`. Otherwise only FP8 where that says FP4,
+      or the reverse, is wrong: weights may be quantised or not, whatever the config says.
 
   Raises:
     ValueError: see `from_hf_names`; `mtp.*` tensors without a place if drop_draft is False.
@@ -108,6 +122,8 @@ def find_sources(mapping: Mapping[str, Any], config: ModelConfig, problems: Prob
       problems["missing"].append(name)
       continue
     source = _match(name, tensor, mapping, form, problems)
+    if form == "release":
+      _check_format(source, config.quantization, as_configured, problems)
     used |= {name} | ({scale_name(name)} if source.format else set())
     for leaf in tensor.leaves:
       found.setdefault(leaf.path, []).append(source)
@@ -154,6 +170,16 @@ def _match(name: str, tensor: Tensor, mapping: Mapping[str, Any], form: str, pro
   elif tuple(mapping[scale].shape) != format.grid(tensor.shape):
     problems["wrong shape"].append(f"{scale} {tuple(mapping[scale].shape)}, expected {format.grid(tensor.shape)}")
   return Source(tensor, value, mapping[scale], format)
+
+
+def _check_format(source: Source, quantization: str | None, strict: bool, problems: Problems) -> None:
+  """Lists a tensor that is stored in another format than the config says."""
+  wanted = format_of(source.tensor, quantization)
+  other = source.format is not wanted and (strict or (source.format is not None and wanted is not None))
+  if other and (source.format is not None or _dtype(source.value) in _PLAIN):  # anything else is listed already
+    names = {None: "float32 or bfloat16", hf_format.FP8: "float8_e4m3fn", hf_format.FP4: "int8 or uint8 (FP4)"}
+    problems["wrong dtype"].append(f"{source.tensor.name} {_dtype(source.value)}, expected {names[wanted]} as the config "
+                                   f"says (quantization {quantization!r})")
 
 
 def _table_problems(name: str, table: np.ndarray, config: ModelConfig) -> list[str]:
@@ -226,7 +252,7 @@ def load_hf(source: str | Path | Mapping[str, Any], config: ModelConfig, dtype: 
     source: a folder with safetensors (one file, or shards with an index), or a mapping name -> array.
     config: the model, for example `ModelConfig.from_hf(folder)`; its `scan_layers` says how layers are laid out.
     dtype: of the floating parameters; None = float32. Router biases stay float32, hash tables int32. Quantised tensors
-      (FP8, packed FP4; in the released form) are decoded without loss.
+      (FP8, packed FP4; in the released form) are decoded without loss; what is stored wider than `dtype` is rounded.
     keep_scales: also return the block scales of quantised tensors, with which `save_hf` gives the same bytes back.
 
   Returns:

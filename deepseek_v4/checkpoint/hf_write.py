@@ -17,8 +17,8 @@ import numpy as np
 
 from deepseek_v4.checkpoint import hf_format
 from deepseek_v4.checkpoint.hf_companions import copy_companions, write_config
-from deepseek_v4.checkpoint.hf_format import Format
-from deepseek_v4.checkpoint.hf_names import EXPERTS, F32, FP8, I64, Tensor, scale_name, tensors
+from deepseek_v4.checkpoint.hf_names import EXPERTS, F32, I64, Tensor, scale_name, tensors
+from deepseek_v4.checkpoint.hf_read import format_of
 from deepseek_v4.checkpoint.hf_trees import unscanned_leaves
 from deepseek_v4.checkpoint.safetensors_files import MAX_FILE_BYTES, Planned, write_folder
 from deepseek_v4.config import ModelConfig
@@ -26,13 +26,6 @@ from deepseek_v4.config_checks import refuse
 
 QUANTIZATIONS = (None, "fp8", "fp8+fp4")
 PLAIN = {"bfloat16": ("BF16", ml_dtypes.bfloat16), "float32": ("F32", np.float32)}
-
-
-def _format(tensor: Tensor, quantization: str | None) -> Format | None:
-  """In which quantised format a tensor is written."""
-  if quantization is None or tensor.stored not in (FP8, EXPERTS):
-    return None
-  return hf_format.FP4 if tensor.stored == EXPERTS and quantization == "fp8+fp4" else hf_format.FP8
 
 
 def release_plan(config: ModelConfig, quantization: str | None, dtype: str = "bfloat16") -> dict[str, Planned]:
@@ -56,7 +49,7 @@ def release_plan(config: ModelConfig, quantization: str | None, dtype: str = "bf
         refuse(field, getattr(config, field), "an even number for experts in FP4, two to a byte")
   plan = {}
   for name, tensor in tensors(config, "release").items():
-    if (format := _format(tensor, quantization)) is not None:
+    if (format := format_of(tensor, quantization)) is not None:
       code = "I8" if format is hf_format.FP4 else "F8_E4M3"
       plan[name] = Planned(code, format.stored_shape(tensor.shape))
       plan[scale_name(name)] = Planned("F8_E8M0", format.grid(tensor.shape))
@@ -84,7 +77,7 @@ def encoded_tensors(config: ModelConfig, quantization: str | None, dtype: str,
   for _, group in itertools.groupby(tensors(config, "release").values(), key=lambda t: [leaf.path for leaf in t.leaves]):
     members = list(group)
     leaves = members[0].leaves
-    quantised = _format(members[0], quantization) is not None
+    quantised = format_of(members[0], quantization) is not None
     arrays = read([leaf.path for leaf in leaves] + [leaf.scales_path for leaf in leaves if quantised])
     fp4 = config.qat == "fp4" and members[0].stored == EXPERTS
     encode = functools.partial(_encode, quantization=quantization, dtype=dtype, arrays=arrays, fp4=fp4, wide=wide)
@@ -97,7 +90,7 @@ def _encode(tensor: Tensor, quantization: str | None, dtype: str, arrays: Mappin
             wide: list[str]) -> list[tuple[str, np.ndarray]]:
   """(name, array) of a tensor and its scales; with `fp4` of its FP4 numbers, its name in `wide` where FP8 is too narrow."""
   whole = tensor.join(arrays)
-  format = _format(tensor, quantization)
+  format = format_of(tensor, quantization)
   try:
     if fp4:
       whole = hf_format.fp4_values(np.ascontiguousarray(whole, np.float32))

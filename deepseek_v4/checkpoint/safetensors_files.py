@@ -79,12 +79,14 @@ def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], Problems]:
   if not folder.is_dir():
     raise FileNotFoundError(f"source = {str(folder)!r}: expected a folder with safetensors files")
   weight_map = _weight_map(folder / INDEX_NAME)
-  names = sorted(f.name for f in folder.glob("*.safetensors")) if weight_map is None else sorted(set(weight_map.values()))
+  present = sorted(f.name for f in folder.glob("*.safetensors"))
+  names = present if weight_map is None else sorted(set(weight_map.values()))
   if not names:
     raise FileNotFoundError(f"source = {str(folder)!r}: expected model.safetensors or {INDEX_NAME} with its shards")
   tensors: dict[str, StoredTensor] = {}
   problems: Problems = {"shard listed but absent": [], "unreadable shard": [], "in the index but not in its shard": [],
-                        "in a shard but not in the index": [], "in more than one file": []}
+                        "in a shard but not in the index": [], "in more than one file": [],
+                        "file that the index does not list": [name for name in present if name not in names]}
   for name in names:
     listed = {t for t, file in weight_map.items() if file == name} if weight_map is not None else None
     if not (folder / name).is_file():

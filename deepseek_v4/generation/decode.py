@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_v4.config_checks import at_least, refuse, typed
-from deepseek_v4.generation import sample
-from deepseek_v4.generation.sample import Rows, Sampling
+from deepseek_v4.config_checks import refuse
+from deepseek_v4.generation import requests, sample
+from deepseek_v4.generation.requests import ThinkingBudget, Thought
+from deepseek_v4.generation.sample import Rows
 from deepseek_v4.model.cache import Cache, init_cache
 from deepseek_v4.model.formats import STORAGES
 from deepseek_v4.model.transformer import DeepseekV4
@@ -29,26 +30,6 @@ from deepseek_v4.model.transformer import DeepseekV4
 _SMALLEST_REACH = 1024
 _TOGETHER, _PATIENCE = 16, 0.1  # tokens that come from one call at most, and the seconds that it should not exceed
 RECORDS = ("experts", "kept")  # what `generate` can record
-
-
-@dataclasses.dataclass(frozen=True)
-class ThinkingBudget:
-  """How long a reply that begins inside a thought may think.
-
-  Attributes:
-    tokens: of the thought; then it is closed.
-    close: ids that close it: put into the reply one after another, as if they had been drawn, if the budget is spent before
-      they have come by themselves.
-  """
-
-  tokens: int
-  close: tuple[int, ...]
-
-  def __post_init__(self) -> None:
-    typed(self)
-    at_least(self, 0, "tokens")
-    if not self.close or min(self.close) < 0:
-      refuse("close", self.close, "at least one token id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,39 +99,42 @@ def advance(model: DeepseekV4, variables: Any, cache: Cache, tokens: jax.Array, 
 @functools.partial(jax.jit, static_argnames=("model", "reach", "record"), donate_argnames=("cache", "logits"))
 def _go_on(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, last: jax.Array, stopped: jax.Array,
            stop: jax.Array, keys: jax.Array, number: jax.Array, count: jax.Array, settings: Rows, forced: jax.Array,
-           *, reach: int, record: tuple[str, ...] = ()):
+           thinking: jax.Array, *, reach: int, record: tuple[str, ...] = ()):
   """Up to `count` tokens of each reply, one after another; the cache and the logits that came in are given up.
 
   Args:
     logits: [B, V], see `advance`.
     last: int32 [B], the token before, not fed yet.
     stopped: bool [B], replies that take no more; stop: int32 [s], tokens that end one.
-    number: int32 [B], of each reply's first token; count: at most `_TOGETHER`, fewer tokens come if all replies stop.
+    number: int32 [B], of each reply's first token; count: at most `_TOGETHER`, fewer tokens come if all replies stop, or one
+      that is `thinking` (bool [B]) draws a stop token, after which somebody has to look.
     keys, settings, forced: see `_draw`; record: of `generate`.
 
   Returns:
-    (cache, logits, what `_draw` returns for each token, [_TOGETHER, B, ...]; with recorded "experts", int32
-    [_TOGETHER, L, B, 1, k], of the token before).
+    (cache, logits, how many tokens have come, what `_draw` returns for each of them, [_TOGETHER, B, ...]; with recorded
+    "experts", int32 [_TOGETHER, L, B, 1, k], of the token before).
   """
   experts = "experts" in record
 
   def one(state):
-    i, cache, logits, last, stopped, found = state
+    i, cache, logits, last, stopped, _, found = state
     goes_on = (~stopped[:, None]).astype(jnp.int32)
     cache, logits, *used = advance(model, variables, cache, last[:, None], goes_on, logits, reach=reach,
                                    with_experts=experts)
     new = _draw(logits, keys, number + i, settings, forced, record=record) | ({"experts": used[0]} if experts else {})
-    stopped |= (new["tokens"][:, None] == stop).any(1)
-    return i + 1, cache, logits, new["tokens"], stopped, jax.tree.map(lambda so_far, x: so_far.at[i].set(x), found, new)
+    ends = (new["tokens"][:, None] == stop).any(1) & ~stopped
+    found = jax.tree.map(lambda so_far, x: so_far.at[i].set(x), found, new)
+    return i + 1, cache, logits, new["tokens"], stopped | ends, (ends & thinking).any(), found
 
   config, rows = model.config, last.shape[0]
   shapes = jax.eval_shape(lambda *x: _draw(*x, record=record), logits, keys, number, settings, forced)
   if experts:
     shapes["experts"] = jax.ShapeDtypeStruct((config.num_hidden_layers, rows, 1, config.num_experts_per_tok), jnp.int32)
   found = {name: jnp.zeros((_TOGETHER, *x.shape), x.dtype) for name, x in shapes.items()}
-  state = jnp.int32(0), cache, logits, last, stopped, found
-  _, cache, logits, _, _, found = jax.lax.while_loop(lambda state: (state[0] < count) & ~state[4].all(), one, state)
-  return cache, logits, found
+  state = jnp.int32(0), cache, logits, last, stopped, jnp.bool_(False), found
+  goes_on = lambda state: (state[0] < count) & ~state[4].all() & ~state[5]
+  came, cache, logits, _, _, _, found = jax.lax.while_loop(goes_on, one, state)
+  return cache, logits, came, found
 
 
 @functools.partial(jax.jit, static_argnames="record")
@@ -220,8 +204,9 @@ def prefill(model: DeepseekV4, variables: Any, cache: Cache, prompts: Sequence[S
 
 def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, keys: jax.Array, max_new_tokens: int,
              temperature: Any = 1.0, top_p: Any = 1.0, top_k: Any = 0, min_p: Any = 0.0, stop_tokens: Sequence[int] = (),
-             thinking_budget: ThinkingBudget | None = None, chunk_size: int = 512, speculative: bool | int = False,
-             cache_storage: str = "compute", record: Sequence[str] = (), begun: Sequence[Sequence[int]] | None = None,
+             thinking_budget: ThinkingBudget | None | Sequence[ThinkingBudget | None] = None, chunk_size: int = 512,
+             speculative: bool | int = False, cache_storage: str = "compute", record: Sequence[str] = (),
+             begun: Sequence[Sequence[int]] | None = None,
              on_drawn: Callable[[list[Drawn]], None] | None = None,
              on_token: Callable[[int, int], None] | None = None,
              on_chunk: Callable[[int], None] | None = None) -> Generation:
@@ -233,8 +218,8 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
     keys: typed random keys [number of prompts], one per request.
     max_new_tokens: of each reply.
     temperature, top_p, top_k, min_p: see `Sampling`; one value, or one per request.
-    stop_tokens: ids that end a reply.
-    thinking_budget: of replies that begin inside a thought.
+    stop_tokens: ids that end a reply; inside a thought with a budget they end the thought, which is closed behind them.
+    thinking_budget: of replies that begin inside a thought; one for all, or one (or None) per request.
     chunk_size: tokens of a prompt that are fed at a time.
     speculative: number of tokens that the prediction block guesses and one step verifies; True = 1, False = none. Greedy
       replies are the same tokens, drawn ones have the same distribution; see `speculative.py`.
@@ -249,21 +234,23 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   Raises:
     ValueError: what does not fit, before anything is computed.
   """
-  _check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, thinking_budget)
+  budgets = requests.budgets(thinking_budget, len(prompts))
+  requests.check(model.config, prompts, keys, max_new_tokens, chunk_size, stop_tokens, budgets)
   if cache_storage not in STORAGES:
     refuse("cache_storage", cache_storage, f"one of {', '.join(STORAGES)}")
-  record, begun = tuple(record), _begun(begun, prompts, max_new_tokens, stop_tokens, model.config.vocab_size)
+  record, thoughts = tuple(record), [Thought(budget, stop_tokens) for budget in budgets]
+  begun = requests.begun(begun, thoughts, max_new_tokens, model.config.vocab_size)
   if speculative and (any(begun) or on_drawn is not None):
     refuse("speculative", speculative, "False with begun or on_drawn")
   if not set(record) <= set(RECORDS) or (record and speculative):
     refuse("record", record, f"some of {', '.join(RECORDS)}, without speculation")
   from deepseek_v4.generation import speculative as speculation  # it builds on this module
   drafts = speculation.check(model.config, variables, speculative)
-  settings = _settings(len(prompts), temperature, top_p, top_k, min_p)
+  settings = requests.settings(len(prompts), temperature, top_p, top_k, min_p)
   if drafts:
     return speculation.generate(model, variables, prompts, drafts=drafts, keys=keys, settings=settings,
-                                max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, thinking_budget=thinking_budget,
-                                chunk_size=chunk_size, cache_storage=cache_storage, on_token=on_token, on_chunk=on_chunk)
+                                max_new_tokens=max_new_tokens, thoughts=thoughts, chunk_size=chunk_size,
+                                cache_storage=cache_storage, on_token=on_token, on_chunk=on_chunk)
   room = room_for(max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings)
   cache = init_cache(model.config, len(prompts), room, storage=cache_storage)
   prompts = [[*prompt, *reply] for prompt, reply in zip(prompts, begun, strict=True)]
@@ -276,7 +263,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   prefilled = time.perf_counter()
 
   found, finish = _reply(model, variables, cache, logits, keys, settings, max(map(len, prompts)), begun, max_new_tokens,
-                         stop_tokens, thinking_budget, record, on_token, on_drawn)
+                         stop_tokens, thoughts, record, on_token, on_drawn)
   recorded: dict[str, Any] = {name: [np.stack(x) for x in found[name]] for name in record if name == "kept"}
   if experts:
     fed = np.concatenate(jax.device_get(experts), axis=2).astype(np.uint16)
@@ -288,17 +275,17 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
 
 
 def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, keys: jax.Array, settings: Rows, longest: int,
-           begun: list[list[int]], max_new_tokens: int, stop_tokens: Sequence[int], budget: ThinkingBudget | None,
+           begun: list[list[int]], max_new_tokens: int, stop_tokens: Sequence[int], thoughts: Sequence[Thought],
            record: tuple[str, ...], on_token: Callable[[int, int], None] | None,
            on_drawn: Callable[[list[Drawn]], None] | None) -> tuple[dict[str, list[list[Any]]], list[str]]:
   """What `_go_on` found for each token of each reply, by name, and `Generation.finish`; goes on from what `prefill` returns
-  for prompts, with what is begun, of at most `longest` tokens. The other arguments are those of `generate`."""
+  for prompts, with what is begun, of at most `longest` tokens; the thoughts are where that ends. The other arguments are
+  those of `generate`."""
   rows = range(keys.shape[0])
   said: dict[str, list[list[Any]]] = {name: [[] for _ in rows] for name in ("tokens", "logprobs", *record)}
   tokens, stopped = said["tokens"], np.zeros(len(rows), bool)
   for reply, first in zip(tokens, begun, strict=True):
     reply += first
-  closed = [budget is not None and _holds(reply, budget.close) for reply in tokens]  # the thought of a reply
   going = lambda: ~stopped & (lengths() < max_new_tokens)
   lengths = lambda: np.array([len(reply) for reply in tokens], np.int32)
   stop = np.array(sorted(stop_tokens), np.int32)
@@ -313,11 +300,9 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
         said["kept"][i].append(new["kept"][i])
       if "experts" in new:
         said["experts"][i].append(new["experts"][:, i].astype(np.uint16))
-      if budget is not None:
-        closed[i] |= tuple(tokens[i][-len(budget.close):]) == tuple(budget.close)
       if on_token is not None:
         on_token(int(i), int(drawn[i]))
-      stopped[i] = drawn[i] in stop
+      stopped[i] = thoughts[i].add(int(drawn[i]))
 
   def tell(before: np.ndarray) -> None:
     """Hands on what has come since the replies had these lengths."""
@@ -325,7 +310,7 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
       on_drawn([Drawn(i, tuple(tokens[i][before[i]:]), tuple(said["logprobs"][i][before[i] - len(begun[i]):]))
                 for i in rows if len(tokens[i]) > before[i]])
 
-  forced = lambda: np.array([forced_token(tokens[i], closed[i], budget) for i in rows], np.int32)
+  forced = lambda: np.array([thought.forced for thought in thoughts], np.int32)
   numbers = lengths()
   new = jax.device_get(_draw(logits, keys, numbers, settings, forced(), record=record))
   take(new)
@@ -336,75 +321,17 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
     numbers, alive = lengths(), np.flatnonzero(going())
     left = [max_new_tokens - numbers[i] for i in alive]
     # Nobody has to look at tokens before the first that a budget may force.
-    free = [budget.tokens - numbers[i] for i in alive if budget is not None and not closed[i]]
+    free = [thoughts[i].free for i in alive if thoughts[i].is_open]
     reach, started = reach_of(longest + drawn, cache.max_length), time.perf_counter()
     # A token is computed in one reach only, so that no clock has a say in its bits.
     count = int(max(1, min(_TOGETHER, *left, reach - longest - drawn + 1, int(_PATIENCE / seconds), *free)))
-    cache, logits, found = _go_on(model, variables, cache, logits, last, ~going(), stop, keys, numbers, count, settings,
-                                  forced(), reach=reach, record=record)
-    found = jax.device_get(found)
+    thinking = np.array([thought.is_open for thought in thoughts])
+    cache, logits, came, found = _go_on(model, variables, cache, logits, last, ~going(), stop, keys, numbers, count,
+                                        settings, forced(), thinking, reach=reach, record=record)
+    count, found = int(came), jax.device_get(found)
     seconds = (time.perf_counter() - started) / count
     for i in range(count):
       take({name: x[i] for name, x in found.items()})
     tell(numbers)
     drawn, last = drawn + count, found["tokens"][count - 1]
   return said, ["stop" if ended else "length" for ended in stopped]
-
-
-def _settings(count: int, *values: Any) -> Rows:
-  """The rows of the four sampling settings, each one value or one per request."""
-  columns = []
-  for name, value in zip(("temperature", "top_p", "top_k", "min_p"), values, strict=True):
-    column = [value] * count if np.ndim(value) == 0 else np.asarray(value).tolist()
-    if len(column) != count:
-      refuse(name, value, f"one value, or one for each of the {count} requests")
-    columns.append(column)
-  return sample.rows([Sampling(*request) for request in zip(*columns)])
-
-
-def _check(config, prompts, keys, max_new_tokens: int, chunk_size: int, stop_tokens, budget) -> None:
-  """Refuses what `generate` cannot work with."""
-  if not len(prompts):
-    refuse("prompts", prompts, "at least one")
-  for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      refuse(name, value, "a whole number, at least 1")
-  if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != (len(prompts),):
-    refuse("keys", f"{keys.dtype}{keys.shape}", f"typed keys of shape ({len(prompts)},), one per request")
-  named = [(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
-  named += [("stop_tokens", stop_tokens), ("thinking_budget.close", () if budget is None else budget.close)]
-  for name, ids in named:
-    if len(ids) and not 0 <= min(ids) <= max(ids) < config.vocab_size:
-      refuse(name, f"ids from {min(ids)} to {max(ids)}", f"ids below vocab_size = {config.vocab_size}")
-  for i, prompt in enumerate(prompts):
-    if not 1 <= len(prompt) <= config.max_position_embeddings - max_new_tokens:
-      refuse(f"prompts[{i}]", f"{len(prompt)} tokens", "1 to max_position_embeddings - max_new_tokens = "
-             f"{config.max_position_embeddings - max_new_tokens}")
-
-
-def _begun(begun: Sequence[Sequence[int]] | None, prompts, max_new_tokens: int, stop_tokens, vocab_size: int
-           ) -> list[list[int]]:
-  """The replies that have begun, checked."""
-  if begun is None:
-    return [[] for _ in prompts]
-  if len(begun) != len(prompts):
-    refuse("begun", f"{len(begun)} replies", f"one for each of the {len(prompts)} requests")
-  for i, reply in enumerate(begun):
-    if len(reply) >= max_new_tokens or set(reply) & set(stop_tokens):
-      refuse(f"begun[{i}]", f"{len(reply)} tokens", f"fewer than max_new_tokens = {max_new_tokens}, and no stop token")
-    if len(reply) and not 0 <= min(reply) <= max(reply) < vocab_size:
-      refuse(f"begun[{i}]", f"ids from {min(reply)} to {max(reply)}", f"ids below vocab_size = {vocab_size}")
-  return [list(reply) for reply in begun]
-
-
-def _holds(reply: list[int], part: Sequence[int]) -> bool:
-  """Whether these tokens stand somewhere in the reply, one after another."""
-  return any(tuple(reply[i:i + len(part)]) == tuple(part) for i in range(len(reply) - len(part) + 1))
-
-
-def forced_token(reply: list[int], closed: bool, budget: ThinkingBudget | None) -> int:
-  """The token that a thinking budget puts next, or -1; of a closing that has begun by itself only the rest."""
-  if budget is None or closed or len(reply) < budget.tokens:
-    return -1
-  begun = (n for n in range(len(budget.close) - 1, 0, -1) if tuple(reply[-n:]) == tuple(budget.close[:n]))
-  return budget.close[next(begun, 0)]

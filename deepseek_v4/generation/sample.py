@@ -58,7 +58,9 @@ class Rows:
 def rows(requests: Sequence[Sampling]) -> Rows:
   """The settings of these requests, one a row."""
   column = lambda name, dtype: jnp.asarray(np.array([getattr(r, name) for r in requests], dtype))
-  return Rows(column("temperature", np.float32), column("top_p", np.float32), column("top_k", np.int32),
+  # Below float32's normal numbers some devices take a number for 0, and some do not.
+  temperatures = [r.temperature and max(r.temperature, np.finfo(np.float32).tiny) for r in requests]
+  return Rows(jnp.asarray(np.array(temperatures, np.float32)), column("top_p", np.float32), column("top_k", np.int32),
               column("min_p", np.float32))
 
 
@@ -68,8 +70,10 @@ def token_keys(keys: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def filtered(logits: jax.Array, settings: Rows) -> jax.Array:
-  """Logits [B, V] over the temperature, at least float32; -inf where a token is filtered out, all but one if greedy."""
+  """(Logits [B, V] - their row's largest) / temperature, at least float32; -inf where a token is filtered out, all but one
+  if greedy."""
   logits_BV = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits_BV -= logits_BV.max(axis=1, keepdims=True)  # the largest is 0 over any temperature, however small
   greedy_B1 = (settings.temperature == 0)[:, None]
   scaled_BV = logits_BV / jnp.where(greedy_B1, 1, settings.temperature[:, None]).astype(logits_BV.dtype)
   filters_B = ((settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)) & ~greedy_B1[:, 0]

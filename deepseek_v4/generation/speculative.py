@@ -13,6 +13,7 @@ Axis letters: B requests   n drafts   P places of a step (n + 1)   S tokens of a
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from typing import Any, Callable, Sequence
@@ -25,7 +26,8 @@ import numpy as np
 from deepseek_v4.config import ModelConfig
 from deepseek_v4.config_checks import refuse
 from deepseek_v4.generation import decode, sample
-from deepseek_v4.generation.decode import Generation, ThinkingBudget
+from deepseek_v4.generation.decode import Generation
+from deepseek_v4.generation.requests import Thought
 from deepseek_v4.generation.sample import Rows
 from deepseek_v4.model.cache import Cache, init_cache, rewind
 from deepseek_v4.model.draft import Drafter, init_draft_cache
@@ -193,13 +195,11 @@ def advance(model: DeepseekV4, variables: Any, state: State, keys: jax.Array, nu
 class _Replies:
   """What has been said so far."""
 
-  def __init__(self, count: int, max_new_tokens: int, stop_tokens: Sequence[int], budget: ThinkingBudget | None,
-               on_token: Callable[[int, int], None] | None):
-    self.tokens: list[list[int]] = [[] for _ in range(count)]
-    self.logprobs: list[list[float]] = [[] for _ in range(count)]
-    self.stopped = [False] * count
-    self._closed = [False] * count  # the thought of a reply
-    self._most, self._stop, self._budget, self._on_token = max_new_tokens, frozenset(stop_tokens), budget, on_token
+  def __init__(self, thoughts: Sequence[Thought], max_new_tokens: int, on_token: Callable[[int, int], None] | None):
+    self.tokens: list[list[int]] = [[] for _ in thoughts]
+    self.logprobs: list[list[float]] = [[] for _ in thoughts]
+    self.stopped = [False] * len(thoughts)
+    self._thoughts, self._most, self._on_token = thoughts, max_new_tokens, on_token
 
   def room(self, row: int) -> int:
     """Tokens that the reply may still grow by."""
@@ -210,27 +210,21 @@ class _Replies:
     for taken, (token, logprob) in enumerate(zip(tokens, logprobs), 1):
       self.tokens[row].append(int(token))
       self.logprobs[row].append(float(logprob))
-      self._closed[row] |= self._closes(self.tokens[row])
+      self.stopped[row] = self._thoughts[row].add(int(token))
       if self._on_token is not None:
         self._on_token(row, int(token))
-      if int(token) in self._stop:
-        self.stopped[row] = True
+      if self.stopped[row]:
         return taken
     return len(tokens)
 
   def forced(self, row: int, drafts) -> list[int]:
     """Tokens that the thinking budget puts at the next place and behind each of these drafts, -1 where none."""
-    if self._budget is None or self._closed[row]:
-      return [-1] * (len(drafts) + 1)
-    reply, closed, found = list(self.tokens[row]), False, []
-    for draft in (*drafts, None):
-      found.append(decode.forced_token(reply, closed, self._budget))
-      reply.append(draft)
-      closed |= self._closes(reply)
+    thought = copy.copy(self._thoughts[row])
+    found = [thought.forced]
+    for draft in drafts:
+      thought.add(draft)
+      found.append(thought.forced)
     return found
-
-  def _closes(self, reply: list[int]) -> bool:
-    return self._budget is not None and tuple(reply[-len(self._budget.close):]) == tuple(self._budget.close)
 
 
 def check(config: ModelConfig, variables: Any, speculative: Any) -> int:
@@ -249,9 +243,8 @@ def check(config: ModelConfig, variables: Any, speculative: Any) -> int:
 
 
 def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, drafts: int, keys: jax.Array,
-             settings: Rows, max_new_tokens: int, stop_tokens: Sequence[int], thinking_budget: ThinkingBudget | None,
-             chunk_size: int, cache_storage: str, on_token: Callable[[int, int], None] | None,
-             on_chunk: Callable[[int], None] | None) -> Generation:
+             settings: Rows, max_new_tokens: int, thoughts: Sequence[Thought], chunk_size: int, cache_storage: str,
+             on_token: Callable[[int, int], None] | None, on_chunk: Callable[[int], None] | None) -> Generation:
   """`decode.generate` with this many drafts a step; its arguments, which it has checked."""
   config, batch = model.config, len(prompts)
   room = decode.room_for(max(map(len, prompts)) + max_new_tokens, config.max_position_embeddings)
@@ -270,7 +263,7 @@ def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]]
   cache.lengths.block_until_ready()
   prefilled = time.perf_counter()
 
-  replies = _Replies(batch, max_new_tokens, stop_tokens, thinking_budget, on_token)
+  replies = _Replies(thoughts, max_new_tokens, on_token)
   exact = jnp.promote_types(config.compute_dtype, jnp.float32)
   state = State(cache, draft_cache, jnp.array([prompt[-1] for prompt in prompts], jnp.int32),
                 jnp.zeros((batch, drafts), jnp.int32), jnp.zeros((batch, drafts, config.vocab_size), exact))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 from deepseek_v4.generation.decode import Drawn
+from deepseek_v4.generation.requests import Thought
 from deepseek_v4.posttraining.rollout import Request
 
 _SUFFIX = ".jsonl"
@@ -121,8 +122,11 @@ def draw_missing(journal: Journal, requests: Sequence[Request], draw: Callable[.
     max_new_tokens, stop_tokens: see there.
     on_saved: called whenever new tokens are on disk; what it raises ends the drawing.
   """
-  ended = lambda reply: len(reply) >= max_new_tokens or bool(set(reply[-1:]) & set(stop_tokens))
-  missing = [i for i, reply in enumerate(journal.tokens) if not ended(reply)]
+  def ended(request: Request, reply: list[int]) -> bool:
+    thought = Thought(request.budget, stop_tokens)  # a stop token inside it ends no reply
+    return len(reply) >= max_new_tokens or any([thought.add(token) for token in reply])
+
+  missing = [i for i, reply in enumerate(journal.tokens) if not ended(requests[i], reply)]
 
   def on_drawn(new: list[Drawn]) -> None:
     journal.add([dataclasses.replace(drawn, request=missing[drawn.request]) for drawn in new])

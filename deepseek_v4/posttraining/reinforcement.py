@@ -25,7 +25,7 @@ from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.checkpoint.trees import restack
 from deepseek_v4.config import RunConfig, to_dict
 from deepseek_v4.config_checks import refuse
-from deepseek_v4.generation.decode import ThinkingBudget
+from deepseek_v4.generation.requests import ThinkingBudget
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.posttraining import grpo, rewards
 from deepseek_v4.posttraining.policy_step import PolicyState, Programs, abstract_policy, as_policy

@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from deepseek_v4 import sharding
 from deepseek_v4.config_checks import refuse
-from deepseek_v4.generation.decode import RECORDS, Drawn, ThinkingBudget, forced_token, generate
+from deepseek_v4.generation.decode import RECORDS, Drawn, generate
+from deepseek_v4.generation.requests import ThinkingBudget, Thought
 from deepseek_v4.model.transformer import DeepseekV4
 
 
@@ -96,8 +97,8 @@ def sample_replies(model: DeepseekV4, variables: Any, requests: Sequence[Request
                    on_drawn: Callable[[list[Drawn]], None] | None = None) -> list[Sample]:
   """Draws a reply to each request, in batches.
 
-  Every batch has `batch_size` rows (the last one is filled up with a request that is there already), and those with equal
-  budgets go together, so that little is compiled.
+  Every batch has `batch_size` rows (the last one is filled up with a request that is there already), so that little is
+  compiled.
 
   Args:
     model, variables: as in `DeepseekV4.apply`; `scan_layers=False` decodes faster.
@@ -131,29 +132,22 @@ def sample_replies(model: DeepseekV4, variables: Any, requests: Sequence[Request
   with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
     if batch_size % sharding.batch_shards():
       refuse("batch_size", batch_size, f"a multiple of data x fsdp x expert = {sharding.batch_shards()}")
-    for places in _batches(requests, batch_size):
+    for start in range(0, len(requests), batch_size):
+      places = range(len(requests))[start:start + batch_size]
       chosen = [requests[i] for i in places]
       filled = [*chosen, *chosen[-1:] * (batch_size - len(chosen))]
       tell = None if on_drawn is None else functools.partial(_tell, on_drawn, places)
       found = generate(model, variables, [request.prompt for request in filled], keys=_keys(filled), on_drawn=tell,
                        begun=[request.begun for request in filled],
-                       max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-                       stop_tokens=stop_tokens, thinking_budget=chosen[0].budget, chunk_size=chunk_size, record=record)
-      new = [_sample(request, found, row) for row, request in enumerate(chosen)]
+                       thinking_budget=[request.budget for request in filled], max_new_tokens=max_new_tokens,
+                       temperature=temperature, top_p=top_p, top_k=top_k, stop_tokens=stop_tokens, chunk_size=chunk_size,
+                       record=record)
+      new = [_sample(request, found, row, stop_tokens) for row, request in enumerate(chosen)]
       for i, sample in zip(places, new, strict=True):
         samples[i] = sample
       if on_batch is not None:
         on_batch(new)
   return samples
-
-
-def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
-  """Numbers of the requests of each batch; those of a batch have one budget."""
-  by_budget: dict[ThinkingBudget | None, list[int]] = {}
-  for i, request in enumerate(requests):
-    by_budget.setdefault(request.budget, []).append(i)
-  for numbers in by_budget.values():
-    yield from (numbers[start:start + batch_size] for start in range(0, len(numbers), batch_size))
 
 
 def _tell(on_drawn: Callable[[list[Drawn]], None], places: Sequence[int], new: list[Drawn]) -> None:
@@ -172,22 +166,19 @@ def _keys(requests: Sequence[Request]) -> jax.Array:
   return jax.numpy.stack([key(request.seed) for request in requests])
 
 
-def _sample(request: Request, found: Any, row: int) -> Sample:
+def _sample(request: Request, found: Any, row: int, stop_tokens: Sequence[int]) -> Sample:
   """The sample of a row of a `Generation`."""
   reply = [*request.begun, *found.tokens[row]]
   return Sample(tuple(request.prompt), tuple(reply), (*request.begun_logprobs, *found.logprobs[row]),
-                _drawn(reply, request.budget),
+                _drawn(reply, request.budget, stop_tokens),
                 found.finish[row], tuple(request.seed), None if found.experts is None else found.experts[row],
                 None if found.kept is None else found.kept[row], dict(request.metadata))
 
 
-def _drawn(reply: Sequence[int], budget: ThinkingBudget | None) -> tuple[bool, ...]:
+def _drawn(reply: Sequence[int], budget: ThinkingBudget | None, stop_tokens: Sequence[int]) -> tuple[bool, ...]:
   """Which tokens of a reply were drawn: the decoder's rule of what a budget puts next, applied again."""
-  drawn, closed = [True] * len(reply), False
-  for i in range(len(reply) if budget is not None else 0):
-    if not closed and i >= budget.tokens:
-      drawn[i] = forced_token(list(reply[:i]), closed, budget) < 0
-    closed |= tuple(reply[max(0, i + 1 - len(budget.close)):i + 1]) == budget.close
-    if closed:
-      break
+  thought, drawn = Thought(budget, stop_tokens), []
+  for token in reply:
+    drawn.append(thought.forced < 0)
+    thought.add(token)
   return tuple(drawn)

@@ -33,7 +33,8 @@ class ChatTemplate:
     tools_template: introduces tools; {tool_schemas} is replaced, as are {dsml_token}, {thinking_start_token} and
       {thinking_end_token}. A doubled brace is a brace.
     format_template: introduces a response format; {schema} is replaced.
-    thinking_budget: level -> most tokens of a thought; a level without an entry has no limit.
+    thinking_budget: level -> most tokens of a thought; a level without an entry, as a later release may have, gets the
+      largest of the entries.
     default_effort: level of requests that name none.
   """
 
@@ -76,9 +77,9 @@ class ChatTemplate:
     return reasoning_effort
 
   def budget(self, reasoning_effort: str | None) -> int | None:
-    """Most tokens of a thought at this level: 0 without thinking, None for no limit."""
+    """Most tokens of a thought at this level: 0 without thinking, None (no limit) if no level has a budget."""
     effort = self.check_effort(reasoning_effort)
-    return 0 if effort == NONE else self.thinking_budget.get(effort)
+    return 0 if effort == NONE else self.thinking_budget.get(effort, max(self.thinking_budget.values(), default=None))
 
   def tools(self, tool_schemas: str) -> str:
     """The introduction of tools with these schemas."""

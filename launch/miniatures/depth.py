@@ -18,7 +18,7 @@ import numpy as np
 from deepseek_v4 import config as c
 from deepseek_v4.analysis import plots_reinforcement
 from deepseek_v4.checkpoint.store import restore_variables
-from deepseek_v4.generation.decode import ThinkingBudget
+from deepseek_v4.generation.requests import ThinkingBudget
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.posttraining import distillation_loop, reinforcement
 from deepseek_v4.posttraining.rewards import exact_answer, message_of

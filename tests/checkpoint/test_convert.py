@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +16,8 @@ import numpy as np
 import pytest
 
 import deepseek_v4 as dsv4
-from deepseek_v4.checkpoint import convert
+from deepseek_v4.checkpoint import convert, hf_write
+from deepseek_v4.checkpoint.hf_write import release_plan
 from deepseek_v4.checkpoint.safetensors_files import INDEX_NAME, Planned, read_folder, write_folder
 from deepseek_v4.checkpoint.store import restore_variables
 from deepseek_v4.checkpoint.trees import flatten
@@ -161,7 +167,9 @@ def damage(folder):
   file = tensors["head.weight"].file
   file.write_bytes(file.read_bytes().replace(b'"head.weight": {"dtype": "BF16", "shape": [29, 136]',
                                              b'"head.weight": {"dtype": "BF16", "shape": [58, 68] '))
+  (folder / "more.safetensors").write_bytes(b"")
   return {"shard listed but absent (1)": gone,
+          "file that the index does not list (1)": "more.safetensors",
           "in a shard but not in the index (1)": listed,
           "in the index but not in its shard (1)": "layers.9.attn.wq_a.weight",
           "missing (": "layers.3.ffn.experts.2.w2.weight",
@@ -182,6 +190,61 @@ def test_everything_that_does_not_fit_in_one_error_before_anything_is_written(tm
   for kind, name in expected.items():
     assert [line for line in lines if kind in line and name in line], (kind, name, lines)
   assert [p.name for p in tmp_path.iterdir()] == ["release"]
+
+
+@pytest.mark.parametrize("stored, config, expected", [
+  ("fp8", {"expert_dtype": "fp4"}, "ffn.experts.1.w2.weight float8_e4m3fn, expected int8 or uint8 (FP4) as the"),
+  ("fp8+fp4", {"expert_dtype": "fp8"}, "ffn.experts.1.w2.weight int8, expected float8_e4m3fn as the config says"),
+  ("fp8", None, "attn.wkv.weight float8_e4m3fn, expected float32 or bfloat16 as the config says (quantization None"),
+  (None, "quantised", "attn.wkv.weight bfloat16, expected float8_e4m3fn as the config says (quantization 'fp8+fp4'")])
+def test_a_folder_that_is_not_stored_as_its_config_says(tmp_path, stored, config, expected):
+  """In the one error; how many such tensors a model of five layers and a prediction block has, from its list of tensors."""
+  make_release(tmp_path / "release", quantization=stored)
+  file = tmp_path / "release" / "config.json"
+  raw = json.loads(file.read_text())
+  if config == "quantised":
+    make_release(tmp_path / "other")
+    other = json.loads((tmp_path / "other" / "config.json").read_text())
+    raw |= {name: other[name] for name in ("quantization_config", "expert_dtype")}
+  else:
+    raw = raw | config if config else {n: x for n, x in raw.items() if n not in ("quantization_config", "expert_dtype")}
+  file.write_text(json.dumps(raw))
+  experts = 6 * 3 * 3
+  # Five of attention, three of the shared expert; of two indexers; two projections of the prediction block.
+  others = 6 * (5 + 3) + 2 + 2
+  with pytest.raises(ValueError) as error:
+    convert.to_checkpoint(tmp_path / "release", tmp_path / "ours")
+  (line,) = [line for line in str(error.value).splitlines() if "wrong dtype" in line]
+  assert f"wrong dtype ({experts if config and config != 'quantised' else experts + others})" in line and expected in line
+  assert not (tmp_path / "ours").exists() and not (tmp_path / "ours.unfinished").exists()
+  mapping, _ = read_folder(tmp_path / "release")
+  if config and config != "quantised":  # one of the two formats where the other is meant is wrong in memory too
+    with pytest.raises(ValueError, match=rf"wrong dtype \({experts}\)"):
+      dsv4.load_hf(mapping, ModelConfig.from_hf(raw))
+  else:
+    dsv4.load_hf(mapping, ModelConfig.from_hf(raw))
+
+
+def test_what_is_stored_in_float32_stays_that(tmp_path):
+  """`--dtype bfloat16` of a folder in float32 rounds nothing; of a folder with one such matrix it is that matrix's leaf."""
+  config = make_release(tmp_path / "release", quantization=None)
+  variables = dsv4.load_hf(tmp_path / "release", config)
+  finer = variables["params"]["lm_head"]["kernel"] = variables["params"]["lm_head"]["kernel"] * (1 + 2.0**-12)
+  dsv4.save_hf(variables, config, tmp_path / "float32", dtype="float32")
+  convert.to_checkpoint(tmp_path / "float32", tmp_path / "ours", dtype="bfloat16")
+  found, _, _ = restore_variables(tmp_path / "ours" / "checkpoints")
+  assert same(found, variables) and np.any(np.asarray(finer) != np.asarray(finer).astype(ml_dtypes.bfloat16))
+  mapping, _ = read_folder(tmp_path / "release")
+  (tmp_path / "mixed").mkdir()
+  arrays = {n: t.numpy() for n, t in mapping.items()} | {"head.weight": np.asarray(finer).T}
+  plan = release_plan(config, None) | {"head.weight": Planned("F32", (29, 136))}
+  write_folder(tmp_path / "mixed", plan, ((n, arrays[n]) for n in plan))
+  (tmp_path / "mixed" / "config.json").write_bytes((tmp_path / "release" / "config.json").read_bytes())
+  convert.to_checkpoint(tmp_path / "mixed", tmp_path / "both", dtype="bfloat16")
+  found, _, _ = restore_variables(tmp_path / "both" / "checkpoints")
+  dtypes = {name: leaf.dtype for name, leaf in flatten(found["params"]).items()}
+  assert (dtypes["lm_head/kernel"], dtypes["embed/embedding"]) == (jnp.float32, jnp.bfloat16)
+  assert np.array_equal(found["params"]["lm_head"]["kernel"], finer)
 
 
 def test_codes_that_are_no_number_are_named(tmp_path):
@@ -310,6 +373,85 @@ def test_finished_parts_are_not_written_again(tmp_path, monkeypatch):
   assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["checkpoints", "release"]
   variables, _, _ = restore_variables(tmp_path / "ours" / "checkpoints", keep_scales=True)
   assert same(variables, dsv4.load_hf(tmp_path / "release", config, keep_scales=True))
+
+
+def dies(at, before=True):
+  """A function that stands for `at` and dies before or behind it."""
+  def dying(*arguments, **options):
+    found = None if before else at(*arguments, **options)
+    raise KeyboardInterrupt(found)
+  return dying
+
+
+@pytest.mark.parametrize("module, name, before", [
+  (convert, "write_part", True), (convert, "write_part", False), (convert.manifest_lib, "entries", False),
+  (convert.manifest_lib, "of_entries", True), (convert, "_write_whole", True), (convert, "_copy_release", True),
+  (convert, "copy_companions", True), (convert, "copy_companions", False), (convert, "_tidy", True),
+  (convert.shutil, "rmtree", True), (convert.shutil, "rmtree", False)])
+def test_a_conversion_that_dies_at_any_step_is_finished_by_the_same_command(tmp_path, monkeypatch, module, name, before):
+  """And until the target is complete it does not have its name."""
+  config = make_release(tmp_path / "release")
+  run = dict(source=tmp_path / "release", target=tmp_path / "ours", part_bytes=10**6)
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(module, name, dies(getattr(module, name), before))
+    convert.to_checkpoint(**run)
+  begun = (tmp_path / "ours").exists()
+  assert begun == (name in ("_tidy", "rmtree"))  # these come behind the renaming
+  assert begun != (tmp_path / "ours.unfinished").exists()
+  if begun:  # complete already, and other options are not taken for the same conversion
+    assert same(restore_variables(tmp_path / "ours" / "checkpoints")[0], dsv4.load_hf(tmp_path / "release", config))
+    with pytest.raises(ValueError, match="target = .*ours': expected a folder that is empty"):
+      convert.to_checkpoint(**run, dtype="bfloat16")
+  assert convert.to_checkpoint(**run) == config
+  files = [str(p.relative_to(tmp_path / "ours")) for p in sorted((tmp_path / "ours").rglob("*")) if "part_" not in str(p)]
+  assert files == ["checkpoints", "checkpoints/0", "checkpoints/0/manifest", "checkpoints/0/manifest/manifest.json",
+                   "release", "release/config.json", "release/encoding", "release/encoding/encoding_dsv4.py",
+                   "release/tokenizer.json"]
+  variables, _, _ = restore_variables(tmp_path / "ours" / "checkpoints", keep_scales=True)
+  assert same(variables, dsv4.load_hf(tmp_path / "release", config, keep_scales=True))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "release"]
+
+
+KILLED = """
+import os, signal, sys
+from deepseek_v4.checkpoint import convert, hf_write
+write, count = convert.write_part, []
+def dying(folder, leaves):
+  count.append(folder)
+  if len(count) == 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+  write(folder, leaves)
+convert.write_part = dying
+convert.to_checkpoint(sys.argv[1], sys.argv[2], part_bytes=300_000)
+"""
+
+
+@pytest.mark.long
+def test_a_conversion_that_is_killed_goes_on(tmp_path, monkeypatch):
+  config = make_release(tmp_path / "release")
+  root = Path(__file__).resolve().parents[2]
+  killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "release"), str(tmp_path / "ours")], cwd=root,
+                          env=os.environ | {"PYTHONPATH": str(root)}, timeout=300, capture_output=True, text=True)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert not (tmp_path / "ours").exists()
+  begun = interrupt_after(monkeypatch, 10**6)
+  convert.to_checkpoint(tmp_path / "release", tmp_path / "ours", part_bytes=300_000)
+  assert begun[0] == "part_0002"
+  variables, _, _ = restore_variables(tmp_path / "ours" / "checkpoints", keep_scales=True)
+  assert same(variables, dsv4.load_hf(tmp_path / "release", config, keep_scales=True))
+
+
+@pytest.mark.parametrize("name", ["write_config", "copy_companions", "write_folder"])
+def test_an_export_that_dies_at_any_step_leaves_no_target(tmp_path, monkeypatch, name):
+  make_release(tmp_path / "release")
+  convert.to_checkpoint(tmp_path / "release", tmp_path / "ours")
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(hf_write, name, dies(getattr(hf_write, name), before=False))
+    convert.to_release(tmp_path / "ours", tmp_path / "back")
+  assert not (tmp_path / "back").exists()
+  convert.to_release(tmp_path / "ours", tmp_path / "back")
+  assert stored_bytes(tmp_path / "back") == stored_bytes(tmp_path / "release")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "ours", "release"]
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path):

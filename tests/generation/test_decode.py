@@ -9,7 +9,7 @@ import pytest
 
 import deepseek_v4 as dsv4
 from deepseek_v4.generation import decode, sample
-from deepseek_v4.generation.decode import ThinkingBudget
+from deepseek_v4.generation.requests import ThinkingBudget, Thought
 from deepseek_v4.model.cache import init_cache
 from tests.model.small import T0, random_tokens, variables
 
@@ -76,6 +76,18 @@ def test_a_request_draws_the_same_tokens_in_any_batch_and_row():
     ids.append(token)
 
 
+def test_a_request_is_the_same_beside_a_long_one():
+  """A cache with other room, of which more is read, and other chunks: the same tokens as alone."""
+  prompts = [random_tokens(n, seed=n).tolist() for n in (5, 300)]
+  hot = dict(chunk_size=64, temperature=[1.5, 0.0], top_p=0.9)
+  together = generate(prompts, [3, 1], **hot)
+  assert decode.room_for(5 + NEW, 4096) < decode.room_for(300 + NEW, 4096)
+  for i in range(2):
+    alone = generate(prompts[i:i + 1], [[3, 1][i]], **{**hot, "temperature": hot["temperature"][i]})
+    assert alone.tokens == together.tokens[i:i + 1]
+    np.testing.assert_allclose(alone.logprobs, together.logprobs[i:i + 1], atol=1e-3)
+
+
 def test_stop_tokens_end_a_reply_and_no_other():
   stop = greedy()[2][4]
   seen = []
@@ -105,6 +117,61 @@ def test_a_thinking_budget_closes_the_thought():
   begun = (greedy()[0][2], 90)
   assert generate(thinking_budget=ThinkingBudget(3, begun)).tokens[0][:4] == [*greedy()[0][:3], 90]
   assert generate(thinking_budget=ThinkingBudget(0, close)).tokens[3][:3] == [90, 91, 92]
+
+
+def test_every_request_has_a_thinking_budget_of_its_own():
+  budgets = [ThinkingBudget(0, (90, 91)), ThinkingBudget(3, (92,)), None, ThinkingBudget(7, (90, 91))]
+  together = generate(thinking_budget=budgets, seeds=[3, 1, 4, 1], temperature=[0.0, 1.0, 0.0, 1.0])
+  for i, (budget, hot) in enumerate(zip(budgets, (0.0, 1.0, 0.0, 1.0), strict=True)):
+    alone = generate(PROMPTS[i:i + 1], [[3, 1, 4, 1][i]], thinking_budget=budget, temperature=hot)
+    assert alone.tokens == together.tokens[i:i + 1]
+    place = NEW if budget is None else budget.tokens
+    close = () if budget is None else budget.close
+    assert tuple(together.tokens[i][place:place + len(close)]) == close
+  assert together.tokens[2] == greedy()[2]
+
+
+def test_a_stop_token_inside_a_thought_closes_it(monkeypatch):
+  """It stays in the reply, the closing comes behind it, then the answer; however many tokens come from one call. The next
+  stop token ends the reply."""
+  stop, close = greedy()[2][4], (90, 91)
+  budget = ThinkingBudget(20, close)
+  assert stop not in greedy()[2][:4]
+  results = []
+  for patience in (1e-9, 1e9):
+    monkeypatch.setattr(decode, "_PATIENCE", patience)
+    found = generate(stop_tokens=(stop,), thinking_budget=[None, budget, budget, None], max_new_tokens=12,
+                     record=("experts",))
+    results.append((found.tokens, found.finish))
+    assert [x.shape[1] for x in found.experts] == [len(p) + len(r) - 1 for p, r in zip(PROMPTS, found.tokens, strict=True)]
+  assert results[0] == results[1]
+  tokens, _ = results[0]
+  assert tokens[2][:7] == [*greedy()[2][:5], 90, 91] and len(tokens[2]) > 7
+  ids = [*PROMPTS[2], *tokens[2][:7]]
+  assert tokens[2][7] == full()(ids).argmax()  # the answer has read the closing
+  alone = generate(PROMPTS[2:3], stop_tokens=(stop,), thinking_budget=budget, max_new_tokens=12)
+  assert alone.tokens[0] == tokens[2]
+  # one that was interrupted in the middle of the closing goes on with the rest of it
+  rest = generate(PROMPTS[2:3], stop_tokens=(stop,), thinking_budget=budget, max_new_tokens=12, begun=[tokens[2][:6]])
+  assert rest.tokens[0] == tokens[2][6:]
+
+
+def test_a_thought_ends_by_itself_by_its_budget_or_by_a_stop_token():
+  """(reply, what is forced before each token and after the last, whether the last one ends the reply)"""
+  for reply, forced, ends in (
+      ([1, 8, 9, 5], [-1] * 5, True),  # closed by itself
+      ([1, 5, 8, 9, 5], [-1, -1, 8, 9, -1, -1], True),
+      ([1, 2, 3, 8, 9], [-1, -1, -1, 8, 9, -1], False),
+      ([1, 2, 8, 9, 2], [-1, -1, -1, 9, -1, -1], False),  # begun by itself, when the budget ends
+      ([5, 8, 5], [-1, 8, 9, 8], False)):  # not what was forced: never open for good
+    thought = Thought(ThinkingBudget(3, (8, 9)), (5,))
+    found = [thought.forced]
+    for token in reply:
+      ended = thought.add(token)
+      found.append(thought.forced)
+    assert (found, ended) == (forced, ends), reply
+  free = Thought(None, (5,))
+  assert [free.add(token) for token in (1, 5)] == [False, True] and free.forced == -1 and not free.is_open
 
 
 def test_how_many_tokens_come_from_one_call_changes_nothing(monkeypatch):
@@ -157,7 +224,9 @@ def test_chunks_and_reaches_come_in_few_sizes():
   (dict(prompts=[[1] * 4090]), r"prompts\[0\] = '4090 tokens'"),
   (dict(prompts=[[1, 97]]), r"prompts\[0\] = 'ids from 1 to 97': expected ids below vocab_size = 97"),
   (dict(stop_tokens=(97,)), "stop_tokens = 'ids from 97 to 97'"),
-  (dict(thinking_budget=ThinkingBudget(1, (97,))), "thinking_budget.close = 'ids from 97 to 97'"),
+  (dict(thinking_budget=ThinkingBudget(1, (97,))), r"thinking_budget\[0\].close = 'ids from 97 to 97'"),
+  (dict(thinking_budget=[None] * 3), r"thinking_budget = .*: expected .* one of them for each of the 4 requests"),
+  (dict(thinking_budget=7), "thinking_budget = 7: expected a ThinkingBudget or None"),
   (dict(max_new_tokens=0), "max_new_tokens = 0: expected a whole number, at least 1"),
   (dict(chunk_size=0), "chunk_size = 0: expected a whole number, at least 1"),
   (dict(cache_storage="fp8"), "cache_storage = 'fp8': expected one of compute, mixed"),

@@ -51,6 +51,19 @@ def test_rows_have_their_own_settings():
   np.testing.assert_allclose(together[0], np.exp(logits[0]) / np.exp(logits[0]).sum(), rtol=1e-5)
 
 
+def test_temperatures_near_zero():
+  """Logits over 1e-40 are beyond float32: the largest is chosen, equal ones evenly, and nothing is infinite or no number.
+  1e-40 is below float32's normal numbers, which XLA's CPU would take for 0."""
+  logits = [[3.0, 800.0, -2.0, 799.0], [5.0, 1.0, 5.0, 0.0], [-900.0, -901.0, -1e4, -2e4]]
+  for temperature in (1e-40, 1e-37, 1e-30):
+    found = probabilities(logits, *[Sampling(temperature, top_p=0.9)] * 3)
+    assert np.isfinite(found).all() and (found[0] == [0, 1, 0, 0]).all() and (found[2] == [1, 0, 0, 0]).all()
+    assert (found[1] == [0.5, 0, 0.5, 0]).all()
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens = draw(keys, jnp.asarray(logits, jnp.float32), rows([Sampling(temperature)] * 3))
+    assert tokens[0] == 1 and tokens[1] in (0, 2) and tokens[2] == 0
+
+
 def test_a_flat_row_keeps_its_tail():
   """Sums in float32 reach 1 before the end of 130,000 equal probabilities."""
   flat = jnp.zeros((1, 130_000))

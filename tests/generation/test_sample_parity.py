@@ -28,7 +28,9 @@ def test_the_same_tokens_are_left(request_):
   if request_.min_p:
     chain.append(MinPLogitsWarper(request_.min_p))
   theirs = chain(None, torch.tensor(logits)).numpy()
+  theirs -= theirs.max(1, keepdims=True)  # ours are less than the largest of their row
   ours = np.asarray(filtered(jnp.asarray(logits), rows([request_] * len(logits))))
   assert np.array_equal(np.isfinite(ours), np.isfinite(theirs))
   kept = np.isfinite(theirs)
-  np.testing.assert_allclose(ours[kept], theirs[kept], rtol=1e-6)
+  # differences of numbers up to 20: half a unit in the last place of each
+  np.testing.assert_allclose(ours[kept], theirs[kept], rtol=1e-6, atol=4e-6)

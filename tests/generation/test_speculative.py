@@ -12,7 +12,7 @@ import scipy.stats
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED
 from deepseek_v4.generation import speculative
-from deepseek_v4.generation.decode import ThinkingBudget
+from deepseek_v4.generation.requests import ThinkingBudget
 from deepseek_v4.generation.sample import Sampling, log_probabilities, rows
 from deepseek_v4.model.context import make_context
 from deepseek_v4.model.mtp import MTP
@@ -273,6 +273,20 @@ def test_a_thinking_budget_closes_the_thought_in_the_middle_of_a_step(weights):
     budget = ThinkingBudget(6, tuple(own))
     assert (generate(weights, thinking_budget=budget, speculative=3).tokens
             == generate(weights, thinking_budget=budget).tokens)
+
+
+def test_budgets_of_each_request_and_stops_inside_thoughts():
+  """Every draft is accepted, so that closings and stops come in the middle of steps; each row as alone without drafts."""
+  stop = plain("always")[3][2]
+  budgets = [ThinkingBudget(0, (90, 91)), ThinkingBudget(3, (92,)), None, ThinkingBudget(7, (90, 91))]
+  expected = generate("always", thinking_budget=budgets, stop_tokens=(stop,))
+  found = generate("always", thinking_budget=budgets, stop_tokens=(stop,), speculative=3)
+  assert found.tokens == expected.tokens and found.finish == expected.finish
+  first = plain("always")[3].index(stop) + 1
+  assert found.tokens[3][:first + 2] == [*plain("always")[3][:first], 90, 91]
+  for i, budget in enumerate(budgets):
+    alone = generate("always", PROMPTS[i:i + 1], thinking_budget=budget, stop_tokens=(stop,), speculative=3)
+    assert alone.tokens == found.tokens[i:i + 1]
 
 
 # ---- programs and refusals -----------------------------------------------------------------------------------------

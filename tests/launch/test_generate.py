@@ -12,9 +12,11 @@ import tokenizers
 
 import deepseek_v4 as dsv4
 from deepseek_v4 import config as config_lib
+from deepseek_v4 import sharding
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.generation import drift
-from deepseek_v4.generation.decode import ThinkingBudget
+from deepseek_v4.generation.requests import ThinkingBudget
+from deepseek_v4.generation.stream import Stream, text_of
 from deepseek_v4.text import chat
 from deepseek_v4.text.chat_template import DSML
 from deepseek_v4.text.tokenize import load_tokenizer
@@ -69,6 +71,56 @@ def test_a_conversation_remembers(speaker):
   second = reply_to(speaker, encoded(("user", "hi"), ("assistant", first), ("user", "you?")))
   text = "".join(shown)
   assert text.startswith(f"{first}\nprompt ") and f"ended by length\n{second}\nprompt " in text
+  # What is counted and checked is what is fed: the end of a turn is one token, however many bytes its spelling has.
+  whole = encoded(("user", "hi"), ("assistant", first), ("user", "you?"))
+  fed = speaker.ids(whole, "none")
+  assert fed == chat.to_ids(whole, speaker.tokenizer) and fed.count(speaker.tokenizer.document_end) == 1
+  assert len(fed) < len(speaker.ids(whole, None)) and f"\n{second}\nprompt {len(fed)} tokens, " in text
+
+
+def test_a_message_that_the_context_has_no_room_for_is_left_out(speaker):
+  """It is said, and the conversation goes on without it."""
+  asked, shown = iter(["hi", "x" * 4096, "you?", ""]), []
+  launch_generate.converse(speaker, "none", lambda: next(asked), shown.append)
+  encoded = lambda *messages: chat.encode(
+    [{"role": role, "content": text} for role, text in messages], reasoning_effort="none")
+  first = reply_to(speaker, encoded(("user", "hi")))
+  second = reply_to(speaker, encoded(("user", "hi"), ("assistant", first), ("user", "you?")))
+  text = "".join(shown)
+  assert "ended by length\nthe conversation with this message is too long (prompt 1 of 1: 4" in text
+  assert f"): left out; a shorter one may fit\n{second}\nprompt " in text
+
+
+def test_on_a_mesh_and_in_another_dtype(folder, speaker):
+  """Eight devices, each with its part of the weights, say what one does; rows that only fill the mesh up are nobody's."""
+  settings = launch_generate.mesh_settings("tensor=2,expert=4")
+  assert settings == config_lib.MeshConfig(tensor=2, expert=4)
+  spread = launch_generate.load(folder, {**OPTIONS, "max_new_tokens": 3}, 0, mesh=sharding.make_mesh(settings))
+  experts = spread.variables["params"]["layers"]["layer_01"]["moe"]["experts"]["gate"]
+  assert {shard.data.shape for shard in experts.addressable_shards} == {(1, 32, 8)}
+  alone = dataclasses.replace(speaker, options=spread.options)
+  assert spread.reply(["hello", "a b"], 0, None)[0] == alone.reply(["hello", "a b"], 0, None)[0]
+  pieces = []
+  (reply,), found = spread.reply(["hello"], 0, None, pieces.append)
+  assert "".join(pieces) == reply == alone.reply(["hello"], 0, None)[0][0]
+  assert len(found.tokens) == len(found.finish) == len(found.logprobs) == 1
+  assert launch_generate.load(folder, OPTIONS, 0, compute_dtype="bfloat16").model.config.compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("text, expected", [
+  ("rows=2", "--mesh = 'rows=2': MeshConfig has no field 'rows'; it has data, fsdp, expert"),
+  ("tensor", "--mesh = 'tensor': .* expected KEY=VALUE"), ("tensor=two", "--mesh = 'tensor=two': tensor = 'two': expected")])
+def test_meshes_that_cannot_be(text, expected):
+  with pytest.raises(ValueError, match=expected):
+    launch_generate.mesh_settings(text)
+
+
+def test_meshes_that_do_not_fit(folder, monkeypatch):
+  monkeypatch.setattr("deepseek_v4.checkpoint.store.restore_variables", lambda *_, **__: pytest.fail("weights were read"))
+  for text, expected in (("expert=8", "model.n_routed_experts = 4: expected a multiple of mesh.expert = 8"),
+                         ("context=2", "--mesh: context = 2: expected 1")):
+    with pytest.raises(ValueError, match=expected):
+      launch_generate.load(folder, OPTIONS, 0, mesh=sharding.make_mesh(launch_generate.mesh_settings(text)))
 
 
 def test_a_thought_is_closed_when_its_budget_is_spent(speaker):
@@ -122,7 +174,7 @@ def test_a_thought_is_closed_by_a_token_that_is_special(speaker, tmp_path):
   assert parsed["reasoning_content"] == tokenizer.decode(found.tokens[0][:2])
   assert "".join(pieces) == reply == parsed["reasoning_content"] + "</think>" + parsed["content"]
   ended = [*found.tokens[0], tokenizer.document_end]
-  assert launch_generate._text(tokenizer, ended) == reply
+  assert text_of(tokenizer, ended) == reply
   assert tokenizer.decode(ended, keep_special=True) == reply + chat.EOS
 
 
@@ -145,7 +197,7 @@ def test_a_checkpoint_without_the_block_cannot_speculate(speaker):
 
 def test_pieces_of_text_are_whole_characters(speaker):
   pieces = []
-  stream = launch_generate._Stream(speaker.tokenizer, pieces.append)
+  stream = Stream(speaker.tokenizer, pieces.append)
   for token in speaker.tokenizer.encode("aé€b"):
     stream(0, token)
   stream(0, 3 + 0xC3)  # half a character at the end
@@ -189,11 +241,11 @@ def test_a_reply_is_decoded_once(source, tmp_path):
   texts.append([tokenizer.encode("日")[0]] + [tokenizer.document_end] * 2000)
   for tokens in texts:
     pieces, counted = [], Counted(tokenizer)
-    stream = launch_generate._Stream(counted, pieces.append)
+    stream = Stream(counted, pieces.append)
     for token in tokens:
       stream(0, token)
     stream.finish()
-    assert "".join(pieces) == launch_generate._text(tokenizer, tokens)
+    assert "".join(pieces) == text_of(tokenizer, tokens)
     assert counted.count <= 6 * len(tokens) and all(pieces)
 
 
@@ -277,6 +329,7 @@ def test_a_tokenizer_that_the_embedding_is_too_small_for(tmp_path, monkeypatch):
     (["--temperature", "warm"], "temperature"), (["--max_new_tokens", "0"], "max_new_tokens"),
     (["--drafts", "2"], "--drafts = 2: expected --speculative with it"),
     (["--drift", "--inference_rounding"], "--drift with --inference_rounding: expected one of them"),
+    (["--drift", "--mesh", "tensor=2"], "--mesh = 'tensor=2' with --drift: expected one of them"),
     (["--cache_storage", "fp8"], "fp8")])
 def test_options_that_do_not_go_together(more, expected):
   """Before anything is read: the checkpoint need not be there."""

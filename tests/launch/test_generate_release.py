@@ -9,6 +9,7 @@ import tokenizers
 
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING
+from deepseek_v4.generation.stream import text_of
 from deepseek_v4.text import chat
 from launch import convert
 from launch import generate as launch_generate
@@ -63,7 +64,7 @@ def test_replies_of_a_converted_release(folders):
                         temperature=0.0, chunk_size=32, stop_tokens=(speaker.tokenizer.document_end,),
                         thinking_budget=budget)
   assert np.isfinite(jax.jit(model.apply)(variables, np.array([prompt])).logits).all()
-  reply = launch_generate._text(speaker.tokenizer, found.tokens[0])
+  reply = text_of(speaker.tokenizer, found.tokens[0])
   assert "".join(shown).startswith(f"{reply}\nprompt {len(prompt)} tokens, ") and "</think>" in reply
 
 

@@ -10,7 +10,7 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4 import sharding
 from deepseek_v4.config import MeshConfig
-from deepseek_v4.generation.decode import ThinkingBudget
+from deepseek_v4.generation.requests import ThinkingBudget
 from deepseek_v4.posttraining import rollout
 from deepseek_v4.posttraining.rollout import Request
 from tests.model.small import T0, random_tokens, random_variables, variables
@@ -81,8 +81,8 @@ def test_batches_change_nothing_and_are_handed_out():
       cut = next((j + 1 for j, token in enumerate(before.reply) if token in stop), len(before.reply))
       assert one.reply == before.reply[:cut] and one.finish == ("stop" if before.reply[cut - 1] in stop else "length")
       np.testing.assert_allclose(one.logprobs, before.logprobs[:cut], atol=1e-5)
-  # a batch has one budget: with three rows 4, 9, 13 and then 5
-  assert [[x.metadata["n"] for x in batch] for batch in seen] == [[4], [9], [13], [5], [4, 9, 13], [5]]
+  # budgets go together: each row has its own
+  assert [[x.metadata["n"] for x in batch] for batch in seen] == [[4], [9], [5], [13], [4, 9, 5], [13]]
 
 
 @pytest.mark.long

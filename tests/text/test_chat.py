@@ -103,11 +103,12 @@ def test_encoder_files_that_do_not_serve(tmp_path):
 
 def test_budgets_are_data():
   assert [chat.DEFAULT.budget(level) for level in ("none", "high", "max")] == [0, 131072, 393216]
-  own = chat.ChatTemplate({"deep": "D"}, "{tool_schemas}", "{schema}", {"high": 5})
+  own = chat.ChatTemplate({"deep": "D"}, "{tool_schemas}", "{schema}", {"high": 5, "low": 3})
   assert own.efforts == ("none", "high", "deep") and own.budget(None) == 5
-  assert (own.budget("high"), own.budget("deep"), own.budget("none")) == (5, None, 0)
+  assert (own.budget("high"), own.budget("deep"), own.budget("none")) == (5, 5, 0)  # an unknown level: the largest
+  assert chat.ChatTemplate({"deep": "D"}, "{tool_schemas}", "{schema}", {}).budget("deep") is None
   named = chat.ChatTemplate({"low": "", "deep": "D"}, "{tool_schemas}", "{schema}", default_effort="deep")
-  assert named.efforts == ("none", "low", "deep") and named.budget(None) is None
+  assert named.efforts == ("none", "low", "deep") and named.budget(None) == 393216 and named.budget("low") == 131072
   with pytest.raises(ValueError, match="default_effort = 'high': expected one of none, low, deep"):
     chat.ChatTemplate({"low": "", "deep": "D"}, "{tool_schemas}", "{schema}")
   with pytest.raises(ValueError, match="thinking_budget"):

@@ -15,6 +15,7 @@ from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig, lo
 from deepseek_v4.model.losses import next_token_targets
 from deepseek_v4.training import feed, loop, metrics
 from launch import convert, generate
+from tests.checkpoint.releases import stored_bytes
 from tests.model.small import random_variables
 
 MODEL = ModelConfig(
@@ -24,11 +25,13 @@ MODEL = ModelConfig(
   index_topk=3, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, rope_scaling=None,
   max_position_embeddings=512, num_nextn_predict_layers=0)
 RUN_FILE = '''
+import dataclasses
 from deepseek_v4.config import *
 
 def get_config():
   return RunConfig(
-    model=ModelConfig.from_hf("ours/release"), optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1e-3),
+    model=dataclasses.replace(ModelConfig.from_hf("ours/release"), quantization=None),
+    optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1e-3),
     data=DataConfig(source="text", path="text", tokenizer="ours/release/tokenizer.json", sequence_length=32, batch_size=2,
                     held_out_percent=50),
     training=TrainingConfig(steps=2, log_every=1, eval_batches=1, init_from="ours"))
@@ -118,3 +121,23 @@ def test_a_converted_release_and_a_continued_one_talk(continued):
     reply, figures = "".join(shown).split("\nprompt ")
     assert reply == speaker.tokenizer.decode(ids[11:]) and speaker.tokenizer.name != "bytes"
     assert figures.startswith("11 tokens") and "reply 3 tokens" in figures
+
+
+def test_the_run_goes_back_into_the_formats_of_its_release(continued):
+  """Whatever the run's own config says: FP8 and FP4 again under the same config.json; what training left alone is the same
+  bytes, and what it moved is within a code's distance."""
+  folder, run = continued
+  assert run.model.quantization is None
+  convert.convert(str(folder / "run"), str(folder / "again"), "hf", None, None, False)
+  assert (folder / "again" / "config.json").read_bytes() == (folder / "release" / "config.json").read_bytes()
+  before, after = stored_bytes(folder / "release"), stored_bytes(folder / "again")
+  assert {n: x[:2] for n, x in before.items()} == {n: x[:2] for n, x in after.items()}
+  moved, _, _ = restore_variables(folder / "run" / "checkpoints")
+  old, new = (dsv4.to_hf_names(v, MODEL, "release") for v in (dsv4.load_hf(folder / "release", MODEL), moved))
+  left_alone = [n for n in old if np.array_equal(old[n], new[n])]
+  assert "layers.0.ffn.gate.tid2eid" in left_alone and len(left_alone) < len(old) / 2
+  assert all(before[n] == after[n] for n in left_alone)
+  written = dsv4.to_hf_names(dsv4.load_hf(folder / "again", ModelConfig.from_hf(folder / "again")), MODEL, "release")
+  for name in set(old) - set(left_alone):
+    # FP4's codes are 2 apart at most, where the largest is at least 4: an error of 1/5 of it; FP8 and BF16 are finer.
+    assert np.abs(written[name] - new[name]).max() <= np.abs(new[name]).max() / 4, name
