@@ -64,9 +64,9 @@ WRONG = table(
   ("model.q_lora_rank", "15", "a multiple of mesh.fsdp = 2", run_on(with_model(RUN, q_lora_rank=15), fsdp=2)),
   ("model.o_lora_rank", "9", "a multiple of mesh.fsdp = 2", run_on(with_model(RUN, o_lora_rank=9), fsdp=2)),
   ("model.n_routed_experts", "8", "a multiple of mesh.expert = 3", run_on(RUN, expert=3)),
-  ("data.batch_size / data.accumulation", "6", "a multiple of data x fsdp x expert = 8",
+  ("data.batch_size / data.accumulation", "6", "data x fsdp x expert = 8",
    run_on(with_data(batch_size=6), data=2, fsdp=2, expert=2)),
-  ("data.batch_size / data.accumulation", "4", "a multiple of data x fsdp x expert = 8",
+  ("data.batch_size / data.accumulation", "4", "data x fsdp x expert = 8",
    run_on(with_data(accumulation=2), data=8)),
   ("data.sequence_length", "31", "a multiple of mesh.context = 2", run_on(with_data(sequence_length=31), context=2)),
   ("data.sequence_length / mesh.context", "4", "at least 7", run_on(RUN, context=8)),
@@ -78,7 +78,7 @@ WRONG = table(
   ("cache", "not 2", "a mesh with context = 1", on_mesh(
     model(TOKENS, cache=CACHE), context=2, data=4)),
   ("mesh.context", "2", "1, as replies are decoded", lambda _: check_mesh(mesh(context=2, data=4), 8, "decode_batch")),
-  ("distillation.decode_batch", "12", "a multiple of data x fsdp x expert = 8",
+  ("distillation.decode_batch", "12", "data x fsdp x expert = 8",
    lambda _: check_mesh(mesh(data=2, fsdp=2, expert=2), 12, "distillation.decode_batch")),
   ("mesh.emulated_devices", "7", "a multiple of 2 processes", lambda _: processes.emulated_share(
     7, processes.Join("host:1", 2, 0))),

@@ -69,7 +69,7 @@ TOKENS = table(
   ("prompts[0]", f"ids from 1 to {VOCABULARY}", f"below vocab_size = {VOCABULARY}", reply(prompts=[[1, VOCABULARY]])),
   ("prompts[0]", "ids from -1 to -1", "below vocab_size", reply(prompts=[[-1]])),
   ("stop_tokens", "ids from 500 to 500", "below vocab_size", reply(stop_tokens=(500,))),
-  ("thinking_budget.close", "ids from 97 to 97", "below vocab_size", reply(thinking_budget=ThinkingBudget(2, (97,)))),
+  ("close", "ids from 97 to 97", "below vocab_size", reply(thinking_budget=ThinkingBudget(2, (97,)))),
   ("close", "(-1,)", "at least one token id", lambda _: ThinkingBudget(2, (-1,))),
   ("begun[0]", "ids from 300 to 300", "below vocab_size", reply(begun=[[300]])),
   ("sequences[0]", "ids from 1 to 97", "below vocab_size = 97", lambda _: storage_drift(MODEL, {}, [[1, 97]])),
