@@ -294,6 +294,13 @@ def test_visited_tiles_are_those_that_a_block_sees():
   assert plans.plan_of("unheard of", case, attention_call(V5P), V5P) is None
 
 
+def test_a_window_alone_has_a_part_for_tiles_that_never_runs():
+  case = Case("attention_window", "pro", 16384, FORWARD)
+  plan = plans.plan_of("masked_attention", case, attention_call(V5P, entries=128), V5P)
+  assert dict(plan.counts) == {"start": 2048, "tile": 0, "finish": 2048} and (plan.hot, plan.steps) == ("start", 2048)
+  assert plan.flops == 4 * 1024 * 512 * 256 * 2048
+
+
 # ---- rows -------------------------------------------------------------------------------------------------------------
 def answer(**changes):
   call = attention_call(V5P)
@@ -441,6 +448,13 @@ def test_calls_of_the_sparse_core_are_told_apart():
   assert (attend.sparse_core, attend.kernel) == (False, True)
   assert (add.sparse_core, add.overlaps, add.hbm_bytes) == (True, False, 2 * 64 * 2048 + 4096 * 4)
   assert both.hbm_bytes == gather.hbm_bytes + 2 * 64 * 2048 + 32 * (4 + 2048)
+
+
+def test_a_gather_of_single_numbers_reads_a_granule_for_each():
+  """However little of the table a number is, the least that a copy reads comes with it."""
+  text = BESIDE.replace("s32[4096,256]{1,0:T(8,128)}) call-start(%t, %n)", "s32[4096]{0:T(1024)}, u32[]) call-start(%t, %n)")
+  gather = program.parts(text)[0]
+  assert (gather.sparse_core, gather.hbm_bytes) == (True, 4096 * program.GRANULE + 2 * 4096 * 4)
 
 
 def test_calls_that_a_newer_compiler_starts_empty():

@@ -103,21 +103,24 @@ def _tiles(case: Case, queries: int, blocks: int, entries: int) -> np.ndarray:
 def _attention(case: Case, call: Call, matmuls: int, names: Sequence[str]) -> Plan:
   """Grid (parts, blocks, tiles of the longest list); `matmuls` per pair of a row and a key.
 
-  Where all entries are one tile, a block's start does it together with the window.
+  Where all entries are one tile, a block's start does it together with the window; where there are none, the program
+  holds the part for a tile all the same and never runs it.
   """
   (rows, width), queries, entries = call.blocks[0][1:], call.blocks[1][1], call.blocks[2][1]
   near = next(block[-2] for block in call.blocks[3:] if block[-1] == width and block[-2] != rows)  # the window's keys
   blocks = math.prod(size for size in call.grid[:2])
-  tiles, merged = _tiles(case, queries, blocks, entries), case.entries <= entries
+  tiles, merged = _tiles(case, queries, blocks, entries), 0 < case.entries <= entries
+  window_only = case.entries == 0
   visits = float(blocks) if merged else float(tiles.sum())
   pair = 2 * matmuls * width
   times = {"clear": call.grid[0], "new window": blocks * queries * 2 / near, "start": blocks, "tile": visits,
            "finish": blocks, "flush": call.grid[0]}
   counts = tuple((name, times[name.rstrip("?")]) for name in names if name != "tile" or not merged)
   flops = pair * rows * (visits * entries * (case.entries > 0) + blocks * near)
-  units = 0.0 if merged else rows * entries / (UNIT_ROWS * UNIT_ENTRIES)
-  return Plan(counts, "start" if merged else "tile", blocks * max(float(tiles.max()), 1.0), visits, flops, units,
-              None if merged else ("start", pair * rows * near))
+  if merged or window_only:
+    return Plan(counts, "start", float(blocks), visits, flops)
+  return Plan(counts, "tile", blocks * max(float(tiles.max()), 1.0), visits, flops,
+              rows * entries / (UNIT_ROWS * UNIT_ENTRIES), ("start", pair * rows * near))
 
 
 def _masked_attention(case: Case, call: Call, chip: Chip) -> Plan:

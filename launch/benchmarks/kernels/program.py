@@ -182,10 +182,11 @@ def _on_sparse_core(instruction: _Instruction) -> bool:
 
 
 def _gathered(type_text: str, others: Sequence[int]) -> int:
-  """Bytes of the rows that a call took out of its first operand: those of the result with rows like the operand's."""
+  """Bytes that a call took out of its first operand: those of the result with rows like the operand's; where it took single
+  numbers, of its last result."""
   arrays = [array for array in _SHAPE.findall(type_text) if array[1]]
   kind = lambda array: (array[0], array[1].split(",")[1:])
-  return next(size for array, size in zip(arrays[:1:-1], reversed(others)) if kind(array) == kind(arrays[0]))
+  return next((size for array, size in zip(arrays[:1:-1], reversed(others)) if kind(array) == kind(arrays[0])), others[-1])
 
 
 def parts(text: str) -> list[Part]:
