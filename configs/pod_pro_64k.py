@@ -5,9 +5,9 @@ plan      python -m launch.plan --config configs/pod_pro_64k.py --topology v5p:8
 hardware  2,048 TPU v5p
 duration  none: nobody has trained this file
 result    not compiled as it is. On 1,024 chips (context=32) with three times the rows in a pass (accumulation=15) the
-          compiler accepts the step, but arguments, temporaries and code are 137.8 of 95.7 GiB, which does not fit; its bounds allow a
-          model FLOPs utilisation of 22%: masked attention multiplies what the selection leaves out. Estimated from
-          that and other plans: about 70 GiB
+          compiler accepts the step, but arguments, temporaries and code are 137.8 of 95.7 GiB, which does not fit; its
+          bounds allow a model FLOPs utilisation of 22%: masked attention multiplies what the selection leaves out. Estimated
+          from that and other plans: about 70 GiB
 
 64 chips share a row, 1,024 tokens each.
 """
