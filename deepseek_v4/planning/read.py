@@ -8,7 +8,8 @@ from typing import Any
 
 from deepseek_v4.planning import hlo
 
-_KERNEL = re.compile(r'%([\w\-]+?)(?:\.\d+)* = .*custom_call_target="tpu_custom_call"')
+# Behind the name a number, and of newer compilers ".refs_0_" where operands lie in references.
+_KERNEL = re.compile(r'%([\w\-]+)(?:\.\w+)* = .*custom_call_target="tpu_custom_call"')
 
 _TRANSFORMED = re.compile(r"^(?:(?:transpose|jvp|vmap|checkpoint)_)+(.*?)_*$")
 
