@@ -1,12 +1,12 @@
-"""V4-Flash at 4,096 tokens on 64 TPU7x: the step with the batch of its recipe.
+"""V4-Flash at 4,096 tokens on 128 TPU7x: the step with the batch of its recipe.
 
 command   python -m launch.train --config configs/pod_flash_tpu7x.py --workdir FOLDER --set data.path=GLOB
-plan      python -m launch.plan --config configs/pod_flash_tpu7x.py --topology TPU7x:4x4x4
-hardware  64 TPU7x, which are 128 devices
+plan      python -m launch.plan --config configs/pod_flash_tpu7x.py --topology TPU7x:4x4x8
+hardware  128 TPU7x, which are 256 devices
 duration  none: nobody has trained this file
-result    not compiled yet
+result    not compiled yet; estimated from pod_flash_4k's plan: about 55 of 94.8 GiB a device
 
-The mesh of pod_flash_4k; a device is half a chip.
+A device is half a chip, with a little less memory than a v5p: twice as many devices as pod_flash_4k.
 """
 
 import dataclasses
@@ -19,6 +19,6 @@ def get_config() -> RunConfig:
   flash = load(Path(__file__).with_name("v4_flash.py"))
   return dataclasses.replace(
     flash,
-    mesh=MeshConfig(data=1, fsdp=2, expert=64),
-    data=dataclasses.replace(flash.data, sequence_length=4096, batch_size=18432, accumulation=144),
+    mesh=MeshConfig(data=1, fsdp=4, expert=64),
+    data=dataclasses.replace(flash.data, sequence_length=4096, batch_size=18432, accumulation=72),
     stages=())

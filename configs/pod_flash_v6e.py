@@ -4,7 +4,8 @@ command   python -m launch.train --config configs/pod_flash_v6e.py --workdir FOL
 plan      python -m launch.plan --config configs/pod_flash_v6e.py --topology v6e:16x16
 hardware  256 TPU v6e, all of a pod
 duration  none: nobody has trained this file
-result    not compiled yet
+result    does not fit: the compiler refuses the step, whose temporaries alone want 34.6 of 31.2 GiB. Beside the state of
+          8.5 GiB the update holds gradients, a second state and Newton-Schulz's numbers, whatever the mesh
 
 A third of a v5p's memory for each chip, so that the streams are recomputed, too.
 """

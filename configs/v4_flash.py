@@ -5,7 +5,7 @@ command   python -m launch.train --config configs/v4_flash.py --workdir FOLDER -
           its border, and the same command goes on with --set mesh.fsdp=1 --set mesh.expert=8 --set mesh.context=16
 plan      python -m launch.plan --config configs/v4_flash.py --stage sparse_64k --topology v5p:4x4x8
 hardware  TPU v5p, 128 chips by arithmetic (float32 weights, momentum and gradients); more want a smaller accumulation;
-          a compiled plan of the mesh comes with launch.plan
+          plans that were compiled are in configs/pod_flash_*.py (4K fits 128)
 duration  32T tokens in steps of 75.5M (report 4.2.2)
 result    none: nobody has trained this file
 

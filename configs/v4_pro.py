@@ -6,7 +6,7 @@ command   python -m launch.train --config configs/v4_pro.py --workdir FOLDER --s
           are 4, 32, 4 for dense_16k, 1, 32, 16 for both stages of 64K and 1, 2, 256 for sparse_1m
 plan      python -m launch.plan --config configs/v4_pro.py --stage dense_4k --topology v5p:8x8x8
 hardware  TPU v5p, 512 chips by arithmetic (float32 weights, momentum and gradients); more want a smaller accumulation;
-          a compiled plan of the mesh comes with launch.plan
+          what the compiler said is in configs/pod_pro_*.py: 1,024 chips or more
 duration  33T tokens in steps of 94.4M (report 4.2.2)
 result    none: nobody has trained this file
 

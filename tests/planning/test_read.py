@@ -6,7 +6,7 @@ from deepseek_v4.planning import read
 
 TEXT = """
   %attend.1 = bf16[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/pallas_call"}
-  %attend.2.1 = bf16[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/pallas_call"}
+  %attend.2.refs_0_ = bf16[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="f/pallas_call"}
   ROOT %b_2 = (bf16[8]{0}, s32[]) custom-call(%y), custom_call_target="tpu_custom_call", metadata={op_name="b"}
   %attend.3 = bf16[8]{0} custom-call(%y), custom_call_target="Sharding", metadata={op_name="jit(f)/attend"}
 """
