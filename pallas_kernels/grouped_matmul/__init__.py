@@ -7,7 +7,7 @@ from typing import Callable
 
 import jax
 
-from pallas_kernels import pick
+from pallas_kernels import checks, pick
 from pallas_kernels.grouped_matmul import blockwise, kernel, reference
 
 
@@ -30,7 +30,16 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
 
   Returns:
     [M, D] in x's dtype, differentiable in x and the three weights where there is no rounding.
+
+  Raises:
+    ValueError: M is no multiple of tile, or sizes do not fit each other.
+    NotImplementedError: a tile that the kernels have no room for.
   """
+  if tile < 1 or x.shape[0] % tile:
+    raise ValueError(f"expert_mlp: x has {x.shape[0]} rows, tile = {tile}: expected a multiple of the tile")
+  experts, hidden, width = gate.shape
+  checks.expect("expert_mlp", x=(x, (x.shape[0], hidden)), up=(up, gate.shape), down=(down, (experts, width, hidden)),
+                group_sizes=(group_sizes, (experts,)))
   available = {"reference": reference.expert_mlp, "blockwise": blockwise.expert_mlp,
                "pallas": functools.partial(kernel.expert_mlp, interpret=False),
                "interpret": functools.partial(kernel.expert_mlp, interpret=True)}

@@ -8,7 +8,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import pick, tpu
+from pallas_kernels import checks, pick, tpu
 from pallas_kernels.indexer import blockwise, forms, kernel, kernel_loss, reference
 from pallas_kernels.selection import Selection
 
@@ -34,7 +34,9 @@ def select(queries: jax.Array, weights: jax.Array, keys: Any, *, top_k: int, pos
 
   Raises:
     NotImplementedError: a named implementation that does not exist.
+    ValueError: sizes that do not fit each other.
   """
+  _check("select", queries, weights, keys, positions, segment_ids, entry_last, entry_segment)
   if top_k >= entry_last.shape[1]:
     return Selection.all(*positions.shape)
   whole = lambda run, **fixed: lambda q, w, keys, **options: run(q, w, unpack(keys) if unpack else keys, **options, **fixed)
@@ -68,7 +70,12 @@ def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_q
 
   Raises:
     NotImplementedError: a named implementation that does not exist.
+    ValueError: sizes that do not fit each other.
   """
+  rows = _check("kl_loss", queries, weights, keys, positions, segment_ids, entry_last, entry_segment)
+  checks.expect("kl_loss", attention_queries=(attention_queries, rows), lse=(lse, attention_queries.shape[:3]),
+                entries=(entries, entry_last.shape))
+  selection.check("kl_loss", *rows, entry_last.shape[1])
   run = pick("indexer.kl_loss", implementation, {
       "reference": reference.kl_loss, "blockwise": blockwise.kl_loss,
       "pallas": _fastest_loss, "interpret": functools.partial(kernel_loss.kl_loss, interpret=True)})
@@ -76,6 +83,14 @@ def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_q
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   return run(queries, weights, keys, *teacher, selection, scale=scale,
              **{name: jnp.asarray(x) for name, x in places.items()})
+
+
+def _check(op, queries, weights, keys, positions, segment_ids, entry_last, entry_segment) -> tuple[int, int]:
+  """-> batch and queries of a row, if all sizes fit."""
+  rows, entries = queries.shape[:2], (queries.shape[0], entry_last.shape[1])
+  checks.expect(op, weights=(weights, queries.shape[:3]), keys=(keys, entries), positions=(positions, rows),
+                segment_ids=(segment_ids, rows), entry_last=(entry_last, entries), entry_segment=(entry_segment, entries))
+  return rows
 
 
 def _fastest_loss(queries, weights, keys, *teacher, **options):

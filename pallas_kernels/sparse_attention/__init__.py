@@ -9,7 +9,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import pick, tpu
+from pallas_kernels import checks, pick, tpu
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import blockwise, forms, kernel, reference, sparse
 
@@ -32,7 +32,7 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selectio
     selection: entries of each query; `Selection.all` for every visible one.
     sink: [H] logit per head, unscaled.
     positions: int32 [B, S], position inside the document.
-    segment_ids: int32 [B, S], document; 0 = not a token.
+    segment_ids: int32 [B, S], document; 0 = not a token, whose key may be anything.
     entry_last: int32 [B, T], position of the entry's last token.
     entry_segment: int32 [B, T], document of the entry; 0 = unused memory, which may hold anything.
     window: keys of the sliding window, the query's own included; 0 = none.
@@ -51,25 +51,29 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selectio
   Raises:
     NotImplementedError: a named implementation that does not exist, or a kernel on a chip or with more entries than it is
       made for.
-    ValueError: a window beyond a kernel's, or past keys without their documents.
+    ValueError: a window beyond a kernel's, past keys without their documents, or sizes that do not fit each other.
   """
   if (past_kv is None) != (past_segment is None) or (past_kv is not None and past_kv.shape[:2] != past_segment.shape):
     shapes = [None if x is None else x.shape for x in (past_kv, past_segment)]
     raise ValueError(f"past_kv, past_segment = {shapes[0]}, {shapes[1]}: expected [batch, past, width], [batch, past]")
+  (batch, length), num_entries = q.shape[:2], entry_last.shape[1]
+  checks.expect("attend", window_kv=(window_kv, (batch, length)), entries=(entries, (batch, num_entries)),
+                sink=(sink, q.shape[2:3]), positions=(positions, (batch, length)), segment_ids=(segment_ids, (batch, length)),
+                entry_last=(entry_last, (batch, num_entries)), entry_segment=(entry_segment, (batch, num_entries)),
+                past_kv=(past_kv, (batch,)))
+  selection.check("attend", batch, length, num_entries)
   run = pick("sparse_attention", implementation, {
       "reference": _unpacking(reference.attend), "blockwise": blockwise.attend,
       "pallas": _fastest,
       "interpret": _unpacking(functools.partial(_with_past, functools.partial(kernel.attend, interpret=True)))})
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
-  # A key of weight zero is still multiplied by it, and NaN times zero is NaN: what is unread must be finite.
-  window_kv = window_kv if window else jnp.zeros_like(window_kv)
   reach = min(max(window - 1, 0), 0 if past_kv is None else past_kv.shape[1])
   key_segment = jnp.asarray(segment_ids)
   if reach:
-    past_segment = past_segment[:, -reach:]
-    past_kv = jnp.where((past_segment > 0)[..., None], past_kv[:, -reach:], 0).astype(window_kv.dtype)
-    window_kv = jnp.concatenate([past_kv, window_kv], 1)
-    key_segment = jnp.concatenate([past_segment, key_segment], 1)
+    window_kv = jnp.concatenate([past_kv[:, -reach:].astype(window_kv.dtype), window_kv], 1)
+    key_segment = jnp.concatenate([past_segment[:, -reach:], key_segment], 1)
+  # A key of weight zero is still multiplied by it, and NaN times zero is NaN: what is unread must be finite.
+  window_kv = jnp.where((key_segment > 0)[..., None], window_kv, 0) if window else jnp.zeros_like(window_kv)
   return run(q, window_kv, entries, selection, sink, window=window, scale=scale, key_segment=key_segment,
              unpack=unpack, **{name: jnp.asarray(x) for name, x in places.items()})
 
