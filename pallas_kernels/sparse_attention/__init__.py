@@ -53,19 +53,36 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selectio
       made for.
     ValueError: a window beyond a kernel's, past keys without their documents, or sizes that do not fit each other.
   """
+  run = pick("sparse_attention", implementation, {
+      "reference": _unpacking(reference.attend), "blockwise": blockwise.attend,
+      "pallas": _fastest, "interpret": form("masked", interpret=True)})
+  return attend_with(run, q, window_kv, entries, selection, sink, positions=positions, segment_ids=segment_ids,
+                     entry_last=entry_last, entry_segment=entry_segment, window=window, scale=scale, past_kv=past_kv,
+                     past_segment=past_segment, unpack=unpack)
+
+
+def form(name: str, interpret: bool) -> Callable[..., Any]:
+  """What `attend_with` takes, of the form that `forms.choose` calls so: "masked", "sparse" or "blockwise"."""
+  if name == "blockwise":
+    return blockwise.attend
+  run = {"masked": kernel, "sparse": sparse}[name].attend
+  return _unpacking(functools.partial(_with_past, functools.partial(run, interpret=interpret)))
+
+
+def attend_with(run: Callable[..., Any], q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selection,
+                sink: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array,
+                entry_segment: jax.Array, window: int, scale: float, past_kv: jax.Array | None = None,
+                past_segment: jax.Array | None = None,
+                unpack: Callable[[Any], jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
+  """`attend` by the form `run` (see `form`), whatever the shape."""
   if (past_kv is None) != (past_segment is None) or (past_kv is not None and past_kv.shape[:2] != past_segment.shape):
     shapes = [None if x is None else x.shape for x in (past_kv, past_segment)]
     raise ValueError(f"past_kv, past_segment = {shapes[0]}, {shapes[1]}: expected [batch, past, width], [batch, past]")
-  (batch, length), num_entries = q.shape[:2], entry_last.shape[1]
-  checks.expect("attend", window_kv=(window_kv, (batch, length)), entries=(entries, (batch, num_entries)),
-                sink=(sink, q.shape[2:3]), positions=(positions, (batch, length)), segment_ids=(segment_ids, (batch, length)),
-                entry_last=(entry_last, (batch, num_entries)), entry_segment=(entry_segment, (batch, num_entries)),
-                past_kv=(past_kv, (batch,)))
-  selection.check("attend", batch, length, num_entries)
-  run = pick("sparse_attention", implementation, {
-      "reference": _unpacking(reference.attend), "blockwise": blockwise.attend,
-      "pallas": _fastest,
-      "interpret": _unpacking(functools.partial(_with_past, functools.partial(kernel.attend, interpret=True)))})
+  rows, of_entries = q.shape[:2], (q.shape[0], entry_last.shape[1])
+  checks.expect("attend", window_kv=(window_kv, rows), entries=(entries, of_entries), sink=(sink, q.shape[2:3]),
+                positions=(positions, rows), segment_ids=(segment_ids, rows), entry_last=(entry_last, of_entries),
+                entry_segment=(entry_segment, of_entries), past_kv=(past_kv, rows[:1]))
+  selection.check("attend", *rows, entry_last.shape[1])
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   reach = min(max(window - 1, 0), 0 if past_kv is None else past_kv.shape[1])
   key_segment = jnp.asarray(segment_ids)
@@ -95,11 +112,8 @@ def _fastest(q, window_kv, entries, selection, sink, **options):
 def _form(q, num_entries: int, selection: Selection, chip: tpu.Chip):
   """The function of the form that `forms.choose` names."""
   top_k = {"all": num_entries, "bits": selection.top_k, "indices": selection.picks.shape[2]}[selection.kind]
-  form = forms.choose(q.shape[1], num_entries, top_k, chip.name)
-  kernels = {"masked": kernel, "sparse": sparse}
-  if form == "blockwise":
-    return blockwise.attend
-  return _unpacking(functools.partial(_with_past, functools.partial(kernels[form].attend, interpret=False)))
+  name = forms.choose(q.shape[1], num_entries, top_k, chip.name)
+  return form(name, interpret=False)
 
 
 def _with_past(run, q, window_kv, entries, selection, sink, *, positions, segment_ids, key_segment, **fixed):

@@ -53,9 +53,10 @@ def test_sizes_that_do_not_fit_are_named(op, changed, said, implementation):
     run(**(arguments | changed), implementation=implementation)
 
 
-@pytest.mark.parametrize("words, entries", [(WORDS, 4097), (WORDS[0], 5), (WORDS.astype(jnp.uint32), 5), (WORDS[..., :1], 5)])
+@pytest.mark.parametrize("words, entries", [
+    (WORDS, 4097), (WORDS[0], 5), (WORDS.astype(jnp.uint32), 5), (WORDS[..., :1], 5)])
 def test_words_are_those_of_their_entries(words, entries):
-  with pytest.raises(ValueError, match=r"words = u?int32\[.*\]: expected int32 \[batch, queries, (128|256)\] for \d+ entries"):
+  with pytest.raises(ValueError, match=rf"words = .*: expected int32 \[batch, queries, .*\] for {entries} entries"):
     Selection.from_words(words, entries, 2)
 
 
