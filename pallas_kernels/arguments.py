@@ -47,3 +47,15 @@ def check_number(op: str, name: str, value: Any, least: int) -> None:
     return
   if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
     raise ValueError(f"{op}: {name} = {value!r}: expected a whole number, at least {least}")
+
+
+def expect(op: str, **arguments: tuple[Any, tuple[int, ...]]) -> None:
+  """Every argument (array or pytree of arrays, leading axes) must have these leading axes; None is not checked.
+
+  Raises:
+    ValueError: it names the op, the argument, its shape, and what was expected.
+  """
+  for name, (value, axes) in arguments.items():
+    for x in jax.tree.leaves(value):
+      if x.shape[:len(axes)] != axes:
+        raise ValueError(f"{op}: {name} = {x.dtype}{list(x.shape)}: expected its first axes to be {list(axes)}")

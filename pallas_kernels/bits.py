@@ -74,7 +74,7 @@ def from_picks(picks: jax.Array, num_entries: int) -> jax.Array:
   return flat.reshape(batch, length, words)
 
 
-def to_picks(words: jax.Array, num_entries: int, top_k: int) -> jax.Array:
+def to_picks(words: jax.Array, top_k: int) -> jax.Array:
   """int32 [B, S, W] with at most `top_k` bits a row -> entries int32 [B, S, top_k] in the order of words, -1 behind them.
 
   Without a sort and without a scatter: the k-th entry lies in the word in front of which at most k bits are set.

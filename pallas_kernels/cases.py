@@ -1,4 +1,4 @@
-"""What a case is: one op on one set of inputs. The tests walk all of them, the bench times the large ones.
+"""What a case is: one op on one set of inputs. The tests walk all of them.
 
 Every op has a `cases.py` with `CASES`. An implementation is right if it passes the walk, and nothing about an op has to be
 written twice when a kernel joins.
@@ -36,7 +36,6 @@ class Case:
     tolerances: by the name of a dtype that the case makes sense in, the largest difference from the formula's values and
       gradients, as a share of the largest one. One rounding to bfloat16 is up to 0.4%; operands, probabilities and results
       are rounded one after another, so 3 to 4% stand for eight to ten roundings that all fall the same way.
-    bench: large; timed by the bench and left out by the tests.
   """
 
   op: Callable[..., Any]
@@ -47,7 +46,6 @@ class Case:
   wide: tuple[str, ...] = ()
   meaning: Callable[[Mapping[str, Any], Any], Any] | None = None
   tolerances: Mapping[str, float] = dataclasses.field(default_factory=_tolerances)
-  bench: bool = False
 
   @property
   def title(self) -> str:
@@ -125,7 +123,7 @@ def scattered_picks(order: jax.Array, hole: jax.Array) -> jax.Array:
   return jnp.where(hole > 0.5244, -1, jnp.argsort(order, axis=-1)[..., :hole.shape[-1]]).astype(jnp.int32)
 
 
-def unused_to_nan(x: jax.Array, entry_segment: jax.Array) -> jax.Array:
-  """Entries [B, T, ...] with NaN where the memory is unused."""
-  used = entry_segment.reshape(*entry_segment.shape, *(1,) * (x.ndim - 2)) > 0
+def unused_to_nan(x: jax.Array, segment: jax.Array) -> jax.Array:
+  """Entries or keys [B, T, ...] with NaN where the memory is unused, which is where `segment` is 0."""
+  used = segment.reshape(*segment.shape, *(1,) * (x.ndim - 2)) > 0
   return jnp.where(used, x, jnp.nan)

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import bits
+from pallas_kernels import arguments, bits
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["picks", "words"],
@@ -52,7 +52,15 @@ class Selection:
 
   @staticmethod
   def from_words(words: jax.Array, num_entries: int, top_k: int) -> "Selection":
-    """A selection from rows of bits int32 [B, S, W] (see `bits`) with at most `top_k` visible entries each."""
+    """A selection from rows of bits int32 [B, S, W] (see `bits`) with at most `top_k` visible entries each.
+
+    Raises:
+      ValueError: words of another type, or not as many as `num_entries` have.
+    """
+    width = bits.num_words(num_entries)
+    if words.ndim != 3 or words.dtype != jnp.int32 or words.shape[2] != width:
+      raise ValueError(f"words = {words.dtype}{list(words.shape)}: expected int32 [batch, queries, {width}] for "
+                       f"{num_entries} entries")
     return Selection(jnp.zeros((*words.shape[:2], 0), jnp.int32), "bits", words, num_entries, top_k)
 
   def indices(self) -> jax.Array:
@@ -63,7 +71,16 @@ class Selection:
     """
     if self.kind == "all":
       raise ValueError("a selection of kind 'all' names no entries: it stands for every visible one")
-    return bits.to_picks(self.words, self.num_entries, self.top_k) if self.kind == "bits" else self.picks
+    return bits.to_picks(self.words, self.top_k) if self.kind == "bits" else self.picks
+
+  def check(self, op: str, batch_size: int, num_queries: int, num_entries: int) -> None:
+    """That it speaks about these queries and entries, as far as its arrays tell.
+
+    Raises:
+      ValueError: it does not.
+    """
+    arguments.expect(op, **{"selection.picks": (self.picks, (batch_size, num_queries)),
+                         "selection.words": (self.words, (batch_size, num_queries, bits.num_words(num_entries)))})
 
   def listed(self) -> "Selection":
     """The same selection as entry numbers where it is rows of bits; itself otherwise."""

@@ -18,7 +18,6 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 SUBLANES = 8
 LOG2E, LN2 = math.log2(math.e), math.log(2)
-MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 
 
 @dataclasses.dataclass(frozen=True)

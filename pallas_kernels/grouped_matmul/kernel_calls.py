@@ -156,14 +156,21 @@ def weights_call(name: str, interpret: bool, plan: Any, tile: int, x_MK: jax.Arr
 
   Args:
     plan: of `weight_map`.
+
+  Raises:
+    NotImplementedError: a tile of rows that VMEM has no room for.
   """
   chip, (count, expert, place, used) = tpu.current_chip(interpret), plan
   k, n, dtype = x_MK.shape[1], gradients[0].shape[1], x_MK.dtype
   item, many = dtype.itemsize, len(gradients)
   height = block_columns(chip, k, 0, 0, 1024)
   fixed = 2 * tile * height * item
-  width = next(w for w in _widths(n) if w <= 1024 and fixed + many * w * (height * (4 + 2 * item) + 2 * tile * item)
-               < 0.8 * chip.vmem * 2**20)
+  fits = [w for w in _widths(n) if w <= 1024 and fixed + many * w * (height * (4 + 2 * item) + 2 * tile * item)
+          < 0.8 * chip.vmem * 2**20]
+  if not fits:
+    raise NotImplementedError(f"{name}: tile = {tile}, rows of {k} and {n} numbers of {item} bytes: no block of {tpu.LANES} "
+                              f"columns fits the {chip.vmem} MiB of VMEM that a kernel may use on {chip.name}")
+  width = fits[0]
   block = pl.BlockSpec((None, height, width), lambda i, j, s, expert, place, used: (expert[s], i, j))
   grid = pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3, grid=(k // height, n // width, count),

@@ -53,10 +53,4 @@ CASES = (
          tolerances=_TOLERANCES),
     Case(expand_collapse, "two streams", functools.partial(_expand_collapse, streams=2, hidden=5), **_BOTH,
          tolerances={"float64": 1e-9}),
-    Case(collapse, "a long row", functools.partial(_collapse, streams=4, hidden=512, batch=1, length=4096), **_COLLAPSE,
-         bench=True),
-    Case(expand, "a long row", functools.partial(_expand, streams=4, hidden=512, batch=1, length=4096), **_EXPAND,
-         bench=True),
-    Case(expand_collapse, "a long row", functools.partial(_expand_collapse, streams=4, hidden=512, batch=1, length=4096),
-         **_BOTH, bench=True),
 )

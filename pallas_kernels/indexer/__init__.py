@@ -81,6 +81,7 @@ def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_q
                   positions=(positions, "int: B S"), segment_ids=(segment_ids, "int: B S"),
                   entry_last=(entry_last, "int: B T"), entry_segment=(entry_segment, "int: B T"),
                   **{"selection.picks": (selection.picks, "int: B S K")})
+  selection.check("kl_loss", *positions.shape, entry_last.shape[1])
   run = pick("indexer.kl_loss", implementation, {
       "reference": reference.kl_loss, "blockwise": blockwise.kl_loss,
       "pallas": _fastest_loss, "interpret": functools.partial(kernel_loss.kl_loss, interpret=True)})

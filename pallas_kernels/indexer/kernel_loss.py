@@ -24,11 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import bits, tpu
+from pallas_kernels.blocks import MASKED
 from pallas_kernels.indexer import kernel_loss_backward
 from pallas_kernels.indexer.tiles import LossCall, Sizes, head_dots, masses, prepare, tile_mask, tile_of, weigh
 from pallas_kernels.names import INDEX_LOSS, named
 from pallas_kernels.selection import Selection
-from pallas_kernels.tpu import LANES, MASKED
+from pallas_kernels.tpu import LANES
 
 TILE = {"v5p": (1024, 512), "v6e": (2048, 512), "tpu7x": (1024, 1024)}  # ((query, head) rows, entries)
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import bits, tpu
+from pallas_kernels.blocks import MASKED
 from pallas_kernels.tpu import LANES
 
 
@@ -148,7 +149,7 @@ class LossCall:
     """`tiles`: by chip ((query, attention head) rows, entries); keys of unused memory are finite."""
     queries, weights, keys, attention, entries, lse = arrays
     chip = tpu.current_chip(interpret)
-    attention, lse = pad_heads(attention, 2), pad_heads(lse.astype(jnp.float32), 2, -tpu.MASKED)  # no mass
+    attention, lse = pad_heads(attention, 2), pad_heads(lse.astype(jnp.float32), 2, -MASKED)  # no mass
     rows, num_entries = tiles[chip.name]
     num_queries = max(rows // lse.shape[2] // tpu.SUBLANES, 1) * tpu.SUBLANES
     sizes = Sizes.of(words.shape[1], keys.shape[1], (num_queries, num_entries), chip.cores)

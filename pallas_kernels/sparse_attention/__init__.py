@@ -32,7 +32,7 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selectio
     selection: entries of each query; `Selection.all` for every visible one.
     sink: [H] logit per head, unscaled.
     positions: int32 [B, S], position inside the document.
-    segment_ids: int32 [B, S], document; 0 = not a token.
+    segment_ids: int32 [B, S], document; 0 = not a token, whose key may be anything.
     entry_last: int32 [B, T], position of the entry's last token.
     entry_segment: int32 [B, T], document of the entry; 0 = unused memory, which may hold anything.
     window: keys of the sliding window, the query's own included; 0 = none.
@@ -59,23 +59,42 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selectio
                   **({} if unpack else {"entries": (entries, "B T d")}),
                   **{"selection.picks": (selection.picks, "int: B S K")})
   arguments.check_number("attend", "window", window, 0)
+  run = pick("sparse_attention", implementation, {
+      "reference": _unpacking(reference.attend), "blockwise": blockwise.attend,
+      "pallas": _fastest, "interpret": form("masked", interpret=True)})
+  return attend_with(run, q, window_kv, entries, selection, sink, positions=positions, segment_ids=segment_ids,
+                     entry_last=entry_last, entry_segment=entry_segment, window=window, scale=scale, past_kv=past_kv,
+                     past_segment=past_segment, unpack=unpack)
+
+
+def form(name: str, interpret: bool) -> Callable[..., Any]:
+  """What `attend_with` takes, of the form that `forms.choose` calls so: "masked", "sparse" or "blockwise"."""
+  if name == "blockwise":
+    return blockwise.attend
+  run = {"masked": kernel, "sparse": sparse}[name].attend
+  return _unpacking(functools.partial(_with_past, functools.partial(run, interpret=interpret)))
+
+
+def attend_with(run: Callable[..., Any], q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selection,
+                sink: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array,
+                entry_segment: jax.Array, window: int, scale: float, past_kv: jax.Array | None = None,
+                past_segment: jax.Array | None = None,
+                unpack: Callable[[Any], jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
+  """`attend` by the form `run` (see `form`), whatever the shape."""
   if (past_kv is None) != (past_segment is None) or (past_kv is not None and past_kv.shape[:2] != past_segment.shape):
     shapes = [None if x is None else x.shape for x in (past_kv, past_segment)]
     raise ValueError(f"past_kv, past_segment = {shapes[0]}, {shapes[1]}: expected [batch, past, width], [batch, past]")
-  run = pick("sparse_attention", implementation, {
-      "reference": _unpacking(reference.attend), "blockwise": blockwise.attend,
-      "pallas": _fastest,
-      "interpret": _unpacking(functools.partial(_with_past, functools.partial(kernel.attend, interpret=True)))})
+  rows, of_entries = q.shape[:2], (q.shape[0], entry_last.shape[1])
+  arguments.expect("attend", entries=(entries, of_entries), past_kv=(past_kv, rows[:1]))
+  selection.check("attend", *rows, entry_last.shape[1])
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
-  # A key of weight zero is still multiplied by it, and NaN times zero is NaN: what is unread must be finite.
-  window_kv = window_kv if window else jnp.zeros_like(window_kv)
   reach = min(max(window - 1, 0), 0 if past_kv is None else past_kv.shape[1])
   key_segment = jnp.asarray(segment_ids)
   if reach:
-    past_segment = past_segment[:, -reach:]
-    past_kv = jnp.where((past_segment > 0)[..., None], past_kv[:, -reach:], 0).astype(window_kv.dtype)
-    window_kv = jnp.concatenate([past_kv, window_kv], 1)
-    key_segment = jnp.concatenate([past_segment, key_segment], 1)
+    window_kv = jnp.concatenate([past_kv[:, -reach:].astype(window_kv.dtype), window_kv], 1)
+    key_segment = jnp.concatenate([past_segment[:, -reach:], key_segment], 1)
+  # A key of weight zero is still multiplied by it, and NaN times zero is NaN: what is unread must be finite.
+  window_kv = jnp.where((key_segment > 0)[..., None], window_kv, 0) if window else jnp.zeros_like(window_kv)
   return run(q, window_kv, entries, selection, sink, window=window, scale=scale, key_segment=key_segment,
              unpack=unpack, **{name: jnp.asarray(x) for name, x in places.items()})
 
@@ -97,11 +116,8 @@ def _fastest(q, window_kv, entries, selection, sink, **options):
 def _form(q, num_entries: int, selection: Selection, chip: tpu.Chip):
   """The function of the form that `forms.choose` names."""
   top_k = {"all": num_entries, "bits": selection.top_k, "indices": selection.picks.shape[2]}[selection.kind]
-  form = forms.choose(q.shape[1], num_entries, top_k, chip.name)
-  kernels = {"masked": kernel, "sparse": sparse}
-  if form == "blockwise":
-    return blockwise.attend
-  return _unpacking(functools.partial(_with_past, functools.partial(kernels[form].attend, interpret=False)))
+  name = forms.choose(q.shape[1], num_entries, top_k, chip.name)
+  return form(name, interpret=False)
 
 
 def _with_past(run, q, window_kv, entries, selection, sink, *, positions, segment_ids, key_segment, **fixed):

@@ -18,21 +18,22 @@ _COMMON = dict(differentiable=("q", "window_kv", "entries", "sink"), wide=("sink
 
 
 def _inputs(key: jax.Array, *, rows, length, rate, entries, picks=None, heads=4, width=16):
-  """Queries, keys and places of packed rows; unused entries hold NaN. picks=None: every visible entry."""
+  """Queries, keys and places of packed rows; unused entries and keys of the padding hold NaN. picks=None: every entry."""
   batch = len(rows)
   places = packed(rows, length, rate, entries)
   arrays = normals(key, q=(batch, length, heads, width), window_kv=(batch, length, width), entries=(batch, entries, width),
                    sink=(heads,), order=(batch, length, entries), hole=(batch, length, picks or 0))
   arrays["entries"] = unused_to_nan(arrays["entries"], places["entry_segment"])
+  arrays["window_kv"] = unused_to_nan(arrays["window_kv"], places["segment_ids"])
   chosen = scattered_picks(arrays.pop("order"), arrays.pop("hole"))
   selection = Selection.all(batch, length) if picks is None else Selection.from_indices(chosen)
   return {**arrays, "selection": selection, **places}
 
 
-def _case(name, *, window, tolerances=None, bench=False, **inputs):
+def _case(name, *, window, tolerances=None, **inputs):
   options = dict(window=window, scale=inputs.get("width", 16) ** -0.5)
   more = {} if tolerances is None else dict(tolerances=tolerances)
-  return Case(attend, name, functools.partial(_inputs, **inputs), options, **_COMMON, **more, bench=bench)
+  return Case(attend, name, functools.partial(_inputs, **inputs), options, **_COMMON, **more)
 
 
 def _extreme(key: jax.Array):
@@ -62,8 +63,4 @@ CASES = (
          **{**_COMMON, "differentiable": (*_COMMON["differentiable"], "past_kv")}),
     Case(attend, "earlier keys, more than the window", functools.partial(_continued, past=9), dict(window=4, scale=0.25),
          **_COMMON),
-    _case("selected entries of a long row", rows=((4096,),), length=4096, rate=4, entries=1024, picks=64, heads=8, width=64,
-          window=128, bench=True),
-    _case("every entry of a long row", rows=((4096,),), length=4096, rate=128, entries=32, heads=8, width=64, window=128,
-          bench=True),
 )

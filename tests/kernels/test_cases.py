@@ -10,9 +10,11 @@ import pytest
 
 from pallas_kernels.cases import all_cases
 from pallas_kernels.selection import Selection
+from pallas_kernels.sparse_attention import attend, attend_with, form
 from tests.kernels import oracles
 
-CASES = [case for case in all_cases() if not case.bench]
+CASES = all_cases()
+SPARSE = "interpret, sparse form"  # attention's other kernels, which no name of an implementation asks for
 KERNEL_TOLERANCE = 5e-5  # in float32, of cases that name only float64; as the cases' own for float32
 
 
@@ -21,13 +23,17 @@ def tolerance(case, dtype):
 
 
 def walk():
-  """(case, dtype, implementation): plain JAX in every dtype of the case, the kernels (interpreted) in those of a TPU."""
+  """(case, dtype, implementation): plain JAX in every dtype of the case, the kernels (interpreted) in those of a TPU.
+
+  Of the sparse form, whose program takes long to compile, in one dtype; bfloat16 is in `test_sparse_form`.
+  """
   for case in CASES:
     for dtype in case.tolerances:
       yield from ((case, dtype, name) for name in ("reference", "blockwise") if dtype == "float64" or name == "blockwise")
     for dtype in {"float32": 0, **case.tolerances}:
       if dtype != "float64":
         yield case, dtype, "interpret"
+  yield from ((case, "float32", SPARSE) for case in CASES if case.op is attend)
 
 
 WALK = list(walk())
@@ -47,13 +53,19 @@ def cotangents(values):
   return tuple(rng.normal(size=x.shape) for x in values)
 
 
+def run(case, arrays, implementation):
+  """The op's result."""
+  if implementation != SPARSE:
+    return case.run(arrays, implementation)
+  return attend_with(form("sparse", interpret=True), **arrays, **case.options)
+
+
 @functools.cache
 def compiled(title, implementation):
   """(moving, fixed) -> (values, gradients of their weighted sum with respect to `moving`), jitted."""
   @jax.jit
   def both(moving, fixed):
-    run = lambda moving: outputs(BY_TITLE[title].run({**moving, **fixed}, implementation))
-    values, pull = jax.vjp(run, moving)
+    values, pull = jax.vjp(lambda moving: outputs(run(BY_TITLE[title], {**moving, **fixed}, implementation)), moving)
     return values, pull(tuple(w.astype(v.dtype) for w, v in zip(cotangents(values), values)))[0] if moving else {}
   return both
 
@@ -137,7 +149,5 @@ def test_gradients_equal_the_reference(case, dtype, implementation):
 
 
 def test_cases_have_names_of_their_own():
-  titles = [case.title for case in all_cases()]
+  titles = [case.title for case in CASES]
   assert len(set(titles)) == len(titles)
-  for op in {case.op for case in all_cases()}:
-    assert {case.bench for case in all_cases() if case.op == op} == {True, False}, op

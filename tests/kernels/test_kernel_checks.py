@@ -176,7 +176,7 @@ def test_picks_and_words_say_the_same(entries):
   share = np.array([0, 0.001, 0.1, 0.5, 1])[:, None]
   mask = np.random.default_rng(0).random((2, 5, entries)) < share
   words = bits.pack(jnp.asarray(mask))
-  picks = jax.jit(lambda words: bits.to_picks(words, entries, entries))(words)
+  picks = jax.jit(lambda words: bits.to_picks(words, entries))(words)
   for row, got in zip(mask.reshape(10, -1), np.asarray(picks).reshape(10, -1)):
     count = row.sum()
     assert sorted(got[:count]) == np.flatnonzero(row).tolist() and (got[count:] == -1).all()

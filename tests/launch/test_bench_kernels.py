@@ -342,8 +342,8 @@ def test_a_failure_is_a_row_that_says_why():
 
 def row(case, time, **changes):
   figures = {"time_cycles": time, "cycles_per_token": time / case.tokens, "kernels": {}, "ours": case.side == OURS,
-             "case": case.name, "side": case.side, "op": case.op, "chip": "v5p", "length": case.length, "taken": "masked",
-             "matrix_cycles": 1.0, "hbm_ratio": 1.2}
+             "case": case.name, "side": case.side, "op": case.op, "model": case.model, "direction": case.direction,
+             "chip": "v5p", "length": case.length, "taken": "masked", "matrix_cycles": 1.0, "hbm_ratio": 1.2}
   return figures | changes
 
 
@@ -372,11 +372,25 @@ def test_targets_say_yes_no_or_not_measured():
   kernels = {"masked_attention": {"unit_bundles": 7600, "fixed_ratio": 1.05, "guessed": False}}
   mixing = row(Case("expand", "pro", 4096, FORWARD), 2.0, hbm_ratio=1.25)
   select = row(Case("select", "pro", 65536, FORWARD), 3.0, matrix_cycles=2.0)
-  sparse = row(Case("attention_sparse", "pro", 65536, FORWARD), 2.0, direction=FORWARD, ratio=1.8)
-  backward = row(Case("attention_sparse", "pro", 65536, GRADIENT), 2.0, direction=GRADIENT, ratio=3.0)
-  found = report.targets([row(case, 2.0, kernels=kernels), mixing, select, sparse, backward], V5P)
+  sparse = row(Case("attention_sparse", "pro", 65536, FORWARD), 2.0, ratio=1.8)
+  backward = row(Case("attention_sparse", "pro", 65536, GRADIENT), 2.0, ratio=3.0)
+  decode = row(Case("collapse", "pro", DECODE, FORWARD), 2.0, hbm_ratio=3.0)
+  found = report.targets([row(case, 2.0, kernels=kernels), mixing, select, sparse, backward, decode], V5P)
   assert [(target["value"], target["reached"]) for target in found] == [
-      (7600, False), (None, None), (1.05, True), (1.8, False), (1.5, True), (1.25, True)]
+      (7600, False), (None, None), (1.05, True), (1.8, False), (None, None), (1.5, True), (1.25, True), (3.0, False)]
+
+
+def test_the_sparse_form_must_not_grow_with_the_context():
+  """The worst model counts; a row without its other length and the gradient's rows say nothing; a failure neither."""
+  sparse = lambda model, length, time, direction=FORWARD: row(
+      Case("attention_sparse", model, length, direction), time, ratio=1.0)
+  growth = lambda *rows: next((target["value"], target["reached"]) for target in report.targets(rows, TPU7X)
+                              if "1M over that at 64K" in target["target"])
+  pro, flash = (sparse("pro", 2**16, 100.0), sparse("pro", 2**20, 109.0)), sparse("flash", 2**16, 50.0)
+  assert growth(*pro, flash) == (pytest.approx(0.09), True)
+  assert growth(*pro, flash, sparse("flash", 2**20, 58.5)) == (pytest.approx(0.17), False)
+  assert growth(pro[0], flash, sparse("pro", 2**20, 90.0, GRADIENT)) == (None, None)
+  assert growth(pro[0], pro[1] | {"failed": "too large"}) == (None, None)
 
 
 # ---- the compiler's process -------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ def word_bytes(case: Case) -> float:
 
 def _window(case: Case) -> float:
   """Keys of the window that all queries of a row see, summed."""
-  return _total(np.minimum(_positions(case) + 1, case.shapes.window)) if case.length else 1.0
+  seen = _positions(case) + 1 if case.length else case.past + 1 + np.arange(case.queries)
+  return _total(np.minimum(seen, case.shapes.window))
 
 
 def least(case: Case) -> Least:
@@ -87,7 +88,7 @@ def _attention(case: Case) -> Least:
   pairs = case.batch * (_window(case) + _total(selected(case)))
   rows, statistics = case.tokens * s.heads * s.width * 2, case.tokens * s.heads * 4
   entries = min(case.entries, _total(selected(case)))  # that anybody reads
-  keys = (case.tokens + case.batch * entries) * s.width * 2
+  keys = (case.tokens + case.batch * (case.past + entries)) * s.width * 2
   words = _selection_bytes(case)
   moved = 2 * rows + statistics + keys + words
   if gradient:  # q, out, d out and lse in, dq out; keys in, their gradients out

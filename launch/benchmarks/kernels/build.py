@@ -16,7 +16,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from launch.benchmarks.kernels.cases import BLOCKWISE, GRADIENT, OURS, RAGGED, SPLASH, SPLASH_BLOCK, Case
 from pallas_kernels import bits, grouped_matmul, hyper_connections, indexer, sparse_attention
 from pallas_kernels.selection import Selection
-from pallas_kernels.sparse_attention import sparse
 
 _MIXING = dict(norm_eps=1e-6, eps=1e-6, iterations=20)
 
@@ -81,11 +80,14 @@ def _attention(case: Case):
   def run(q, window_kv, entries, sink, words=None, picks=None, **places):
     if case.side == SPLASH:
       return _splash(case, q[0], window_kv[0], entries[0], sink, picks, places)
-    form = sparse if case.op == "attention_sparse" else sparse_attention.kernel
-    return _run(sparse_attention, "attend", form, case.side)(
-        q, window_kv, entries, _select(case, words, picks), sink, window=s.window, scale=s.width**-0.5, **places)
+    ours = "sparse" if case.op == "attention_sparse" else "masked"
+    form = sparse_attention.form(ours if case.side == OURS else BLOCKWISE, interpret=False)
+    return sparse_attention.attend_with(
+        form, q, window_kv, entries, _select(case, words, picks), sink, window=s.window, scale=s.width**-0.5, **places)
 
-  return run, moving, _places(case) | _selection(case)
+  past = {} if not case.past else {"past_kv": _array(case.batch, case.past, s.width),
+                                   "past_segment": _array(case.batch, case.past, dtype=jnp.int32)}
+  return run, moving, _places(case) | _selection(case) | past
 
 
 def _splash(case, q_SHd, window_kv_Sd, entries_Td, sink_H, picks, places):

@@ -89,6 +89,11 @@ class Case:
     return min(self.length, SHARE) if self.op == "attention_sparse" else self.length or 1
 
   @property
+  def past(self) -> int:
+    """Keys of earlier tokens that a row's queries are given, as the model gives them in decoding."""
+    return 0 if self.length else self.shapes.window - 1
+
+  @property
   def tokens(self) -> int:
     """Tokens of all rows."""
     return self.batch * self.queries

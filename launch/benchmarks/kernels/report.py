@@ -5,34 +5,55 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Callable, Sequence
 
+from launch.benchmarks.kernels.cases import DECODE, FORWARD
 from launch.benchmarks.kernels.chips import Chip
 
 Row = dict[str, Any]
 
 
 # ---- targets ----------------------------------------------------------------------------------------------------------
+Values = Callable[[Sequence[Row]], list[float | None]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """At most `bounds[chip]` for the largest `value` of our rows.
+  """At most `bounds[chip]` for the largest of the `values` of our rows.
 
   Attributes:
     text: what is asked.
     bounds: by the chip's name.
-    value: of a row; None where the target does not speak about it.
+    values: of all rows; None, or none at all, where the target does not speak about a row.
   """
 
   text: str
   bounds: dict[str, float]
-  value: Callable[[Row], float | None]
+  values: Values
 
 
-def _kernel(name: str, figure: str) -> Callable[[Row], float | None]:
+def _kernel(name: str, figure: str) -> Values:
   """A kernel's figure where entries are many: few of them make a narrow tile."""
-  return lambda row: row["kernels"].get(name, {}).get(figure) if row["op"] == "attention" and row["length"] else None
+  wanted = lambda row: row["op"] == "attention" and row["length"]
+  return lambda rows: [row["kernels"].get(name, {}).get(figure) for row in rows if wanted(row)]
 
 
-def _of_op(ops: Sequence[str], figure: Callable[[Row], float | None], length: int | None = None):
-  return lambda row: figure(row) if row["op"] in ops and row["length"] and length in (None, row["length"]) else None
+def _of_op(ops: Sequence[str], figure: Callable[[Row], float | None], length: int | None = None) -> Values:
+  """A figure of these ops' rows; length: None = all but decoding."""
+  wanted = lambda row: row["op"] in ops and (row["length"] if length is None else row["length"] == length)
+  return lambda rows: [figure(row) for row in rows if wanted(row)]
+
+
+def _growth(op: str, direction: str, short: int, long: int) -> Values:
+  """Time per token at the long context over that at the short one, less one, of each model that has both rows."""
+  def values(rows: Sequence[Row]) -> list[float | None]:
+    times = {(row["model"], row["length"]): row["cycles_per_token"] for row in rows
+             if (row["op"], row["direction"]) == (op, direction)}
+    return [times[model, long] / time - 1 for (model, length), time in times.items()
+            if length == short and (model, long) in times]
+  return values
+
+
+def _forward_ratio(row: Row) -> float | None:
+  return row["ratio"] if row["direction"] == FORWARD else None
 
 
 def _select_ratio(row: Row) -> float:
@@ -53,10 +74,14 @@ TARGETS = (
     Target("attention forward, fixed part per block of queries over its matrix bound", _on(1.1, 1.6, 2.0),
            _kernel("masked_attention", "fixed_ratio")),
     Target("sparse form of attention forward at 64K, time over the largest bound", _on(1.7, 2.6, 2.6),
-           _of_op(("attention_sparse",), lambda row: row["ratio"] if row["direction"] == "forward" else None, 65536)),
+           _of_op(("attention_sparse",), _forward_ratio, 65536)),
+    Target("sparse form of attention forward, time per token at 1M over that at 64K, less one", _on(0.1, 0.1, 0.1),
+           _growth("attention_sparse", FORWARD, 65536, 2**20)),
     Target("selection at 64K over the matrix bound (v5p) or the scores' vector slots", _on(1.6, 2.0, 2.0),
            _of_op(("select",), _select_ratio, 65536)),
     Target("hyper-connections, HBM bytes over the least", _on(1.3, 1.3, 1.3), _of_op(_MIXING, lambda row: row["hbm_ratio"])),
+    Target("hyper-connections in decoding, HBM bytes over the least", _on(1.3, 1.3, 1.3),
+           _of_op(_MIXING, lambda row: row["hbm_ratio"], DECODE)),
 )
 
 
@@ -65,7 +90,7 @@ def targets(rows: Sequence[Row], chip: Chip) -> list[Row]:
   found = []
   ours = [row for row in rows if row["ours"] and "failed" not in row]
   for target in TARGETS:
-    values = [value for row in ours if (value := target.value(row)) is not None]
+    values = [value for value in target.values(ours) if value is not None]
     value, bound = max(values, default=None), target.bounds[chip.name]
     found.append({"target": f"{chip.name}: {target.text}, at most {bound:,g}", "bound": bound, "value": value,
                   "reached": None if value is None else value <= bound})
