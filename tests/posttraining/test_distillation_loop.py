@@ -168,7 +168,8 @@ def test_text_of_the_teachers_instead_of_samples(root):
 @pytest.mark.parametrize("changes, said", [
   (dict(), "training.steps = 3: expected a multiple of distillation.steps_per_round = 2"),
   (dict(mesh=dict(context=2)), "mesh.context = 2: expected 1, as replies are decoded on the same mesh"),
-  (dict(mesh=dict(data=8), decode_batch=12), "decode_batch = 12: expected a multiple of data x fsdp x expert = 8"),
+  (dict(mesh=dict(data=8), decode_batch=12),
+   "decode_batch = 12: expected a multiple of dcn_data x data x fsdp x expert = 8"),
 ])
 def test_what_cannot_be_distilled(root, changes, said):
   run = settings(root, **{k: v for k, v in changes.items() if k != "mesh"})
