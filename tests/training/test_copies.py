@@ -127,8 +127,8 @@ def test_a_step_over_two_slices_with_rounded_sums():
   for name, g in wanted.items():
     assert np.linalg.norm(grads[name] - g) <= 2**-6 * np.linalg.norm(g) + 1e-7, name
   assert differing(state.router, expected_state.router) == []
-  # Between slices go rounded gradients once, however many passes, and orthogonalised matrices, which are gathered; of the rest
-  # only numbers of the metrics and the router.
+  # Between slices go rounded gradients once, however many passes, and orthogonalised matrices, which are gathered; of the
+  # rest only numbers of the metrics and the router.
   found = moved(step.compiled.as_text(), mesh)
   parameters = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(state.params))
   large = [(kind, count) for kind, count, dtypes in found if "f32" in dtypes and kind != "all-gather" and count > 4 * 64]
