@@ -213,6 +213,7 @@ def test_teachers_that_are_none(teacher, said):
   (dict(trainable="all_but_indexer"), "training.trainable = 'all_but_indexer': expected 'all' beside distillation"),
   (dict(attention_mode="dense"), "training.attention_mode = 'dense': expected 'sparse' beside distillation"),
   (dict(watch_gradients=True), "training.watch_gradients = True: expected False beside distillation"),
+  (dict(gradient_reduction="bfloat16"), "training.gradient_reduction = 'bfloat16': expected 'float32' beside distillation"),
 ])
 def test_what_only_pre_training_knows(root, training, said):
   run = settings(root)
