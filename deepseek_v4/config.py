@@ -100,7 +100,8 @@ class RunConfig:
     for name in kinds:
       if self.stages:
         refuse("stages", [stage.name for stage in self.stages], f"none beside {name}")
-      for field, only in (("trainable", "all"), ("attention_mode", "sparse"), ("watch_gradients", False)):
+      for field, only in (("trainable", "all"), ("attention_mode", "sparse"), ("watch_gradients", False),
+                          ("gradient_reduction", "float32")):
         if getattr(self.training, field) != only:
           refuse(f"training.{field}", getattr(self.training, field), f"{only!r} beside {name}")
       if self.anomalies != AnomalyConfig():

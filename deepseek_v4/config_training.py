@@ -109,6 +109,7 @@ class DataConfig:
 class MeshConfig:
   """Devices along each mesh axis; one of them may be -1 = all that are left."""
 
+  dcn_data: int = 1  # slices, which only the data centre's network joins, each with a copy of all weights
   data: int = -1
   fsdp: int = 1
   expert: int = 1
@@ -126,7 +127,7 @@ class MeshConfig:
       refuse("mesh", sizes, "at most one axis with -1")
     at_least(self, 0, "emulated_devices")
 
-  axis_names: typing.ClassVar[tuple[str, ...]] = ("data", "fsdp", "expert", "context", "tensor")
+  axis_names: typing.ClassVar[tuple[str, ...]] = ("dcn_data", "data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +169,9 @@ class TrainingConfig:
   init_from: str | None = None  # folder of a converted release or of a run with the weights to start with; None = random
   kernels: str = "auto"  # implementation of the ops: auto, reference, blockwise, pallas, interpret
   attention_mode: str = "sparse"  # "dense": CSA layers attend to every visible entry
+  # How copies of the weights (mesh.dcn_data x mesh.data of them) add up their gradients, once a step: "float32", or
+  # "bfloat16": stochastically rounded to it for each of two exchanges, with float32 sums between them.
+  gradient_reduction: str = "float32"
   trainable: str = "all"  # "indexer": only the indexers, by their own loss alone; "all_but_indexer": all else, without it
   watch_gradients: bool = False  # norm of each group of parameters; one that is 0 for log_every steps ends the run
   log_every: int = 10
@@ -185,4 +189,5 @@ class TrainingConfig:
     positive(self, "grace_seconds")
     one_of(self, "kernels", ("auto", "reference", "blockwise", "pallas", "interpret"))
     one_of(self, "attention_mode", ATTENTION_MODES)
+    one_of(self, "gradient_reduction", ("float32", "bfloat16"))
     one_of(self, "trainable", TRAINABLE)

@@ -1,9 +1,11 @@
 """From meaning to mesh: the one table logical axis -> mesh axis, the mesh itself, and the one shard_map wrapper for ops.
 
-Mesh axes: data (copies), fsdp (weights split, gathered where they are used), expert (experts split; all other weights as by
-fsdp), context (contiguous parts of the sequence, see `model/sequence.py`; weights as by fsdp), tensor (heads, expert width,
-vocabulary). A batch is split over data, fsdp and expert together: `tokens[B_(data,fsdp,expert), S_context]`. The ambient
-mesh is the one of `jax.set_mesh`; without one everything here is the identity, so that modules need not ask.
+Mesh axes: dcn_data (slices with a copy each), data (copies), fsdp (weights split, gathered where they are used), expert
+(experts split; all other weights as by fsdp), context (contiguous parts of the sequence, see `model/sequence.py`; weights as
+by fsdp), tensor (heads, expert width, vocabulary). A batch is split over the first four together:
+`tokens[B_(dcn_data,data,fsdp,expert), S_context]`. The ambient mesh is the one of `jax.set_mesh`; without one everything
+here is the identity, so that modules need not ask. Nothing of a forward or backward pass is exchanged between copies, so a
+pass may also run inside `per_copy`, where the first two axes are not there.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ from typing import Any, Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4.config import MeshConfig, ModelConfig, RunConfig
 
 MESH_AXES = MeshConfig.axis_names
-BATCH_AXES = ("data", "fsdp", "expert")
+COPY_AXES = ("dcn_data", "data")
+BATCH_AXES = (*COPY_AXES, "fsdp", "expert")
+SLICE_AXES = MESH_AXES[1:]  # within a slice
+BATCH_SPLIT = " x ".join(BATCH_AXES)  # in messages
 
 # THE table. A name that is not here is an error; None = never split.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -104,8 +110,11 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The mesh of a run over all devices; every axis exists, most have size 1.
 
+  Devices of several slices are placed slice by slice along dcn_data, within each as its network wants it; others in their
+  order.
+
   Raises:
-    ValueError: sizes that do not multiply to the number of devices.
+    ValueError: sizes that do not multiply to the number of devices, or slices that are not those of dcn_data.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = {name: getattr(config, name) for name in MESH_AXES}
@@ -116,7 +125,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(f"mesh = {sizes}: the product must be the number of devices, {len(devices)}")
-  return Mesh(np.array(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices > 1:
+    if sizes["dcn_data"] != slices:
+      raise ValueError(f"mesh.dcn_data = {sizes['dcn_data']}: expected {slices}, the number of slices of the devices")
+    placed = _over_slices(sizes, devices)
+  else:
+    placed = np.array(devices).reshape(tuple(sizes.values()))
+  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _over_slices(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+  inside = [1 if name == "dcn_data" else size for name, size in sizes.items()]
+  outside = [size if name == "dcn_data" else 1 for name, size in sizes.items()]
+  try:
+    return mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
+  except (ValueError, NotImplementedError) as error:
+    raise ValueError(f"mesh = {sizes}: expected sizes that the chips of each slice can be laid out in "
+                     f"({str(error).splitlines()[0]})") from error
 
 
 def check_divides(config: RunConfig, mesh: Mesh) -> None:
@@ -128,7 +154,8 @@ def check_divides(config: RunConfig, mesh: Mesh) -> None:
   check_model_divides(config.model, mesh)
   rows, shards = config.data.batch_size // config.data.accumulation, math.prod(mesh.shape[a] for a in BATCH_AXES)
   if rows % shards:
-    raise ValueError(f"data.batch_size / data.accumulation = {rows}: expected a multiple of data x fsdp x expert = {shards}")
+    raise ValueError(f"data.batch_size / data.accumulation = {rows}: expected a multiple of {BATCH_SPLIT} = "
+                     f"{shards}")
   check_parts(config.model, "data.sequence_length", config.data.sequence_length, mesh.shape["context"])
 
 
@@ -187,7 +214,7 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Sharding of the arrays [A, B, S] of a batch: rows over data, fsdp and expert, the sequence over context."""
+  """Sharding of the arrays [A, B, S] of a batch: rows over `BATCH_AXES`, the sequence over context."""
   return NamedSharding(mesh, spec((None, "batch", "sequence")))
 
 
@@ -203,10 +230,23 @@ def _ambient() -> Any:
   return None if mesh.empty else mesh
 
 
+def _free_axes() -> tuple[str, ...]:
+  """Axes of the ambient mesh that are not inside a wrapper such as `per_copy` already."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
+
+
+def _free_spec(axes: Sequence[str | None]) -> PartitionSpec:
+  """`spec` without the mesh axes that are not free."""
+  free = _free_axes()
+  keep = lambda names: tuple(name for name in names if name in free)
+  return PartitionSpec(*((keep((names,) if isinstance(names, str) else names or ()) or None) for names in spec(axes)))
+
+
 def batch_shards() -> int:
   """Into how many parts the ambient mesh splits the rows of a batch; 1 without a mesh."""
   mesh = _ambient()
-  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in _free_axes())
 
 
 def sequence_parts() -> int:
@@ -217,7 +257,7 @@ def sequence_parts() -> int:
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
   """`x` with its layout pinned to logical axes; the identity without an ambient mesh."""
-  return x if _ambient() is None else jax.lax.with_sharding_constraint(x, spec(axes))
+  return x if _ambient() is None else jax.lax.with_sharding_constraint(x, _free_spec(axes))
 
 
 def gathered(weight: jax.Array, path: Sequence[str]) -> jax.Array:
@@ -261,8 +301,29 @@ def per_shard(fn: Callable, in_axes: Sequence[Any], out_axes: Any) -> Callable:
   if _ambient() is None:
     return fn
   is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
-  to_spec = lambda tree: jax.tree.map(spec, tree, is_leaf=is_axes)
-  return jax.shard_map(fn, in_specs=tuple(to_spec(a) for a in in_axes), out_specs=to_spec(out_axes), check_vma=False)
+  to_spec = lambda tree: jax.tree.map(_free_spec, tree, is_leaf=is_axes)
+  return jax.shard_map(fn, in_specs=tuple(to_spec(a) for a in in_axes), out_specs=to_spec(out_axes),
+                       axis_names=set(_free_axes()), check_vma=False)
+
+
+def copies() -> tuple[str, ...]:
+  """The axes of the ambient mesh along which there are several copies of the weights."""
+  mesh = _ambient()
+  return () if mesh is None else tuple(axis for axis in COPY_AXES if mesh.shape[axis] > 1)
+
+
+def per_copy(fn: Callable) -> Callable:
+  """(whole, rows) -> `fn` of a pytree that all copies have and of a copy's own part of arrays [A, B, ...]; its results get a
+  leading axis, one entry of each copy. `fn` itself may use everything here that is for traced functions.
+
+  Only where there are `copies`.
+  """
+  axes = copies()
+
+  def stacked(whole, rows):
+    return jax.tree.map(lambda x: x[None], fn(whole, rows))
+  return jax.shard_map(stacked, in_specs=(PartitionSpec(), PartitionSpec(None, axes)), out_specs=PartitionSpec(axes),
+                       axis_names=set(axes), check_vma=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -242,6 +242,8 @@ REFUSED_RUNS = [
   ("data.fim_rate=1.5", "fim_rate", "1.5", "[0, 1]"),
   ("data.sequence_length=4096", "data.sequence_length", "4096", "model.max_position_embeddings = 1024"),
   ("mesh.fsdp=0", "fsdp", "0", "at least 1, or -1"),
+  ("mesh.dcn_data=0", "dcn_data", "0", "at least 1, or -1"),
+  ("training.gradient_reduction=fp8", "gradient_reduction", "'fp8'", "'float32', 'bfloat16'"),
   ("mesh.fsdp=-1", "mesh", "-1", "at most one axis"),
   ("training.steps=0", "steps", "0", "at least 1"),
   ("training.kernels=cuda", "kernels", "'cuda'", "'blockwise'"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -99,7 +100,7 @@ def test_axes_of_scanned_and_single_layers():
 def test_specs():
   assert sharding.spec(("expert", "expert_embed", "mlp")) == P("expert", ("fsdp", "context"), "tensor")
   assert sharding.spec(("embed", "vocab")) == P(("fsdp", "expert", "context"), "tensor")
-  assert sharding.spec((None, "batch", "sequence")) == P(None, ("data", "fsdp", "expert"), "context")
+  assert sharding.spec((None, "batch", "sequence")) == P(None, ("dcn_data", "data", "fsdp", "expert"), "context")
   assert sharding.spec(()) == P()
 
 
@@ -118,18 +119,45 @@ def test_an_unknown_axis_is_refused_with_the_known_ones():
 
 # ---- meshes ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("sizes, expected", [
-  ({}, (8, 1, 1, 1, 1)),
-  (dict(data=1, fsdp=-1), (1, 8, 1, 1, 1)),
-  (dict(data=-1, fsdp=2, tensor=2), (2, 2, 1, 1, 2)),
-  (dict(data=2, expert=-1), (2, 1, 4, 1, 1)),
-  (dict(data=2, fsdp=2, expert=2, tensor=-1), (2, 2, 2, 1, 1)),
-  (dict(data=2, context=-1), (2, 1, 1, 4, 1)),
+  ({}, (1, 8, 1, 1, 1, 1)),
+  (dict(data=1, fsdp=-1), (1, 1, 8, 1, 1, 1)),
+  (dict(data=-1, fsdp=2, tensor=2), (1, 2, 2, 1, 1, 2)),
+  (dict(data=2, expert=-1), (1, 2, 1, 4, 1, 1)),
+  (dict(data=2, fsdp=2, expert=2, tensor=-1), (1, 2, 2, 2, 1, 1)),
+  (dict(data=2, context=-1), (1, 2, 1, 1, 4, 1)),
+  (dict(dcn_data=2, data=-1, fsdp=2), (2, 2, 2, 1, 1, 1)),
+  (dict(dcn_data=-1, data=1, expert=2), (4, 1, 1, 2, 1, 1)),
 ])
 def test_meshes(sizes, expected):
   mesh = sharding.make_mesh(c.MeshConfig(**sizes))
-  assert mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor")
+  assert mesh.axis_names == ("dcn_data", "data", "fsdp", "expert", "context", "tensor")
   assert mesh.devices.shape == expected
   assert mesh.devices.reshape(-1).tolist() == jax.devices()
+
+
+def of_slices(*slices):
+  """Devices as they come from several slices of CPUs: the emulated ones, each with the number of its slice."""
+  return [types.SimpleNamespace(id=d.id, slice_index=i, platform="cpu", device_kind="cpu", process_index=0)
+          for d, i in zip(jax.devices(), slices)]
+
+
+def test_slices_lie_along_their_axis_in_whatever_order_their_devices_come(monkeypatch):
+  monkeypatch.setattr(sharding, "Mesh", lambda devices, names, **_: devices)  # of devices that are not JAX's
+  placed = sharding.make_mesh(c.MeshConfig(dcn_data=2, data=1, fsdp=2, tensor=2), of_slices(1, 0, 1, 0, 0, 1, 0, 1))
+  assert placed.shape == (2, 1, 2, 1, 1, 2)
+  assert [[d.id for d in part.reshape(-1)] for part in placed] == [[1, 3, 4, 6], [0, 2, 5, 7]]
+
+
+@pytest.mark.parametrize("sizes, slices, message", [
+  (dict(), [0] * 4 + [1] * 4, "mesh.dcn_data = 1: expected 2, the number of slices"),
+  (dict(dcn_data=4, data=2), [0] * 4 + [1] * 4, "mesh.dcn_data = 4: expected 2, the number of slices"),
+  (dict(dcn_data=2, data=4), [0] * 3 + [1] * 5, "'context': 1, 'tensor': 1}: expected sizes that the chips of each slice "
+   "can be laid out in"),
+  (dict(dcn_data=16, data=1), None, "the product must be the number of devices, 8"),
+])
+def test_slices_that_do_not_fit_are_refused(sizes, slices, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    sharding.make_mesh(c.MeshConfig(**sizes), None if slices is None else of_slices(*slices))
 
 
 @pytest.mark.parametrize("sizes, message", [
@@ -169,11 +197,12 @@ def test_sizes_that_a_mesh_does_not_divide_are_refused_by_name(field, value, axi
 
 @pytest.mark.parametrize("batch_size, accumulation, sizes", [
   (8, 2, dict(data=8)), (8, 4, dict(data=2, fsdp=2)), (4, 1, dict(data=2, fsdp=2, expert=2)), (12, 1, dict(expert=8)),
+  (6, 1, dict(dcn_data=2, fsdp=2)),
 ])
 def test_batches_that_a_mesh_does_not_divide_are_refused(batch_size, accumulation, sizes):
   run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, batch_size=batch_size, accumulation=accumulation))
-  message = (f"data.batch_size / data.accumulation = {batch_size // accumulation}: expected a multiple of data x fsdp x "
-             f"expert = {np.prod(list(sizes.values()))}")
+  message = (f"data.batch_size / data.accumulation = {batch_size // accumulation}: expected a multiple of dcn_data x data x "
+             f"fsdp x expert = {np.prod(list(sizes.values()))}")
   with pytest.raises(ValueError, match=re.escape(message)):
     sharding.check_divides(run, mesh_of(**sizes))
   sharding.check_divides(run, mesh_of(tensor=2))  # tensor does not split a batch
@@ -220,6 +249,24 @@ def test_a_batch_lies_over_data_fsdp_and_expert_in_this_order():
   x = jax.device_put(np.arange(16).reshape(1, 8, 2), sharding.batch_sharding(mesh))
   rows = {shard.device: shard.data[0, :, 0].tolist() for shard in x.addressable_shards}
   assert [rows[d] for d in mesh.devices.reshape(-1)] == [[2 * row] for row in range(8)]
+
+
+def test_inside_a_copy_its_axes_are_not_there():
+  """Sums over the batch are a copy's own; results come one for each copy, and other axes are split as ever."""
+  mesh = mesh_of(dcn_data=2, data=2, fsdp=2)
+  x = np.arange(16.0, dtype=np.float32).reshape(1, 8, 2)
+  seen = []
+
+  def fn(whole, rows):
+    seen.append((sharding.copies(), sharding.batch_shards(), rows["x"].shape))
+    doubled = sharding.per_shard(lambda x: seen.append(x.shape) or 2 * x, ((None, "batch"),), (None, "batch"))(rows["x"])
+    return {"sum": sharding.constrain(doubled, (None, "batch", None)).sum() + whole, "rows": doubled}
+
+  with jax.set_mesh(mesh):
+    out = jax.jit(lambda w, x: sharding.per_copy(fn)(w, {"x": x}))(np.float32(1), x)
+  assert (("dcn_data", "data"), 2, (1, 2, 2)) in seen and (1, 1, 2) in seen
+  np.testing.assert_array_equal(out["rows"][:, 0].reshape(8, 2), 2 * x[0])
+  np.testing.assert_array_equal(out["sum"], 2 * x.reshape(4, -1).sum(1) + 1)
 
 
 def test_per_shard_gives_each_device_its_part_and_sums_gradients_of_what_is_whole():

@@ -220,7 +220,7 @@ def through_experts(mlp: Callable[..., jax.Array], x_PD: jax.Array, counts_E: ja
 
   all_passes.defvjp(forward, backward)
   table = make_table(jax.lax.all_gather(counts_E, axis), tile)
-  # All devices of the mesh take as many passes, so that no collective of one group meets another group elsewhere in the
-  # program; they would wait for the slowest group a few lines further down anyway.
-  table = dataclasses.replace(table, most=jax.lax.pmax(table.most, sharding.MESH_AXES))
+  # All devices of a slice take as many passes, so that no collective of one group meets another group elsewhere in the
+  # program; they would wait for the slowest group a few lines further down anyway. Other slices need not be asked.
+  table = dataclasses.replace(table, most=jax.lax.pmax(table.most, sharding.SLICE_AXES))
   return all_passes(x_PD, matrices, table)

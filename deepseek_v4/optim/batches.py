@@ -4,12 +4,15 @@ An operation that needs whole matrices (Newton-Schulz) is local this way, and wh
 however long it runs. All of it is reshapes and sharding constraints. Leaves that are sharded alike travel together, as
 
   x_PKM   P: one axis for every mesh axis that is placed already, whole, so that a device holds 1 of each
-          K: matrices of one device (of one P), from all layers and experts; padded with zero matrices
+          K: matrices of one device (of one P), from all layers and experts; with empty room between them, which is zero
           M: the matrix's axes, first those of its shorter side; some still sharded
 
-A mesh axis is placed by splitting its size off K: for one that shards a matrix axis, moving it there is one all-to-all; for
-one over which the leaf is replicated, a slice on the way there and an all-gather on the way back. When all are placed, what
+A mesh axis is placed by splitting its size off K: for one over which the leaf is replicated, a slice on the way there and an
+all-gather on the way back; for one that shards a matrix axis, moving it there is one all-to-all. When all are placed, what
 has the same shape is joined along K, which is local.
+
+Every device has the same room, but not as many matrices (`placement.py`): where one device has a matrix and another has
+none, each asks a table whether there is work to do.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from deepseek_v4.optim import placement
 from deepseek_v4.optim.assign import MatrixAxes
+from deepseek_v4.optim.newton_schulz import flops
 
 
 def mesh_sizes() -> dict[str, int]:
@@ -123,16 +129,19 @@ class Move:
 
 
 def moves_of(stack: tuple, sizes: Mapping[str, int]) -> list[Move]:
-  """The exchanges that place all mesh axes: one for each that shards the matrix, one for all over which it is replicated."""
+  """The exchanges that place all mesh axes: one for all over which the leaf is replicated, first, since the others then move
+  less; and one for each that shards the matrix."""
   placed, short, long, sharded = stack
-  moves = []
+  taken = {*placed, *(name for names in sharded or () for name in names)}
+  left = tuple(name for name in sizes if name not in taken)
+  moves = [Move(left, placed, sharded, sharded)] if left else []
+  placed += left
   for axis in range(len(short) + len(long)) if sharded else ():
     for name in reversed(sharded[axis]):  # the innermost first: what stays is contiguous
       after = tuple(names[:-1] if i == axis else names for i, names in enumerate(sharded))
       moves.append(Move((name,), placed, sharded, after))
       placed, sharded = placed + (name,), after
-  left = tuple(name for name in sizes if name not in placed)
-  return moves + [Move(left, placed, sharded, sharded)] if left else moves
+  return moves
 
 
 def _spread(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int]) -> jax.Array:
@@ -168,25 +177,126 @@ def _gather(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int]) -> jax.Arr
   return x_PKM
 
 
-def _join(arrays: Sequence[jax.Array], axis: int, multiple: int = 1) -> jax.Array:
-  """Concatenates along `axis` and pads it with zeros to a multiple."""
-  missing = -sum(x.shape[axis] for x in arrays) % multiple
-  x = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
-  return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
+# ---- who works on what ------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Where the matrices of one stack come to lie.
+
+  Attributes:
+    counts: int [places], matrices of each place on the mesh axes that the stack's moves place, in their order.
+    real: bool [*mesh, room], which of a device's room is a matrix; its matrices come first.
+  """
+
+  counts: np.ndarray
+  real: np.ndarray
+
+  @property
+  def whole(self) -> int:
+    """How much of the room is a matrix on every device."""
+    return int(self.real.reshape(-1, self.real.shape[-1]).all(0).sum())
+
+  def slots(self) -> np.ndarray:
+    """Number of the matrix in each place's room, [places * room]; behind the last where it is empty."""
+    room, after = np.arange(self.real.shape[-1]), np.cumsum(self.counts)
+    numbers = (after - self.counts)[:, None] + room
+    return np.where(room < self.counts[:, None], numbers, after[-1]).reshape(-1)
+
+
+def plans_of(counts: Mapping[tuple, int], sizes: Mapping[str, int]) -> tuple[dict[tuple, Plan], np.ndarray]:
+  """Spreads stacks over the mesh.
+
+  Args:
+    counts: K of each stack, all its leaves together.
+
+  Returns:
+    The plans, and float [*mesh], the FLOPs of Newton-Schulz on each device.
+  """
+  left = {stack: tuple(name for move in moves_of(stack, sizes) for name in move.names) for stack in counts}
+  groups = [placement.Group(count, stack[0], left[stack], flops(math.prod(stack[1]), math.prod(stack[2])))
+            for stack, count in counts.items()]
+  found, load = placement.place(groups, sizes)
+  plans = {}
+  for stack, of_places in zip(counts, found):
+    order = stack[0] + left[stack]
+    real = np.arange(of_places.max()) < of_places[..., None]
+    real = np.broadcast_to(real, (*(sizes[name] for name in stack[0]), *real.shape))
+    plans[stack] = Plan(of_places.reshape(-1), real.transpose(*(order.index(name) for name in sizes), -1))
+  return plans, load
+
+
+def flops_of_devices(shapes: Sequence[Sequence[int]], axes: Sequence[MatrixAxes], specs: Sequence[PartitionSpec | None],
+                     sizes: Mapping[str, int]) -> np.ndarray:
+  """FLOPs that Newton-Schulz on leaves of these shapes costs each device of a mesh, float [*mesh]; see `map_matrices`.
+
+  Args:
+    sizes: of the mesh axes with more than one device.
+  """
+  layouts = [layout_of(*leaf, sizes) for leaf in zip(shapes, axes, specs)]
+  return plans_of(_counts_of(layouts), sizes)[1]
+
+
+def _counts_of(layouts: Sequence[Layout]) -> dict[tuple, int]:
+  counts: dict[tuple, int] = {}
+  for layout in layouts:
+    counts[layout.stack] = counts.get(layout.stack, 0) + layout.count
+  return counts
+
+
+def _take(x: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
+  """x at `index` along an unsharded axis, zero where that is behind its end."""
+  if np.array_equal(index, np.arange(x.shape[axis])):
+    return x
+  return jnp.take(x, index, axis, mode="fill", fill_value=0)
+
+
+def _where_real(function: Callable[[jax.Array], jax.Array], x: jax.Array, real: np.ndarray) -> jax.Array:
+  """`function` of the matrices of x [*mesh, K, R, C] where `real` [*mesh, K] says that there is one; zero elsewhere.
+
+  One matrix at a time: those that are few are large, and a loop over several would do the work of the fullest device."""
+  lead = real.ndim - 1
+  spec = PartitionSpec(*mesh_sizes())
+
+  def local(x, real):
+    one = lambda slot: jax.lax.cond(slot[1], function, jnp.zeros_like, slot[0])
+    return jax.lax.map(one, (x.reshape(x.shape[lead:]), real.reshape(-1))).reshape(x.shape)
+  return jax.shard_map(local, in_specs=(spec, spec), out_specs=spec, check_vma=False)(x, jnp.asarray(real))
+
+
+def _apply(function: Callable[[jax.Array], jax.Array], spread: Sequence[jax.Array], plans: Sequence[Plan],
+           sizes: Mapping[str, int]) -> list[jax.Array]:
+  """`function` of the matrices of stacks [*mesh, K, R, C] of one shape: one batch of all that every device has, and one by
+  one those that only some have."""
+  axis = len(sizes)
+  whole = [plan.whole for plan in plans]
+  rest = [x.shape[axis] - count for x, count in zip(spread, whole)]
+  of_all, of_some = [None] * len(spread), [None] * len(spread)
+  if any(whole):
+    batch = function(_join([x[(slice(None),) * axis + (slice(count),)] for x, count in zip(spread, whole)], axis))
+    of_all = _cut(_constrain(batch, tuple(sizes), 1, [(), ()] if sizes else None), whole, axis)
+  if any(rest):
+    batch = _join([x[(slice(None),) * axis + (slice(count, None),)] for x, count in zip(spread, whole)], axis)
+    real = np.concatenate([plan.real[..., count:] for plan, count in zip(plans, whole)], -1)
+    of_some = _cut(_where_real(function, batch, real), rest, axis)
+  return [_join([part for part in parts if part is not None], axis) for parts in zip(of_all, of_some)]
+
+
+def _join(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
 
 
 def _cut(x: jax.Array, counts: Sequence[int], axis: int) -> list[jax.Array]:
-  """The inverse of `_join`: pieces of these sizes; padding is dropped."""
+  """The inverse of `_join`: pieces of these sizes."""
   stops = [sum(counts[:i + 1]) for i in range(len(counts))]
   return [jax.lax.slice_in_dim(x, stop - count, stop, axis=axis) for stop, count in zip(stops, counts)]
 
 
 def map_matrices(function: Callable[[jax.Array], jax.Array], leaves: Sequence[jax.Array], axes: Sequence[MatrixAxes],
                  specs: Sequence[PartitionSpec | None] | None = None) -> list[jax.Array]:
-  """Applies `function` to all matrices of all leaves, in one batch for every matrix shape.
+  """Applies `function` to all matrices of all leaves, in one batch for every matrix shape, evenly spread over all devices as
+  long as its work grows like that of Newton-Schulz.
 
   Args:
-    function: [..., R, C] -> the same shape, R <= C, each matrix by itself; zero matrices (padding) are harmless.
+    function: [..., R, C] -> the same shape, R <= C, each matrix by itself.
     leaves: Arrays of one dtype.
     axes: The matrix axes of each leaf; a matrix is handed over transposed where it has more rows than columns.
     specs: How each leaf is sharded on the ambient mesh; None = unknown: the partitioner finds the ways.
@@ -200,21 +310,19 @@ def map_matrices(function: Callable[[jax.Array], jax.Array], leaves: Sequence[ja
   members: dict[Any, list[int]] = {}
   for i, layout in enumerate(layouts):
     members.setdefault(layout.stack, []).append(i)
-  spread = {}
+  plans, _ = plans_of(_counts_of(layouts), sizes)
+  spread, by_shape = {}, {}
   for stack, indices in members.items():
-    left = math.prod(size for name, size in sizes.items() if name not in stack[0])
-    x_PKM = _join([_to_stack(leaves[i], layouts[i], sizes) for i in indices], len(stack[0]), left)
-    spread[stack] = _spread(x_PKM, stack, sizes)
-  by_shape: dict[Any, list[Any]] = {}
-  for stack, x in spread.items():
-    by_shape.setdefault(x.shape[-2:], []).append(stack)
+    x_PKM = _join([_to_stack(leaves[i], layouts[i], sizes) for i in indices], len(stack[0]))
+    spread[stack] = _spread(_take(x_PKM, plans[stack].slots(), len(stack[0])), stack, sizes)
+    by_shape.setdefault(spread[stack].shape[-2:], []).append(stack)
   results: list[Any] = [None] * len(leaves)
   for stacks in by_shape.values():
-    batch = function(_join([spread[stack] for stack in stacks], len(sizes)))
-    batch = _constrain(batch, tuple(sizes), 1, [(), ()] if sizes else None)
-    for stack, x in zip(stacks, _cut(batch, [spread[stack].shape[len(sizes)] for stack in stacks], len(sizes))):
-      indices = members[stack]
-      pieces = _cut(_gather(x, stack, sizes), [layouts[i].count for i in indices], len(stack[0]))
-      for i, piece in zip(indices, pieces):
+    done = _apply(function, [spread[stack] for stack in stacks], [plans[stack] for stack in stacks], sizes)
+    for stack, x in zip(stacks, done):
+      indices, slots = members[stack], plans[stack].slots()
+      x_PKM = _gather(x, stack, sizes)
+      x_PKM = _take(x_PKM, np.flatnonzero(slots < plans[stack].counts.sum()), len(stack[0]))
+      for i, piece in zip(indices, _cut(x_PKM, [layouts[i].count for i in indices], len(stack[0]))):
         results[i] = _from_stack(piece, layouts[i], leaves[i].shape)
   return results

@@ -26,6 +26,12 @@ def normalize(x: jax.Array) -> jax.Array:
   return x / jnp.maximum(norm, 1)  # an entry is 1 now, so only a zero matrix has a norm below 1
 
 
+def flops(rows: int, columns: int, steps: int = len(COEFFICIENTS)) -> int:
+  """Of `newton_schulz` on one matrix: three products a step, a multiplication and an addition for each term."""
+  short, long = sorted((rows, columns))
+  return steps * (4 * short * short * long + 2 * short**3)
+
+
 def newton_schulz(x: jax.Array, *, dtype: jax.typing.DTypeLike = jnp.float32,
                   coefficients: Sequence[tuple[float, float, float]] = COEFFICIENTS) -> jax.Array:
   """Replaces every matrix U diag(s) V^T of a batch by U V^T, up to the iteration's accuracy.

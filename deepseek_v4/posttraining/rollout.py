@@ -87,7 +87,7 @@ def check_mesh(mesh: jax.sharding.Mesh, batch_size: int, field: str) -> None:
     refuse("mesh.context", mesh.shape["context"], "1, as replies are decoded on the same mesh")
   shards = mesh.size // mesh.shape["tensor"]
   if batch_size % shards:
-    refuse(field, batch_size, f"a multiple of data x fsdp x expert = {shards}")
+    refuse(field, batch_size, f"a multiple of {sharding.BATCH_SPLIT} = {shards}")
 
 
 def sample_replies(model: DeepseekV4, variables: Any, requests: Sequence[Request], *, max_new_tokens: int, batch_size: int,
@@ -131,7 +131,7 @@ def sample_replies(model: DeepseekV4, variables: Any, requests: Sequence[Request
   samples: list[Sample | None] = [None] * len(requests)
   with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
     if batch_size % sharding.batch_shards():
-      refuse("batch_size", batch_size, f"a multiple of data x fsdp x expert = {sharding.batch_shards()}")
+      refuse("batch_size", batch_size, f"a multiple of {sharding.BATCH_SPLIT} = {sharding.batch_shards()}")
     for start in range(0, len(requests), batch_size):
       places = range(len(requests))[start:start + batch_size]
       chosen = [requests[i] for i in places]

@@ -20,7 +20,7 @@ from deepseek_v4.model.groups import group_layers, split_layers
 from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from deepseek_v4.model.replay import Replay
 from deepseek_v4.model.transformer import DeepseekV4
-from deepseek_v4.training import stages, trainable
+from deepseek_v4.training import copies, stages, trainable
 from deepseek_v4.training.state import TrainState, abstract_state, optimizer_of
 
 Batch = Mapping[str, jax.Array]
@@ -97,34 +97,44 @@ def _micro_losses(run_config: RunConfig, params: Any, router: Any, rows: Batch):
 
 
 def _accumulate(run_config: RunConfig, state: TrainState, batch: Batch, places: Any):
-  """Gradients (None for frozen leaves), mean losses and expert loads of the whole batch, one pass after another over A."""
+  """Gradients (None for frozen leaves), mean losses and expert loads of the whole batch, one pass after another over A.
+
+  `places`: PartitionSpecs of the gradients; None without a mesh.
+  """
   counts = loss_counts(run_config.model, batch)
   decaying = state.step >= optim.decay_start(run_config.optimizer, run_config.training.steps)
   what = run_config.training.trainable
   weights = loss_weights(run_config.loss, decaying, what)
   shown = {"next_token", *weights}  # what a frozen model says stays in the log
-  trained = trainable.trained_part(what, state.params)
-  total_of = lambda means: sum(weights[name] * mean for name, mean in means.items() if name in weights)
 
-  def objective(trained, rows):
-    params = trainable.with_frozen(trained, state.params)
-    sums, load = _micro_losses(run_config, params, state.router, rows)
-    means = {name: total / counts[name] for name, total in sums.items() if name in shown}
-    return total_of(means), (means, load)
+  def total_of(means, weights):
+    return sum(weights[name] * mean for name, mean in means.items() if name in weights)
 
-  def one(rows):
-    (_, (means, load)), grads = jax.value_and_grad(objective, has_aux=True)(trained, rows)
-    grads = grads if places is None else jax.lax.with_sharding_constraint(grads, places)
-    return grads, means, load
+  def objective(trained, given, rows):
+    params = trainable.with_frozen(trained, given["params"])
+    sums, load = _micro_losses(run_config, params, given["router"], rows)
+    means = {name: total / given["counts"][name] for name, total in sums.items() if name in shown}
+    return total_of(means, given["weights"]), (means, load)
 
-  if batch["tokens"].shape[0] == 1:
-    grads, means, load = one({name: x[0] for name, x in batch.items()})
-  else:
+  def passes(given, batch):
+    trained = trainable.trained_part(what, given["params"])
+
+    def one(rows):
+      (_, (means, load)), grads = jax.value_and_grad(objective, has_aux=True)(trained, given, rows)
+      grads = grads if places is None else jax.lax.with_sharding_constraint(grads, places)
+      return grads, (means, load)
+    if batch["tokens"].shape[0] == 1:
+      return one({name: x[0] for name, x in batch.items()})
     shapes = jax.eval_shape(one, {name: x[0] for name, x in batch.items()})
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     add = lambda total, rows: (jax.tree.map(jnp.add, total, one(rows)), None)
-    (grads, means, load), _ = jax.lax.scan(add, zeros, dict(batch))
-  return grads, means, total_of(means), load
+    return jax.lax.scan(add, zeros, batch)[0]
+
+  given = {"params": state.params, "router": state.router, "counts": counts,
+           "weights": jax.tree.map(jnp.asarray, weights)}
+  grads, (means, load) = copies.over_copies(passes, given, dict(batch), places, run_config.training.gradient_reduction,
+                                            jax.random.fold_in(state.key, state.step))
+  return grads, means, total_of(means, weights), load
 
 
 # ---- the router's bias ------------------------------------------------------------------------------------------------
@@ -197,6 +207,13 @@ def _places_of(run_config: RunConfig, mesh: Mesh | None) -> Any:
   return None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run_config, mesh))
 
 
+def _gradient_places(run_config: RunConfig, places: Any) -> Any:
+  """The PartitionSpecs of the gradients, from `_places_of`; None without a mesh."""
+  if places is None:
+    return None
+  return jax.tree.map(lambda place: place.spec, trainable.trained_part(run_config.training.trainable, places.params))
+
+
 def _jit_on(mesh: Mesh | None, places: Any, fn: Callable, *, is_step: bool = False) -> sharding.OnMesh:
   """Jits fn(state, batch) with the state's and the batch's shardings in; a step consumes the state and returns one alike."""
   options: dict[str, Any] = {"compiler_options": compiler_options(mesh), "donate_argnums": (0,) if is_step else ()}
@@ -231,8 +248,7 @@ def make_train_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding
   """
   run_config = stages.of_stage(run_config)
   places = _places_of(run_config, mesh)
-  trained = None if places is None else trainable.trained_part(run_config.training.trainable, places.params)
-  step = functools.partial(train_step, run_config, mesh, trained)
+  step = functools.partial(train_step, run_config, mesh, _gradient_places(run_config, places))
   return _jit_on(mesh, places, step, is_step=True)
 
 
@@ -284,9 +300,11 @@ def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable
   """
   run_config = stages.of_stage(run_config)
   groups = group_layers(run_config.model)
+  places = _places_of(run_config, mesh)
+  of_gradients = _gradient_places(run_config, places)
 
   def flags(state: TrainState, batch: Batch) -> dict[str, Any]:
-    grads, means, _, load = _accumulate(run_config, state, batch, None)
+    grads, means, _, load = _accumulate(run_config, state, batch, of_gradients)
     new = _updated(run_config, mesh, state, grads, load)
     grads = trainable.with_frozen(grads, jax.tree.map(jnp.zeros_like, state.params))
     ok = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), {
@@ -295,7 +313,7 @@ def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable
     return {"parameter": ok(state.params), "loss": jax.tree.map(jnp.isfinite, means), "gradient": ok(grads),
             "gradient norm": norm, "updated parameter": ok(new.params)}
 
-  jitted = _jit_on(mesh, _places_of(run_config, mesh), flags)
+  jitted = _jit_on(mesh, places, flags)
 
   def find(state: TrainState, batch: Batch) -> str | None:
     found = jax.device_get(jitted(state, batch))

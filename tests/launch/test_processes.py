@@ -131,7 +131,8 @@ def finished(text, tmp_path_factory):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2}, {"data": 2, "tensor": 2}, {"data": 1, "expert": 4}])
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2}, {"data": 2, "tensor": 2}, {"data": 1, "expert": 4},
+                                  {"dcn_data": 2, "data": 1, "fsdp": 2}])
 def test_four_processes_equal_one(finished, text, tmp_path, mesh):
   """With a tensor axis of two, pairs of processes hold the same rows."""
   run = Processes(4, tmp_path / "four", settings(text, **mesh), 4, tmp_path / "log")

@@ -27,7 +27,7 @@ def plan(config, *arguments, timeout=120):
   ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.tensor=64"],
    "64 devices, expected at most the 4 of v5p:2x2x1"),
   ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.data=2"],
-   "data.batch_size / data.accumulation = 1: expected a multiple of data x fsdp x expert = 2"),
+   "data.batch_size / data.accumulation = 1: expected a multiple of dcn_data x data x fsdp x expert = 2"),
   ("debug", ["--topology", "v5p:2x2x1", "--json", "nowhere/x.json"], "--json = 'nowhere/x.json'"),
   ("v4_flash", ["--topology", "v5p:2x2x1", "--stage", "sparse"], "stage = 'sparse': expected one of dense_4k, dense_16k, "),
   ("debug", ["--topology", "v5p:2x2x1", "--step", "decode", "--set", "mesh.data=2", "--set", "mesh.context=2"],

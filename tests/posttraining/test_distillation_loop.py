@@ -189,7 +189,8 @@ def test_text_of_the_teachers_instead_of_samples(root):
 @pytest.mark.parametrize("changes, said", [
   (dict(), "training.steps = 3: expected a multiple of distillation.steps_per_round = 2"),
   (dict(mesh=dict(context=2)), "mesh.context = 2: expected 1, as replies are decoded on the same mesh"),
-  (dict(mesh=dict(data=8), decode_batch=12), "decode_batch = 12: expected a multiple of data x fsdp x expert = 8"),
+  (dict(mesh=dict(data=8), decode_batch=12),
+   "decode_batch = 12: expected a multiple of dcn_data x data x fsdp x expert = 8"),
 ])
 def test_what_cannot_be_distilled(root, changes, said):
   run = settings(root, **{k: v for k, v in changes.items() if k != "mesh"})
@@ -233,6 +234,7 @@ def test_teachers_that_are_none(teacher, said):
   (dict(trainable="all_but_indexer"), "training.trainable = 'all_but_indexer': expected 'all' beside distillation"),
   (dict(attention_mode="dense"), "training.attention_mode = 'dense': expected 'sparse' beside distillation"),
   (dict(watch_gradients=True), "training.watch_gradients = True: expected False beside distillation"),
+  (dict(gradient_reduction="bfloat16"), "training.gradient_reduction = 'bfloat16': expected 'float32' beside distillation"),
 ])
 def test_what_only_pre_training_knows(root, training, said):
   run = settings(root)

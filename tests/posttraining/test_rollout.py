@@ -101,7 +101,7 @@ def test_a_mesh_changes_nothing():
     np.testing.assert_array_equal(np.sort(one.experts), np.sort(other.experts))
     np.testing.assert_array_equal(one.kept, other.kept)
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
-  with pytest.raises(ValueError, match="batch_size = 3: expected a multiple of data x fsdp x expert = 4"):
+  with pytest.raises(ValueError, match="batch_size = 3: expected a multiple of dcn_data x data x fsdp x expert = 4"):
     rollout.sample_replies(model, spread, requests, mesh=mesh, **{**options, "batch_size": 3})
 
 

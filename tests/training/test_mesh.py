@@ -43,10 +43,13 @@ ALONE = {"data=8": (c.MeshConfig(data=8), "none", 1), "fsdp=8": (c.MeshConfig(da
          "context=4": (c.MeshConfig(data=1, context=4), "full", 1)}
 PAIRS = {f"{axis}=2 context=4": (c.MeshConfig(**{"data": 1, axis: 2, "context": 4}), "none", 1)
          for axis in ("data", "fsdp", "expert", "tensor")}
+# Slices are copies too: their gradients are added up with those of `data`.
+SLICES = {"dcn_data=2 fsdp=2 expert=2": (c.MeshConfig(dcn_data=2, data=1, fsdp=2, expert=2), "none", 1),
+          "dcn_data=2 data=2 tensor=2": (c.MeshConfig(dcn_data=2, data=2, tensor=2), "block", 2)}
 # Where the other way for tokens to meet their experts would be taken; RUN's 2 picks are sent from 3 devices on.
 OTHER_WAY = {"data=2 expert=2 tensor=2, sent": "all_to_all", "fsdp=2 expert=4, gathered": "gather",
              "expert=2 context=4, sent": "all_to_all"}
-ALL = TOGETHER | ALONE | PAIRS
+ALL = TOGETHER | ALONE | PAIRS | SLICES
 ALL |= {name: ALL[name.split(",")[0]] for name in OTHER_WAY}
 MESHES = [*TOGETHER, *(pytest.param(name, marks=pytest.mark.long) for name in ALL if name not in TOGETHER)]
 RATE = 5e-3  # of the first update

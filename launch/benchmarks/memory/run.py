@@ -7,11 +7,12 @@ import math
 import re
 from typing import Any, Callable, Mapping, Sequence
 
+from deepseek_v4.config import MeshConfig
 from launch.benchmarks.kernels.compile import Compiler, Request
 from launch.benchmarks.memory.cases import KINDS, LIMIT, OURS, Case, all_cases
 
 BUILDER = "launch.benchmarks.memory.build:program"
-AXES = ("data", "fsdp", "expert", "context", "tensor")  # of the model's mesh
+AXES = MeshConfig.axis_names
 # The compiler's words for a program that does not fit.
 _TOO_LARGE = re.compile(r"memory required for HLO temporaries \(([\d.]+)([KMGT])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -1,0 +1,112 @@
+"""Where matrices go: none is lost, equal devices work equally, and the released models' optimizer is spread evenly."""
+
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+import deepseek_v4 as dsv4
+from deepseek_v4 import config as c
+from deepseek_v4 import optim, sharding
+from deepseek_v4.optim import batches
+from deepseek_v4.optim.newton_schulz import COEFFICIENTS, flops
+from deepseek_v4.optim.placement import Group, place, room_for
+from deepseek_v4.training.state import abstract_state
+from tests.training.small import leaves
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SIZES = {"data": 2, "fsdp": 3, "expert": 4}
+
+
+@pytest.mark.parametrize("groups", [
+  [Group(5, (), ("data", "fsdp", "expert"), 1.0)],
+  [Group(50, (), ("expert", "data", "fsdp"), 1.0), Group(3, (), ("fsdp", "data", "expert"), 4.0)],
+  [Group(40, ("expert",), ("data", "fsdp"), 1.0), Group(7, (), ("data", "fsdp", "expert"), 9.0)],
+  [Group(0, (), ("data", "fsdp", "expert"), 1.0), Group(6, ("expert", "fsdp"), ("data",), 2.0)],
+  [Group(1, ("fsdp",), ("data", "expert"), 2.0), Group(9, ("data",), ("expert", "fsdp"), 3.0)],
+])
+def test_every_matrix_has_one_place_and_the_work_is_what_is_placed(groups):
+  """The work of each device once more, from the counts, one device after another."""
+  counts, load = place(groups, SIZES)
+  for group, found in zip(groups, counts):
+    assert found.shape == tuple(SIZES[name] for name in group.left) and found.sum() == group.count
+    assert found.max() <= room_for(group.count, found.size)
+  for at in np.ndindex(*SIZES.values()):
+    where = dict(zip(SIZES, at))
+    work = sum(group.cost * found[tuple(where[name] for name in group.left)] for group, found in zip(groups, counts))
+    assert load[at] == work
+
+
+def test_small_matrices_fill_what_large_ones_leave():
+  """7 matrices of 12 units, and 640 of one unit for each of 4 experts' devices. The large ones lie together in 2 of the 6
+  places that an expert's matrices have: (640 + 2 x 12) / 6 units, rounded up, for each place."""
+  left = ("data", "fsdp", "expert")
+  (of_experts, of_large), load = place([Group(640, ("expert",), left[:2], 1.0), Group(7, (), left, 12.0)], SIZES)
+  assert sorted(of_large.sum(2).reshape(-1)) == [0, 0, 0, 0, 3, 4]
+  assert load.max() == 111 and sorted(of_experts.reshape(-1))[:2] == [99, 99]
+
+
+def test_room_is_an_eighth_more_than_evenly_spread():
+  assert [room_for(count, 8) for count in (1, 8, 9, 56, 64, 72)] == [1, 1, 2, 7, 9, 10]
+
+
+def test_flops_are_those_of_three_products():
+  """Gram matrix, its square, polynomial times matrix, of 2 x 3: 2 (2 2 3 + 2 2 2 + 2 2 3) a step."""
+  assert flops(3, 2) == flops(2, 3) == len(COEFFICIENTS) * 2 * (12 + 8 + 12)
+
+
+# ---- the released models on pods ---------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["v4_pro", "v4_flash"])
+def model(request):
+  """(name, run, shapes of the parameters); nothing is allocated."""
+  run = c.load(CONFIGS / f"{request.param}.py")
+  return request.param, run, abstract_state(run).params
+
+
+MESHES = {"v4_pro": [dict(data=4, fsdp=16, expert=32), dict(data=2, fsdp=16, expert=32), dict(fsdp=16, expert=128)],
+          "v4_flash": [dict(fsdp=8, expert=16), dict(data=2, fsdp=8, expert=16), dict(fsdp=16, expert=8)]}
+
+
+def work(params, mesh, names):
+  """(FLOPs of each device by the table of what is a matrix where, those that the planner promises, of all matrices)."""
+  is_axes = lambda x: isinstance(x, optim.MatrixAxes)
+  axes = {"/".join(sharding.path_names(path)): pair for path, pair in jax.tree_util.tree_leaves_with_path(
+    optim.matrix_axes(params), is_leaf=is_axes) if is_axes(pair)}
+  specs = leaves(jax.tree.map(lambda place: place.spec, sharding.parameter_shardings(params, mesh)))
+  shapes = {name: x.shape for name, x in leaves(params).items()}
+  sizes = {name: size for name, size in mesh.shape.items() if size > 1}
+  chosen = [name for name in axes if names in name]
+  leaf = lambda name: (shapes[name], axes[name], specs[name])
+  sides = lambda name: [math.prod(shapes[name][i] for i in side) for side in axes[name]]
+  of_one = lambda r, k: len(COEFFICIENTS) * (4 * min(r, k) ** 2 * max(r, k) + 2 * min(r, k) ** 3)
+  total = sum(math.prod(shapes[name]) // math.prod(sides(name)) * of_one(*sides(name)) for name in chosen)
+  counts = {}
+  for layout in (batches.layout_of(*leaf(name), sizes) for name in axes):
+    counts[layout.stack] = counts.get(layout.stack, 0) + layout.count
+  plans, _ = batches.plans_of(counts, sizes)
+  wanted = {batches.layout_of(*leaf(name), sizes).stack for name in chosen}
+  done = sum(plans[stack].real.sum(-1) * of_one(math.prod(stack[1]), math.prod(stack[2])) for stack in wanted)
+  promised = batches.flops_of_devices(*zip(*map(leaf, chosen)), sizes)
+  return done, promised, total
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_newton_schulz_is_spread_evenly_over_a_pod(model, number):
+  """The busiest chip: of everything at most 1.02 times the mean and 2% of a step's FLOPs at the run's batch, of the routed
+  experts at most 1.05 times their mean."""
+  name, run, params = model
+  sizes = tuple(MESHES[name][number].get(axis, 1) for axis in sharding.MESH_AXES)
+  mesh = AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+  done, promised, total = work(params, mesh, "")
+  np.testing.assert_array_equal(done, promised)
+  assert done.sum() == total
+  of_experts, _, total_of_experts = work(params, mesh, "moe/experts")
+  step = run.stages[0].sequence_length * run.stages[0].batch_size * 6 * dsv4.count(run.model, 4096).parameters.total_active
+  print(name, MESHES[name][number], done.max() / (total / mesh.size), of_experts.max() / (total_of_experts / mesh.size),
+        done.max() * mesh.size / step)
+  assert done.max() <= 1.02 * total / mesh.size
+  assert of_experts.max() <= 1.05 * total_of_experts / mesh.size
+  assert done.max() * mesh.size <= 0.02 * step
