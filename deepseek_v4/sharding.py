@@ -320,7 +320,7 @@ def per_copy(fn: Callable) -> Callable:
   """
   axes = copies()
 
-  def stacked(whole, rows):
+  def stacked(whole: Any, rows: Any) -> Any:
     return jax.tree.map(lambda x: x[None], fn(whole, rows))
   return jax.shard_map(stacked, in_specs=(PartitionSpec(), PartitionSpec(None, axes)), out_specs=PartitionSpec(axes),
                        axis_names=set(axes), check_vma=False)

@@ -231,8 +231,8 @@ def to_release(source: str | Path, target: str | Path, *, quantization: str | No
   config = config_lib.from_dict(ModelConfig, manifest["config"]["model"])
   companions = source / RELEASE if (source / RELEASE).is_dir() else None
   if quantization == SAME:  # a run's own config need not say how the weights were stored that it began with
-    released = companions is not None and (companions / CONFIG_NAME).is_file()
-    quantization = (ModelConfig.from_hf(companions) if released else config).quantization
+    released = companions if companions is not None and (companions / CONFIG_NAME).is_file() else None
+    quantization = (config if released is None else ModelConfig.from_hf(released)).quantization
   stored = manifest["leaves"]
   problems: Problems = {"missing": [], "wrong shape": []}
   for leaf in leaves(config):

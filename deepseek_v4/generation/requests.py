@@ -28,7 +28,7 @@ class ThinkingBudget:
   tokens: int
   close: tuple[int, ...]
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     typed(self)
     at_least(self, 0, "tokens")
     if not self.close or min(self.close) < 0:
@@ -50,7 +50,7 @@ class Thought:
     free: tokens that the thought may still grow by, at least 0.
   """
 
-  def __init__(self, budget: ThinkingBudget | None, stop_tokens: Sequence[int] = ()):
+  def __init__(self, budget: ThinkingBudget | None, stop_tokens: Sequence[int] = ()) -> None:
     self.is_open = budget is not None
     self.free = 0 if budget is None else budget.tokens
     self._close = () if budget is None else tuple(budget.close)
@@ -78,7 +78,11 @@ class Thought:
 
 # ---- checks --------------------------------------------------------------------------------------------------------
 def settings(count: int, *values: Any) -> Rows:
-  """The rows of the four sampling settings, each one value or one per request."""
+  """The rows of the four sampling settings, each one value or one per request.
+
+  Raises:
+    ValueError: another number of values, or one that is refused.
+  """
   columns = []
   for name, value in zip(("temperature", "top_p", "top_k", "min_p"), values, strict=True):
     column = [value] * count if np.ndim(value) == 0 else np.asarray(value).tolist()
@@ -89,7 +93,11 @@ def settings(count: int, *values: Any) -> Rows:
 
 
 def budgets(value: ThinkingBudget | None | Sequence[ThinkingBudget | None], count: int) -> list[ThinkingBudget | None]:
-  """The thinking budget of each request."""
+  """The thinking budget of each request.
+
+  Raises:
+    ValueError: another number of budgets.
+  """
   if value is None or isinstance(value, ThinkingBudget):
     return [value] * count
   found = list(value) if isinstance(value, Sequence) else []
@@ -122,7 +130,11 @@ def check(config: ModelConfig, prompts: Sequence[Sequence[int]], keys: jax.Array
 
 def begun(replies: Sequence[Sequence[int]] | None, thoughts: Sequence[Thought], max_new_tokens: int, vocab_size: int
           ) -> list[list[int]]:
-  """The replies that have begun, checked; their tokens are added to the thoughts."""
+  """The replies that have begun, checked; their tokens are added to the thoughts.
+
+  Raises:
+    ValueError: names the reply that cannot be gone on with.
+  """
   if replies is None:
     return [[] for _ in thoughts]
   if len(replies) != len(thoughts):

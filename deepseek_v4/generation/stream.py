@@ -22,12 +22,13 @@ class Stream:
     on_text: called with each piece.
   """
 
-  def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+  def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
     self._tokenizer, self._on_text = tokenizer, on_text
     self._tokens: list[int] = []
     self._text, self._shown = "", 0  # of these tokens, and how many of its characters have been shown
 
-  def __call__(self, _, token: int) -> None:
+  def __call__(self, _: int, token: int) -> None:
+    """The next token; the first argument, which request it is of, is not needed."""
     alone, text = text_of(self._tokenizer, [token]), text_of(self._tokenizer, [*self._tokens, token])
     if not alone and text == self._text:
       return
@@ -39,6 +40,7 @@ class Stream:
       self._tokens, self._text, self._shown = [token], alone, len(alone) - (not finished)
 
   def finish(self) -> None:
+    """Shows what is left of a character that never became whole."""
     self._show(len(self._text))
 
   def _show(self, end: int) -> None:

@@ -256,7 +256,7 @@ def _where_real(function: Callable[[jax.Array], jax.Array], x: jax.Array, real: 
   lead = real.ndim - 1
   spec = PartitionSpec(*mesh_sizes())
 
-  def local(x, real):
+  def local(x: jax.Array, real: jax.Array) -> jax.Array:
     one = lambda slot: jax.lax.cond(slot[1], function, jnp.zeros_like, slot[0])
     return jax.lax.map(one, (x.reshape(x.shape[lead:]), real.reshape(-1))).reshape(x.shape)
   return jax.shard_map(local, in_specs=(spec, spec), out_specs=spec, check_vma=False)(x, jnp.asarray(real))
@@ -269,7 +269,8 @@ def _apply(function: Callable[[jax.Array], jax.Array], spread: Sequence[jax.Arra
   axis = len(sizes)
   whole = [plan.whole for plan in plans]
   rest = [x.shape[axis] - count for x, count in zip(spread, whole)]
-  of_all, of_some = [None] * len(spread), [None] * len(spread)
+  of_all: list[Any] = [None] * len(spread)
+  of_some: list[Any] = [None] * len(spread)
   if any(whole):
     batch = function(_join([x[(slice(None),) * axis + (slice(count),)] for x, count in zip(spread, whole)], axis))
     of_all = _cut(_constrain(batch, tuple(sizes), 1, [(), ()] if sizes else None), whole, axis)
@@ -311,7 +312,8 @@ def map_matrices(function: Callable[[jax.Array], jax.Array], leaves: Sequence[ja
   for i, layout in enumerate(layouts):
     members.setdefault(layout.stack, []).append(i)
   plans, _ = plans_of(_counts_of(layouts), sizes)
-  spread, by_shape = {}, {}
+  spread: dict[Any, jax.Array] = {}
+  by_shape: dict[Any, list[Any]] = {}
   for stack, indices in members.items():
     x_PKM = _join([_to_stack(leaves[i], layouts[i], sizes) for i in indices], len(stack[0]))
     spread[stack] = _spread(_take(x_PKM, plans[stack].slots(), len(stack[0])), stack, sizes)

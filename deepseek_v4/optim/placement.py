@@ -67,10 +67,10 @@ def place(groups: Sequence[Group], sizes: Mapping[str, int]) -> tuple[list[np.nd
     heapq.heapify(places)
     counts, most = np.zeros(shape, int), room_for(group.count, len(places))
     for _ in range(group.count):
-      work, order, at = heapq.heappop(places)
+      work, place, at = heapq.heappop(places)
       counts[at] += 1
       if counts[at] < most:
-        heapq.heappush(places, (work + group.cost, order, at))
+        heapq.heappush(places, (work + group.cost, place, at))
     found[i] = counts
     order = [group.left.index(name) for name in kept]
     load += group.cost * np.expand_dims(counts.transpose(order), [names.index(name) for name in group.placed])

@@ -60,11 +60,12 @@ def sum_gradients(grads: Any, places: Any, how: str, key: jax.Array) -> Any:
   """
   axes = sharding.copies()
   leaves, treedef = jax.tree.flatten(grads)
-  specs = treedef.flatten_up_to(places)
+  tree: Any = treedef  # whose type has no methods
+  specs = tree.flatten_up_to(places)
   if how == "float32":
-    return treedef.unflatten([jax.lax.with_sharding_constraint(x.sum(0), spec) for x, spec in zip(leaves, specs)])
+    return tree.unflatten([jax.lax.with_sharding_constraint(x.sum(0), spec) for x, spec in zip(leaves, specs)])
 
-  def exchange(leaves, key):
+  def exchange(leaves: Any, key: jax.Array) -> list[jax.Array]:
     found = []
     for number, (x, spec) in enumerate(zip(leaves, specs)):
       own = jax.random.fold_in(key, number)
@@ -73,7 +74,7 @@ def sum_gradients(grads: Any, places: Any, how: str, key: jax.Array) -> Any:
       found.append(_exchanged(x[0], axes, own))
     return found
   stacked = [PartitionSpec(axes, *spec) for spec in specs]
-  return treedef.unflatten(jax.shard_map(exchange, in_specs=(stacked, PartitionSpec()), out_specs=specs,
+  return tree.unflatten(jax.shard_map(exchange, in_specs=(stacked, PartitionSpec()), out_specs=specs,
                                          check_vma=False)(leaves, key))
 
 

@@ -102,13 +102,13 @@ class RowOrder:
     """Row number -> row, for numbers from `position.row` on; behind the one epoch of held-out text rows without tokens."""
     begin, rest = position.begin, self._left(position.earlier)
     count = rest.rows if rest else 0
-    first = self._of_rest(count, begin)
+    first: Any = self._of_rest(count, begin)
     of_epoch = functools.lru_cache(maxsize=2)(functools.partial(self._of_epoch, self.packing.rows))
 
     def row_at(row: int) -> Batch:
       if self._split == "held_out" and row >= self.packing.rows:
         return packing.build_row(self.packing, None, self._documents.read)
-      if row - begin < count:
+      if rest is not None and row - begin < count:
         return packing.build_row(rest, first[row - begin], self._documents.read, self._documents.counted)
       epoch, place = divmod(row - begin - count, self.packing.rows)
       return packing.build_row(self.packing, of_epoch(epoch)[place], self._documents.read, self._documents.counted)

@@ -69,8 +69,8 @@ WRONG = table(
   ("variables", "[]", "a dictionary with params and router", lambda p: save_hf({}, T0, p / "new")),
   ("copy_files_from", "nowhere", "a folder", lambda p: copy_companions(p / "nowhere", p)),
   ("config.json", "nowhere", "a folder that holds one", lambda p: to_checkpoint(p / "nowhere", p / "new")),
-  ("workdir", "a'", "a folder", written(lambda p: check_workdir(p / "a"), a="x")),
-  ("workdir", "holds notes.txt", "a new or an empty folder", written(check_workdir, notes__txt="x")),
+  ("workdir", "a'", "a folder", written(lambda p: check_workdir(p / "a", {}), a="x")),
+  ("workdir", "holds notes.txt", "a new or an empty folder", written(lambda p: check_workdir(p, {}), notes__txt="x")),
   ("checkpoints", "a run of 9 steps", "expected it back, or another folder", written(
     lost, metrics__jsonl='{"step": 9, "loss": 1.0}\n')),
   ("metrics.jsonl", "line 1", "one JSON object", written(
