@@ -115,7 +115,7 @@ def _readers(entries, chosen, plan, static):
   entries = tpu.pad_axis(tpu.pad_axis(entries, 1, rows_of_each), 2, plan.width)
   table, *pieces = sparse_table.make_tables(entries, tpu.pad_axis(seen, 1, rows_of_each), options, plan.direct > 0)
   chosen = sparse_plan.by_query(chosen, plan, -1 if kind == "indices" else 0)
-  all_words = sparse_lists.as_table(chosen.reshape(-1, chosen.shape[2])) if kind != "indices" else None
+  all_words = sparse_lists.as_table(chosen.reshape(-1, chosen.shape[2])) if kind != "indices" and plan.entries else None
 
   def lists(*chunks):
     chunks = [jnp.minimum(chunk, plan.chunks - 1) for chunk in chunks]

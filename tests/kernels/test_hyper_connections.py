@@ -11,6 +11,7 @@ from pallas_kernels.hyper_connections import collapse, expand
 from tests.kernels import oracles
 
 both_implementations = pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+all_implementations = pytest.mark.parametrize("implementation", ["reference", "blockwise", "interpret"])
 
 
 @functools.cache
@@ -28,14 +29,14 @@ def from_logits(logits, implementation, streams=None):
   return jitted(implementation)(streams, fn, base, np.ones(3, np.float32))
 
 
-@both_implementations
+@all_implementations
 def test_two_streams_have_a_closed_form(implementation):
   """The limit of a 2 x 2 Sinkhorn iteration is sigmoid((a + d - b - c) / 2) on the diagonal."""
   _, _, comb = from_logits(np.array([[0.3, -1.1], [0.7, 0.2]]), implementation)
   np.testing.assert_allclose(comb[0, 0], [[0.610639, 0.389361], [0.389361, 0.610639]], atol=2e-6)
 
 
-@both_implementations
+@all_implementations
 def test_zero_coefficients_average(implementation):
   rng = np.random.default_rng(0)
   x = np.repeat(rng.normal(size=(1, 1, 1, 8)), 4, 2).astype(np.float32)
@@ -48,7 +49,7 @@ def test_zero_coefficients_average(implementation):
   np.testing.assert_allclose(new, np.repeat(update[:, :, None], 4, 2) + x, atol=1e-5)
 
 
-@both_implementations
+@all_implementations
 def test_streams_move_forwards(implementation):
   """A large logit at (i, j) sends stream i to stream j, not the other way."""
   cycle = [1, 2, 3, 0]
@@ -60,7 +61,7 @@ def test_streams_move_forwards(implementation):
   np.testing.assert_allclose(moved[0, 0, cycle], x[0, 0], atol=2e-5)
 
 
-@both_implementations
+@all_implementations
 def test_columns_sum_to_one_however_large_the_logits(implementation):
   """The last step normalises columns. Rows follow only as far as 20 rounds get them."""
   logits = np.random.default_rng(0).normal(size=(4, 4))

@@ -27,7 +27,7 @@ def teacher():
   return dict(attention_queries=q, entries=entries, lse=lse.astype(np.float32)), log_mass
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "interpret"])
 def test_indexer_loss_where_its_value_is_known(implementation):
   """Scores equal to log p plus a constant make the loss and its gradient zero; the teacher never gets a gradient."""
   fixed, log_mass = teacher()
