@@ -76,6 +76,7 @@ def test_a_request_draws_the_same_tokens_in_any_batch_and_row():
     ids.append(token)
 
 
+@pytest.mark.long
 def test_a_request_is_the_same_beside_a_long_one():
   """A cache with other room, of which more is read, and other chunks: the same tokens as alone."""
   prompts = [random_tokens(n, seed=n).tolist() for n in (5, 300)]
