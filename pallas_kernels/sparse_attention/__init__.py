@@ -80,7 +80,11 @@ def attend_with(run: Callable[..., Any], q: jax.Array, window_kv: jax.Array, ent
                 entry_segment: jax.Array, window: int, scale: float, past_kv: jax.Array | None = None,
                 past_segment: jax.Array | None = None,
                 unpack: Callable[[Any], jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
-  """`attend` by the form `run` (see `form`), whatever the shape."""
+  """`attend` by the form `run` (see `form`), whatever the shape.
+
+  Raises:
+    ValueError: as `attend`.
+  """
   if (past_kv is None) != (past_segment is None) or (past_kv is not None and past_kv.shape[:2] != past_segment.shape):
     shapes = [None if x is None else x.shape for x in (past_kv, past_segment)]
     raise ValueError(f"past_kv, past_segment = {shapes[0]}, {shapes[1]}: expected [batch, past, width], [batch, past]")
