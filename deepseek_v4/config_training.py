@@ -170,7 +170,8 @@ class TrainingConfig:
   kernels: str = "auto"  # implementation of the ops: auto, reference, blockwise, pallas, interpret
   attention_mode: str = "sparse"  # "dense": CSA layers attend to every visible entry
   # How copies of the weights (mesh.dcn_data x mesh.data of them) add up their gradients, once a step: "float32", or
-  # "bfloat16": stochastically rounded to it for each of two exchanges, with float32 sums between them.
+  # "bfloat16": stochastically rounded to it for each of two exchanges, with float32 sums between them. A single copy sends
+  # nothing.
   gradient_reduction: str = "float32"
   trainable: str = "all"  # "indexer": only the indexers, by their own loss alone; "all_but_indexer": all else, without it
   watch_gradients: bool = False  # norm of each group of parameters; one that is 0 for log_every steps ends the run

@@ -4,7 +4,7 @@ Mesh axes: dcn_data (slices with a copy each), data (copies), fsdp (weights spli
 (experts split; all other weights as by fsdp), context (contiguous parts of the sequence, see `model/sequence.py`; weights as
 by fsdp), tensor (heads, expert width, vocabulary). A batch is split over the first four together:
 `tokens[B_(dcn_data,data,fsdp,expert), S_context]`. The ambient mesh is the one of `jax.set_mesh`; without one everything
-here is the identity, so that modules need not ask. Nothing of a forward or backward pass is exchanged between copies, so a
+here is the identity, so that modules need not ask. No gradient or activation of a pass is exchanged between copies, so a
 pass may also run inside `per_copy`, where the first two axes are not there.
 """
 

@@ -20,7 +20,7 @@ overlap: of a trained run, how much of its selection a query shares with its nei
 context: a context of a million tokens read and gone on with by a small model; what a token costs along it.
 all: every one of them one after another, and a plan; beside transformers if it is installed (pip install -e '.[test]' with
 Python 3.11 brings it). Hours; a part that fails does not stop the others.
-tables: README's tables, from files that kernels, forward, train and decode wrote with --json.
+tables: README's tables of kernels and decoding, and tokens a second, from what kernels, forward, train and decode wrote.
 """
 
 from __future__ import annotations
@@ -183,10 +183,11 @@ def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeat
 
 def bench_all(names: list[str], against: str | None, path: str | None) -> None:
   """Runs all parts, prints how each ended and writes their figures; ends the program if one failed."""
-  found = everything.measure(everything.chosen(names, against or everything.default_against()), say)
+  def keep(found: dict) -> None:
+    if path is not None:
+      Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+  found = everything.measure(everything.chosen(names, against or everything.default_against()), say, keep=keep)
   print("", everything.summary(found), sep="\n")
-  if path is not None:
-    Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
   if any("failed" in part for part in found.values()):
     sys.exit("error: a part failed")
 

@@ -47,7 +47,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("drafts", None, "With --speculative: tokens guessed at a time, one if not given.", lower_bound=1)
   flags.DEFINE_enum("cache_storage", "compute", STORAGES,
                     "What the cache keeps: compute, or mixed (FP8, BF16 and FP4).")
-  flags.DEFINE_string("mesh", None, "AXIS=DEVICES,...: data, fsdp, expert, tensor, as mesh.* of a run; also "
+  flags.DEFINE_string("mesh", None, "AXIS=DEVICES,...: dcn_data, data, fsdp, expert, tensor, as mesh.* of a run; also "
                       "emulated_devices=N. Default: one device.")
   flags.DEFINE_enum("compute_dtype", None, ["float32", "bfloat16"], "Of activations; default as the checkpoint's config.")
   flags.DEFINE_bool("inference_rounding", False, "Round what DeepSeek's own inference rounds.")

@@ -106,7 +106,8 @@ def _work(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, int
   dense = count.total + count.total_mtp - experts * shape["expert"] * shape["tensor"]
   missing = lambda *axes: 1 - 1 / math.prod(shape[axis] for axis in axes)
   whole = experts * missing("fsdp", "context") + dense / shape["tensor"] * missing("fsdp", "expert", "context")
-  copies = held["parameters"] * missing("data") * 2
+  rounded = 0.5 if run_config.training.gradient_reduction == "bfloat16" else 1
+  copies = held["parameters"] * missing(*sharding.COPY_AXES) * 2 * rounded
   weights = passes * whole * (2 * width + 4) + copies  # gathered twice, gradients reduced once; over copies once a step
   rows = 1.25 * model.num_experts_per_tok * model.hidden_size * width * tokens * missing("expert")
   layers = model.num_hidden_layers + model.num_nextn_predict_layers

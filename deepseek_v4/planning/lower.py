@@ -117,7 +117,7 @@ def trace_serving(run_config: RunConfig, mesh: jax.sharding.Mesh, tokens: int,
     refuse("mesh.context", mesh.shape["context"], "1 for prefill and decode: a row's cache lies on one device")
   shards = mesh.size // mesh.shape["tensor"]
   if rows % shards:
-    refuse("data.batch_size", rows, f"a multiple of data x fsdp x expert = {shards}, the shards of the cache's rows")
+    refuse("data.batch_size", rows, f"a multiple of {sharding.BATCH_SPLIT} = {shards}, the shards of the cache's rows")
   if not 1 <= tokens <= length:
     refuse("tokens", tokens, f"1 to data.sequence_length = {length}")
   chunk = lambda *axes, shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.spec(axes)))

@@ -243,7 +243,7 @@ def sampled(tools: Tools, number: int, prompts: list[tuple[int, ...]], place: Pl
                            batch_size=distillation.decode_batch, temperature=distillation.temperature)
   first = number * distillation.steps_per_round
   draw = draw if place.step == first else functools.partial(_refuse_to_draw, tools.workdir, number, place.step)
-  with journals.Journal(tools.workdir / SAMPLES, number, asked, len(prompts)) as journal:
+  with journals.Journal(tools.workdir / SAMPLES, number, asked, len(prompts), whole=place.step != first) as journal:
     before = journal.count
     requests = [Request(prompt, (seed, number, i)) for i, prompt in enumerate(prompts)]
     replies = journals.draw_missing(journal, requests, draw, max_new_tokens=distillation.reply_length,

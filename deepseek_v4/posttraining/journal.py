@@ -36,13 +36,15 @@ class Journal:
     number: of the round.
     asked: what the round asks for (prompts, settings, weights), as JSON holds it.
     requests: how many.
+    whole: nothing may be missing or asked for otherwise; the file stays as it is if something is.
 
   Raises:
     ValueError: a number of requests that is none.
+    FileNotFoundError: not all replies are there that `whole` wants.
     OSError: the file cannot be written.
   """
 
-  def __init__(self, folder: str | Path, number: int, asked: Any, requests: int) -> None:
+  def __init__(self, folder: str | Path, number: int, asked: Any, requests: int, whole: bool = False) -> None:
     if requests < 1:
       raise ValueError(f"requests = {requests}: expected at least 1")
     self.tokens: list[list[int]] = [[] for _ in range(requests)]
@@ -51,6 +53,9 @@ class Journal:
     Path(folder).mkdir(parents=True, exist_ok=True)
     head = json.loads(json.dumps({"asked": asked, "requests": requests}))
     sound = self._read(head) if self._path.exists() else 0
+    if whole and (not sound or sound < self._path.stat().st_size):
+      raise FileNotFoundError(f"{self._path}: expected the replies of round {number} as the run left them, and the settings "
+                              f"that it had: the weights that drew them are gone")
     self._file = self._path.open("r+b" if sound else "wb")
     self._file.seek(sound)
     self._file.truncate()

@@ -28,7 +28,7 @@ from deepseek_v4.config import DataConfig
 from deepseek_v4.text import tokenize
 from deepseek_v4.training import packing, sources
 from deepseek_v4.training.conversations import ChatDocuments
-from deepseek_v4.training.row_order import IDENTITY, Batch, Position, RowOrder
+from deepseek_v4.training.row_order import IDENTITY, ORDER, Batch, Position, RowOrder
 
 SIZES = ("sequence_length", "batch_size", "accumulation")  # what does not change how a document is encoded
 
@@ -155,7 +155,7 @@ class Batches:
     self._places_AB = np.arange(config.batch_size).reshape(config.accumulation, -1)[:, list(rows)]
     digest = hashlib.sha256(documents.lengths.astype("<i8").tobytes() + documents.checksum.to_bytes(4, "little"))
     self._identity = dict(zip(IDENTITY, (split, config.sequence_length, config.seed, config.fim_rate,
-                                         digest.hexdigest()[:16]), strict=True))
+                                         digest.hexdigest()[:16], ORDER), strict=True))
 
   def __iter__(self) -> "BatchIterator":
     return BatchIterator(self)

@@ -22,7 +22,8 @@ from deepseek_v4.config import DataConfig
 from deepseek_v4.training import packing
 
 Batch = dict[str, np.ndarray]
-IDENTITY = ("split", "sequence_length", "seed", "fim_rate", "documents")  # of the data that a position is one in
+IDENTITY = ("split", "sequence_length", "seed", "fim_rate", "documents", "order")  # of the data that a position is one in
+ORDER = 2  # changes with the permutation, so that no position is taken for a place in another one
 
 
 class Documents(Protocol):

@@ -47,13 +47,14 @@ def default_against() -> str | None:
   return cases.TRANSFORMERS if installed else None
 
 
-def measure(wanted: dict[str, list[str]], say: Callable[[str], None],
-            run: Callable[..., Any] = subprocess.run) -> dict[str, Any]:
+def measure(wanted: dict[str, list[str]], say: Callable[[str], None], run: Callable[..., Any] = subprocess.run,
+            keep: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, Any]:
   """{part: what it wrote, or {"failed": how it ended}}; every part's own lines are printed as they come.
 
   Args:
     wanted: see `parts`.
     run: starts a process and waits for it.
+    keep: is given what was found so far after each part.
   """
   found, start = {}, time.monotonic()
   for number, (name, arguments) in enumerate(wanted.items(), 1):
@@ -65,6 +66,7 @@ def measure(wanted: dict[str, list[str]], say: Callable[[str], None],
       found[name] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
       if done.returncode:
         found[name] |= {"failed": f"exit code {done.returncode}"}
+    keep(found)
   return found
 
 

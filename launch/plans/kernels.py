@@ -76,6 +76,7 @@ class Local:
   rows: int = 0
   experts: int = 1
   direction: str = "forward"
+  past: int = 0
 
   @property
   def tokens(self) -> int:
@@ -145,8 +146,10 @@ def local_of(traced: Traced, one: Pass) -> Local | None:
   op = {"index_select": "select"}.get(name, "kl_loss" if name.startswith("index_loss") else "attention")
   if op == "attention" and rate != one.model.csa_compress_rate:
     op = "attention_heavy" if rate else "attention_window"
+  # Keys of the tokens before a part of a sequence come from its neighbour, or from the cache.
+  past = one.model.sliding_window - 1 if one.tokens < one.length or one.mesh["context"] > 1 else 0
   return Local(op, batch, one.tokens // one.mesh["context"], one.length, rate, one.length // rate if rate else 0,
-               _shapes(one, heads))
+               _shapes(one, heads), past=past if op.startswith("attention") else 0)
 
 
 def _sizes(traced: Traced) -> tuple[int | None, int, int]:

@@ -31,7 +31,6 @@ from launch.benchmarks.kernels import chips
 from launch.plans.measure import TRAIN, Figures, Wanted, rates_of
 
 ROOT = Path(__file__).resolve().parents[2]
-AXES = ("data", "fsdp", "expert", "context", "tensor")  # of one slice
 MOST_TOKENS = 65536  # of a device in a pass; more only costs memory
 SHARES = (1, 2, 4)  # rows of a device group in a pass
 
@@ -47,11 +46,11 @@ class Candidate:
 
   @property
   def name(self) -> str:
-    sizes = " ".join(f"{axis}={getattr(self.mesh, axis)}" for axis in AXES if getattr(self.mesh, axis) > 1)
+    sizes = " ".join(f"{axis}={getattr(self.mesh, axis)}" for axis in sharding.SLICE_AXES if getattr(self.mesh, axis) > 1)
     return f"{sizes or 'one device'}, accumulation {self.accumulation}, remat {self.remat}"
 
 
-def shapes_of(devices: int, axes: int = len(AXES)) -> Iterator[tuple[int, ...]]:
+def shapes_of(devices: int, axes: int = len(sharding.SLICE_AXES)) -> Iterator[tuple[int, ...]]:
   """All ways to write a number as a product of so many sizes."""
   if axes == 1:
     yield (devices,)
@@ -74,7 +73,7 @@ def candidates(run_config: RunConfig, topology: str, remats: Sequence[str]) -> l
   chip = chips.chip_of(topology)
   shapes, found = abstract_state(dataclasses.replace(run_config, mesh=MeshConfig())), []
   for sizes in shapes_of(len(devices)):
-    mesh_config = MeshConfig(**dict(zip(AXES, sizes)))
+    mesh_config = MeshConfig(**dict(zip(sharding.SLICE_AXES, sizes)))
     mesh = sharding.make_mesh(mesh_config, devices)
     try:
       sharding.check_model_divides(run_config.model, mesh)
@@ -145,7 +144,7 @@ def search(wanted: Wanted, command: Sequence[str], accumulation: str, remats: Se
 
 def _compile(one: Candidate, command: Sequence[str], accumulation: str, timeout: float) -> Figures:
   """The figures that a process of its own writes, or {"failed": the last thing that it said}."""
-  settings = {f"mesh.{axis}": getattr(one.mesh, axis) for axis in AXES}
+  settings = {f"mesh.{axis}": getattr(one.mesh, axis) for axis in sharding.MESH_AXES}
   settings |= {accumulation: one.accumulation, "model.remat": one.remat}
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "plan.json"

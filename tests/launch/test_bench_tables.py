@@ -64,8 +64,10 @@ def test_a_part_that_fails_does_not_stop_the_others():
     rows = {"rows": [{}, {}], "targets": [{"reached": True}, {"reached": False}, {"reached": None}]}
     Path(command[command.index("--json") + 1]).write_text(json.dumps(rows))
     return subprocess.CompletedProcess(command, 0)
-  said = []
-  found = everything.measure(everything.chosen(["forward", "decode", "plan"], "transformers"), said.append, run)
+  said, kept = [], []
+  found = everything.measure(everything.chosen(["forward", "decode", "plan"], "transformers"), said.append, run,
+                             lambda so_far: kept.append(list(so_far)))
+  assert kept == [["forward"], ["forward", "decode"], ["forward", "decode", "plan"]]
   assert list(found) == ["forward", "decode", "plan"] and found["decode"] == {"failed": "exit code 3"}
   assert everything.summary(found).splitlines() == [
     "forward         2 rows, 1 of 2 targets reached", "decode          exit code 3",

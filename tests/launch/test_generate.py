@@ -108,7 +108,7 @@ def test_on_a_mesh_and_in_another_dtype(folder, speaker):
 
 
 @pytest.mark.parametrize("text, expected", [
-  ("rows=2", "--mesh = 'rows=2': MeshConfig has no field 'rows'; it has data, fsdp, expert"),
+  ("rows=2", "--mesh = 'rows=2': MeshConfig has no field 'rows'; it has dcn_data, data, fsdp, expert"),
   ("tensor", "--mesh = 'tensor': .* expected KEY=VALUE"), ("tensor=two", "--mesh = 'tensor=two': tensor = 'two': expected")])
 def test_meshes_that_cannot_be(text, expected):
   with pytest.raises(ValueError, match=expected):

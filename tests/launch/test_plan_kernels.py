@@ -14,7 +14,7 @@ from pallas_kernels.selection import Selection
 
 MODEL = ModelConfig(num_attention_heads=16, head_dim=256, hidden_size=256, moe_intermediate_size=128, n_routed_experts=4,
                     num_experts_per_tok=2, index_topk=128, index_n_heads=8, compute_dtype="bfloat16")
-MESH = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
+MESH = {"dcn_data": 1, "data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
 V5P = chips.chip_of("v5p:2x2x1")
 wide = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 whole = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -35,7 +35,7 @@ def plan(config, *arguments, timeout=120):
   ("debug", ["--topology", "v5p:2x2x1", "--step", "prefill", "--chunk_size", "129"],
    "tokens = 129: expected 1 to data.sequence_length = 128"),
   ("debug", ["--topology", "v5p:2x2x1", "--step", "decode", "--set", "data.batch_size=6"],
-   "data.batch_size = 6: expected a multiple of data x fsdp x expert = 4"),
+   "data.batch_size = 6: expected a multiple of dcn_data x data x fsdp x expert = 4"),
   ("debug", ["--topology", "v5p:2x2x1", "--search", "--step", "decode"],
    "--step = 'decode': expected 'train' with --search"),
 ], ids=["config", "topology", "too many devices", "batch", "json", "stage", "cache on context", "chunk", "rows", "search"])

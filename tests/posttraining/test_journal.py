@@ -26,6 +26,22 @@ def read(folder, asked=ASKED, requests=3):
     return journal.tokens, journal.logprobs
 
 
+def test_what_must_be_whole_stays_as_it_is(written):
+  """A round that is half learnt from: whoever asks otherwise, or finds it cut short, is told and loses nothing."""
+  (file,) = written.iterdir()
+  sound = file.read_bytes()
+  with pytest.warns(UserWarning, match="other prompts"), pytest.raises(FileNotFoundError, match="the settings that it had"):
+    Journal(written, 3, {"other": "settings"}, 3, whole=True)
+  assert file.read_bytes() == sound
+  file.write_bytes(sound[:-4])
+  with pytest.warns(UserWarning, match="damaged"), pytest.raises(FileNotFoundError, match="as the run left them"):
+    Journal(written, 3, ASKED, 3, whole=True)
+  assert file.read_bytes() == sound[:-4]
+  file.write_bytes(sound)
+  with Journal(written, 3, ASKED, 3, whole=True) as journal:
+    assert journal.count == 7
+
+
 def test_what_was_added_is_there_again(written):
   with warnings.catch_warnings():
     warnings.simplefilter("error")

@@ -139,7 +139,7 @@ def test_a_position_goes_on_where_it_was_whatever_the_batch(path, batch_size):
 def test_places_without_a_move_are_as_they_always_were(path):
   rows = iter(dataset(path, 16))
   next(rows)
-  assert set(rows.get_state()) == {"row", "split", "sequence_length", "seed", "fim_rate", "documents"}
+  assert set(rows.get_state()) == {"row", "split", "sequence_length", "seed", "fim_rate", "documents", "order"}
   state = rows.get_state()
   assert moved(state, 16) is state
   assert moved(moved({**state, "row": 0}, 64), 32)["earlier"] == []
