@@ -86,11 +86,20 @@ class RunConfig:
     if self.optimizer.warmup_steps + self.optimizer.decay_steps > steps - first:
       refuse("optimizer.warmup_steps + optimizer.decay_steps", self.optimizer.warmup_steps + self.optimizer.decay_steps,
              f"at most training.steps = {steps}{f' - optimizer.first_step = {first}' if first else ''}")
+    self._check_rounded_sums()
     self._check_post_training()
     if self.distillation is not None:
       config_distillation.check(self)
     if self.reinforcement is not None:
       config_reinforcement.check(self)
+
+  def _check_rounded_sums(self) -> None:
+    """Refuses meshes on which copies of the weights cannot run their passes alone (see `training/copies.py`)."""
+    mesh, how = self.mesh, self.training.gradient_reduction
+    if how != "float32" and (mesh.context != 1 or (mesh.expert != 1 and mesh.tensor != 1)):
+      refuse("training.gradient_reduction", how,
+             f"'float32' with mesh.context = {mesh.context}, mesh.expert = {mesh.expert}, mesh.tensor = {mesh.tensor}: "
+             f"other sums need context 1, and one of expert and tensor 1")
 
   def _check_post_training(self) -> None:
     """Refuses settings of pre-training that post-training has no use for."""

@@ -306,6 +306,12 @@ def per_shard(fn: Callable, in_axes: Sequence[Any], out_axes: Any) -> Callable:
                        axis_names=set(_free_axes()), check_vma=False)
 
 
+def mesh_axis_size(axis: str) -> int:
+  """Devices of the ambient mesh along one of its axes; 1 without a mesh."""
+  mesh = _ambient()
+  return 1 if mesh is None else mesh.shape[axis]
+
+
 def copies() -> tuple[str, ...]:
   """The axes of the ambient mesh along which there are several copies of the weights."""
   mesh = _ambient()

@@ -285,5 +285,5 @@ def test_rewinds_that_cannot_be():
       dsv4.rewind(cache, np.array(lengths))
   with pytest.raises(ValueError, match=r"at least \[7, 2\]"):  # not two tokens twice
     dsv4.rewind(dsv4.rewind(cache, np.array([7, 4])), np.array([6, 4]))
-  with pytest.raises(ValueError, match=r"lengths = int32\(\): expected integers \(2,\)"):
+  with pytest.raises(ValueError, match=r"lengths = int\d+\(\): expected integers \(2,\)"):
     dsv4.rewind(cache, 3)

@@ -111,6 +111,13 @@ def test_rounded_sums_move_half_the_bytes():
   assert size(exact) == 2 * 3 / 4 * 4 * 43 and size(rounded) == 2 * 3 / 4 * 2 * (12 + 32 + 4)
 
 
+@pytest.mark.parametrize("mesh", [{"context": 2}, {"expert": 2, "tensor": 2}])
+def test_meshes_whose_copies_cannot_run_alone_are_refused(mesh):
+  training = dataclasses.replace(RUN.training, gradient_reduction="bfloat16")
+  with pytest.raises(ValueError, match="training.gradient_reduction = 'bfloat16': expected 'float32' with mesh.context = "):
+    dataclasses.replace(RUN, training=training, mesh=c.MeshConfig(**mesh))
+
+
 # ---- the whole step ----------------------------------------------------------------------------------------------------
 def test_a_step_over_two_slices_with_rounded_sums():
   """Like the step of one device but for the rounding: two of at most 2^-7 of each number, on average a third of that."""
