@@ -37,6 +37,10 @@ def devices_of(topology: str) -> list[Any]:
   """
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(f"topology = {topology!r}: libtpu is not installed, expected what pip install -e '.[aot]' brings")
+  sizes = topology.partition(":")[2].split("x")
+  if not all(size.isdecimal() and int(size) > 0 for size in sizes):  # some libtpu end the process over it
+    raise ValueError(f"topology = {topology!r}: expected a slice that libtpu knows, such as v5p:4x4x4, v6e:4x4 or "
+                     f"TPU7x:2x2x1")
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
   except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
