@@ -6,6 +6,7 @@ python -m launch.bench memory --topology v5p:2x2x2 [--lengths 65536] [--noothers
 python -m launch.bench exchange --topology v5p:2x2x2 [--lengths 4096] [--models pro] [--json FILE]
 python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
 python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
+python -m launch.bench plan [--against maxtext --maxtext_python FILE] [--optimizers adamw,muon] [--json FILE]
 python -m launch.bench all [--parts forward,decode] [--json FILE]
 python -m launch.bench tables FILE...
 
@@ -18,6 +19,8 @@ memory: what attention takes of a chip's HBM, forward and backward, heads split 
 exchange: what a layer's experts take that are spread over the slice, tokens gathered and tokens sent, from the same.
 overlap: of a trained run, how much of its selection a query shares with its neighbours.
 context: a context of a million tokens read and gone on with by a small model; what a token costs along it.
+plan: Flash's whole train step compiled for 128 and 256 v5p, beside MaxText's by the same libtpu if its Python is given:
+python3.12 -m venv FOLDER && FOLDER/bin/pip install 'maxtext[tpu]==0.2.5', then --maxtext_python FOLDER/bin/python.
 all: every one of them one after another, and a plan; beside transformers if it is installed (pip install -e '.[test]' with
 Python 3.11 brings it). Hours; a part that fails does not stop the others.
 tables: README's tables of kernels and decoding, and tokens a second, from what kernels, forward, train and decode wrote.
@@ -38,16 +41,20 @@ from launch.benchmarks.kernels import cases as kernel_cases
 from launch.benchmarks.kernels import chips
 from launch.benchmarks.kernels import report as kernel_report
 from launch.benchmarks.kernels import run as kernel_run
+from launch.benchmarks.maxtext import cases as plan_cases
+from launch.benchmarks.maxtext import run as plan_run
 from launch.benchmarks.memory import cases as memory_cases
 from launch.benchmarks.memory import run as memory_run
 
 KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT = "kernels", "memory", "exchange", "overlap", "context"
-ALL, TABLES = "all", "tables"
-KINDS = (*cases.KINDS, KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT, ALL, TABLES)
+PLAN, ALL, TABLES = "plan", "all", "tables"
+KINDS = (*cases.KINDS, KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT, PLAN, ALL, TABLES)
+MAXTEXT = "maxtext"
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum("against", None, [cases.TRANSFORMERS], "Another implementation that takes turns with ours.")
+  flags.DEFINE_enum("against", None, [cases.TRANSFORMERS, MAXTEXT], "Another implementation: transformers takes turns with "
+                    "ours, MaxText stands beside plan.")
   flags.DEFINE_list("lengths", None, f"Tokens of the row: {', '.join(map(str, cases.LENGTHS))} if not given (the other side "
                     f"is measured up to {cases.LONGEST_AGAINST}); {', '.join(map(str, cases.DECODE_LENGTHS))} for decode, "
                     f"{', '.join(map(str, cases.REMAT_LENGTHS))} for remat, "
@@ -63,6 +70,9 @@ def define_flags() -> None:
   flags.DEFINE_string("checkpoint", None, "Of overlap: the checkpoints of a run.")
   flags.DEFINE_integer("tokens", 1_048_576, "Of context: how long it is.")
   flags.DEFINE_list("chunks", ["4096", "3000"], "Of context: tokens fed at a time, in the first and the second run.")
+  flags.DEFINE_string("maxtext_python", None, f"Of plan: the Python of an environment with MaxText: {plan_run.INSTALL}")
+  flags.DEFINE_list("optimizers", [], "Of plan: which ones; all if not given.")
+  flags.DEFINE_integer("minutes", 30, "Of plan: the most that one compilation may take.", lower_bound=1)
   flags.DEFINE_list("parts", [], "Of all: which ones; all if not given.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
@@ -77,10 +87,13 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
   if not arguments or arguments[0] not in KINDS or (len(arguments) == 1) == (arguments[0] == TABLES):
     raise ValueError(f"measurement = {' '.join(arguments)!r}: expected one of {', '.join(KINDS)}; files behind tables only")
   kind = arguments[0]
-  if against and kind not in (*cases.KINDS, ALL) or against and kind == cases.REMAT:
-    raise ValueError(f"--against = {against!r}: expected nothing for {kind}, which has other sides of its own or none")
+  allowed = {PLAN: [MAXTEXT], ALL: [cases.TRANSFORMERS]} | {name: [cases.TRANSFORMERS] for name in cases.KINDS}
+  allowed[cases.REMAT] = []
+  if against and against not in allowed.get(kind, []):
+    expected = " or ".join(allowed.get(kind, [])) or "nothing"
+    raise ValueError(f"--against = {against!r}: expected {expected} for {kind}; some have other sides of their own")
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-  if against and missing:
+  if against == cases.TRANSFORMERS and missing:
     raise ValueError(f"--against = {against!r}: {' and '.join(missing)} not installed, expected what "
                      f"pip install -e '.[test]' brings (with Python 3.11)")
   if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
@@ -167,6 +180,22 @@ def bench_context(tokens: int, chunks: list[str], path: str | None) -> None:
     report.write_json(path, rows, found)
 
 
+def bench_plan(against: str | None, python: str | None, optimizers: list[str], minutes: int, path: str | None) -> None:
+  """Compiles, prints and writes Flash's step beside MaxText's; ends the program if ours did not compile."""
+  if (against is None) != (python is None):
+    raise ValueError(f"--maxtext_python = {python!r}: expected a Python with --against {MAXTEXT} and nothing without it; "
+                     f"its environment: {plan_run.INSTALL}")
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError("plan: libtpu is not installed, expected what pip install -e '.[aot]' brings")
+  rows = plan_run.measure(python, plan_cases.of_optimizers(optimizers), say, minutes)
+  found = plan_run.targets(rows)
+  print("", plan_run.table(rows), report.target_lines(found), sep="\n")
+  if path is not None:
+    report.write_json(path, rows, found)
+  if any(row["ours"] and "all" not in row for row in rows):
+    sys.exit("error: a program of ours did not compile")
+
+
 def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeats: int, path: str | None) -> None:
   """Measures, prints and writes the figures of the model; ends the program if a measurement of ours failed."""
   rows = run.measure(kind, lengths, against, repeats, say)
@@ -194,7 +223,7 @@ def bench_all(names: list[str], against: str | None, path: str | None) -> None:
 
 def main(argv: list[str]) -> None:
   names = ("against", "json", "lengths", "topology", "ops", "models", "others", "repeats", "checkpoint", "tokens",
-           "chunks", "parts")
+           "chunks", "parts", "maxtext_python", "optimizers", "minutes")
   value = {name: flags.FLAGS[name].value for name in names}
   try:
     kind, lengths = check(argv[1:], value["lengths"], value["against"], value["json"])
@@ -206,6 +235,8 @@ def main(argv: list[str]) -> None:
       bench_exchange(value["topology"], lengths, value["models"], value["json"])
     elif kind == CONTEXT:
       bench_context(value["tokens"], value["chunks"], value["json"])
+    elif kind == PLAN:
+      bench_plan(value["against"], value["maxtext_python"], value["optimizers"], value["minutes"], value["json"])
     elif kind == ALL:
       bench_all(value["parts"], value["against"], value["json"])
     elif kind == TABLES:

@@ -366,7 +366,12 @@ def test_the_peak_starts_again():
     (["decode", "--lengths", "1048544"], "error: --lengths = '1048544': expected whole numbers from 1 to 1048543"),
     (["forward", "--lengths", "512,x"], "error: --lengths = 'x': expected whole numbers from 1 to 1048576"),
     (["forward", "--json", "no/such/folder.json"], "error: --json = 'no/such/folder.json': expected a file in a"),
-    (["forward", "--against", "maxtext"], "value should be one of <transformers>"),
+    (["forward", "--against", "torchtitan"], "value should be one of <transformers|maxtext>"),
+    (["forward", "--against", "maxtext"], "error: --against = 'maxtext': expected transformers for forward"),
+    (["plan", "--against", "transformers"], "error: --against = 'transformers': expected maxtext for plan"),
+    (["plan", "--against", "maxtext"], "error: --maxtext_python = None: expected a Python with --against maxtext"),
+    (["plan", "--against", "maxtext", "--maxtext_python", "no/python"], "error: --maxtext_python = 'no/python': No such"),
+    (["plan", "--optimizers", "sgd"], "error: --optimizers = 'sgd': expected some of ('adamw', 'muon', "),
 ])
 def test_mistakes_are_told_without_a_traceback(arguments, said):
   done = subprocess.run([sys.executable, "-m", "launch.bench", *arguments], cwd=ROOT, env=os.environ, capture_output=True,

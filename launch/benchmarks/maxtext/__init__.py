@@ -1,0 +1,8 @@
+"""V4-Flash's whole train step beside MaxText's, both compiled by one libtpu file for the same slice, nothing run.
+
+    cases.py     slices, batches and optimizers, and what each side must be told for them
+    theirs.py    a process of MaxText's own environment: compiles its step and leaves its figures and its text in a folder
+    ours.py      the same of our step
+    read.py      both texts read alike: FLOPs, bytes that travel, memory
+    run.py       starts the processes, ratios, table, targets
+"""

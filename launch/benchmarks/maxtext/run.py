@@ -1,0 +1,168 @@
+"""Compiles both sides of each case, one after another in processes of their own, and puts them side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+from deepseek_v4.planning.read import SHARE
+from launch.benchmarks.kernels.chips import chip_of
+from launch.benchmarks.maxtext import cases, read
+from launch.benchmarks.maxtext.cases import ADAMW, MUON, OURS, THEIRS, Case
+
+ROOT = Path(__file__).resolve().parents[3]
+INSTALL = f"python3.12 -m venv FOLDER && FOLDER/bin/pip install '{cases.PACKAGE}'"
+GIB, GB, TERA = 2**30, 1e9, 1e12
+# Neither side looks for TPUs, nor for who else holds one, nor for its project in a cloud.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+               "DECOUPLE_GCLOUD": "TRUE"}
+
+Row = dict[str, Any]
+
+
+def library_of(python: str | None) -> str:
+  """The libtpu file of the environment of a Python that has MaxText; of our own if there is none.
+
+  Raises:
+    ValueError: it does not exist, or has no MaxText.
+  """
+  if python is None:
+    return str(Path(importlib.util.find_spec("libtpu").origin).with_name("libtpu.so"))
+  script = "import importlib.util as u, importlib.metadata as m; m.version('maxtext'); print(u.find_spec('libtpu').origin)"
+  try:
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=120)
+  except OSError as error:
+    raise ValueError(f"--maxtext_python = {python!r}: {error.strerror}, expected the Python of an environment with "
+                     f"MaxText: {INSTALL}") from error
+  if done.returncode:
+    raise ValueError(f"--maxtext_python = {python!r}: {done.stderr.strip().splitlines()[-1]}, expected the Python of an "
+                     f"environment with MaxText: {INSTALL}")
+  return str(Path(done.stdout.strip().splitlines()[-1]).with_name("libtpu.so"))
+
+
+def measure(python: str | None, wanted: Sequence[Case], say: Callable[[str], None], minutes: float) -> list[Row]:
+  """A row for each side of each case.
+
+  Args:
+    python: of MaxText's environment, whose libtpu both sides then use; None: our side alone, with its own.
+    minutes: the most that one compilation may take.
+
+  Raises:
+    ValueError: as `library_of`.
+  """
+  library, rows = library_of(python), []
+  digest = hashlib.sha256(Path(library).read_bytes()).hexdigest()[:12]
+  sides = (OURS,) if python is None else (OURS, THEIRS)
+  jobs = [(case, side) for case in wanted for side in sides if (case.optimizer, side) != (cases.DEFAULT_MUON, OURS)]
+  for number, (case, side) in enumerate(jobs, 1):
+    say(f"{number}/{len(jobs)} {case.name}, {side}")
+    rows.append({"case": case.name, "side": side, "ours": side == OURS, "optimizer": case.optimizer, "tokens": case.tokens,
+                 "chips": case.chips, "libtpu_sha256": digest, **_compiled(case, side, python, library, say, minutes)})
+    say("  " + line(rows[-1]))
+  return rows
+
+
+def command_of(case: Case, side: str, python: str | None, folder: str) -> list[str]:
+  """What compiles one side."""
+  if side == THEIRS:
+    return [python, str(Path(__file__).with_name("theirs.py")), folder, *case.theirs]
+  config = str(ROOT / cases.CONFIG)
+  return [sys.executable, "-m", "launch.benchmarks.maxtext.ours", folder, config, case.topology, *case.ours]
+
+
+def _compiled(case: Case, side: str, python: str | None, library: str, say: Callable[[str], None], minutes: float) -> Row:
+  environment = {**os.environ, **ENVIRONMENT, "TPU_LIBRARY_PATH": library}
+  if side == OURS:
+    environment["PYTHONPATH"] = str(ROOT)
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      done = _waited(command_of(case, side, python, folder), environment, 60 * minutes, say)
+    except subprocess.TimeoutExpired:
+      return {"failed": f"more than {minutes:g} minutes"}
+    if not (Path(folder) / "figures.json").is_file():
+      return {"failed": f"exit code {done.returncode}: {' '.join(done.stderr.strip().splitlines()[-3:])[-400:]}"}
+    found = json.loads((Path(folder) / "figures.json").read_text(encoding="utf-8"))
+    if "memory" not in found:
+      return found
+    text = (Path(folder) / "program.txt").read_text(encoding="utf-8")
+    return found | read.of_program(case, text, found.pop("memory"), chip_of(case.topology).hbm_bytes)
+
+
+def _waited(command: list[str], environment: dict[str, str], seconds: float,
+            say: Callable[[str], None]) -> subprocess.CompletedProcess:
+  clock, done = time.perf_counter(), threading.Event()
+
+  def tick():
+    while not done.wait(60):
+      say(f"  compiling for {time.perf_counter() - clock:.0f} s")
+  threading.Thread(target=tick, daemon=True).start()
+  try:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+  finally:
+    done.set()
+
+
+# ---- what is said of it -----------------------------------------------------------------------------------------------
+def line(row: Row) -> str:
+  """One row in words."""
+  if said := row.get("failed") or row.get("refused"):
+    return f"{'failed' if 'failed' in row else 'refused by the compiler'}: {said}"
+  return (f"arguments {row['arguments'] / GIB:.1f}, temporaries {row['temporaries'] / GIB:.1f}, all {row['all'] / GIB:.1f} "
+          f"GiB; matmuls {row['matmuls'] / TERA:.0f} TFLOP, travels {row['travels'] / GB:.0f} GB; {row['seconds']:.0f} s")
+
+
+def newton_schulz(rows: Sequence[Row], side: str, optimizer: str) -> float | None:
+  """FLOPs that a chip executes for it: the matmuls of a step with Muon without those of the same step with AdamW."""
+  found = {row["optimizer"]: row["matmuls"] for row in rows if row["side"] == side and row["tokens"] == 4096
+           and "matmuls" in row}
+  return found[optimizer] - found[ADAMW] if {optimizer, ADAMW} <= set(found) else None
+
+
+def table(rows: Sequence[Row]) -> str:
+  """Both sides of each case under each other, with ours over theirs where both compiled."""
+  titles, widths = ("arguments", "temp.", "all", "matmuls", "N.-Sch.", "travels"), (10, 8, 8, 9, 9, 9)
+  lines = [f"{'GiB, TFLOP and GB of a chip':34}" + "".join(f"{title:>{width}}" for title, width in zip(titles, widths))]
+  numbers = lambda row: [row["arguments"] / GIB, row["temporaries"] / GIB, row["all"] / GIB, row["matmuls"] / TERA,
+                         row["newton_schulz"] and row["newton_schulz"] / TERA, row["travels"] / GB]
+  show = lambda values, digits: "".join(f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
+                                        for value, width in zip(values, widths))
+  found = [row | {"newton_schulz": newton_schulz(rows, row["side"], row["optimizer"]) or None} for row in rows]
+  for name in dict.fromkeys(row["case"] for row in found):
+    lines.append(name)
+    pair = [row for row in found if row["case"] == name]
+    lines += [f"  {row['side']:32}" + (show(numbers(row), 1) if "all" in row else line(row)) for row in pair]
+    if len(pair) == 2 and all("all" in row for row in pair):
+      ratios = [None if None in two else two[0] / two[1] for two in zip(*map(numbers, pair))]
+      lines.append(f"  {'ours / theirs':32}" + show(ratios, 2))
+  return "\n".join(lines)
+
+
+def targets(rows: Sequence[Row]) -> list[Row]:
+  """What was to be reached, for our rows that are here."""
+  found = []
+
+  def add(row, what, bound, value):
+    found.append({"target": f"{row['case']}: {what}, at most", "bound": bound, "value": value,
+                  "reached": value is not None and value <= bound})
+
+  for row in (row for row in rows if row["ours"] and row["optimizer"] in (ADAMW, MUON)):
+    value = {name: row[name] / unit if name in row else None
+             for name, unit in (("all", chip_of(row["case"].split()[0]).hbm_bytes), ("temporaries", GIB), ("travels", GB))}
+    if row["tokens"] != 4096:
+      add(row, "share of the HBM that a program may use", SHARE, value["all"])
+      continue
+    add(row, "GiB of temporaries", cases.TEMPORARIES, value["temporaries"])
+    add(row, "GB that travel", cases.TRAVELS[row["optimizer"]], value["travels"])
+    if row["optimizer"] == MUON:
+      work = newton_schulz(rows, OURS, MUON)
+      add(row, "TFLOP of Newton-Schulz", cases.NEWTON_SCHULZ, None if work is None else work / TERA)
+  return found
