@@ -6,6 +6,7 @@ python -m launch.bench memory --topology v5p:2x2x2 [--lengths 65536] [--noothers
 python -m launch.bench exchange --topology v5p:2x2x2 [--lengths 4096] [--models pro] [--json FILE]
 python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
 python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
+python -m launch.bench start [--repeats 3] [--json FILE]
 python -m launch.bench all [--parts forward,decode] [--json FILE]
 python -m launch.bench tables FILE...
 
@@ -18,6 +19,7 @@ memory: what attention takes of a chip's HBM, forward and backward, heads split 
 exchange: what a layer's experts take that are spread over the slice, tokens gathered and tokens sent, from the same.
 overlap: of a trained run, how much of its selection a query shares with its neighbours.
 context: a context of a million tokens read and gone on with by a small model; what a token costs along it.
+start: seconds from nothing to the import, the first forward pass and the first training step of configs/tiny.py.
 all: every one of them one after another, and a plan; beside transformers if it is installed (pip install -e '.[test]' with
 Python 3.11 brings it). Hours; a part that fails does not stop the others.
 tables: README's tables of kernels and decoding, and tokens a second, from what kernels, forward, train and decode wrote.
@@ -33,7 +35,7 @@ from pathlib import Path
 from absl import app, flags
 
 from launch import use_huge_pages
-from launch.benchmarks import cases, context, context_rows, everything, exchange, overlap, report, run, tables, worker
+from launch.benchmarks import cases, context, context_rows, everything, exchange, overlap, report, run, start, tables, worker
 from launch.benchmarks.kernels import cases as kernel_cases
 from launch.benchmarks.kernels import chips
 from launch.benchmarks.kernels import report as kernel_report
@@ -42,8 +44,8 @@ from launch.benchmarks.memory import cases as memory_cases
 from launch.benchmarks.memory import run as memory_run
 
 KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT = "kernels", "memory", "exchange", "overlap", "context"
-ALL, TABLES = "all", "tables"
-KINDS = (*cases.KINDS, KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT, ALL, TABLES)
+START, ALL, TABLES = "start", "all", "tables"
+KINDS = (*cases.KINDS, KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT, START, ALL, TABLES)
 
 
 def define_flags() -> None:
@@ -167,6 +169,15 @@ def bench_context(tokens: int, chunks: list[str], path: str | None) -> None:
     report.write_json(path, rows, found)
 
 
+def bench_start(repeats: int, path: str | None) -> None:
+  """Prints and writes how long the first results take."""
+  rows = start.measure(say, repeats)
+  found = start.targets(rows)
+  print("", report.target_lines(found), sep="\n")
+  if path is not None:
+    report.write_json(path, rows, found)
+
+
 def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeats: int, path: str | None) -> None:
   """Measures, prints and writes the figures of the model; ends the program if a measurement of ours failed."""
   rows = run.measure(kind, lengths, against, repeats, say)
@@ -206,6 +217,8 @@ def main(argv: list[str]) -> None:
       bench_exchange(value["topology"], lengths, value["models"], value["json"])
     elif kind == CONTEXT:
       bench_context(value["tokens"], value["chunks"], value["json"])
+    elif kind == START:
+      bench_start(value["repeats"], value["json"])
     elif kind == ALL:
       bench_all(value["parts"], value["against"], value["json"])
     elif kind == TABLES:

@@ -39,7 +39,7 @@ def keys_seen(found: Mapping[str, Any], rates: Mapping[int, int], row: int = 0) 
   grey = matplotlib.colormaps["Greys"]
   labels = {"in the window": WINDOW, "in an entry that is read": READ, "in an entry that is not chosen": VISIBLE}
   figure.legend(handles=[Patch(facecolor=grey(shade), edgecolor="black", label=label) for label, shade in labels.items()],
-                loc="outside lower center", ncols=3, fontsize=9)
+                loc="outside lower center", ncols=3 if len(rates) > 1 else 1, fontsize=9)
   return figure
 
 
