@@ -68,7 +68,8 @@ def test_arrays_have_shapes():
 
 
 def test_missing_shapes_are_seen():
-  for text, expected in (("def f(x: jax.Array) -> int: 'Sums.'", True), ("def f(x: jax.Array) -> int: 'Sums of [B, S].'", False),
+  for text, expected in (("def f(x: jax.Array) -> int: 'Sums.'", True),
+                         ("def f(x: jax.Array) -> int: 'Sums of [B, S].'", False),
                          ("def f(x_BS: jax.Array) -> None: 'Looks.'", False), ("def f(n: int) -> int: 'One more.'", False),
                          ("def f(x_BS: jax.Array) -> jax.Array: 'Sums.'", True)):
     assert shapeless(ast.parse(text).body[0]) == expected, text
@@ -76,7 +77,8 @@ def test_missing_shapes_are_seen():
 
 # What other people call, deepseek_v4's own names and the ops: here dtypes are said too.
 CALLED = {"deepseek_v4/model/transformer.py": ("DeepseekV4.__call__",),
-          "deepseek_v4/model/cache.py": ("cache_lengths", "cache_entries", "rewind"), "deepseek_v4/analysis/trace.py": ("trace",),
+          "deepseek_v4/model/cache.py": ("cache_lengths", "cache_entries", "rewind"),
+          "deepseek_v4/analysis/trace.py": ("trace",),
           "deepseek_v4/optim/newton_schulz.py": ("newton_schulz",), "deepseek_v4/generation/decode.py": ("generate",),
           "deepseek_v4/training/state.py": ("init_state",), "deepseek_v4/training/step.py": ("make_train_step",),
           "deepseek_v4/posttraining/distillation.py": ("reverse_kl",),

@@ -29,7 +29,7 @@ def keys_seen(found: Mapping[str, Any], rates: Mapping[int, int], row: int = 0) 
     rates: layer -> tokens of an entry; 0 for a sliding layer.
     row: of the batch.
   """
-  figure = new_figure(3.4 * len(rates) + 0.6, 4.6)
+  figure = new_figure(3.4 * len(rates) + 0.6, 4.6 if len(rates) > 1 else 5.2)  # a line of legend for each shade
   for axes, (layer, rate) in zip(np.atleast_1d(figure.subplots(1, len(rates), sharey=True)), rates.items()):
     seen = seen_tokens(found, layer, rate, row)
     axes.imshow(seen, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
