@@ -26,7 +26,8 @@ from tests.model.small import T0, random_variables
 
 # The kinds of layers that keep entries: each layer more is a third more to compile.
 BYTES = dataclasses.replace(T0, vocab_size=262, num_hidden_layers=2, layer_types=(CSA, HCA), mlp_layer_types=(HASH, LEARNED))
-OPTIONS = dict(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, chunk_size=32, cache_storage="compute")
+# Fed token by token, a prompt of any length needs one program; chunks have tests of their own (tests/generation).
+OPTIONS = dict(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, chunk_size=1, cache_storage="compute")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def reply_to(speaker, text):
   """The text that `generate` itself gives."""
   found = dsv4.generate(speaker.model, random_variables(dataclasses.replace(BYTES, scan_layers=False)),
                         [chat.to_ids(text, speaker.tokenizer)], keys=jax.random.split(jax.random.key(9), 1),
-                        max_new_tokens=6, temperature=0.0, chunk_size=32, stop_tokens=(1,))
+                        max_new_tokens=6, temperature=0.0, chunk_size=1, stop_tokens=(1,))
   return speaker.tokenizer.decode(found.tokens[0])
 
 
@@ -261,7 +262,7 @@ def test_a_mixed_cache_and_its_drift(folder, speaker, monkeypatch):
   launch_generate.answer(mixed, ["hello"], None, shown.append)
   text, size = "".join(shown), sum(dsv4.count(BYTES, 64).cache_bytes["mixed"].values()) / 2**20
   (((model, _, (ids,)), options),) = asked
-  assert model is mixed.model and options == {"chunk_size": 32} and ids[:5] == mixed.tokenizer.encode("hello")
+  assert model is mixed.model and options == {"chunk_size": OPTIONS["chunk_size"]} and ids[:5] == mixed.tokenizer.encode("hello")
   assert text.startswith(mixed.tokenizer.decode(ids[5:]) + "\n") and len(ids) == 6
   assert text.endswith(f"cache {size:,.2f} MiB (mixed); ended by length\nmixed against compute cache, 6 tokens: logits "
                        "0.012 apart, at most 0.5, of a spread of 1.5; 90.0% the same first choice; KL 0.001 nats\n")
