@@ -256,12 +256,14 @@ def sequence_parts() -> int:
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-  """`x` with its layout pinned to logical axes; the identity without an ambient mesh."""
+  """`x` (any shape and dtype) with its layout pinned to logical axes, one for each of its own; the identity without an
+  ambient mesh."""
   return x if _ambient() is None else jax.lax.with_sharding_constraint(x, _free_spec(axes))
 
 
 def gathered(weight: jax.Array, path: Sequence[str]) -> jax.Array:
-  """A parameter as its matmul wants it: whole along `GATHERED`, still split over tensor and, if an expert's, over expert."""
+  """A parameter, shape and dtype kept, as its matmul wants it: whole along `GATHERED`, still split over tensor and, if
+  an expert's, over expert."""
   if _ambient() is None:
     return weight
   axes = parameter_axes(path, weight.ndim)

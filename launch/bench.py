@@ -7,6 +7,7 @@ python -m launch.bench exchange --topology v5p:2x2x2 [--lengths 4096] [--models 
 python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
 python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
 python -m launch.bench plan [--against maxtext --maxtext_python FILE] [--optimizers adamw,muon] [--json FILE]
+python -m launch.bench start [--repeats 3] [--json FILE]
 python -m launch.bench all [--parts forward,decode] [--json FILE]
 python -m launch.bench tables FILE...
 
@@ -21,6 +22,7 @@ overlap: of a trained run, how much of its selection a query shares with its nei
 context: a context of a million tokens read and gone on with by a small model; what a token costs along it.
 plan: Flash's whole train step compiled for 128 and 256 v5p, beside MaxText's by the same libtpu if its Python is given:
 python3.12 -m venv FOLDER && FOLDER/bin/pip install 'maxtext[tpu]==0.2.5', then --maxtext_python FOLDER/bin/python.
+start: seconds from nothing to the import, the first forward pass and the first training step of configs/tiny.py.
 all: every one of them one after another, and a plan; beside transformers if it is installed (pip install -e '.[test]' with
 Python 3.11 brings it). Hours; a part that fails does not stop the others.
 tables: README's tables of kernels and decoding, and tokens a second, from what kernels, forward, train and decode wrote.
@@ -36,7 +38,7 @@ from pathlib import Path
 from absl import app, flags
 
 from launch import use_huge_pages
-from launch.benchmarks import cases, context, context_rows, everything, exchange, overlap, report, run, tables, worker
+from launch.benchmarks import cases, context, context_rows, everything, exchange, overlap, report, run, start, tables, worker
 from launch.benchmarks.kernels import cases as kernel_cases
 from launch.benchmarks.kernels import chips
 from launch.benchmarks.kernels import report as kernel_report
@@ -47,8 +49,8 @@ from launch.benchmarks.memory import cases as memory_cases
 from launch.benchmarks.memory import run as memory_run
 
 KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT = "kernels", "memory", "exchange", "overlap", "context"
-PLAN, ALL, TABLES = "plan", "all", "tables"
-KINDS = (*cases.KINDS, KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT, PLAN, ALL, TABLES)
+PLAN, START, ALL, TABLES = "plan", "start", "all", "tables"
+KINDS = (*cases.KINDS, KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT, PLAN, START, ALL, TABLES)
 MAXTEXT = "maxtext"
 
 
@@ -196,6 +198,15 @@ def bench_plan(against: str | None, python: str | None, optimizers: list[str], m
     sys.exit("error: a program of ours did not compile")
 
 
+def bench_start(repeats: int, path: str | None) -> None:
+  """Prints and writes how long the first results take."""
+  rows = start.measure(say, repeats)
+  found = start.targets(rows)
+  print("", report.target_lines(found), sep="\n")
+  if path is not None:
+    report.write_json(path, rows, found)
+
+
 def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeats: int, path: str | None) -> None:
   """Measures, prints and writes the figures of the model; ends the program if a measurement of ours failed."""
   rows = run.measure(kind, lengths, against, repeats, say)
@@ -237,6 +248,8 @@ def main(argv: list[str]) -> None:
       bench_context(value["tokens"], value["chunks"], value["json"])
     elif kind == PLAN:
       bench_plan(value["against"], value["maxtext_python"], value["optimizers"], value["minutes"], value["json"])
+    elif kind == START:
+      bench_start(value["repeats"], value["json"])
     elif kind == ALL:
       bench_all(value["parts"], value["against"], value["json"])
     elif kind == TABLES:

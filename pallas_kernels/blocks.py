@@ -57,5 +57,6 @@ def picked_sees(picks_CK: jax.Array, position_C: jax.Array, segment_C: jax.Array
 
 
 def positive_zero(scores: jax.Array) -> jax.Array:
-  """-0 becomes +0, so that it does not rank below it; only for ranking, since no gradient passes at zero."""
+  """-0 becomes +0, shape and dtype kept, so that it does not rank below it; only for ranking, since no gradient passes
+  at zero."""
   return jnp.where(scores == 0, 0.0, scores)

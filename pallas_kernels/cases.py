@@ -106,7 +106,7 @@ def packed(rows: Sequence[Sequence[int]], length: int, rate: int, num_entries: i
 
 
 def normals(key: jax.Array, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
-  """Independent standard normal arrays by name, from one draw."""
+  """Independent standard normal float32 arrays of these shapes by name, from one draw."""
   sizes = {name: math.prod(shape) for name, shape in shapes.items()}
   numbers = jax.random.normal(key, (sum(sizes.values()),))
   ends = dict(zip(sizes, itertools.accumulate(sizes.values())))

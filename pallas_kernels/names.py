@@ -15,5 +15,5 @@ EXPERTS = "experts"  # of each routed row
 
 
 def named(name: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """The same arrays, named."""
+  """The same arrays, of any shape and dtype, named."""
   return tuple(checkpoint_name(x, name) for x in arrays)

@@ -99,7 +99,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def pad_axis(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
-  """x with `value` behind it along an axis, up to `size`."""
+  """x (any shape and dtype) with `value` behind it along an axis, up to `size`."""
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, size - x.shape[axis])
   return jnp.pad(x, widths, constant_values=value) if size > x.shape[axis] else x

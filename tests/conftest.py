@@ -10,6 +10,7 @@ os.environ.setdefault("NPROC", "64")  # threads of XLA: with fewer, collectives 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax  # noqa: E402  (the platform must be chosen first)
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir",
@@ -22,6 +23,32 @@ _WITHOUT_TORCH = importlib.util.find_spec("torch") is None or importlib.util.fin
 # The TPU compiler comes as wheels for Linux on x86-64 only.
 _WITHOUT_LIBTPU = importlib.util.find_spec("libtpu") is None
 collect_ignore_glob = ["*_parity.py"] * _WITHOUT_TORCH + ["*/test_aot.py"] * _WITHOUT_LIBTPU
+
+# Files that take a minute or more on one core. They come first: no process should be left alone with one of them at the end.
+LONGEST = (
+  "training/test_mesh.py", "training/test_step.py", "kernels/test_cases.py", "generation/test_decode.py",
+  "generation/test_speculative.py", "generation/test_decode_parity.py", "launch/test_generate.py",
+  "launch/test_processes.py", "kernels/test_attention_kernel.py", "kernels/test_indexer_kernel.py",
+  "kernels/test_aot.py", "planning/test_aot.py", "model/test_replay.py", "model/test_cache.py", "model/test_remat.py",
+  "training/test_anticipation.py", "training/test_start_parity.py", "posttraining/test_rollout.py",
+  "posttraining/test_distillation_step.py")
+
+
+def pytest_collection_modifyitems(items):
+  """The longest files first, all others in their order."""
+  place = {os.path.join(os.path.dirname(__file__), *name.split("/")): number for number, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: place.get(str(item.path), len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Of `pytest -n 2`: the tests of a file go to one process, which traces and compiles what they share once."""
+  from xdist.scheduler import LoadFileScheduling
+  if config.getvalue("dist") != "load":  # told otherwise
+    return None
+  config.option.loadscopereorder = False
+  return LoadFileScheduling(config, log)
+
 
 _MEMORY_MAPS = 40_000  # Linux allows 65,530; each compiled program holds some, and XLA crashes where it gets no more
 

@@ -1,6 +1,7 @@
 """Every public function of the two libraries says what it takes and gives, and every package what lives in it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,56 @@ def test_missing_types_are_seen():
   text = ("def f(a, *, b: int): pass\nclass A:\n  def __init__(self, c) -> None: pass\n  def _g(self): pass\n"
           "def h(*x: int) -> int: pass")
   assert of_text(text) == {"f": ["a", "return"], "A.__init__": ["c"], "h": []}
+
+
+ARRAY = re.compile(r"jax\.Array|np\.ndarray|ArrayLike")
+# Axes in brackets, a word for them, or where else they are said.
+SHAPE = re.compile(r"\[[^\]]+\]|\bscalar|\bshape|[Ss]ee `|inverse of|transpose of|[Aa]rguments (as|in)|as `|of `\w+`")
+SUFFIX = re.compile(r"\w+_[A-Zk]+")  # letters of axes, which the legend on top of the file explains
+
+
+def shapeless(node):
+  """Whether a function takes or gives arrays and nothing says of which shape."""
+  given = {p.arg: ast.unparse(p.annotation) for p in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+           if p.annotation}
+  gives = node.returns is not None and ARRAY.search(ast.unparse(node.returns))
+  takes = [name for name, kind in given.items() if ARRAY.search(kind)]
+  named = not gives and all(SUFFIX.fullmatch(name) for name in takes)
+  return bool(gives or takes) and not named and not SHAPE.search(ast.get_docstring(node) or "")
+
+
+def test_arrays_have_shapes():
+  found = [f"{path.relative_to(ROOT)}: {name}" for path in FILES
+           for name, node in public_functions(ast.parse(path.read_text(encoding="utf-8")).body)
+           if not name.split(".")[-1].startswith("__") and shapeless(node)]
+  assert not found
+
+
+def test_missing_shapes_are_seen():
+  for text, expected in (("def f(x: jax.Array) -> int: 'Sums.'", True),
+                         ("def f(x: jax.Array) -> int: 'Sums of [B, S].'", False),
+                         ("def f(x_BS: jax.Array) -> None: 'Looks.'", False), ("def f(n: int) -> int: 'One more.'", False),
+                         ("def f(x_BS: jax.Array) -> jax.Array: 'Sums.'", True)):
+    assert shapeless(ast.parse(text).body[0]) == expected, text
+
+
+# What other people call, deepseek_v4's own names and the ops: here dtypes are said too.
+CALLED = {"deepseek_v4/model/transformer.py": ("DeepseekV4.__call__",),
+          "deepseek_v4/model/cache.py": ("cache_lengths", "cache_entries", "rewind"),
+          "deepseek_v4/analysis/trace.py": ("trace",),
+          "deepseek_v4/optim/newton_schulz.py": ("newton_schulz",), "deepseek_v4/generation/decode.py": ("generate",),
+          "deepseek_v4/training/state.py": ("init_state",), "deepseek_v4/training/step.py": ("make_train_step",),
+          "deepseek_v4/posttraining/distillation.py": ("reverse_kl",),
+          **{path.relative_to(ROOT).as_posix(): None for path in FILES
+             if path.name == "__init__.py" and path.parent.parent.name == "pallas_kernels"}}
+
+
+@pytest.mark.parametrize("file, names", CALLED.items(), ids=list(CALLED))
+def test_what_others_call_says_dtypes(file, names):
+  functions = dict(public_functions(ast.parse((ROOT / file).read_text(encoding="utf-8")).body))
+  for name in names or [name for name, node in functions.items() if ARRAY.search(ast.unparse(node.args))]:
+    said = ast.get_docstring(functions[name]) or ""
+    assert re.search(r"\b(float(ing|32|64)?|int(32)?|bool|dtypes?|bfloat16|typed)\b", said), f"{file}: {name}"
 
 
 def silent(node):

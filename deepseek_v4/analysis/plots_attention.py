@@ -29,7 +29,7 @@ def keys_seen(found: Mapping[str, Any], rates: Mapping[int, int], row: int = 0) 
     rates: layer -> tokens of an entry; 0 for a sliding layer.
     row: of the batch.
   """
-  figure = new_figure(3.4 * len(rates) + 0.6, 4.6)
+  figure = new_figure(3.4 * len(rates) + 0.6, 4.6 if len(rates) > 1 else 5.2)  # a line of legend for each shade
   for axes, (layer, rate) in zip(np.atleast_1d(figure.subplots(1, len(rates), sharey=True)), rates.items()):
     seen = seen_tokens(found, layer, rate, row)
     axes.imshow(seen, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
@@ -39,7 +39,7 @@ def keys_seen(found: Mapping[str, Any], rates: Mapping[int, int], row: int = 0) 
   grey = matplotlib.colormaps["Greys"]
   labels = {"in the window": WINDOW, "in an entry that is read": READ, "in an entry that is not chosen": VISIBLE}
   figure.legend(handles=[Patch(facecolor=grey(shade), edgecolor="black", label=label) for label, shade in labels.items()],
-                loc="outside lower center", ncols=3, fontsize=9)
+                loc="outside lower center", ncols=3 if len(rates) > 1 else 1, fontsize=9)
   return figure
 
 

@@ -58,6 +58,7 @@ def trace(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: jax.A
      "layers/NN/ffn/input", "layers/NN/ffn/output" [B, S, D] of the experts' sublayer, the input normalised,
      "layers/NN/router/scores" [B, S, E], "layers/NN/router/experts", "layers/NN/router/weights" [B, S, k],
      "mtp/..." the same of the prediction block where it runs, "final_norm" [B, S, D], "logits" where made}
+    Selected entries, experts, segments and positions are int32, all others floating, as the pass computes them.
 
   Raises:
     ValueError: a layer that the model does not have, or a cache.

@@ -168,7 +168,7 @@ class Leaf:
     return tuple(math.prod(self.sizes[a] for a in group) for group in self._their_axes)
 
   def to_theirs(self, x: np.ndarray) -> np.ndarray:
-    """From our layout to theirs: axes permuted, then merged."""
+    """From our layout to theirs: axes permuted, then merged; any dtype, shape as `their_shape`."""
     ours = self.row.axes.split()
     return x.transpose([ours.index(a) for group in self._their_axes for a in group]).reshape(self.their_shape)
 
@@ -219,7 +219,7 @@ class Tensor:
     return tuple(shapes[0])
 
   def part(self, leaf: Leaf, x: np.ndarray) -> np.ndarray:
-    """One leaf's part of this tensor, in their layout."""
+    """One leaf's part of this tensor, in their layout; any dtype, shape as the leaf's `their_shape`."""
     if len(self.leaves) == 1:
       return x
     join = leaf.row.join
@@ -227,7 +227,7 @@ class Tensor:
     return x[(slice(None),) * join + (slice(start, start + leaf.their_shape[join]),)]
 
   def join(self, leaf_arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """This tensor in their layout from its leaves, unscanned, by path."""
+    """This tensor in their layout, of shape `shape`, from its leaves, unscanned, by path; any dtype."""
     if self.expert is not None:
       leaf = self.leaves[0]
       return leaf.one_expert.to_theirs(leaf_arrays[leaf.path][self.expert][None])[0]

@@ -36,7 +36,8 @@ _PLAIN = ("float32", "bfloat16", "float16", "float64")
 
 
 def as_numpy(value: Any) -> np.ndarray:
-  """A host array from a numpy, JAX or torch array (torch is never imported) or anything with `.numpy()`."""
+  """A host array from a numpy, JAX or torch array (torch is never imported) or anything with `.numpy()`,
+  of the same shape and dtype; torch's bfloat16 as float32."""
   if hasattr(value, "detach"):
     value = value.detach().cpu()
     value = value.float() if "bfloat16" in str(value.dtype) else value  # numpy() refuses torch's bfloat16
@@ -65,7 +66,7 @@ class Source:
     return self.format is not None or _dtype(self.value) == "bfloat16"
 
   def read(self, dtype: Any) -> np.ndarray:
-    """The values in their layout.
+    """The values in their layout and shape, in this dtype.
 
     Raises:
       ValueError: codes or scales that are no number, or a decoded value that the dtype cannot hold exactly.
@@ -195,7 +196,8 @@ def _table_problems(name: str, table: np.ndarray, config: ModelConfig) -> list[s
 
 # ---- reading leaf by leaf ----------------------------------------------------------------------------------------------
 def read_leaf(leaf: Leaf, sources: Sequence[Source], dtype: Any) -> np.ndarray:
-  """One leaf in our layout; experts are decoded by several threads, each into its place."""
+  """One leaf in our layout, of shape `leaf.shape`, in this dtype; experts are decoded by several threads, each into its
+  place."""
   first = sources[0]
   if first.tensor.expert is None:
     return np.array(leaf.from_theirs(first.tensor.part(leaf, first.read(dtype))), dtype, order="C")
@@ -210,7 +212,7 @@ def read_leaf(leaf: Leaf, sources: Sequence[Source], dtype: Any) -> np.ndarray:
 
 
 def read_scales(sources: Sequence[Source]) -> np.ndarray:
-  """The block scales of one quantised leaf, uint8 in their grid (experts stacked)."""
+  """The block scales of one quantised leaf, uint8 [rows, columns] of their grid; of experts [E, rows, columns]."""
   grids = [np.array(as_numpy(source.scales).view(np.uint8)) for source in sources]
   return grids[0] if sources[0].tensor.expert is None else np.stack(grids)
 

@@ -61,7 +61,7 @@ def release_plan(config: ModelConfig, quantization: str | None, dtype: str = "bf
 def encoded_tensors(config: ModelConfig, quantization: str | None, dtype: str,
                     read: Callable[[Sequence[str]], Mapping[str, np.ndarray]],
                     wide: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, array) of everything in `release_plan`, in its order.
+  """(name, array) of everything in `release_plan`, in its order, shapes and dtypes as planned there.
 
   Args:
     config, quantization, dtype: as in the plan.

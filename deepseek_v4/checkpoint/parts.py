@@ -68,7 +68,7 @@ def _reason(error: BaseException) -> str:
 
 
 def write_part(folder: epath.Path, leaves: Mapping[str, np.ndarray]) -> None:
-  """Writes host arrays by their names on disk; the folder has its name only when all of it is there.
+  """Writes host arrays of any shape and dtype by their names on disk; the folder has its name only when all of it is there.
 
   Replaces what is left there of an interrupted write.
   """

@@ -37,7 +37,7 @@ class StoredTensor:
   dtype: np.dtype
 
   def numpy(self) -> np.ndarray:
-    """The values, mapped from the file: pages are read when they are touched."""
+    """The values in `shape` and `dtype`, mapped from the file: pages are read when they are touched."""
     if 0 in self.shape:
       return np.zeros(self.shape, self.dtype)
     data = np.memmap(self.file, np.uint8, "r", self.offset, (int(np.prod(self.shape)) * self.dtype.itemsize,))

@@ -245,7 +245,7 @@ def check(config: ModelConfig, variables: Any, speculative: Any) -> int:
 def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, drafts: int, keys: jax.Array,
              settings: Rows, max_new_tokens: int, thoughts: Sequence[Thought], chunk_size: int, cache_storage: str,
              on_token: Callable[[int, int], None] | None, on_chunk: Callable[[int], None] | None) -> Generation:
-  """`decode.generate` with this many drafts a step; its arguments, which it has checked."""
+  """`decode.generate` with this many drafts a step; arguments as there, where they have been checked."""
   config, batch = model.config, len(prompts)
   room = decode.room_for(max(map(len, prompts)) + max_new_tokens, config.max_position_embeddings)
   cache, draft_cache = (make(config, batch, room, rewind=drafts, storage=cache_storage)

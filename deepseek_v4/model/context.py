@@ -75,8 +75,8 @@ class Context:
 
 
 def known_values(x: Any) -> np.ndarray | None:
-  """The numbers of an array that has them here: not inside jit, where it stands for any, nor on other processes' devices.
-  None of what is not there."""
+  """The numbers of an array, shape and dtype as it has, if they are here: not inside jit, where it stands for any, nor on
+  other processes' devices. None of what is not there."""
   if x is None or isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
     return None
   return np.asarray(x)

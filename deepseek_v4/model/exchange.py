@@ -91,6 +91,7 @@ def move(x_MD: jax.Array, into_CD: jax.Array, slices: Slices, *, axis: str, impl
   """`into_CD` with the rows that come to this device from all devices of a mesh axis; no gradient.
 
   Args:
+    x_MD, into_CD: [M, D] and [C, D] of one dtype, the rows of this device and room for those that come.
     implementation: "pallas": `ragged_all_to_all`; the others run anywhere.
   """
   return pallas_kernels.pick("exchange", implementation, _IMPLEMENTATIONS)(x_MD, into_CD, slices, axis=axis)

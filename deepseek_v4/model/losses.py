@@ -93,7 +93,8 @@ def _sum_forward(hidden_TD, head_DV, targets_T, chunk_size, axis):
 
 
 def weighed(gradients: tuple[jax.Array, ...], g: jax.Array, axis: str | None) -> tuple[jax.Array, ...]:
-  """Gradients of a sum times its cotangent `g`; `axis` is the mesh axis along which the vocabulary is split."""
+  """Gradients (any shapes and dtypes, kept) of a sum times its cotangent, the scalar `g`; `axis` is the mesh axis along
+  which the vocabulary is split."""
   # Inside shard_map each device of the vocabulary's axis holds its share of the cotangent of a sum that all of them hold.
   g = g if axis is None else jax.lax.psum(g, axis)
   # In the cotangent's own precision: weight over count, rounded to bfloat16, would weigh this loss wrongly.
@@ -108,12 +109,12 @@ _sum.defvjp(_sum_forward, _sum_backward)
 
 
 def next_token_targets(tokens_BS: jax.Array, segment_ids_BS: jax.Array, loss_mask_BS: jax.Array) -> jax.Array:
-  """Target of each place: the next token of the same document where that token counts; -1 elsewhere."""
+  """Target of each place, int32 [B, S]: the next token of the same document where that token counts; -1 elsewhere."""
   mask_BS, next_BS, token_BS = map(sequence.following, (loss_mask_BS, segment_ids_BS, tokens_BS))
   return jnp.where((mask_BS > 0) & (next_BS == segment_ids_BS) & (segment_ids_BS > 0), token_BS, -1)
 
 
 def mtp_targets(targets_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
-  """Target of the prediction block at each place: the token after next of the same document; -1 elsewhere."""
+  """Target of the prediction block at each place, int32 [B, S]: the token after next of the same document; -1 elsewhere."""
   same_BS = sequence.following(segment_ids_BS) == segment_ids_BS
   return jnp.where(same_BS, sequence.following(targets_BS + 1) - 1, -1)  # behind a row stands 0, which becomes -1

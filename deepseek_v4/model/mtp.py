@@ -50,7 +50,7 @@ class MTP(nn.Module):
 
 
 def next_embeddings(embedded_BSD: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
-  """What stands at each place's right, of the same document; zero behind a document's last token, which keeps a packed
-  row equal to its documents alone."""
+  """[B, S, D] in the dtype given: what stands at each place's right, of the same document; zero behind a document's last
+  token, which keeps a packed row equal to its documents alone."""
   same_BS = sequence.following(segment_ids_BS) == segment_ids_BS
   return jnp.where(same_BS[..., None], sequence.following(embedded_BSD), 0)

@@ -64,5 +64,5 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def weight(self, width: int) -> jax.Array:
-    """The weight alone, for code that norms where no module can be called."""
+    """The weight [width] alone, at least float32, for code that norms where no module can be called."""
     return weights.exact(self, self.config, "scale", (width,), nn.initializers.ones)

@@ -134,7 +134,8 @@ def rounded(x: jax.Array, rule: Rule, axis: int = -1) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def straight_through(x: jax.Array, rule: Rule, axis: int = -1) -> jax.Array:
-  """`rounded` to the last bit, with derivative 1 everywhere: what is learnt about the rounded numbers goes to x."""
+  """`rounded` to the last bit, shape and dtype kept, with derivative 1 everywhere: what is learnt about the rounded numbers
+  goes to x."""
   return rounded(x, rule, axis)
 
 
@@ -189,7 +190,7 @@ def unpack(packed: PackedKV | PackedIndex | jax.Array, dtype: Any) -> jax.Array:
 
 
 def round_kv(x: jax.Array, rotary: int) -> jax.Array:
-  """Keys = values as a mixed cache would give them back."""
+  """Keys = values [..., d] as a mixed cache would give them back, in their own dtype; no gradient."""
   return jax.lax.stop_gradient(unpack(pack_kv(x, rotary), x.dtype))
 
 

@@ -18,7 +18,8 @@ _LINEAR_BELOW = -40.0  # softplus(x) = exp(x) to the last bit there, and its squ
 
 
 def score(logits: jax.Array, scoring_func: str) -> jax.Array:
-  """Affinity of each expert: sqrt(softplus(x)), or sigmoid(x); values and gradients finite for every x."""
+  """Affinity of each expert, shape and dtype of the logits [..., E]: sqrt(softplus(x)), or sigmoid(x); values and gradients
+  finite for every x."""
   if scoring_func == "sigmoid":
     return jax.nn.sigmoid(logits)
   # where, not maximum: at a tie that would halve the gradient
@@ -70,7 +71,8 @@ def expert_load(experts_BSk: jax.Array, num_experts: int, segment_ids_BS: jax.Ar
 
 
 def balance_loss(scores_BSE: jax.Array, experts_BSk: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
-  """Sequence-wise balance loss per document, weighted by its tokens, as (sum, tokens); 1 per token at perfect balance.
+  """Sequence-wise balance loss per document, weighted by its tokens, as scalars (sum, tokens); 1 per token at perfect
+  balance.
 
   For a document of n tokens: sum_e f_e P_e with f_e = E / (k n) * picks of e (no gradient) and P_e the mean over its
   tokens of the scores normalised over experts (V3 eqs. 17-20; report 4.2.2).

@@ -14,7 +14,7 @@ from deepseek_v4.config import ModelConfig
 
 def matrix(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...],
            prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
-  """A float32 parameter, normal with `config.init_std`, cast to `config.compute_dtype` and gathered for use.
+  """A float32 parameter of this shape, normal with `config.init_std`, cast to `config.compute_dtype` and gathered for use.
 
   `prepared` stands for the cast: what becomes of the parameter, part by part, before it is gathered.
   """
@@ -25,7 +25,8 @@ def matrix(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, 
 
 def exact(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...],
           init: Callable | None = None) -> jax.Array:
-  """A parameter that is used in float32 (or wider): norms, sinks, biases, the router's gate, mHC coefficients."""
+  """A parameter of this shape that is used in float32 (or wider): norms, sinks, biases, the router's gate, mHC
+  coefficients."""
   init = nn.initializers.normal(config.init_std) if init is None else init
   weight = module.param(name, init, shape, jnp.float32)
   return sharding.gathered(jnp.asarray(weight, exact_dtype(config)), (*module.path, name))

@@ -26,7 +26,7 @@ def decay_start(config: OptimizerConfig, steps: int) -> int:
 
 
 def make_schedule(config: OptimizerConfig, steps: int | None = None) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-  """Learning rate of update number `count`, from 0, as float32.
+  """Learning rate of update number `count`, an integer from 0, as a float32 scalar.
 
   Counted from `first_step`, update w - 1 is the first at the peak (w = warmup_steps), update 0 already moves by peak / w;
   the last update of the run has final_fraction * peak, and so has any later one.

@@ -47,9 +47,10 @@ def reverse_kl(student_hidden: jax.Array, student_head: jax.Array, teacher_hidde
 
 def reverse_kl_sum(student_hidden: jax.Array, student_head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array,
                    mask: jax.Array, *, chunk: int, vocabulary: int | None = None) -> tuple[jax.Array, jax.Array]:
-  """(sum, count) of what `reverse_kl` is the mean of; sums over teachers and passes add up.
+  """Scalars (sum, count) of what `reverse_kl` is the mean of; sums over teachers and passes add up.
 
   Args:
+    student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk: as `reverse_kl` takes them.
     vocabulary: only ids below it count; None = those that both heads have.
   """
   _check(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk)

@@ -280,6 +280,10 @@ def one_step(tools: Tools, place: Place, parts: list[list[list[dict[str, np.ndar
              step: int) -> Place:
   """The step number `step` of a round, and what is due after it.
 
+  Args:
+    parts: of each teacher and step, the passes' rows, int32 [B, S] by name; see `passes_of`.
+    heard: of each teacher, hidden states [passes, B, S, E]; see `listen`.
+
   Raises:
     FloatingPointError: loss or gradients are not finite.
   """

@@ -310,7 +310,7 @@ def learn(tools: Tools, step: int, state: PolicyState, judged: Judged) -> Policy
 
 def one_step(tools: Tools, state: PolicyState,
              passes: Sequence[Mapping[str, np.ndarray]]) -> tuple[PolicyState, dict[str, float]]:
-  """One optimizer step on a minibatch, whose rows come from the host.
+  """One optimizer step on a minibatch, whose rows, arrays [B, S] by name, come from the host.
 
   Raises:
     FloatingPointError: loss or gradients are not finite.

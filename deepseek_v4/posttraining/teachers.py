@@ -201,7 +201,7 @@ class Resident:
     self.loads = 0
 
   def head(self, teacher: Teacher) -> jax.Array:
-    """The teacher's head, in the place of the one before.
+    """The teacher's head [E, V], in the place of the one before.
 
     Raises:
       ValueError: the teacher's newest checkpoint is another one than when the run began.

@@ -51,7 +51,7 @@ class ByteTokenizer:
     return self.encode_documents([text.encode("utf-8") if isinstance(text, str) else text])[0].tolist()
 
   def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-    """One uint16 array of ids per text."""
+    """One uint16 array [bytes] of ids per text."""
     return [np.frombuffer(text, np.uint8).astype(np.uint16) + np.uint16(FIRST_BYTE) for text in texts]
 
   def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
@@ -81,7 +81,7 @@ class JsonTokenizer:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
   def encode_documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-    """One int32 array of ids per text."""
+    """One int32 array [tokens] of ids per text."""
     arrays, chunk, size = [], [], 0
     for i, text in enumerate(texts):
       chunk.append(text.decode("utf-8"))

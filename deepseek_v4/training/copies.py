@@ -21,7 +21,7 @@ from deepseek_v4 import sharding
 
 
 def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
-  """bfloat16 of float32: one of the two neighbours, the nearer one more often, so that its mean over keys is x.
+  """bfloat16 of float32, any shape: one of the two neighbours, the nearer one more often, so that its mean over keys is x.
 
   What is not finite stays so; a number that bfloat16 has stays what it is.
   """

@@ -83,7 +83,7 @@ def abstract_batch(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> dic
 
 def to_device(run_config: RunConfig, mesh: jax.sharding.Mesh | None,
               batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """A process's rows -> arrays of the whole batch, spread over the mesh."""
+  """A process's rows -> arrays of the whole batch, int32 [A, B, S] by name, spread over the mesh."""
   if mesh is None:
     return jax.device_put(dict(batch))
   place, shape = batch_sharding(mesh), batch_shape(run_config)

@@ -129,7 +129,8 @@ def jit_init(run_config: RunConfig, mesh: Mesh | None = None) -> Any:
 
 
 def init_state(run_config: RunConfig, key: jax.Array, mesh: Mesh | None = None) -> TrainState:
-  """A fresh state from one key, the same on every mesh.
+  """A fresh state from one typed key (a scalar), the same on every mesh: step 0, float32 parameters, the optimizer's
+  moments.
 
   Raises:
     ValueError: sizes that the mesh does not divide, before anything is compiled.

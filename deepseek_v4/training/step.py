@@ -67,7 +67,7 @@ def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
 
 
 def loss_weights(loss: LossConfig, decaying: jax.Array | bool, trains: str = "all") -> dict[str, Any]:
-  """Weight of each loss that counts; the MTP weight drops where the learning rate starts to decay.
+  """Weight of each loss that counts, a scalar; the MTP weight drops where the learning rate starts to decay.
 
   Where the indexer trains alone, its own loss is all that counts, and where it does not train, all but that.
   """
@@ -139,7 +139,11 @@ def _accumulate(run_config: RunConfig, state: TrainState, batch: Batch, places: 
 
 # ---- the router's bias ------------------------------------------------------------------------------------------------
 def update_router(config: ModelConfig, router: Any, load: Mapping[str, jax.Array], speed: float) -> Any:
-  """Moves each learned router's bias by `speed` towards balance: b_e += speed * sign(mean load - load_e) (V3 2.1.2)."""
+  """Moves each learned router's bias by `speed` towards balance: b_e += speed * sign(mean load - load_e) (V3 2.1.2).
+
+  Args:
+    load: tokens of each expert, {"layers": [L, E], "mtp": [E] where there is one}.
+  """
   groups = group_layers(config)
 
   def moved(tree, load_E):

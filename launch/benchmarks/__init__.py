@@ -5,5 +5,6 @@
     worker.py   one side of one case in a process of its own: prepare, run when told, report time and memory
     ours.py, theirs.py    what a worker of a side prepares
     run.py      starts workers, lets the sides take turns, shows progress
+    start.py    how long the first results of a fresh process take
     report.py   rows, ratios, the table, the targets, the JSON file
 """

@@ -24,7 +24,8 @@ def parts(against: str | None) -> dict[str, list[str]]:
   model = {kind: bench(kind, *beside) for kind in cases.KINDS if kind != cases.REMAT}
   kernels = {f"kernels_{chip.name}": bench("kernels", "--topology", chip.topology) for chip in CHIPS}
   slices = {kind: bench(kind, "--topology", SLICE) for kind in ("memory", "exchange")}
-  return {**model, "remat": bench("remat"), "context": bench("context", "--tokens", "65536", "--chunks", "1024,750"),
+  return {"start": bench("start"), **model, "remat": bench("remat"),
+          "context": bench("context", "--tokens", "65536", "--chunks", "1024,750"),
           "plan": ["launch.plan", "--config", PLAN, "--topology", CHIPS[0].topology], **slices, **kernels}
 
 

@@ -40,7 +40,8 @@ def row_map(group_sizes: jax.Array, rows: int, tile: int) -> tuple[jax.Array, ja
 
 
 def weight_map(group_sizes: jax.Array, rows: int, tile: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """(number of steps; of each step its expert, its tile, 1 if it has one): an expert without rows has one empty step."""
+  """int32 (number of steps; of each step, [rows / tile + E], its expert, its tile, 1 if it has one), from the rows of each
+  expert [E]: an expert without rows has one empty step."""
   tiles = (-(-group_sizes // tile)).astype(jnp.int32)
   steps = jnp.maximum(tiles, 1)
   ends = jnp.cumsum(steps)

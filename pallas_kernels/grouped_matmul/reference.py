@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 
 def hidden(x: jax.Array, gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
-  """The clamped SwiGLU between the matmuls: silu(min(g, limit)) * clip(u, -limit, limit)."""
+  """The clamped SwiGLU between the matmuls, [M, D] and twice [D, F] -> [M, F]: silu(min(g, limit)) * clip(u, -limit,
+  limit)."""
   return jax.nn.silu(jnp.minimum(x @ gate, limit)) * jnp.clip(x @ up, -limit, limit)
 
 

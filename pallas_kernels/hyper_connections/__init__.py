@@ -85,7 +85,7 @@ def expand_collapse(streams: jax.Array, update: jax.Array, post: jax.Array, comb
     fn, base, scale, norm_eps, eps, iterations: the next sublayer's, see `collapse`.
 
   Returns:
-    new streams [B, S, N, D]; of them collapsed [B, S, D], post [B, S, N], comb [B, S, N, N].
+    new streams [B, S, N, D]; of them collapsed [B, S, D], post [B, S, N], comb [B, S, N, N]; dtypes as of both.
 
   Raises:
     ValueError: arrays that do not fit together.

@@ -189,7 +189,7 @@ def expand(x_NTD: jax.Array, y_TD: jax.Array, coefficients: jax.Array, g_NTD: ja
 def expand_collapse(x_NTD: jax.Array, y_TD: jax.Array, coefficients: jax.Array, new_NTD: jax.Array, g_NTD: jax.Array,
                     dz_TD: jax.Array, sheet: jax.Array, dl: jax.Array, affine: jax.Array, fn: jax.Array, sizes: Sizes,
                     interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """-> what `expand` and `collapse` return: dx, dy, d coefficients, d fn, sums."""
+  """-> what `expand` and `collapse` return, in their shapes: dx, dy, d coefficients, d fn, sums."""
   pull = pull_mix(sizes)
   call = Call("hyper_expand_collapse_backward", _expand_collapse, (*_EXPAND_INPUTS, "streams", *_COLLAPSE_INPUTS),
               ("streams", "update", "sheet", *_sum_shapes(sizes)),

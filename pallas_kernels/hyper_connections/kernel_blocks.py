@@ -100,7 +100,7 @@ def each_chunk(width: int, largest: int, step: Callable[..., Any], carry: Any = 
 
 
 def wide(x: jax.Array) -> jax.Array:
-  """float32, the dtype of all arithmetic."""
+  """x in float32, the dtype of all arithmetic; any shape."""
   return x.astype(jnp.float32)
 
 
@@ -128,7 +128,7 @@ def in_parts(x: jax.Array, count: int, dtype: Any) -> list[jax.Array]:
 
 
 def in_parts_in_kernel(x: jax.Array, count: int, dtype: Any) -> list[jax.Array]:
-  """The same inside a kernel, the parts still float32."""
+  """The same inside a kernel, each part in x's shape and still float32."""
   parts = []
   for _ in range(count):
     part = wide(x.astype(dtype))
@@ -196,7 +196,8 @@ class Call:
   flops: int
 
   def run(self, sizes: Sizes, interpret: bool, *arrays: jax.Array) -> list[jax.Array]:
-    """The outputs for these inputs; sums have one more axis in front, one partial sum per core."""
+    """The outputs for these inputs, shapes by their kind (`Sizes.result`); sums have one more axis in front, one
+    partial sum per core."""
     chip = tpu.current_chip(interpret)
     tokens = next(x.shape[-2] for kind, x in zip(self.inputs, arrays) if kind != "whole")
     sums = [shape for shape in self.outputs if not isinstance(shape, str)]

@@ -80,7 +80,8 @@ def sinkhorn(logits_NNR: jax.Array, *, iterations: int, eps: float, interpret: b
 
 def sinkhorn_backward(logits_NNR: jax.Array, d_comb_NNR: jax.Array, *, iterations: int, eps: float,
                       interpret: bool) -> jax.Array:
-  """Gradient of the logits; the matrices of all half rounds are computed again and stay in VMEM."""
+  """Gradient of the logits, float32 [N, N, R, 128] as both arguments; the matrices of all half rounds are computed
+  again and stay in VMEM."""
   n, steps = logits_NNR.shape[0], 2 * iterations - 1
   tile = (tpu.SUBLANES, tpu.LANES)
   scratch = [pltpu.VMEM((steps, n, n, *tile), jnp.float32), pltpu.VMEM((steps, n, *tile), jnp.float32)]

@@ -112,7 +112,7 @@ def tile_mask(words: jax.Array, tile: jax.Array, entries: int) -> jax.Array:
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 def pad_heads(x: jax.Array, axis: int, value: float = 0) -> jax.Array:
-  """Heads along `axis`, and the width behind them if there is one, up to whole registers."""
+  """An array of any shape: heads along `axis`, and the width behind them if there is one, up to whole registers."""
   x = tpu.pad_axis(x, axis, tpu.round_up(x.shape[axis], 16), value)
   return x if axis == x.ndim - 1 else tpu.pad_axis(x, axis + 1, tpu.round_up(x.shape[axis + 1], LANES))
 
@@ -146,7 +146,8 @@ class LossCall:
 
   @staticmethod
   def of(arrays: Any, words: jax.Array, tiles: dict[str, tuple[int, int]], interpret: bool) -> 'LossCall':
-    """`tiles`: by chip ((query, attention head) rows, entries); keys of unused memory are finite."""
+    """`words`: of the selection, int32 [B, S, W]. `tiles`: by chip ((query, attention head) rows, entries); keys of
+    unused memory are finite."""
     queries, weights, keys, attention, entries, lse = arrays
     chip = tpu.current_chip(interpret)
     attention, lse = pad_heads(attention, 2), pad_heads(lse.astype(jnp.float32), 2, -MASKED)  # no mass

@@ -80,7 +80,7 @@ def attend_with(run: Callable[..., Any], q: jax.Array, window_kv: jax.Array, ent
                 entry_segment: jax.Array, window: int, scale: float, past_kv: jax.Array | None = None,
                 past_segment: jax.Array | None = None,
                 unpack: Callable[[Any], jax.Array] | None = None) -> tuple[jax.Array, jax.Array]:
-  """`attend` by the form `run` (see `form`), whatever the shape.
+  """`attend` by the form `run` (see `form`), whatever the shape; arrays and dtypes as there.
 
   Raises:
     ValueError: as `attend`.

@@ -27,7 +27,7 @@ TILE = {"v5p": (1024, 1024), "v6e": (2048, 512), "tpu7x": (1024, 512)}  # rows, 
 
 def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any, segment_ids: jax.Array,
              out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array, options: Any) -> Any:
-  """-> gradients of q, window_kv, entries and sink."""
+  """-> gradients of q, window_kv, entries and sink, in the shapes of `attend`'s arguments."""
   plan = _plan(q, entries, options)
   counts, *operands = tiles.operands(q, window_kv, entries, sink, words, segment_ids, options.window, plan)
   rows, in_specs, near = tiles.specs(plan)

@@ -194,7 +194,7 @@ def forward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, c
 
 def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, chosen: Any, segment_ids: jax.Array,
              out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array, static: Any) -> Any:
-  """-> gradients of q, window_kv, entries and sink."""
+  """-> gradients of q, window_kv, entries and sink, in the shapes of `attend`'s arguments."""
   options, plan = static[0], _plan(q, entries, static, BACKWARD_STEP, _backward_rows(entries.shape[1]))
   statistics = jnp.stack([tiles.as_statistics(x, plan) for x in (lse, d_lse)])
   operands = (*_operands(q, window_kv, sink, segment_ids, options.window, plan),

@@ -187,13 +187,14 @@ def _partial_counts(x):
 
 
 def bit_count(x: jax.Array) -> jax.Array:
-  """Ones of int32 words."""
+  """Ones of int32 words of any shape."""
   sixteen = _partial_counts(x)[3]
   return (sixteen + (sixteen >> 16)) & 63
 
 
 def bit_of_rank(x: jax.Array, rank: jax.Array) -> jax.Array:
-  """The bit of each int32 word that is a one with `rank` ones below it; anything where there is none."""
+  """The bit of each int32 word (any shape, `rank` alike) that is a one with `rank` ones below it; anything where there
+  is none."""
   two, four, eight, sixteen = _partial_counts(x)
   place = jnp.zeros_like(x)
   for size, counts in ((16, sixteen), (8, eight), (4, four), (2, two), (1, x)):

@@ -113,7 +113,7 @@ class Units:
     return Units(number, tpu.round_up(-(-num_rows // number), 128))  # every subcore owns whole tiles of 8 rows
 
   def zeros(self, width: int) -> jax.Array:
-    """Sums of nothing."""
+    """Sums of nothing, float32 [U, E, width]."""
     return jnp.zeros((self.number, self.rows, width), jnp.float32)
 
   def table(self, sums_UEd: jax.Array, num_rows: int) -> jax.Array:
@@ -139,7 +139,8 @@ def add_rows(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, chip: 
 
 def add_rows_and_gather(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, table_Tw: jax.Array,
                         wanted_m: jax.Array, chip: tpu.Chip, interpret: bool) -> Any:
-  """`add_rows` of the first three and `gather` of the next two in one call: two calls would not both run beside a kernel."""
+  """`add_rows` of the first three and `gather` of the next two in one call, shapes as there: two calls would not both run
+  beside a kernel."""
   if interpret:
     return add_rows(sums_UEd, index_n, rows_nd, chip, True), gather(table_Tw, wanted_m, True)
   wanted, out, get, get_scratch = _gather_job(table_Tw, wanted_m, _UNIT_BYTES[chip.name] // 128)

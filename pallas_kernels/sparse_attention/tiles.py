@@ -90,13 +90,14 @@ class Plan:
     return math.ceil(self.tiles * self.id_bits / 32)
 
   def block(self, part: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Batch row and block of a part's step. Runs are dealt in turn: later queries see more, and cores end together."""
+    """Batch row and block of a part's step, int32 scalars. Runs are dealt in turn: later queries see more, and cores
+    end together."""
     row, turn = _divide(part, self.parts)
     number, place = _divide(step, self.run)
     return row, (number * self.parts + turn) * self.run + place
 
   def list_of(self, row: jax.Array, block: jax.Array) -> jax.Array:
-    """Number of a block's list of tiles."""
+    """Number of a block's list of tiles, an int32 scalar."""
     return _divide(row * self.blocks + block, self.shared)[0]
 
 
@@ -291,13 +292,13 @@ def first_keys(words: Any, entries: Any, near_words: Any, near_keys: Any, window
 
 
 def hide(logits_RU: jax.Array, seen_CU: jax.Array) -> jax.Array:
-  """Logits of the keys that a query does not see -> HIDDEN, for all its heads."""
+  """Logits [R, U] of the keys that a query does not see (bool [C, U]) -> HIDDEN, for all its heads."""
   queries, keys = seen_CU.shape
   return jnp.where(seen_CU[:, None], logits_RU.reshape(queries, -1, keys), HIDDEN).reshape(logits_RU.shape)
 
 
 def scaled(q_Rd: jax.Array, scale: float) -> jax.Array:
-  """Queries whose product with a key is the logit in base 2."""
+  """Queries [R, d], dtype kept, whose product with a key is the logit in base 2."""
   return (q_Rd.astype(jnp.float32) * (scale * tpu.LOG2E)).astype(q_Rd.dtype)
 
 

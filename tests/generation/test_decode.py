@@ -11,6 +11,7 @@ import deepseek_v4 as dsv4
 from deepseek_v4.generation import decode, sample
 from deepseek_v4.generation.requests import ThinkingBudget, Thought
 from deepseek_v4.model.cache import init_cache
+from tests.compiling import jit
 from tests.model.small import T0, random_tokens, variables
 
 MODEL = dsv4.DeepseekV4(T0, "blockwise")
@@ -21,7 +22,7 @@ NEW = 9
 @functools.cache
 def full():
   """Ids -> logits [V] after the last one, without a cache."""
-  run = jax.jit(lambda v, tokens: MODEL.apply(v, tokens).logits)
+  run = jit(lambda v, tokens: MODEL.apply(v, tokens).logits)
   padded = lambda ids: np.pad(np.array([ids], np.int32), ((0, 0), (0, 40 - len(ids))))
   return lambda ids: np.asarray(run(variables(), padded(ids)))[0, len(ids) - 1]
 

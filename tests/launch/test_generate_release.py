@@ -17,7 +17,8 @@ from tests.checkpoint import releases
 from tests.model.small import random_variables
 
 NEW = 24
-OPTIONS = dict(max_new_tokens=NEW, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, chunk_size=32, cache_storage="compute")
+# Fed token by token, a prompt of any length needs one program.
+OPTIONS = dict(max_new_tokens=NEW, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, chunk_size=1, cache_storage="compute")
 CONFIG = dataclasses.replace(
   releases.CONFIG, vocab_size=270, num_hidden_layers=3, layer_types=(SLIDING, CSA, HCA),
   mlp_layer_types=(HASH, LEARNED, LEARNED), max_position_embeddings=256)
@@ -61,7 +62,7 @@ def test_replies_of_a_converted_release(folders):
   budget = speaker.thinking_budget("max")
   assert (budget.tokens, budget.close) == (NEW - NEW // 4 - 1, tuple(close)) and len(close) == 1
   found = dsv4.generate(model, variables, [prompt], keys=jax.random.split(jax.random.key(0), 1), max_new_tokens=NEW,
-                        temperature=0.0, chunk_size=32, stop_tokens=(speaker.tokenizer.document_end,),
+                        temperature=0.0, chunk_size=1, stop_tokens=(speaker.tokenizer.document_end,),
                         thinking_budget=budget)
   assert np.isfinite(jax.jit(model.apply)(variables, np.array([prompt])).logits).all()
   reply = text_of(speaker.tokenizer, found.tokens[0])

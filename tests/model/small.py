@@ -11,6 +11,7 @@ import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig
 from deepseek_v4.model.losses import next_token_targets
 from deepseek_v4.model.router import hash_table
+from tests.compiling import jit
 
 # Eight index heads: with two, scores that are exactly zero tie, and comparing sets would say nothing.
 T0 = ModelConfig(
@@ -74,7 +75,7 @@ def packed_model(kernels):
   """(variables, tokens, segment_ids) -> output with all losses, jitted; rows may hold any documents."""
   model = dsv4.DeepseekV4(T0, kernels)
 
-  @jax.jit
+  @jit
   def run(variables, tokens, segment_ids):
     targets = next_token_targets(tokens, segment_ids, jnp.ones_like(tokens))
     return model.apply(variables, tokens, None, segment_ids, targets=targets)
@@ -87,7 +88,7 @@ def plain_model(kernels):
   """(variables, tokens) -> output with all losses of rows that are one document each, jitted."""
   model = dsv4.DeepseekV4(T0, kernels)
 
-  @jax.jit
+  @jit
   def run(variables, tokens):
     targets = next_token_targets(tokens, jnp.ones_like(tokens), jnp.ones_like(tokens))
     return model.apply(variables, tokens, targets=targets)
@@ -99,7 +100,7 @@ def plain_model(kernels):
 def traced_model(kernels):
   """(variables, tokens) -> trace, jitted."""
   model = dsv4.DeepseekV4(T0, kernels)
-  run = jax.jit(lambda variables, tokens: dsv4.trace(model, variables, tokens))
+  run = jit(lambda variables, tokens: dsv4.trace(model, variables, tokens))
   return lambda tokens, changed=None: jax.device_get(run(changed or variables(), tokens))
 
 

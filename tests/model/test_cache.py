@@ -11,6 +11,7 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4.analysis.count import cache_bytes
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING
+from tests.compiling import jit
 from tests.model.small import T0, abstract_variables, random_tokens, random_variables, variables
 
 LENGTH, ROOM, REWIND, BATCH = 40, 43, 5, 13  # one batch size, so that few programs are compiled
@@ -21,14 +22,14 @@ TOLERANCE = 1e-4  # logits of these weights reach 10; the sums of a chunk run in
 @functools.cache
 def full(kernels="blockwise"):
   """Logits [S, V] of the ids of any row without a cache: jitted for rows of 40."""
-  run = jax.jit(lambda v, tokens: dsv4.DeepseekV4(T0, kernels).apply(v, tokens).logits)
+  run = jit(lambda v, tokens: dsv4.DeepseekV4(T0, kernels).apply(v, tokens).logits)
   return lambda ids: np.asarray(run(variables(), np.pad(ids, ((0, 0), (0, LENGTH - ids.shape[1])))))
 
 
 @functools.cache
 def cached(kernels="blockwise", config=T0, **arguments):
   """(cache, tokens, segment_ids) -> (logits, cache), jitted once per width of tokens."""
-  run = jax.jit(lambda v, cache, tokens, segments: dsv4.DeepseekV4(config, kernels).apply(
+  run = jit(lambda v, cache, tokens, segments: dsv4.DeepseekV4(config, kernels).apply(
     v, tokens, None, segments, cache, **arguments))
   weights = variables() if config is T0 else random_variables(config)
 
@@ -144,7 +145,7 @@ SCANNED = dataclasses.replace(
 
 def test_scanned_layers_other_rates_and_a_window_of_one():
   model, weights = dsv4.DeepseekV4(SCANNED, "blockwise"), random_variables(SCANNED)
-  want = jax.jit(lambda v, ids: model.apply(v, ids))(weights, IDS)
+  want = jit(lambda v, ids: model.apply(v, ids))(weights, IDS)
   found, cache = in_chunks(cached(config=SCANNED), empty(SCANNED), [IDS[0], IDS[0, :23]], (9, 2), 9)
   np.testing.assert_allclose(found[0], want.logits[0], atol=3 * TOLERANCE)
   np.testing.assert_allclose(found[1], want.logits[0, :23], atol=3 * TOLERANCE)
@@ -156,8 +157,8 @@ def test_last_logits_hidden_and_experts_lie_where_the_tokens_lie():
   segments = np.array([[0, 0, 1, 1], [1, 1, 1, 0]], np.int32)
   tokens = np.array([[9, 9, *IDS[0, :2]], [*IDS[0, :3], 9]], np.int32)
   model = dsv4.DeepseekV4(T0, "reference")
-  plain = jax.jit(lambda v: model.apply(v, IDS[:, :3]))(variables())
-  out = jax.jit(lambda v, cache: model.apply(v, tokens, None, segments, cache, logits="last"))(
+  plain = jit(lambda v: model.apply(v, IDS[:, :3]))(variables())
+  out = jit(lambda v, cache: model.apply(v, tokens, None, segments, cache, logits="last"))(
     variables(), dsv4.init_cache(T0, 2, ROOM))
   np.testing.assert_allclose(out.logits[:, 0], plain.logits[0, [1, 2]], atol=TOLERANCE)
   np.testing.assert_allclose(out.hidden[0, 2:], plain.hidden[0, :2], atol=TOLERANCE)

@@ -17,6 +17,7 @@ from deepseek_v4 import config as c
 from deepseek_v4 import sharding
 from deepseek_v4.training.state import TrainState, abstract_state
 from deepseek_v4.training.step import make_train_step
+from tests.compiling import fast_options
 
 MODEL = c.ModelConfig(
   vocab_size=64, hidden_size=32, num_hidden_layers=4, layer_types=(c.CSA, c.HCA) * 2,
@@ -128,19 +129,6 @@ def at(index, value):
 
 
 # ---- compiled steps ----------------------------------------------------------------------------------------------------
-@functools.cache
-def fast_options():
-  """Compiler options: XLA's older CPU emitter, where there is one (jax 0.10), makes the same program in half the time."""
-  options = {"xla_cpu_use_fusion_emitters": False}
-  try:
-    jax.jit(lambda: 0).lower().compile(compiler_options=options)
-  except jax.errors.JaxRuntimeError as error:
-    if "No such compile option" not in str(error):
-      raise
-    return {}
-  return options
-
-
 class Step:
   """A compiled step for numpy states, which it leaves alone.
 
