@@ -139,7 +139,7 @@ def around(runs: Mapping[str, Lines]) -> tuple[int, float] | None:
 
 
 def excess(runs: Mapping[str, Lines], policy: str) -> float | None:
-  """Mean loss of the steps from that of the first spike on, above that of the steps before it, nats; None without a spike."""
+  """Mean loss of the steps from that of the first spike on, above that of those before it, nats; None without a spike."""
   found = around(runs)
   if found is None:
     return None
@@ -200,7 +200,8 @@ def mixed(kind: str, seed: int, folder: Path, say: Say) -> tuple[Lines, list[gai
 def row_of_mixing(seed: int, kind: str, lines: Lines, found: list[gains.Gains]) -> dict[str, Any]:
   return {"seed": seed, "run": f"{2 * LAYERS} sublayers, {kind}", "anomalies": len(of_split(lines, "anomaly")),
           "highest loss": max(line["loss"] for line in of_split(lines, "train") if line["loss"] is not None),
-          f"{LAST} steps from the spike on": None, "last loss": last_loss(lines), "held-out bits/byte": of_split(lines, "held_out")[-1]["bits_per_byte"],
+          f"{LAST} steps from the spike on": None, "last loss": last_loss(lines),
+          "held-out bits/byte": of_split(lines, "held_out")[-1]["bits_per_byte"],
           "extra time": None, "forward gain": found[-1].forward, "backward gain": found[-1].backward}
 
 
