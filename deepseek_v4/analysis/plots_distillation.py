@@ -48,7 +48,7 @@ def shares(lines: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str,
 
   Args:
     lines: of the student's metrics.jsonl.
-    scores: {model: {kind: held-out bits per byte}} of "start", of each kind's specialist, and of the methods.
+    scores: {model: {kind: bits per byte of judged text}} of "start", of each kind's specialist, and of the methods.
     kinds: of text.
     methods: model -> what it is called.
     path: the PNG to write.
@@ -68,9 +68,8 @@ def shares(lines: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str,
   held_out = [line for line in lines if line["split"] == "held_out"]
   for style, kind in zip(itertools.cycle(STYLES), kinds):
     points = [(line["step"], line[f"bits_per_byte/{kind}"]) for line in held_out]
-    curve, = right.plot(*zip(*points), linestyle=style, marker="o", markersize=3, label=f"student on {kind}")
-    right.axhline(scores[kind][kind], color=curve.get_color(), linestyle=style, linewidth=0.8)
-  right.set(title="held-out text while the student learns; level: specialists", xlabel="step", ylabel="bits per byte")
+    right.plot(*zip(*points), linestyle=style, marker="o", markersize=3, label=f"student on {kind}")
+  right.set(title="held-out text (other than on the left) while the student learns", xlabel="step", ylabel="bits per byte")
   right.grid(alpha=0.3)
   right.legend(fontsize=8)
   FigureCanvasAgg(figure).print_png(str(path))

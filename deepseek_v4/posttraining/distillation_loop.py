@@ -31,9 +31,10 @@ import numpy as np
 from deepseek_v4.analysis import plots_distillation
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.checkpoint.trees import restack
-from deepseek_v4.config import STUDENT, RunConfig, to_dict
+from deepseek_v4.config import STUDENT, RunConfig
 from deepseek_v4.config_checks import refuse
 from deepseek_v4.model.transformer import DeepseekV4
+from deepseek_v4.posttraining import beginning
 from deepseek_v4.posttraining import journal as journals
 from deepseek_v4.posttraining.distillation_step import Pass, Steps
 from deepseek_v4.posttraining.prompts import ChatPrompts, Prompts, Text, in_passes, rows_of
@@ -43,11 +44,10 @@ from deepseek_v4.training import metrics
 from deepseek_v4.training.data import Batches
 from deepseek_v4.training.feed import dataset, to_device
 from deepseek_v4.training.scoring import evaluate
-from deepseek_v4.training.start import check_source, copy_release, describe, state_from
-from deepseek_v4.training.state import abstract_state, init_state
+from deepseek_v4.training.start import describe
+from deepseek_v4.training.state import abstract_state
 from deepseek_v4.training.step import make_eval_step
 from deepseek_v4.training.stopping import Stopped, Stopping
-from deepseek_v4.training.workdir import CHECKPOINTS, CONFIG, changes, check_workdir, refuse_lost_checkpoints
 
 SAMPLES, TEACHERS, CURVES = "samples", "teachers", "distillation.png"
 
@@ -101,24 +101,19 @@ def distill(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mesh 
   """
   workdir, stop = Path(workdir), stop or Stopping()
   check(run_config, mesh)
-  stored = check_workdir(workdir, to_dict(run_config))
   with contextlib.ExitStack() as stack:
-    if mesh is not None:
-      stack.enter_context(jax.set_mesh(mesh))
-    store = stack.enter_context(CheckpointStore(workdir / CHECKPOINTS, keep=run_config.training.keep_checkpoints,
-                                                config_dict=to_dict(run_config)))
+    store, stored = beginning.open_store(stack, run_config, workdir, mesh)
     teachers = tuple(open_teacher(run_config, teacher, mesh) for teacher in run_config.distillation.teachers)
-    if run_config.training.init_from is not None and not store.steps():
-      check_source(run_config, mesh)
+    beginning.check_beginning(run_config, mesh, store)
     sources, held_out = read_data(run_config, mesh)
     place = go_back(run_config, workdir, mesh, store, stored)
-    introduce(run_config, workdir, mesh, stored, place)
+    beginning.write_settings(run_config, workdir, stored, place.step)
+    print(describe(place.state, mesh))
     scorer, spread = make_eval_step(run_config, mesh), functools.partial(to_device, run_config, mesh)
     score = lambda state, count=None: {
       name: evaluate(scorer, data, spread, stop, state, count) for name, data in held_out.items()}
     library, steps = Library(run_config, workdir / TEACHERS, mesh), Steps(run_config, mesh)
-    writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(workdir, place.step)))
-    progress = stack.enter_context(contextlib.closing(metrics.Progress(place.step, run_config.training.steps)))
+    writer, progress = beginning.meters(stack, run_config, workdir, place.step)
     tools = Tools(run_config, mesh, workdir, teachers, sources, library, Resident(library, steps.put_head), steps, score,
                   store, writer, progress, stop)
     started = time.perf_counter()
@@ -166,31 +161,11 @@ def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None
   Raises:
     ValueError: another run is in the workdir, or one that has done more steps.
   """
-  training = run_config.training
-  restored = store.restore_latest(abstract_state(run_config, mesh))
-  if restored is None:
-    refuse_lost_checkpoints(workdir, stored)
-    key = jax.random.key(training.seed)
-    return Place(0, init_state(run_config, key, mesh) if training.init_from is None else
-                 state_from(run_config, key, mesh, print))
-  step, state, extra = restored
-  if step > training.steps:
-    raise ValueError(f"training.steps = {training.steps}: expected at least {step}, the steps that the run in {workdir} has "
-                     f"done")
-  print(f"resumed at step {step}")
+  found = beginning.newest(run_config, workdir, store, stored, abstract_state(run_config, mesh))
+  if found is None:
+    return Place(0, beginning.first_state(run_config, mesh))
+  step, state, extra = found
   return Place(step, state, extra["sampled_with"])
-
-
-def introduce(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None, stored: Mapping[str, Any],
-              place: Place) -> None:
-  """Says what will be done, and writes the settings into the workdir."""
-  for change in changes(stored, json.loads(json.dumps(to_dict(run_config)))) if stored else ():
-    print(f"changed since the last start: {change}")
-  workdir.mkdir(parents=True, exist_ok=True)
-  metrics.write_json(workdir / CONFIG, to_dict(run_config))
-  if not place.step and run_config.training.init_from is not None:
-    copy_release(run_config, workdir)
-  print(describe(place.state, mesh))
 
 
 # ---- rounds -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -23,21 +22,18 @@ import numpy as np
 from deepseek_v4.analysis import plots_reinforcement
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.checkpoint.trees import restack
-from deepseek_v4.config import RunConfig, to_dict
+from deepseek_v4.config import RunConfig
 from deepseek_v4.config_checks import refuse
 from deepseek_v4.generation.requests import ThinkingBudget
 from deepseek_v4.model.transformer import DeepseekV4
-from deepseek_v4.posttraining import grpo, rewards
+from deepseek_v4.posttraining import beginning, grpo, rewards
 from deepseek_v4.posttraining.policy_step import PolicyState, Programs, abstract_policy, as_policy
 from deepseek_v4.posttraining.problems import Problem, Problems, in_passes, rows_of
 from deepseek_v4.posttraining.rollout import Request, Sample, check_mesh, sample_replies
 from deepseek_v4.text import tokenize
 from deepseek_v4.text.chat_template import THINK_END, ChatTemplate
 from deepseek_v4.training import conversations, metrics
-from deepseek_v4.training.start import check_source, copy_release, state_from
-from deepseek_v4.training.state import init_state
 from deepseek_v4.training.stopping import Stopped, Stopping
-from deepseek_v4.training.workdir import CHECKPOINTS, CONFIG, changes, check_workdir, refuse_lost_checkpoints
 
 CURVES = "reinforcement.png"
 _HELD_OUT = 1 << 30  # problem numbers of held-out replies, in their random keys, begin here
@@ -115,19 +111,15 @@ def reinforce(run_config: RunConfig, workdir: str | Path, mesh: jax.sharding.Mes
   """
   workdir, stop = Path(workdir), stop or Stopping()
   check(run_config, mesh)
-  stored = check_workdir(workdir, to_dict(run_config))
   with contextlib.ExitStack() as stack:
-    if mesh is not None:
-      stack.enter_context(jax.set_mesh(mesh))
-    store = stack.enter_context(CheckpointStore(workdir / CHECKPOINTS, keep=run_config.training.keep_checkpoints,
-                                                config_dict=to_dict(run_config)))
-    if run_config.training.init_from is not None and not store.steps():
-      check_source(run_config, mesh)
+    store, stored = beginning.open_store(stack, run_config, workdir, mesh)
+    beginning.check_beginning(run_config, mesh, store)
     asking = prepare(run_config)
     step, state = go_back(run_config, workdir, mesh, store, stored)
-    introduce(run_config, workdir, stored, step, asking)
-    writer = stack.enter_context(contextlib.closing(metrics.MetricsWriter(workdir, step)))
-    progress = stack.enter_context(contextlib.closing(metrics.Progress(step, run_config.training.steps)))
+    beginning.write_settings(run_config, workdir, stored, step)
+    print(f"{len(asking.train.all):,} problems, {len(asking.held_out.all):,} held out; effort "
+          f"{run_config.reinforcement.reasoning_effort}; rewards {', '.join(run_config.reinforcement.rewards)}")
+    writer, progress = beginning.meters(stack, run_config, workdir, step)
     scored = frozenset(line["step"] for line in metrics.read_lines(workdir / metrics.LINES) if line["split"] == "held_out")
     tools = Tools(run_config, mesh, asking, Programs(run_config, mesh), store, writer, progress, stop, scored)
     started = time.perf_counter()
@@ -187,36 +179,15 @@ def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None
   Raises:
     ValueError: another run is in the workdir, or one that has done more steps or had other rounds.
   """
-  training = run_config.training
-  restored = store.restore_latest(abstract_policy(run_config, mesh))
-  if restored is None:
-    refuse_lost_checkpoints(workdir, stored)
-    key = jax.random.key(training.seed)
-    state = init_state(run_config, key, mesh) if training.init_from is None else state_from(run_config, key, mesh, print)
-    return 0, as_policy(run_config, state)
-  step, state, extra = restored
-  if step > training.steps:
-    raise ValueError(f"training.steps = {training.steps}: expected at least {step}, the steps that the run in {workdir} has "
-                     f"done")
+  found = beginning.newest(run_config, workdir, store, stored, abstract_policy(run_config, mesh))
+  if found is None:
+    return 0, as_policy(run_config, beginning.first_state(run_config, mesh))
+  step, state, extra = found
   minibatches = run_config.reinforcement.minibatches
   if step % minibatches or extra["problems"] * minibatches != step * run_config.reinforcement.problems:
     raise ValueError(f"reinforcement.problems, reinforcement.minibatches: expected those with which the run in {workdir} "
                      f"saw {extra['problems']} problems in {step} steps")
-  print(f"resumed at step {step}")
   return step, state
-
-
-def introduce(run_config: RunConfig, workdir: Path, stored: Mapping[str, Any], step: int, asking: Asking) -> None:
-  """Says what will be done, and writes the settings into the workdir."""
-  for change in changes(stored, json.loads(json.dumps(to_dict(run_config)))) if stored else ():
-    print(f"changed since the last start: {change}")
-  workdir.mkdir(parents=True, exist_ok=True)
-  metrics.write_json(workdir / CONFIG, to_dict(run_config))
-  if not step and run_config.training.init_from is not None:
-    copy_release(run_config, workdir)
-  config = run_config.reinforcement
-  print(f"{len(asking.train.all):,} problems, {len(asking.held_out.all):,} held out; effort {config.reasoning_effort}; "
-        f"rewards {', '.join(config.rewards)}")
 
 
 # ---- rounds -------------------------------------------------------------------------------------------------------------
@@ -316,7 +287,7 @@ def one_step(tools: Tools, state: PolicyState,
     FloatingPointError: loss or gradients are not finite.
   """
   programs = tools.programs
-  passes = [programs.put(rows) for rows in passes]
+  passes = [programs.put_rows(rows) for rows in passes]
   if tools.run_config.reinforcement.kl_weight:  # the reference is the same for all steps of a round
     passes = [rows | {"reference": programs.reference(state.reference, rows)} for rows in passes]
   counted = jax.device_get([programs.count(rows) for rows in passes])

@@ -5,8 +5,9 @@ training on it alone, in which the rate decays. From the same start one student 
 replies. For comparison, with as many updates of as many tokens: the same loss on the specialists' training text
 (off-policy), and plain training on mixed text.
 
-What counts is the share of a specialist's gain over the start, on its held-out text, that a model reaches:
-(start - model) / (start - specialist) in bits per byte.
+What counts is the share of a specialist's gain over the start that a model reaches on text of that kind:
+(start - model) / (start - specialist) in bits per byte. The text is that of documents which no run reads, neither to train
+nor to look at its held-out loss, so nothing about the runs was chosen by it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from deepseek_v4.checkpoint.store import restore_variables
 from deepseek_v4.posttraining import distillation_loop
 from deepseek_v4.training import loop, metrics
 from deepseek_v4.training.feed import dataset, to_device
+from deepseek_v4.training.scoring import evaluate
 from deepseek_v4.training.state import TrainState
 from deepseek_v4.training.step import make_eval_step
 from deepseek_v4.training.stopping import Stopping
@@ -36,7 +38,10 @@ from launch.miniatures.specialists_text import KINDS
 
 DESCRIPTION = "three specialists on Python, C and English, and one student distilled from them on its own replies"
 PICTURE = "specialists.png"
-ROWS, LENGTH = 48, 256
+LENGTH = 256
+ROWS = 48  # of a step of start and specialists
+SAMPLES, SAMPLE_ROWS = 72, 36  # of a step of the student, and the rows that they fill: two of 120 tokens each
+START_RATE, SPECIALIST_RATE, STUDENT_RATE = 6e-3, 4e-3, 5e-3
 METHODS = {"student": "on-policy distillation", "off_policy": "off-policy distillation", "mixed": "plain, mixed text"}
 
 
@@ -44,10 +49,9 @@ METHODS = {"student": "on-policy distillation", "off_policy": "off-policy distil
 class Plan:
   """Optimizer steps of each part; those of the suite's short version are fewer."""
 
-  start: int = 120
-  specialist: int = 10
-  student: int = 144
-  batches: int = 6  # of held-out text per kind
+  start: int = 48
+  specialist: int = 12
+  student: int = 112
 
 
 def model() -> c.ModelConfig:
@@ -61,7 +65,8 @@ def model() -> c.ModelConfig:
 
 
 def data_of(folder: Path, kind: str | None) -> c.DataConfig:
-  """A kind of text, or all of them (None)."""
+  """What is taught of a kind of text, or of all of them (None)."""
+  folder = folder / specialists_text.TAUGHT
   path = folder if kind is None else folder / f"{kind}.jsonl"
   return c.DataConfig(source="jsonl", path=str(path), sequence_length=LENGTH, batch_size=ROWS, held_out_percent=6)
 
@@ -78,19 +83,24 @@ def training_run(folder: Path, kind: str | None, steps: int, rate: float, seed: 
                               keep_checkpoints=1, init_from=None if init_from is None else str(init_from)))
 
 
+def student_run(folder: Path, steps: int, seed: int, init_from: Path) -> c.RunConfig:
+  """Training on mixed text, with as many tokens a step as the student reads."""
+  run = training_run(folder, None, steps, STUDENT_RATE, seed, init_from)
+  return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=SAMPLE_ROWS))
+
+
 def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, samples: str, seed: int,
                      init_from: Path) -> c.RunConfig:
   """The student's run; with samples = "text" that of the off-policy comparison."""
-  run = training_run(folder, None, steps, 3e-3, seed, init_from)
-  # Three samples fill two rows, in the mean.
-  rows = {"batch_size": 3 * ROWS // 2, "accumulation": 9} if samples == c.STUDENT else {"accumulation": len(teachers)}
+  run = student_run(folder, steps, seed, init_from)
+  rows = {"accumulation": len(teachers)} | ({"batch_size": SAMPLES, "accumulation": 6} if samples == c.STUDENT else {})
   asked = tuple(c.TeacherConfig(kind, str(path), data_of(folder, kind)) for kind, path in teachers.items())
   return dataclasses.replace(
     run, data=dataclasses.replace(run.data, **rows),
     training=dataclasses.replace(run.training, eval_every=max(1, steps // 8), eval_batches=2, checkpoint_every=steps // 4),
     distillation=c.DistillationConfig(
-      # Long prompts: what a model of this size says turns to noise, and replies are to follow real text.
-      teachers=asked, samples=samples, prompt_length=160, shortest_prompt=32, reply_length=64, steps_per_round=8,
+      # Short replies: what a model of this size says turns to noise, and it is to learn what follows real text.
+      teachers=asked, samples=samples, prompt_length=96, shortest_prompt=16, reply_length=64, steps_per_round=8,
       decode_batch=144, hidden_dtype="float32"))
 
 
@@ -114,37 +124,42 @@ def run_seed(folder: Path, text: Path, seed: int, say: Callable[[str], None], pl
   """{model: {kind: held-out bits per byte}} of one repetition."""
   start, specialists = folder / "start", {kind: folder / kind for kind in KINDS}
   parts: dict[str, tuple[c.RunConfig, Callable[..., Any]]] = {
-    "start": (training_run(text, None, plan.start, 6e-3, seed, None), loop.train)}
+    "start": (training_run(text, None, plan.start, START_RATE, seed, None), loop.train)}
   for kind in KINDS:
-    parts[kind] = training_run(text, kind, plan.specialist, 4e-3, seed, start), loop.train
+    parts[kind] = training_run(text, kind, plan.specialist, SPECIALIST_RATE, seed, start), loop.train
   for name, samples in (("student", c.STUDENT), ("off_policy", c.TEXT)):
     parts[name] = distillation_run(text, specialists, plan.student, samples, seed, start), distillation_loop.distill
-  parts["mixed"] = training_run(text, None, plan.student, 3e-3, seed, start), loop.train
+  parts["mixed"] = student_run(text, plan.student, seed, start), loop.train
   scores = {}
   for name, (config, train) in parts.items():
     if not (folder / name / metrics.SUMMARY).is_file():
       say(f"\n==== {folder.name}: {name}")
       train(config, folder / name)
-    scores[name] = scored(folder / name, text, plan)
+    scores[name] = scored(folder / name, text)
     say(f"{folder.name}: {name}: " + ", ".join(f"{kind} {value:.3f}" for kind, value in scores[name].items()))
   return scores
 
 
-def scored(folder: Path, text: Path, plan: Plan) -> dict[str, float]:
-  """Held-out bits per byte of each kind, of the model in a run's folder; kept in its scores.json."""
+def scored(folder: Path, text: Path) -> dict[str, float]:
+  """Bits per byte of the judged text of each kind, of the model in a run's folder; kept in its scores.json."""
   file = folder / "scores.json"
   if file.is_file():
     return json.loads(file.read_text())
   variables, _, _ = restore_variables(folder / loop.CHECKPOINTS)
   state = TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["router"], (), jax.random.key(0))
-  runs = {kind: training_run(text, kind, 4, 1e-3, 0, None) for kind in KINDS}
+  runs = {kind: judged_run(text, kind) for kind in KINDS}
   scorer, found = make_eval_step(runs[KINDS[0]]), {}
   for kind, config in runs.items():
-    spread = functools.partial(to_device, config, None)
-    numbers = loop.evaluate(scorer, dataset(config, "held_out"), spread, Stopping(), state, plan.batches)
+    numbers = evaluate(scorer, dataset(config, "held_out"), functools.partial(to_device, config, None), Stopping(), state)
     found[kind] = numbers["bits_per_byte"]
   metrics.write_json(file, found)
   return found
+
+
+def judged_run(folder: Path, kind: str) -> c.RunConfig:
+  """Settings of a run that would hold out nearly all judged text of a kind: the text is read as held-out text is."""
+  path = folder / specialists_text.JUDGED / f"{kind}.jsonl"
+  return c.RunConfig(model=model(), data=dataclasses.replace(data_of(folder, kind), path=str(path), held_out_percent=99))
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@
     english   licences, notices and descriptions of the installed distributions
 
 A paragraph (what stands between empty lines) is kept once in all of a kind: licences repeat each other, and what is held out
-must not stand in the training text. Each kind is a file of JSON lines, one document a line, in an order of its own.
+must not stand in the training text. Each kind is two files of JSON lines, one document a line: taught/KIND.jsonl, of which
+runs train on most and look at the rest, and judged/KIND.jsonl, which no run sees.
 """
 
 from __future__ import annotations
@@ -26,21 +27,30 @@ from deepseek_v4.training import sources
 
 KINDS = ("python", "c", "english")
 MAX_BYTES = 1_000_000  # of a kind
+TAUGHT, JUDGED = "taught", "judged"
+_JUDGED_BYTES = 70_000  # of a kind, at least
 _LEAST, _MOST = 400, 10_000  # characters of a document; longer ones are cut, so that none makes up much of its kind
 _LICENCE = re.compile(r"(licen[cs]e|copying|notice|authors|readme|changelog|news)[^/]*$", re.IGNORECASE)
 
 
 def write(folder: Path) -> None:
-  """Writes KIND.jsonl of each kind into the folder, unless they are there."""
+  """Writes taught/KIND.jsonl and judged/KIND.jsonl of each kind into the folder, unless they are there."""
   for kind in KINDS:
-    path = folder / f"{kind}.jsonl"
-    if path.is_file():
+    paths = [folder / part / f"{kind}.jsonl" for part in (TAUGHT, JUDGED)]
+    if all(path.is_file() for path in paths):
       continue
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": text}) + "\n" for text in chosen(documents(kind))]
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    unfinished.rename(path)
+    for path, texts in zip(paths, divided(chosen(documents(kind)))):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      unfinished = path.with_suffix(".unfinished")
+      unfinished.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+      unfinished.rename(path)
+
+
+def divided(texts: list[str]) -> tuple[list[str], list[str]]:
+  """(what is taught, what models are judged on): the last documents, as many as make `_JUDGED_BYTES`."""
+  backwards = np.cumsum([len(text.encode()) for text in reversed(texts)])
+  count = int(np.searchsorted(backwards, _JUDGED_BYTES)) + 1
+  return texts[:-count], texts[-count:]
 
 
 def documents(kind: str) -> Iterator[str]:

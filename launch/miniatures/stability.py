@@ -67,12 +67,13 @@ Lines = list[dict[str, Any]]
 
 def run(workdir: Path, seeds: int, say: Say) -> Result:
   """Trains and measures; see `launch.miniatures`."""
+  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # seeds and policies share their programs
   rows, spiking, mixing = [], [], []
   for seed in range(seeds):
     folder = workdir / f"seed{seed}"
     spiking.append({policy: trained(spiking_run(policy, seed), folder / policy, say) for policy in POLICIES})
     mixing.append({kind: mixed(kind, seed, folder / f"{kind.lower()}_{2 * LAYERS}", say) for kind in MIXINGS})
-    rows += [row_of_spiking(seed, policy, lines) for policy, lines in spiking[-1].items()]
+    rows += [row_of_spiking(seed, policy, spiking[-1]) for policy in POLICIES]
     rows += [row_of_mixing(seed, kind, *found) for kind, found in mixing[-1].items()]
   plots_stability.stability(spiking[0], mixing[0], workdir / PICTURE)
   return Result(rows, targets(spiking, mixing), PICTURE)
@@ -120,11 +121,39 @@ def extra_time(lines: Lines) -> float | None:
   return choosing / (len(own) * statistics.median(own))
 
 
-def row_of_spiking(seed: int, policy: str, lines: Lines) -> dict[str, Any]:
+def losses(lines: Lines) -> dict[int, float]:
+  """{step: next-token loss}, of each step as it was done last."""
+  return {line["step"]: line["next_token"] for line in of_split(lines, "train")}
+
+
+def around(runs: Mapping[str, Lines]) -> tuple[int, float] | None:
+  """(the step of the first spike, mean loss of the steps before it); None without a spike.
+
+  Of the steps before it the run tells that did not do them again.
+  """
+  spikes = of_split(runs["anticipate"], "anomaly")
+  if not spikes:
+    return None
+  step = spikes[0]["step"]
+  return step, statistics.fmean([loss for n, loss in losses(runs["log"]).items() if n < step][-LAST:])
+
+
+def excess(runs: Mapping[str, Lines], policy: str) -> float | None:
+  """Mean loss of the steps from that of the first spike on, above that of those before it, nats; None without a spike."""
+  found = around(runs)
+  if found is None:
+    return None
+  step, level = found
+  return statistics.fmean([loss for n, loss in losses(runs[policy]).items() if step <= n < step + LAST]) - level
+
+
+def row_of_spiking(seed: int, policy: str, runs: Mapping[str, Lines]) -> dict[str, Any]:
+  lines = runs[policy]
   found = of_split(lines, "anomaly")
   return {"seed": seed, "run": f"spike, policy {policy}", "anomalies": len(found),
           "highest loss": max([line["loss"] for line in found if line["loss"] is not None], default=None),
-          "last loss": last_loss(lines), "held-out bits/byte": of_split(lines, "held_out")[-1]["bits_per_byte"],
+          f"{LAST} steps from the spike on": excess(runs, policy), "last loss": last_loss(lines),
+          "held-out bits/byte": of_split(lines, "held_out")[-1]["bits_per_byte"],
           "extra time": extra_time(lines), "forward gain": None, "backward gain": None}
 
 
@@ -171,21 +200,16 @@ def mixed(kind: str, seed: int, folder: Path, say: Say) -> tuple[Lines, list[gai
 def row_of_mixing(seed: int, kind: str, lines: Lines, found: list[gains.Gains]) -> dict[str, Any]:
   return {"seed": seed, "run": f"{2 * LAYERS} sublayers, {kind}", "anomalies": len(of_split(lines, "anomaly")),
           "highest loss": max(line["loss"] for line in of_split(lines, "train") if line["loss"] is not None),
-          "last loss": last_loss(lines), "held-out bits/byte": of_split(lines, "held_out")[-1]["bits_per_byte"],
+          f"{LAST} steps from the spike on": None, "last loss": last_loss(lines),
+          "held-out bits/byte": of_split(lines, "held_out")[-1]["bits_per_byte"],
           "extra time": None, "forward gain": found[-1].forward, "backward gain": found[-1].backward}
 
 
 # ---- targets -------------------------------------------------------------------------------------------------------------
 def recovery(runs: Mapping[str, Lines]) -> float | None:
-  """Mean loss of the last steps with anticipatory routing over that before the spike; None without a spike.
-
-  Of the steps before it the other run tells, which did not do them again.
-  """
-  spikes = of_split(runs["anticipate"], "anomaly")
-  if not spikes:
-    return None
-  before = [line["next_token"] for line in of_split(runs["log"], "train") if line["step"] < spikes[0]["step"]]
-  return last_loss(runs["anticipate"]) / statistics.fmean(before[-LAST:])
+  """Mean loss of the last steps with anticipatory routing over that before the spike; None without a spike."""
+  found = around(runs)
+  return None if found is None else last_loss(runs["anticipate"]) / found[1]
 
 
 def targets(spiking: list[Mapping[str, Lines]], mixing: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from deepseek_v4 import config as c
 from deepseek_v4.analysis import plots_reinforcement
 from deepseek_v4.posttraining.rewards import exact_answer, message_of
 from deepseek_v4.text import chat, tokenize
-from deepseek_v4.training import conversations, data
+from deepseek_v4.training import conversations, data, loop
 from launch import miniatures
 from launch.miniatures import depth, depth_task
 from launch.miniatures.depth_task import EFFORTS
@@ -97,16 +97,35 @@ def test_figures_and_the_picture(tmp_path):
   assert "depth" in miniatures.NAMES and depth.DESCRIPTION
 
 
-@pytest.mark.long
-def test_a_short_version_learns(tmp_path, monkeypatch):
-  """All parts with one layer and sums of four digits: rewards make quick thoughts careful, and one student has learnt what
-  each of its teachers has."""
+def small(monkeypatch, digits):
+  """One layer and shorter sums."""
   model = dataclasses.replace(
     depth.model(), num_hidden_layers=1, layer_types=(c.SLIDING,), mlp_layer_types=(c.LEARNED,), num_attention_heads=2,
     head_dim=32, qk_rope_head_dim=16, moe_intermediate_size=128, scan_layers=False)
   monkeypatch.setattr(depth, "model", lambda: model)
   monkeypatch.setattr(depth, "LENGTH", 64)
-  monkeypatch.setattr(depth_task, "DIGITS", 4)
+  monkeypatch.setattr(depth_task, "DIGITS", digits)
+
+
+def test_thinking_pays_after_a_minute_of_conversations(tmp_path, monkeypatch):
+  """The first part alone: one model gets sums right where it writes them down, and guesses where it may not."""
+  small(monkeypatch, digits=3)
+  unseen = depth_task.write(tmp_path / "task", talks=250, problems=100)
+  run = depth.start_run(tmp_path / "task", 160, 0)
+  run = dataclasses.replace(run, training=dataclasses.replace(run.training, eval_every=160, checkpoint_every=160))
+  loop.train(run, tmp_path / "start")
+  found = depth.scored(tmp_path / "start", tmp_path / "task", unseen, ("none", "high"))
+  print(found)
+  # 100 problems: a guess is right with 0.1 and a standard deviation of 0.03, a careless thought of three sums with 0.73.
+  assert found["none"]["accuracy"] < 0.3 < 0.5 < found["high"]["accuracy"]
+  assert found["none"]["tokens"] + 2 < found["high"]["tokens"]
+
+
+@pytest.mark.long
+def test_a_short_version_learns(tmp_path, monkeypatch):
+  """All parts with one layer and sums of four digits: rewards make quick thoughts careful, and one student has learnt what
+  each of its teachers has."""
+  small(monkeypatch, digits=4)
   plan = depth.Plan(talks=2000, problems=600, start=240, specialist=24, student=16)
   said = []
   rows = {row["model"]: row for row in depth.run(tmp_path, 1, said.append, plan).rows}

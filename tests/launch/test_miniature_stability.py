@@ -59,7 +59,16 @@ def test_figures_of_a_spike():
   # the 20 steps before the spike: 11 to 30, mean 2 - 0.205
   assert stability.recovery({"anticipate": lines, "log": lines}) == pytest.approx(1 / 1.795)
   assert stability.recovery({"anticipate": lines[:30], "log": lines}) is None
-  row = stability.row_of_spiking(0, "anticipate", lines)
+  # on its second way past the spike a run tells what it did last: 1 from step 31 on
+  again = [line("train", 30, next_token=1.6), *(line("train", n, next_token=3.0) for n in range(31, 36)), *lines]
+  worse = lambda x: x | {"next_token": 2.0} if x["split"] == "train" and 31 <= x["step"] < 36 else x
+  runs = {"anticipate": again, "log": [worse(x) for x in lines]}
+  assert stability.around(runs) == (31, pytest.approx(1.795))
+  assert stability.excess(runs, "anticipate") == pytest.approx(1 - 1.795)
+  assert stability.excess(runs, "log") == pytest.approx(1 - 1.795 + 5 / 20)
+  assert stability.excess({"anticipate": lines[:30], "log": lines}, "log") is None
+  row = stability.row_of_spiking(0, "anticipate", runs)
+  assert row["20 steps from the spike on"] == pytest.approx(1 - 1.795)
   assert (row["anomalies"], row["highest loss"], row["held-out bits/byte"]) == (1, 9.0, 1.5)
 
 

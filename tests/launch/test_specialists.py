@@ -1,6 +1,7 @@
 """Miniature 2: its text, its figures, and a short version of the whole that has to show learning."""
 
 import itertools
+import json
 
 import pytest
 
@@ -39,6 +40,21 @@ def test_paragraphs_are_kept_once_and_long_texts_cut(monkeypatch):
   assert len(specialists_text.chosen(iter(texts))) < 3
 
 
+def test_judged_documents_are_no_taught_ones(tmp_path, monkeypatch):
+  texts = [f"{i} " * 2000 for i in range(30)]
+  monkeypatch.setattr(specialists_text, "documents", lambda kind: iter(texts))
+  specialists_text.write(tmp_path)
+  for kind in KINDS:
+    taught, judged = ([json.loads(line)["text"] for line in (tmp_path / part / f"{kind}.jsonl").read_text().splitlines()]
+                      for part in (specialists_text.TAUGHT, specialists_text.JUDGED))
+    assert len(taught) + len(judged) == 30 and not set(taught) & set(judged)
+    assert sum(map(len, judged)) >= 70_000 > sum(map(len, judged[1:]))
+    read = specialists.judged_run(tmp_path, kind).data
+    assert read.path == str(tmp_path / "judged" / f"{kind}.jsonl") and read.held_out_percent == 99
+    assert specialists.data_of(tmp_path, kind).path == str(tmp_path / "taught" / f"{kind}.jsonl")
+  assert specialists.data_of(tmp_path, None).path == str(tmp_path / "taught")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_machine_has_these_texts(kind):
   some = [text for text in itertools.islice(specialists_text.documents(kind), 60) if len(text) > 400]
@@ -54,10 +70,10 @@ def test_the_picture(tmp_path):
 
 
 def test_all_ways_have_as_many_updates_of_as_many_tokens(tmp_path):
-  """Samples of 96 + 64 tokens in the mean, three of them in two rows; all rows are of one length."""
+  """Samples of 56 + 64 tokens in the mean, two of them in a row; all rows are of one length."""
   runs = [specialists.distillation_run(tmp_path, dict.fromkeys(KINDS, tmp_path), 40, samples, 0, tmp_path)
           for samples in (c.STUDENT, c.TEXT)]
-  runs.append(specialists.training_run(tmp_path, None, 40, 3e-3, 0, tmp_path))
+  runs.append(specialists.student_run(tmp_path, 40, 0, tmp_path))
   assert len({(run.training.steps, run.data.sequence_length, run.optimizer) for run in runs}) == 1
   asked = runs[0].distillation
   tokens = (asked.prompt_length + asked.shortest_prompt) / 2 + asked.reply_length
@@ -70,7 +86,7 @@ def test_all_ways_have_as_many_updates_of_as_many_tokens(tmp_path):
 @pytest.mark.long
 def test_a_short_version_learns(tmp_path):
   said = []
-  plan = specialists.Plan(start=60, specialist=10, student=24, batches=2)
+  plan = specialists.Plan(start=40, specialist=10, student=24)
   result = specialists.run(tmp_path, 1, said.append, plan)
   rows = {row["model"]: row for row in result.rows}
   assert (tmp_path / result.picture).is_file() and len(result.targets) == 2

@@ -105,7 +105,7 @@ def step_of(run, samples, advantages, mesh=None, row=ROW):
   state = policy_step.PolicyState(np.int32(0), variables["params"], variables["router"], fresh(shapes.opt_state),
                                   jax.random.key(0), {name: other[name] for name in ("params", "router")})
   state = jax.device_put(state, None if mesh is None else jax.tree.map(lambda x: x.sharding, shapes))
-  passes = [programs.put(rows) for rows in problems.in_passes(problems.rows_of(samples, advantages, row),
+  passes = [programs.put_rows(rows) for rows in problems.in_passes(problems.rows_of(samples, advantages, row),
                                                               run.data.batch_size)]
   passes = [rows | {"reference": programs.reference(state.reference, rows)} for rows in passes]
   counted = [jax.device_get(programs.count(rows)) for rows in passes]
