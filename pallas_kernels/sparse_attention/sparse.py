@@ -172,23 +172,24 @@ def forward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, c
   results = (lax.empty(operands[0].shape, q.dtype),
              lax.empty((plan.steps, plan.rows // tpu.LANES, tpu.LANES), jnp.float32))
 
-  def meet(chunk, index, rows, results):
+  def attend_chunk(chunk, index, rows, results):
     alone = direct(index) if plan.direct else ()
     return tuple(sparse_forward.attend_rows(chunk, rows, _words(index, plan), operands, alone, results, plan, options))
 
-  def two(pair, carry):
-    first, rows, results = carry
-    second, third = lists(2 * pair + 1, 2 * pair + 2)
-    rows_ahead = fetch(second)
-    results = meet(2 * pair, first, rows, results)
-    rows = fetch(third)
-    return third, rows, meet(jnp.minimum(2 * pair + 1, plan.chunks - 1), second, rows_ahead, results)
+  def two_chunks(turn, carry):
+    """Chunks 2 * turn, of which the carry holds list and rows, and 2 * turn + 1; leaves those of the chunk behind them."""
+    index, rows, results = carry
+    next_index, index_after = lists(2 * turn + 1, 2 * turn + 2)
+    next_rows = fetch(next_index)
+    results = attend_chunk(2 * turn, index, rows, results)
+    rows_after = fetch(index_after)
+    return index_after, rows_after, attend_chunk(jnp.minimum(2 * turn + 1, plan.chunks - 1), next_index, next_rows, results)
 
-  first, = lists(jnp.int32(0))
+  index, = lists(jnp.int32(0))
   if plan.chunks == 1:
-    out, lse = meet(jnp.int32(0), first, fetch(first), results)
+    out, lse = attend_chunk(jnp.int32(0), index, fetch(index), results)
   else:
-    _, _, (out, lse) = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, (first, fetch(first), results))
+    _, _, (out, lse) = lax.fori_loop(0, math.ceil(plan.chunks / 2), two_chunks, (index, fetch(index), results))
   return sparse_plan.from_steps(out, q.shape, plan), tiles.from_statistics(lse, q.shape, plan)
 
 
@@ -204,7 +205,7 @@ def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, 
   num_rows = plan.batch * max(plan.entries, 1)
   units = sparse_rows.Units.of(num_rows, plan.width, options.chip)
 
-  def meet(chunk, index, rows, gradients):
+  def chunk_gradients(chunk, index, rows, gradients):
     """Gradients with a chunk's part in them, and the rows of its part to add to the entries'; past the end: nothing new."""
     *gradients, d_sink = gradients
     *gradients, d_rows, d_logit = sparse_backward.gradients(
@@ -213,28 +214,29 @@ def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, 
     d_sink += jnp.where(new, d_logit[..., 0].sum(0), 0)
     return (*gradients, d_sink), (jnp.where(new, index, -1).reshape(-1), d_rows.reshape(-1, plan.width))
 
-  def two(pair, carry):
-    first, rows, left, sums, gradients = carry
-    second, third = lists(2 * pair + 1, 2 * pair + 2)
-    sums, rows_ahead = fetch(second, sums, left)
-    gradients, part = meet(2 * pair, first, rows, gradients)
-    sums, rows = fetch(third, sums, part)
-    gradients, left = meet(2 * pair + 1, second, rows_ahead, gradients)
-    return third, rows, left, sums, gradients
+  def two_chunks(turn, carry):
+    """As forward; `to_add` are the rows of the chunk before, which the entries' sums still lack."""
+    index, rows, to_add, sums, gradients = carry
+    next_index, index_after = lists(2 * turn + 1, 2 * turn + 2)
+    sums, next_rows = fetch(next_index, sums, to_add)
+    gradients, to_add = chunk_gradients(2 * turn, index, rows, gradients)
+    sums, rows_after = fetch(index_after, sums, to_add)
+    gradients, to_add = chunk_gradients(2 * turn + 1, next_index, next_rows, gradients)
+    return index_after, rows_after, to_add, sums, gradients
 
   gradients = (lax.empty(operands[0].shape, q.dtype),
                lax.empty((plan.batch, plan.windows, 2 * plan.reach, plan.width), jnp.float32),
                jnp.zeros((plan.heads,), jnp.float32))
-  (first,), sums = lists(jnp.int32(0)), units.zeros(plan.width)
+  (index,), sums = lists(jnp.int32(0)), units.zeros(plan.width)
   if plan.chunks == 1:
-    gradients, left = meet(jnp.int32(0), first, fetch(first), gradients)
+    gradients, to_add = chunk_gradients(jnp.int32(0), index, fetch(index), gradients)
   else:
     places = plan.chunk_queries * plan.places
     nothing = jnp.full((places,), -1, jnp.int32), lax.empty((places, plan.width), jnp.float32)
-    start = first, fetch(first), nothing, sums, gradients
-    _, _, left, sums, gradients = lax.fori_loop(0, math.ceil(plan.chunks / 2), two, start)
+    start = index, fetch(index), nothing, sums, gradients
+    _, _, to_add, sums, gradients = lax.fori_loop(0, math.ceil(plan.chunks / 2), two_chunks, start)
   dq, d_near, d_sink = gradients
-  sums = sparse_rows.add_rows(sums, *left, options.chip, options.interpret)
+  sums = sparse_rows.add_rows(sums, *to_add, options.chip, options.interpret)
   d_entries = units.table(sums, num_rows).reshape(plan.batch, -1, plan.width)
   d_entries = jnp.where(tpu.pad_axis(chosen[1], 1, max(plan.entries, 1))[..., None], d_entries, 0)
   cut = lambda gradient, x: gradient[:, :x.shape[1], :x.shape[2]].astype(x.dtype)

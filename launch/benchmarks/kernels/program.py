@@ -2,6 +2,11 @@
 
 Counted like the compiler's own cost analysis, with two differences: loops are multiplied out, and sizes are those of the
 padded tiles that really lie in HBM. A fusion reads its operands once; of an operand that it only slices, the slices.
+
+`deepseek_v4/planning/hlo.py` reads such texts, too: it needs no instruction's operands, and where it has to say that nobody
+knows how often something runs (a branch, a loop without a length), here a branch counts once and so does one pass of such a
+loop, inner loops multiplied out. With one reader for both, either plans would claim what they do not know or the bench would
+lose what it counts.
 """
 
 from __future__ import annotations
