@@ -57,6 +57,16 @@ def test_a_program_is_its_instructions_times_their_loops():
       program.Part("kernel.1", True, 5, True, slice_ + 16 * 128 * 2, 4096)]
 
 
+def test_a_kernels_operand_in_vmem_is_told():
+  """The copy that brings it is a part by itself."""
+  text = HLO.replace("custom-call(%part)", "custom-call(%part, %near.1)").replace("  %kernel.1 =", """\
+  %near.1 = f32[64,8]{1,0:T(8,128)S(1)} copy(%x)
+  %kernel.1 =""")
+  copy, kernel = program.parts(text)[2:]
+  assert (copy.hbm_bytes, copy.near_bytes) == (64 * 128 * 4, 0)
+  assert (kernel.hbm_bytes, kernel.near_bytes) == (8 * 128 * 4 + 16 * 128 * 2, 64 * 128 * 4)
+
+
 def test_an_array_updated_in_place_costs_its_update():
   fused = """
 %fused.1 (p0: f32[64,8], p1: f32[1,8], p2: s32[]) -> f32[64,8] {

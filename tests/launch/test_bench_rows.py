@@ -28,6 +28,15 @@ def test_a_row_holds_schedule_bounds_and_their_ratio():
   assert report.guesses([row]) == ""
 
 
+def test_what_a_kernel_reads_from_vmem_is_no_hbm_traffic():
+  call = dataclasses.replace(attention_call(V5P), windows=(program.Window(10**6, 10, False),))
+  case, content = Case("attention", "pro", 16384, FORWARD), answer(calls=[dataclasses.asdict(call)])
+  size_of = lambda content: rows.row_of(case, json.loads(json.dumps(content)), V5P)["hbm_bytes"]
+  assert size_of(content) == 10**7
+  content["parts"][0]["near_bytes"] = 10**6
+  assert size_of(content) == 9 * 10**6
+
+
 def test_a_kernel_that_changed_is_guessed_and_named():
   content = answer()
   content["schedules"][0]["root"]["inner"][0]["inner"].pop()
