@@ -38,7 +38,7 @@ from pallas_kernels.sparse_attention import (
 
 ROWS = 2**18  # gathered together: with 1,024 of a query enough that each core of a chip has whole runs of a chunk
 FORWARD_STEP = {"v5p": (8, 1024), "v6e": (8, 1024), "tpu7x": (8, 1024)}  # queries, places of a tile
-DIRECT = {"v5p": 384, "v6e": 384, "tpu7x": 256}  # rows that the forward kernel copies by itself, per query of 128 heads
+DIRECT = {"v5p": 384, "v6e": 384, "tpu7x": 224}  # rows that the forward kernel copies by itself, per query of 128 heads
 BACKWARD_STEP = {"v5p": (4, 1024), "v6e": (8, 1024), "tpu7x": (4, 1024)}
 
 

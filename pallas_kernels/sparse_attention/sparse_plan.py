@@ -23,7 +23,7 @@ from pallas_kernels import bits, tpu
 from pallas_kernels.sparse_attention import tiles
 from pallas_kernels.tpu import LANES
 
-GRANULE = 64  # direct places come in groups of this size: 128 queries x 64 are whole batches of 64 subcores
+GRANULE = 32  # direct places come in groups of this size: 128 queries x 32 are a batch of 64 rows for each of 64 subcores
 _FEW_STEPS = 4
 _NUMBER_BYTES = 2**18  # of row numbers of one run
 

@@ -9,11 +9,11 @@ from pallas_kernels.cases import packed
 from pallas_kernels.selection import Selection
 
 
-@pytest.mark.parametrize("entries, picked", [(5, True), (5, False), (0, False)])
+@pytest.mark.parametrize("entries, picked", [(7, True), (7, False), (0, False)])
 def test_the_mask_holds_the_window_and_the_selected_visible_entries(entries, picked):
   places = packed([(9, 4)], 15, 2, entries) if entries else packed([(9, 4)], 15, 99, 0)
   rng = np.random.default_rng(0)
-  picks = np.stack([rng.permutation(5)[:3] for _ in range(15)])[None]
+  picks = np.stack([rng.permutation(7)[:3] for _ in range(15)])[None]
   picks[0, ::4, 1] = -1
   selection = Selection.from_indices(jnp.asarray(picks)) if picked else Selection.all(1, 15)
   got = np.asarray(splash.mask(selection, places, window=3))
