@@ -38,8 +38,9 @@ def pack(mask: jax.Array) -> jax.Array:
 
 def unpack(words: jax.Array, num_entries: int) -> jax.Array:
   """int32 [..., W] -> bool [..., T]; dense, for tests and for one block of queries at a time."""
-  fields = words.reshape(*words.shape[:-1], -1, 1, LANES) >> jnp.arange(32, dtype=jnp.int32)[:, None]
-  return (fields & 1 != 0).reshape(*words.shape[:-1], -1)[..., :num_entries]
+  rows, width = words.shape[:-1], words.shape[-1]  # the width may be 0
+  fields = words.reshape(*rows, width // LANES, 1, LANES) >> jnp.arange(32, dtype=jnp.int32)[:, None]
+  return (fields & 1 != 0).reshape(*rows, width * 32)[..., :num_entries]
 
 
 def visible_words(positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array,

@@ -79,8 +79,10 @@ class Selection:
     Raises:
       ValueError: it does not.
     """
-    arguments.expect(op, **{"selection.picks": (self.picks, (batch_size, num_queries)),
-                         "selection.words": (self.words, (batch_size, num_queries, bits.num_words(num_entries)))})
+    rows = f"int: {batch_size} {num_queries}"
+    arguments.check(op, **{"selection.picks": (self.picks, f"{rows} ...")})
+    if self.words is not None:
+      arguments.check(op, **{"selection.words": (self.words, f"{rows} {bits.num_words(num_entries)}")})
 
   def listed(self) -> "Selection":
     """The same selection as entry numbers where it is rows of bits; itself otherwise."""

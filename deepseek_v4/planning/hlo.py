@@ -1,4 +1,9 @@
-"""The text of a compiled program: its computations, and how often each of them runs."""
+"""The text of a compiled program: its computations, and how often each of them runs.
+
+`launch/benchmarks/kernels/program.py` reads such texts by other rules, on purpose. Here figures are added up to what a step
+does for certain, so a branch, and a loop whose length the text does not give, have no number of runs. There one op's time is
+bounded: each branch counts once, and one pass of such a loop is kept, which the bench multiplies by a length that it knows.
+"""
 
 from __future__ import annotations
 

@@ -123,8 +123,9 @@ def _collapse(streams_BSND, fn, base, scale, static):
 
 def _collapse_forward(streams_BSND, fn, base, scale, static):
   sizes = _sizes(streams_BSND, static[3], *static[:2])
-  z, sheet = forward.collapse(_by_stream(streams_BSND, sizes), blocks.projection_operand(fn, sizes),
-                              blocks.affine(base, scale, sizes), sizes, static[3])
+  x_NTD = _by_stream(streams_BSND, sizes)
+  z, sheet = forward.collapse(x_NTD, blocks.projection_operand(fn, sizes, x_NTD.shape[1]), blocks.affine(base, scale, sizes),
+                              sizes, static[3])
   post, comb = _post_and_comb(sheet, base, scale, streams_BSND.shape, static)
   z_BSD = z[:, :sizes.width].reshape(*streams_BSND.shape[:2], -1)
   return (z_BSD, post, comb), (streams_BSND, fn, base, scale, sheet)
@@ -174,9 +175,10 @@ def _expand_collapse(streams_BSND, update_BSD, post_BSN, comb_BSNN, fn, base, sc
 
 def _expand_collapse_forward(streams_BSND, update_BSD, post_BSN, comb_BSNN, fn, base, scale, static):
   sizes = _sizes(streams_BSND, static[3], *static[:2])
+  x_NTD = _by_stream(streams_BSND, sizes)
   new, z, sheet = forward.expand_collapse(
-      _by_stream(streams_BSND, sizes), _rows(update_BSD, sizes), _coefficients(post_BSN, comb_BSNN),
-      blocks.projection_operand(fn, sizes), blocks.affine(base, scale, sizes), sizes, static[3])
+      x_NTD, _rows(update_BSD, sizes), _coefficients(post_BSN, comb_BSNN),
+      blocks.projection_operand(fn, sizes, x_NTD.shape[1]), blocks.affine(base, scale, sizes), sizes, static[3])
   post, comb = _post_and_comb(sheet, base, scale, streams_BSND.shape, static)
   results = _by_token(new, streams_BSND.shape), z[:, :sizes.width].reshape(update_BSD.shape), post, comb
   return results, (streams_BSND, update_BSD, post_BSN, comb_BSNN, results[0], fn, base, scale, sheet)

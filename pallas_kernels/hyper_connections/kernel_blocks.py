@@ -28,6 +28,9 @@ from pallas_kernels import tpu
 GROUP = 16  # rows that stay in registers: one packed bfloat16 tile
 WIDE_UNIT = {"v5p": False, "v6e": True, "tpu7x": True}
 _BLOCKS = (128, 64, 32, 16)  # rows of a block
+# Up to so many tokens a core has one block, and the kernel cuts fn into parts by itself: XLA would write them to HBM first.
+# With more blocks each of them would cut it again.
+_CUT_IN_KERNEL = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +152,17 @@ def fn_rows(fn: jax.Array, sizes: Sizes) -> jax.Array:
   return tpu.pad_axis(tpu.pad_axis(by_stream, 1, sizes.columns), 2, sizes.padded)
 
 
-def projection_operand(fn: jax.Array, sizes: Sizes) -> jax.Array:
-  """fn for u = x fn^T: [N, P U, D], the parts one below the other."""
-  return jnp.concatenate(in_parts(fn_rows(fn, sizes), sizes.parts, sizes.dtype), 1)
+def projection_operand(fn: jax.Array, sizes: Sizes, tokens: int) -> jax.Array:
+  """fn for u = x fn^T: [N, P U, D], the parts one below the other; for few tokens float32 [N, U, D], see `stacked_parts`."""
+  rows = fn_rows(fn, sizes)
+  return rows if tokens <= _CUT_IN_KERNEL else jnp.concatenate(in_parts(rows, sizes.parts, sizes.dtype), 1)
+
+
+def stacked_parts(fn_UD: jax.Array, sizes: Sizes) -> jax.Array:
+  """Inside a kernel: rows of one stream as `projection_operand` gives them -> [P U, D] in the streams' dtype."""
+  if fn_UD.dtype == sizes.dtype:
+    return fn_UD
+  return jnp.concatenate(in_parts_in_kernel(fn_UD, sizes.parts, sizes.dtype), 0).astype(sizes.dtype)
 
 
 def gradient_operand(fn: jax.Array, sizes: Sizes) -> jax.Array:

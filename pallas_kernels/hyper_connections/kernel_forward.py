@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tpu
-from pallas_kernels.hyper_connections.kernel_blocks import Call, Sizes, each_chunk, each_group, wide
+from pallas_kernels.hyper_connections.kernel_blocks import Call, Sizes, each_chunk, each_group, stacked_parts, wide
 from pallas_kernels.hyper_connections.kernel_mix import collapse_mix, expand_mix
 
 # Lanes per step of a loop: enough work in one straight line for the units to overlap.
@@ -24,14 +24,14 @@ _MIX_LANES = {False: 256, True: 1024}  # without and with a wide matrix unit
 
 # ---- pieces of the bodies ---------------------------------------------------------------------------------------------
 def _project(x, fn, sizes: Sizes):
-  """(u [C, 128] before the norm, sum of squares [C, 1]); fn [N, P U, D]."""
-  rows, stacked = x.shape[1], fn.shape[1]
+  """(u [C, 128] before the norm, sum of squares [C, 1]); fn as `projection_operand` gives it."""
+  rows, stacked = x.shape[1], sizes.parts * sizes.columns
 
   def chunk(lanes, carry):
     u, squares = carry
     for j in range(sizes.streams):
       part = x[j, :, lanes]
-      u += tpu.matmul_t(fn[j, :, lanes], part)  # tokens on lanes: there are fewer rows of fn than of x
+      u += tpu.matmul_t(stacked_parts(fn[j, :, lanes], sizes), part)  # tokens on lanes: there are fewer rows of fn than of x
       squares += tpu.lane_sums(wide(part) * wide(part))
     return u, squares
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, Callable
 
@@ -56,7 +55,7 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selectio
   arguments.check("attend", q=(q, "B S H d"), window_kv=(window_kv, "B S d"), sink=(sink, "H"),
                   positions=(positions, "int: B S"), segment_ids=(segment_ids, "int: B S"),
                   entry_last=(entry_last, "int: B T"), entry_segment=(entry_segment, "int: B T"),
-                  **({} if unpack else {"entries": (entries, "B T d")}),
+                  entries=(entries, "any: B T ..." if unpack else "B T d"),
                   **{"selection.picks": (selection.picks, "int: B S K")})
   arguments.check_number("attend", "window", window, 0)
   run = pick("sparse_attention", implementation, {
@@ -72,7 +71,7 @@ def form(name: str, interpret: bool) -> Callable[..., Any]:
   if name == "blockwise":
     return blockwise.attend
   run = {"masked": kernel, "sparse": sparse}[name].attend
-  return _unpacking(functools.partial(_with_past, functools.partial(run, interpret=interpret)))
+  return _unpacking(functools.partial(run, interpret=interpret))
 
 
 def attend_with(run: Callable[..., Any], q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selection,
@@ -88,9 +87,9 @@ def attend_with(run: Callable[..., Any], q: jax.Array, window_kv: jax.Array, ent
   if (past_kv is None) != (past_segment is None) or (past_kv is not None and past_kv.shape[:2] != past_segment.shape):
     shapes = [None if x is None else x.shape for x in (past_kv, past_segment)]
     raise ValueError(f"past_kv, past_segment = {shapes[0]}, {shapes[1]}: expected [batch, past, width], [batch, past]")
-  rows, of_entries = q.shape[:2], (q.shape[0], entry_last.shape[1])
-  arguments.expect("attend", entries=(entries, of_entries), past_kv=(past_kv, rows[:1]))
-  selection.check("attend", *rows, entry_last.shape[1])
+  arguments.check("attend", q=(q, "B S H d"), entry_last=(entry_last, "int: B T"), entries=(entries, "any: B T ..."),
+                  **({} if past_kv is None else {"past_kv": (past_kv, "B P d")}))
+  selection.check("attend", *q.shape[:2], entry_last.shape[1])
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   reach = min(max(window - 1, 0), 0 if past_kv is None else past_kv.shape[1])
   key_segment = jnp.asarray(segment_ids)
@@ -122,14 +121,3 @@ def _form(q, num_entries: int, selection: Selection, chip: tpu.Chip):
   top_k = {"all": num_entries, "bits": selection.top_k, "indices": selection.picks.shape[2]}[selection.kind]
   name = forms.choose(q.shape[1], num_entries, top_k, chip.name)
   return form(name, interpret=False)
-
-
-def _with_past(run, q, window_kv, entries, selection, sink, *, positions, segment_ids, key_segment, **fixed):
-  """A kernel that knows no other keys than its queries' own: past keys get queries without meaning."""
-  past = window_kv.shape[1] - q.shape[1]
-  front = lambda x, value=0: jnp.pad(x, ((0, 0), (past, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
-  words = None if selection.words is None else front(selection.words)
-  selection = dataclasses.replace(selection, picks=front(selection.picks, -1), words=words)
-  out, lse = run(front(q), window_kv, entries, selection, sink, positions=front(positions, -1), segment_ids=key_segment,
-                 **fixed)
-  return out[:, past:], lse[:, past:]

@@ -64,7 +64,7 @@ def _body(_, rows, words, q, near_keys, near_words, sink, out, d_out, lse_and_d_
   def at(number, part):
     pl.when(tile == number)(part) if count > 1 else part()
 
-  def meet(r, keys, seen):
+  def key_gradients(r, keys, seen):
     """Adds to dq_sum of rows r; returns the gradient of `keys`."""
     g = d_out[r]
     p = jnp.exp2(tiles.hide(matmul_t(qs[r], keys), seen) - widen(lse2[r], keys.shape[0]))
@@ -88,12 +88,13 @@ def _body(_, rows, words, q, near_keys, near_words, sink, out, d_out, lse_and_d_
     share = jnp.exp2(jnp.minimum(tiles.per_row(sink[...], plan) - lse2[...], 0.0)) * delta[...]
     d_sink[...] += share.reshape(plan.queries, plan.heads, LANES).sum(0)
     if window:
-      d_near[...] += meet(pl.ds(0, plan.rows), near_keys[...], tiles.key_mask(near_words[...], 0, 2 * plan.reach))
+      d_near[...] += key_gradients(pl.ds(0, plan.rows), near_keys[...], tiles.key_mask(near_words[...], 0, 2 * plan.reach))
 
   at(0, start)
   for query in range(plan.queries):
     r = pl.ds(query * plan.heads, plan.heads)
-    d_rows[query] = meet(r, sparse_table.unpack(rows[query]), tiles.key_mask(words[pl.ds(query, 1)], tile, plan.tile))
+    seen = tiles.key_mask(words[pl.ds(query, 1)], tile, plan.tile)
+    d_rows[query] = key_gradients(r, sparse_table.unpack(rows[query]), seen)
 
   def finish():
     dq[...] = (dq_sum[...] * (scale * tpu.LOG2E)).astype(dq.dtype)

@@ -78,7 +78,7 @@ def _body(_, rows, words, q, near_keys, near_words, sink, *refs, plan, window, s
     else:
       top[...], total[...], acc[...] = logit, jnp.where(one_lane, 1.0, 0.0), jnp.zeros_like(acc)
 
-  def meet(last):
+  def attend_tile(last):
     copies.wait()
     for query in range(plan.queries):
       r = pl.ds(query * plan.heads, plan.heads)
@@ -100,12 +100,12 @@ def _body(_, rows, words, q, near_keys, near_words, sink, *refs, plan, window, s
         top[r], total[r], acc[r] = new, sums, values
 
   def finish():
-    meet(True)
+    attend_tile(True)
     for row in range(plan.rows // LANES):
       lse[row] = jnp.transpose(top[pl.ds(row * LANES, LANES)])[0] * tpu.LN2
     copies.end()
 
   at(0, start)
   if count > 1:
-    pl.when(tile < count - 1)(lambda: meet(False))
+    pl.when(tile < count - 1)(lambda: attend_tile(False))
   at(count - 1, finish)

@@ -1,17 +1,25 @@
 """Every kernel through the real TPU compiler, for v5p, v6e and TPU7x, at the released models' widths; nothing runs.
 
 The suite compiles one shape per kernel, direction and chip; the long tier the whole grid of the bench. A gradient's program
-holds the kernels of both directions.
+holds the kernels of both directions. Of the sparse form the suite compiles one chunk whole, which takes long, and of two
+chunks what is between their attentions.
 """
 
+import re
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from launch.benchmarks.kernels import bounds, cases, run
 from launch.benchmarks.kernels.cases import FORWARD, GRADIENT, OURS, Case
 from launch.benchmarks.kernels.chips import CHIPS
-from launch.benchmarks.kernels.compile import Compiler
+from launch.benchmarks.kernels.compile import Compiler, Request
 from launch.benchmarks.memory import cases as memory_cases
 from launch.benchmarks.memory import run as memory_run
+from pallas_kernels import bits, tpu
+from pallas_kernels.shapes import FLASH
+from pallas_kernels.sparse_attention import sparse, sparse_lists, sparse_rows, tiles
 
 # Lengths at which the indexer leaves entries out, with little memory to plan for.
 SMALL = (
@@ -19,8 +27,16 @@ SMALL = (
     Case("select", "flash", 4096, FORWARD), Case("kl_loss", "flash", 4096, GRADIENT),
     Case("expand_collapse", "pro", 512, GRADIENT), Case("collapse", "flash", 512, GRADIENT),
     Case("expand", "flash", 512, GRADIENT), Case("experts", "flash", 512, GRADIENT))
+ALL_OF_SPARSE = {"entry_tables", "list_entries", "gather_rows", "attend_rows", "attend_rows_backward", "add_rows_and_gather",
+                 "add_rows"}  # the TensorCore's and the SparseCore's
 SPARSE_TEMP = 6 * 2**30  # bytes: rows, gradients of rows of some chunks and the sums of 262,144 entries, nothing longer
 SAME_KERNEL = {"attention_heavy", "attention_window"}  # as another op in SMALL
+
+
+def kernel_names(answer):
+  """Names of the kernels in a compiled program, without those of the transformations around them and numbers behind."""
+  names = [part["name"] for part in answer["parts"] if part["kernel"] or part["sparse_core"]]
+  return [re.sub(r"^((transpose|jvp|vmap|checkpoint)_)+|_*(\.[\w\-]+)*$", "", name) for name in names]
 
 
 def problems(case, answer, chip):
@@ -53,6 +69,52 @@ def compile_for(chip, wanted):
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
 def test_every_kernel_compiles(chip):
   assert not compile_for(chip, SMALL)
+
+
+def between_two_chunks(length, share):
+  """The program of what the sparse form's backward pass does between the attention of two chunks, and of what is added in
+  the end: Flash, the last `share` tokens of a context."""
+  options = tiles.Options(FLASH.window, 1.0, tpu.current_chip(interpret=False), False)
+  static, array = (options, "bits", FLASH.top_k), jax.ShapeDtypeStruct
+  q, entries = (array(shape, jnp.bfloat16) for shape in (
+      (1, share, FLASH.heads, FLASH.width), (1, length // FLASH.light_rate, FLASH.width)))
+  rows = sparse._backward_rows(entries.shape[1])
+  plan = sparse._plan(q, entries, static, sparse.BACKWARD_STEP, rows)
+  units = sparse_rows.Units.of(entries.shape[1], plan.width, options.chip)
+  words = array((1, share, bits.num_words(entries.shape[1])), jnp.int32)
+  assert plan.chunks > 1 and words.shape[2] > sparse_lists.DIRECT_WORDS
+
+  def between(entries, words, seen, d_rows):
+    lists, fetch, _ = sparse._readers(entries, (words, seen), plan, static)
+    (first,), (second, third) = lists(jnp.int32(0)), lists(1, 2)
+    part = lambda index: (index.reshape(-1), d_rows)
+    sums, rows = fetch(second, units.zeros(plan.width), part(first))
+    return fetch(first), rows, third, sparse_rows.add_rows(sums, *part(second), options.chip, False)
+
+  d_rows = array((plan.chunk_queries * plan.places, plan.width), jnp.float32)
+  return between, (entries, words, array(entries.shape[:2], bool), d_rows)
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_lists_in_two_levels_and_what_is_between_two_chunks_compile(chip):
+  """At 262,144 tokens; a chunk whose sums are added and the next one's rows are one call of the SparseCore."""
+  request = Request("between", "tests.kernels.test_aot:between_two_chunks", {"length": 2**18, "share": 4096})
+  with Compiler(chip.topology, schedules=False) as compiler:
+    (answer,) = compiler.compile_all([request])
+  assert answer["ok"], answer["error"]
+  names = kernel_names(answer)
+  assert set(names) == ALL_OF_SPARSE - {"attend_rows", "attend_rows_backward"}
+  assert names.count("list_entries") == 4 and names.count("gather_rows") == 3  # two levels, twice; of words, twice, and rows
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_a_sparse_gradient_of_many_chunks_holds_all_kernels(chip):
+  case = Case("attention_sparse", "flash", 2**18, GRADIENT)
+  with Compiler(chip.topology, schedules=False) as compiler:
+    (answer,) = compiler.compile_all([run.request_of(case)])
+  assert not problems(case, answer, chip)
+  assert set(kernel_names(answer)) == ALL_OF_SPARSE
 
 
 def test_the_suite_compiles_every_op_in_every_direction():

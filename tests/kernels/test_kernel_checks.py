@@ -1,5 +1,5 @@
 """What must hold of the kernels whatever they compute: nothing comes from the future, from another document, or from how the
-queries are cut into calls; and the chips' own tiles, just below, at and above each of their sizes.
+queries are cut into calls. The chips' own tiles are in `test_chips_tiles`.
 """
 
 import functools
@@ -9,20 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bits, tpu
+from pallas_kernels import bits
 from pallas_kernels.cases import normals, packed, unused_to_nan
 from pallas_kernels.indexer import select
-from pallas_kernels.selection import Selection
-from pallas_kernels.sparse_attention import attend, kernel, kernel_backward
+from pallas_kernels.sparse_attention import attend
 
 HEADS, WIDTH, PICKS, RATE = 4, 16, 3, 4
 
 
-def inputs(rows, length, num_entries, rate=RATE, heads=HEADS):
+def inputs(rows, length, num_entries):
   """Arguments of a CSA layer: attention's, and the indexer's by names with `index_` in front."""
-  places, batch = packed(rows, length, rate, num_entries), len(rows)
-  arrays = normals(jax.random.key(0), q=(batch, length, heads, WIDTH), window_kv=(batch, length, WIDTH),
-                   entries=(batch, num_entries, WIDTH), sink=(heads,), index_queries=(batch, length, 2, 8),
+  places, batch = packed(rows, length, RATE, num_entries), len(rows)
+  arrays = normals(jax.random.key(0), q=(batch, length, HEADS, WIDTH), window_kv=(batch, length, WIDTH),
+                   entries=(batch, num_entries, WIDTH), sink=(HEADS,), index_queries=(batch, length, 2, 8),
                    index_weights=(batch, length, 2), index_keys=(batch, num_entries, 8))
   for name in ("entries", "index_keys"):
     arrays[name] = unused_to_nan(arrays[name], places["entry_segment"])
@@ -104,21 +103,40 @@ def sizes(usual, long):
   return [*usual, *(pytest.param(value, marks=pytest.mark.long) for value in long)]
 
 
-@pytest.mark.parametrize("chunk", sizes((1, 17), (2, 3, 4, 5, 7, 8, 9, 16, 40)))
-def test_any_cut_of_the_queries_gives_the_same_rows(chunk):
-  """Calls with some of the queries against all entries, as a decoder makes them; without a window, whose keys are those of
-  the same call."""
+def with_past(part, arrays, start, window):
+  """The calls' arrays with the keys of the window - 1 tokens before `start`, as a cache hands them over: where the row has
+  no such token the memory is NaN and belongs to no document."""
+  front = lambda x, value: jnp.pad(x, ((0, 0), (window - 1, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
+  past = slice(start, start + window - 1)
+  return part | {"past_kv": front(arrays["window_kv"], jnp.nan)[:, past],
+                 "past_segment": front(arrays["segment_ids"], 0)[:, past]}
+
+
+def agrees_with_one_call(parts, window=8):
+  """Calls with so many of the queries each, against all entries and their own past keys, give the rows of one call."""
   arrays = inputs([(40,)], 40, 10)
-  want, chosen = layer(arrays, window=0)
+  want, chosen = layer(arrays, window=window)
   per_query = ("q", "window_kv", "index_queries", "index_weights", "positions", "segment_ids")
-  outs, words = [], []
-  for start in range(0, 40, chunk):
-    part = {name: x[:, start:start + chunk] if name in per_query else x for name, x in arrays.items()}
-    out, mask = layer(part, window=0)
+  outs, words, start = [], [], 0
+  for number in parts:
+    part = {name: x[:, start:start + number] if name in per_query else x for name, x in arrays.items()}
+    out, mask = layer(with_past(part, arrays, start, window), window=window)
     outs.append(out)
     words.append(mask)
+    start += number
   np.testing.assert_array_equal(np.concatenate(words, 1), chosen)
   np.testing.assert_allclose(np.concatenate(outs, 1), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", sizes((1, 17), (2, 3, 4, 5, 7, 8, 9, 16, 40)))
+def test_any_cut_of_the_queries_gives_the_same_rows(chunk):
+  """Calls as a decoder makes them; the window of 8 keys is shorter than the row and longer than most calls."""
+  agrees_with_one_call([min(chunk, 40 - start) for start in range(0, 40, chunk)])
+
+
+@pytest.mark.parametrize("first", sizes((), (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33)))
+def test_tokens_one_by_one_behind_a_first_call(first):
+  agrees_with_one_call([first] + [1] * (40 - first))
 
 
 @pytest.mark.parametrize("length", sizes((3, 33), (1, 2, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32)))
@@ -132,42 +150,6 @@ def test_a_prefix_gives_the_prefix_of_the_outputs(length):
   for name in ("entries", "index_keys"):
     cut[name] = unused_to_nan(cut[name], cut["entry_segment"])
   np.testing.assert_allclose(layer(cut)[0], want[:, :length], atol=1e-5)
-
-
-def run(arrays, implementation):
-  """Attention over all visible entries, and its gradients."""
-  moving = ("q", "window_kv", "entries", "sink")
-
-  @jax.jit
-  def both(moving, fixed):
-    selection = Selection.all(*fixed["positions"].shape)
-    values, pull = jax.vjp(lambda moving: attend(**moving, **fixed, selection=selection, window=128, scale=0.25,
-                                                 implementation=implementation), moving)
-    return values, pull(jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), values))[0]
-
-  fixed = ("positions", "segment_ids", "entry_last", "entry_segment")
-  return both({name: arrays[name] for name in moving}, {name: arrays[name] for name in fixed})
-
-
-def edges():
-  """(chip, tokens): one less, as many and one more than a block of queries or a tile of entries holds, forward and backward,
-  with 8 heads and an entry per token."""
-  for chip in (tpu.V5P, tpu.V6E, tpu.TPU7X):
-    sizes = {min(table[chip.name][axis] // (8 if axis == 0 else 1), 512 if axis else 128)
-             for table in (kernel.TILE, kernel_backward.TILE) for axis in (0, 1)}
-    for size in sorted(sizes):
-      for number in (size - 1, size, size + 1):
-        yield chip, number
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("chip, length", list(edges()), ids=lambda x: getattr(x, "name", str(x)))
-def test_the_chips_own_tiles_end_anywhere(monkeypatch, chip, length):
-  monkeypatch.setattr(tpu, "current_chip", lambda interpret: chip)
-  arrays = inputs([(length,)], length, length, rate=1, heads=8)
-  got, want = run(arrays, "interpret"), run(arrays, "reference")
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(np.abs(b).max(), 1))
 
 
 @pytest.mark.parametrize("entries", [100, 9000])

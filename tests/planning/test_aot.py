@@ -71,21 +71,26 @@ def test_a_search_compiles_and_ranks(tmp_path):
   assert rows[0]["bounds"]["step"] <= rows[1]["bounds"]["step"] and "[2/2]" in result.stdout
 
 
+ON_64_CHIPS = ["model.n_routed_experts=384", "mesh.expert=64", "data.batch_size=64"]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("topology, settings, fits", [
-  ("v5p:2x2x1", [], False),  # float32 weights, moments and a second copy of both, kept until the step is known to be finite
-  ("v5p:4x4x4", ["model.n_routed_experts=384", "mesh.expert=64", "data.batch_size=64"], True),
-], ids=["8 experts on one chip", "384 experts on 64 chips"])
-def test_the_step_of_four_layers_of_pro_compiles_with_all_kernels(topology, settings, fits, tmp_path):
+@pytest.mark.parametrize("topology, settings, selects, fits", [
+  # Float32 weights, moments and a second copy of both, kept until the step is known to be finite.
+  ("v5p:2x2x1", [], False, False),
+  ("v5p:4x4x4", ON_64_CHIPS, False, True),
+  ("v5p:4x4x4", [*ON_64_CHIPS, "data.sequence_length=8192"], True, True),  # up to 4,096 tokens every entry is kept
+], ids=["8 experts on one chip", "384 experts on 64 chips", "8,192 tokens"])
+def test_the_step_of_four_layers_of_pro_compiles_with_all_kernels(topology, settings, selects, fits, tmp_path):
   path = tmp_path / "plan.json"
   result = plan("v4_pro_slice", "--topology", topology, "--json", str(path),
                 *(part for setting in settings for part in ("--set", setting)), timeout=3000)
   assert result.returncode == 0, result.stderr[-3000:]
   figures = json.loads(path.read_text())
-  # At 4,096 tokens the indexer keeps every entry: its selection is compiled in tests/kernels/test_aot.py.
   wanted = {"experts_d_down", "experts_d_gate_up", "experts_d_hidden", "experts_d_rows", "experts_down",
             "experts_hidden", *(name + end for end in ("", "_backward") for name in (
               "masked_attention", "index_loss", "hyper_collapse", "hyper_expand", "hyper_expand_collapse"))}
+  wanted |= {"index_select"} if selects else set()
   assert wanted <= set(figures["kernels"]), wanted - set(figures["kernels"])
   assert figures["fits"] == fits
   assert figures["flops"]["hardware"] > figures["flops"]["model"] > 0 and 0 < figures["utilization"] < 1

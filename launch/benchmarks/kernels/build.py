@@ -11,9 +11,9 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-from launch.benchmarks.kernels.cases import BLOCKWISE, GRADIENT, OURS, RAGGED, SPLASH, SPLASH_BLOCK, Case
+from launch.benchmarks import splash
+from launch.benchmarks.kernels.cases import BLOCKWISE, GRADIENT, OURS, RAGGED, SPLASH, Case
 from pallas_kernels import bits, grouped_matmul, hyper_connections, indexer, sparse_attention
 from pallas_kernels.selection import Selection
 
@@ -79,7 +79,7 @@ def _attention(case: Case):
 
   def run(q, window_kv, entries, sink, words=None, picks=None, **places):
     if case.side == SPLASH:
-      return _splash(case, q[0], window_kv[0], entries[0], sink, picks, places)
+      return splash.attend(q, window_kv, entries, _select(case, words, picks), sink, places, s.window, s.width**-0.5)
     ours = "sparse" if case.op == "attention_sparse" else "masked"
     form = sparse_attention.form(ours if case.side == OURS else BLOCKWISE, interpret=False)
     return sparse_attention.attend_with(
@@ -88,26 +88,6 @@ def _attention(case: Case):
   past = {} if not case.past else {"past_kv": _array(case.batch, case.past, s.width),
                                    "past_segment": _array(case.batch, case.past, dtype=jnp.int32)}
   return run, moving, _places(case) | _selection(case) | past
-
-
-def _splash(case, q_SHd, window_kv_Sd, entries_Td, sink_H, picks, places):
-  """JAX's splash attention; who sees which key must be one dense mask [S, S + T], made in the same program."""
-  mask = splash_mask(case, picks, places)
-  blocks = splash.BlockSizes(*[SPLASH_BLOCK] * 8)
-  run = splash.make_splash_mqa_single_device(mask[None], block_sizes=blocks)
-  for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):  # inside jit it takes its own flag for an array
-    setattr(run, name, getattr(run, name)._replace(is_dynamic_mask=True))
-  keys = jnp.concatenate([window_kv_Sd, entries_Td])
-  return run((q_SHd * case.shapes.width**-0.5).astype(q_SHd.dtype).swapaxes(0, 1), keys, keys, sinks=sink_H).swapaxes(0, 1)
-
-
-def splash_mask(case: Case, picks: jax.Array | None, places: dict[str, jax.Array]) -> jax.Array:
-  """bool [S, S + T]: the window's keys and the selected visible entries."""
-  position, segment = places["positions"][0], places["segment_ids"][0]
-  apart = position[:, None] - position[None, :]
-  near = (apart >= 0) & (apart < case.shapes.window) & (segment[:, None] == segment[None, :]) & (segment > 0)[:, None]
-  words = bits.words_of(_select(case, None, picks), case.entries, places)
-  return jnp.concatenate([near, bits.unpack(words, case.entries)[0]], 1)
 
 
 # ---- indexer ----------------------------------------------------------------------------------------------------------

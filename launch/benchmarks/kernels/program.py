@@ -2,6 +2,11 @@
 
 Counted like the compiler's own cost analysis, with two differences: loops are multiplied out, and sizes are those of the
 padded tiles that really lie in HBM. A fusion reads its operands once; of an operand that it only slices, the slices.
+
+`deepseek_v4/planning/hlo.py` reads such texts, too: it needs no instruction's operands, and where it has to say that nobody
+knows how often something runs (a branch, a loop without a length), here a branch counts once and so does one pass of such a
+loop, inner loops multiplied out. With one reader for both, either plans would claim what they do not know or the bench would
+lose what it counts.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ class Part:
     vmem_bytes: that one execution reserves.
     sparse_core: a call that runs on the SparseCore; its schedule is not known.
     overlaps: of such a call, whether a Pallas call runs on the TensorCore between its start and its end.
+    near_bytes: of a Pallas call's operands and results that XLA keeps in VMEM; what brings them there is a part by itself.
   """
 
   name: str
@@ -52,6 +58,7 @@ class Part:
   vmem_bytes: int
   sparse_core: bool = False
   overlaps: bool = False
+  near_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +80,13 @@ _Computations = Mapping[str, list[_Instruction]]
 def hbm_bytes(type_text: str) -> int:
   """Bytes in HBM of all arrays of an HLO type, tiles padded; scalars, and what the layout puts elsewhere, S(1), are free."""
   return sum(_array_bytes(*match) for match in _SHAPE.findall(type_text))
+
+
+def _near_bytes(instruction: _Instruction, types: Mapping[str, str]) -> int:
+  """Bytes of all operands and results that lie in VMEM."""
+  arrays = [array for text in (instruction.type, *(types.get(name, "") for name in instruction.operands))
+            for array in _SHAPE.findall(text) if "S(1)" in array[2]]
+  return sum(_array_bytes(kind, dims, _in_hbm(layout)) for kind, dims, layout in arrays)
 
 
 def _array_bytes(kind: str, dims_text: str, layout: str) -> int:
@@ -207,10 +221,10 @@ def parts(text: str) -> list[Part]:
         used = _VMEM.search(instruction.rest)
         after = itertools.takewhile(lambda other, start=instruction.name: not (
             other.opcode == "call-done" and start in other.operands), computations[name][number + 1:])
-        asynchronous = _on_sparse_core(instruction)
-        found.append(Part(instruction.name, _is_kernel(instruction), times, certain,
-                          _moved(instruction, types, computations), int(used[1]) if used else 0, asynchronous,
-                          asynchronous and any(map(_is_kernel, after))))
+        asynchronous, kernel = _on_sparse_core(instruction), _is_kernel(instruction)
+        found.append(Part(instruction.name, kernel, times, certain, _moved(instruction, types, computations),
+                          int(used[1]) if used else 0, asynchronous, asynchronous and any(map(_is_kernel, after)),
+                          _near_bytes(instruction, types) if kernel else 0))
 
   visit(entry, 1, True)
   return found

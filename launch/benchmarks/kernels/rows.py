@@ -94,7 +94,8 @@ def row_of(case: Case, answer: Mapping[str, Any], chip: Chip) -> Row:
     if found is not None and call is not None:
       figures = kernel_figures(case, found, call, chip)
       kernels.append(figures)
-      bundles, size, slots, matrix = figures.bundles, figures.hbm_bytes, figures.vector, figures.matrix
+      bundles, slots, matrix = figures.bundles, figures.vector, figures.matrix
+      size = max(figures.hbm_bytes - part.near_bytes, 0)
     else:
       total = schedule.total(schedule.executions(found.root)) if found else {"bundles": 0.0, schedule.VECTOR: 0.0}
       bundles, size, matrix = total["bundles"], part.hbm_bytes, 0.0

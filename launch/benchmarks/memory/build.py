@@ -6,7 +6,6 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.sharding import PartitionSpec
 
 from deepseek_v4 import config as c
@@ -14,13 +13,12 @@ from deepseek_v4 import sharding
 from deepseek_v4.model.attention import Attention
 from deepseek_v4.model.compression import EntryLayout
 from deepseek_v4.model.context import Context
+from launch.benchmarks import splash
 from launch.benchmarks.memory.cases import BLOCKWISE, CSA, FORMULA, OURS, SLIDING, SPLASH, Case
 from pallas_kernels import bits
-from pallas_kernels.blocks import sees_entry
 from pallas_kernels.selection import Selection
 
 _KERNELS = {OURS: "pallas", BLOCKWISE: "blockwise", FORMULA: "reference"}
-_BLOCK = 512  # queries, keys of a step of splash attention
 
 
 def program(**fields: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Any, Any]:
@@ -79,31 +77,11 @@ def _attend(case: Case, moving: dict[str, jax.Array], fixed: dict[str, Any]) -> 
 
 def _on_mesh_splash(case: Case, moving: dict[str, jax.Array], fixed: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
   tokens, rows, heads = ("batch", "sequence"), ("batch",), ("batch", "sequence", "heads")
-  run = sharding.per_shard(lambda *arrays: _splash(case, *arrays), (heads, tokens, rows, ("heads",), tokens, tokens, rows),
-                           heads)
-  out = run(moving["q"], moving["kv"], moving["entries"], moving["sink"], fixed["selection"], fixed["tokens"],
-            fixed["entries"])
+  def run(q, kv, entries, sink, selection, tokens, of_entries):
+    places = tokens | {f"entry_{name}": x for name, x in of_entries.items()}
+    return splash.attend(q, kv, entries, selection, sink, places, case.shapes.window, case.shapes.width**-0.5)
+
+  split = sharding.per_shard(run, (heads, tokens, rows, ("heads",), tokens, tokens, rows), heads)
+  out = split(moving["q"], moving["kv"], moving["entries"], moving["sink"], fixed["selection"], fixed["tokens"],
+              fixed["entries"])
   return out, jnp.zeros(out.shape[:3], jnp.float32)
-
-
-def _splash(case, q_BSHd, kv_BSd, entries_BTd, sink_H, selection, tokens, entries):
-  """JAX's splash attention of the one row, its mask made in the same program."""
-  run = splash.make_splash_mqa_single_device(_mask(case, selection, tokens, entries)[None],
-                                             block_sizes=splash.BlockSizes(*[_BLOCK] * 8))
-  for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):  # inside jit it takes its own flag for an array
-    setattr(run, name, getattr(run, name)._replace(is_dynamic_mask=True))
-  keys = jnp.concatenate([kv_BSd[0], entries_BTd[0]])
-  q_HSd = (q_BSHd[0] * case.shapes.width**-0.5).astype(q_BSHd.dtype).swapaxes(0, 1)
-  return run(q_HSd, keys, keys, sinks=sink_H).swapaxes(0, 1)[None]
-
-
-def _mask(case, selection, tokens, entries) -> jax.Array:
-  """bool [S, S + T]: the window's keys, and the selected visible entries."""
-  position, segment = tokens["positions"][0], tokens["segment_ids"][0]
-  apart = position[:, None] - position[None, :]
-  near = (apart >= 0) & (apart < case.shapes.window) & (segment[:, None] == segment[None, :]) & (segment > 0)[:, None]
-  seen = sees_entry(position, segment, entries["last"][0], entries["segment"][0])
-  if selection.kind == "indices":
-    words = bits.from_picks(selection.picks, case.entries)
-    seen &= bits.unpack(words, case.entries)[0]
-  return jnp.concatenate([near, seen], 1)

@@ -1,0 +1,113 @@
+"""The masked kernel with the chips' own tiles, in bfloat16 and float32: one less, as many and one more than a block of
+queries and a tile of entries hold, forward and backward; and both forms at the released models' heads and width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import tpu
+from pallas_kernels.cases import normals, scattered_picks, unused_to_nan
+from pallas_kernels.selection import Selection
+from pallas_kernels.shapes import FLASH, PRO
+from pallas_kernels.sparse_attention import attend, attend_with, form, kernel, kernel_backward, sparse, tiles
+from tests.kernels import oracles
+
+HEADS, WIDTH, WINDOW = 8, 16, 20
+CHIPS = {chip.name: chip for chip in (tpu.V5P, tpu.V6E, tpu.TPU7X)}
+# As a share of the largest number. bfloat16: operands, probabilities and results are rounded one after another by up to
+# 0.4%, as in the cases of the walk; float32: sums of up to some thousand summands.
+TOLERANCE = {"bfloat16": 4e-2, "float32": 2e-5}
+MOVING = ("q", "window_kv", "entries", "sink")
+
+
+def inputs(queries, num_entries, *, heads=HEADS, width=WIDTH, dtype="float32", picks=0):
+  """The last tokens of a long document, of whose entries the last ten are later than the first of them, and the last three
+  unused memory. Without picks everything visible is selected."""
+  arrays = normals(jax.random.key(0), q=(1, queries, heads, width), window_kv=(1, queries, width),
+                   entries=(1, num_entries, width), sink=(heads,), order=(1, queries, num_entries), hole=(1, queries, picks))
+  chosen = scattered_picks(arrays.pop("order"), arrays.pop("hole"))
+  entry, query = (jnp.arange(n, dtype=jnp.int32)[None] for n in (num_entries, queries))
+  segment = jnp.where(entry < num_entries - 3, 1, 0)
+  arrays["entries"] = unused_to_nan(arrays["entries"], segment)
+  arrays = {name: x if name == "sink" else x.astype(dtype) for name, x in arrays.items()}
+  return arrays | dict(selection=Selection.from_indices(chosen) if picks else Selection.all(1, queries),
+                       positions=query + max(num_entries - 10, 0), segment_ids=jnp.ones_like(query), entry_last=entry,
+                       entry_segment=segment)
+
+
+def run(arrays, op, scale=0.25):
+  """(out, lse) and the gradients of a fixed weighted sum of both."""
+  @jax.jit
+  def both(moving, fixed):
+    values, pull = jax.vjp(lambda moving: op(**moving, **fixed, window=WINDOW, scale=scale), moving)
+    return values, pull(jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), values))[0]
+  return both({name: arrays[name] for name in MOVING}, {name: x for name, x in arrays.items() if name not in MOVING})
+
+
+def same(got, want, dtype):
+  for (path, g), w in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(np.asarray(g, np.float32), w, rtol=0, atol=TOLERANCE[dtype] * max(np.abs(w).max(), 1),
+                               err_msg=str(path))
+
+
+def agree(arrays, op, dtype, scale=0.25):
+  """The op equals the formula in float32 at the same numbers; returns its results."""
+  wide = {name: x.astype(jnp.float32) if name in MOVING else x for name, x in arrays.items()}
+  got = run(arrays, op, scale)
+  same(got, run(wide, functools.partial(attend, implementation="reference"), scale), dtype)
+  return got
+
+
+def plans(chip, queries, num_entries, dtype):
+  """Those of forward and backward."""
+  shape, options = (1, queries, HEADS, WIDTH), tiles.Options(WINDOW, 1.0, chip, True)
+  return [tiles.make_plan(shape, num_entries, jnp.dtype(dtype).itemsize, options, *table[chip.name], whole)
+          for table, whole in ((kernel.TILE, False), (kernel_backward.TILE, True))]
+
+
+def edges():
+  """(chip, dtype, tile, queries, entries): 127 to 129 queries, of which a block holds 128 with 8 heads; entries around whole
+  tiles. A tile of 1,024 bfloat16 entries is taken from 16,384 entries on."""
+  for chip, dtype in [(chip, dtype) for chip in CHIPS for dtype in TOLERANCE]:
+    for widest in sorted({kernel.TILE[chip][1], kernel_backward.TILE[chip][1]}):
+      tile = widest * 2 // jnp.dtype(dtype).itemsize
+      whole, middle = (17 * tile, 12) if widest == 1024 else (2 * tile, 128)
+      yield from ((chip, dtype, tile, middle + more, whole + more) for more in (-1, 0, 1))
+
+
+IN_SUITE = ("v5p", "bfloat16", 512, 129, 1025)
+
+
+@pytest.mark.parametrize("chip, dtype, tile, queries, entries", [
+    case if case == IN_SUITE else pytest.param(*case, marks=pytest.mark.long) for case in edges()])
+def test_the_chips_own_tiles_end_anywhere(monkeypatch, chip, dtype, tile, queries, entries):
+  both = plans(CHIPS[chip], queries, entries, dtype)
+  assert tile in [plan.entries for plan in both] and all(plan.queries == 128 for plan in both)
+  monkeypatch.setattr(tpu, "current_chip", lambda interpret: CHIPS[chip])
+  agree(inputs(queries, entries, dtype=dtype), functools.partial(attend, implementation="interpret"), dtype)
+
+
+def long(*values):
+  return [pytest.param(*value, marks=pytest.mark.long) for value in values]
+
+
+@pytest.mark.parametrize("name, shapes, dtype, step", [
+    ("masked", PRO, "bfloat16", 8), ("sparse", FLASH, "bfloat16", 2),
+    *long(*((name, shapes, dtype, 8) for name in ("masked", "sparse") for shapes in (FLASH, PRO) for dtype in TOLERANCE
+            if (name, shapes, dtype) != ("masked", PRO, "bfloat16")))],
+    ids=lambda x: f"{x.heads} heads" if hasattr(x, "heads") else str(x))
+def test_values_at_the_released_heads_and_width(monkeypatch, name, shapes, dtype, step):
+  """64 and 128 heads of width 512, in the long tier with a chip's own blocks and steps; one query more than four of eight,
+  so that the sparse form copies some rows by itself. Values also against float64 loops."""
+  if step < 8:  # the code of a step grows with its queries, and so does the time to compile it
+    monkeypatch.setitem(sparse.FORWARD_STEP, "v5p", (step, 1024))
+    monkeypatch.setitem(sparse.BACKWARD_STEP, "v5p", (step, 1024))
+  arrays = inputs(33, 40, heads=shapes.heads, width=shapes.width, dtype=dtype, picks=12)
+  scale = shapes.width**-0.5
+  op = functools.partial(attend_with, form(name, interpret=True))
+  values, _ = agree(arrays, op, dtype, scale)
+  same(values, oracles.attend(**arrays, window=WINDOW, scale=scale), dtype)
