@@ -21,7 +21,7 @@ from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from deepseek_v4.model.replay import Replay
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.training import copies, stages, trainable
-from deepseek_v4.training.state import TrainState, abstract_state, optimizer_of
+from deepseek_v4.training.state import TrainState, abstract_state
 
 Batch = Mapping[str, jax.Array]
 ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")  # what every batch holds
@@ -166,23 +166,19 @@ def _max_violation(load: Mapping[str, jax.Array]) -> jax.Array:
 
 
 # ---- steps ------------------------------------------------------------------------------------------------------------
-def _all_finite(tree: Any) -> jax.Array:
-  return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-
-
-def _updated(run_config: RunConfig, mesh: Mesh | None, state: TrainState, grads: Any, load: Any) -> TrainState:
-  what = run_config.training.trainable
-  trained, opt_state, router = trainable.trained_part(what, state.params), state.opt_state, state.router
-  optimizer = optimizer_of(run_config, trained, mesh)
-  if what != "all":
-    opt_state = trainable.part_of_state(opt_state, jax.eval_shape(optimizer.init, trained))
-  updates, opt_state = optimizer.update(grads, opt_state, trained)
-  if what != "all":
-    opt_state = trainable.whole_state(opt_state, state.opt_state)
+def _updated(run_config: RunConfig, mesh: Mesh | None, state: TrainState, grads: Any, load: Any, norm: jax.Array,
+             keep: Callable[[jax.Array, jax.Array], jax.Array]) -> TrainState:
+  """The state after an update, each number by `keep` of it and the old one."""
+  what, router = run_config.training.trainable, state.router
+  trained = trainable.trained_part(what, state.params)
+  shardings = None if mesh is None else sharding.parameter_shardings(trained, mesh)
+  trained, opt_state = optim.update_in_place(run_config.optimizer, grads, state.opt_state, trained, norm=norm, keep=keep,
+                                             steps=run_config.training.steps, shardings=shardings)
   if what != "indexer":
-    router = update_router(run_config.model, router, load, run_config.loss.bias_update_speed)
-  return TrainState(state.step + 1, trainable.with_frozen(optax.apply_updates(trained, updates), state.params), router,
-                    opt_state, state.key)
+    new = update_router(run_config.model, router, load, run_config.loss.bias_update_speed)
+    router = jax.tree.map(keep, new, router)
+  return TrainState(keep(state.step + 1, state.step), trainable.with_frozen(trained, state.params), router, opt_state,
+                    state.key)
 
 
 def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: TrainState,
@@ -191,11 +187,12 @@ def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: Tra
   check_batch(batch)
   grads, means, loss, load = _accumulate(run_config, state, batch, places)
   grad_norm = optax.tree.norm(grads)
-  new = _updated(run_config, mesh, state, grads, load)
-  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new.params)
-  keep = lambda a, b: jax.lax.select(finite, a, b)
-  kept = TrainState(**{name: jax.tree.map(keep, getattr(new, name), getattr(state, name))
-                       for name in ("step", "params", "router", "opt_state")}, key=state.key)
+  trained = trainable.trained_part(run_config.training.trainable, state.params)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & optim.stays_finite(
+    run_config.optimizer, grads, state.opt_state, trained, norm=grad_norm, steps=run_config.training.steps)
+  # Behind a barrier, so that the update, which may begin now, shares no array of the parameters' size with the question.
+  norm, decided = jax.lax.optimization_barrier((grad_norm, finite))
+  kept = _updated(run_config, mesh, state, grads, load, norm, lambda a, b: jax.lax.select(decided, a, b))
   rate = optim.make_schedule(run_config.optimizer, run_config.training.steps)(state.step)
   metrics = {"loss": loss, **means, "grad_norm": grad_norm, "learning_rate": rate, "finite": finite,
              "tokens": (batch["segment_ids"] > 0).sum(), "max_load_violation": _max_violation(load)}
@@ -305,7 +302,7 @@ def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable
 
   def flags(state: TrainState, batch: Batch) -> dict[str, Any]:
     grads, means, _, load = _accumulate(run_config, state, batch, of_gradients)
-    new = _updated(run_config, mesh, state, grads, load)
+    new = _updated(run_config, mesh, state, grads, load, optax.tree.norm(grads), lambda new, old: new)
     grads = trainable.with_frozen(grads, jax.tree.map(jnp.zeros_like, state.params))
     ok = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), {
         **tree, "layers": dict(enumerate(split_layers(tree["layers"], groups)))})
