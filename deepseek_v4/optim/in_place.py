@@ -1,10 +1,10 @@
 """An update in the place of what it replaces: no second state, and of large leaves the matrices of a few layers at a time.
 
 Whether all new numbers will be finite is found out first, by reductions that write nothing. Then every number is overwritten
-by its successor, or by itself. What is updated element by element needs no room; whole matrices do, since they travel and are
-multiplied. Routed experts, nearly all of a large model, are therefore walked: a loop takes some repeats of the scanned layers
-after another, and writes each back before it looks at the next. All other leaves, and the last repeats where their number
-does not divide, go together, so that large and few matrices and small and plentiful ones share the devices evenly
+by its successor, or by itself. What is updated element by element needs no room; whole matrices do: they travel and are
+multiplied. Routed experts, nearly all of a large model, are therefore walked: a loop takes some repeats of the scanned
+layers after another, and writes each back before it looks at the next. All other leaves, and the last repeats where their
+number does not divide, go together, so that large and few matrices and small and plentiful ones share the devices evenly
 (`placement.py`).
 """
 
@@ -76,9 +76,10 @@ def block_of(optimizer_config: OptimizerConfig, params: Any, shardings: Any = No
   if not leaves or not jax.tree.leaves(axes):
     return 0, 0
   sizes = batches.mesh_sizes()
-  specs = specs_of(part, shardings) or [None] * len(leaves)
+  specs = specs_of(part, shardings)
   repeats = leaves[0].shape[0]
-  layouts = [batches.layout_of((1, *x.shape[1:]), *rest, sizes) for x, *rest in zip(leaves, axes_of(part, axes), specs)]
+  layouts = [batches.layout_of((1, *x.shape[1:]), pair, spec, sizes)
+             for x, pair, spec in zip(leaves, axes_of(part, axes), specs)]
   of_one = _NUMBERS_BYTES * sum(math.prod(x.shape[1:]) for x in leaves) / math.prod(sizes.values())
   fitting = max(1, int(block_bytes // of_one))
 

@@ -43,9 +43,10 @@ def axes_of(updates: Any, axes: Any) -> list[MatrixAxes]:
   return found
 
 
-def specs_of(updates: Any, shardings: Any) -> list[PartitionSpec] | None:
+def specs_of(updates: Any, shardings: Any) -> Sequence[PartitionSpec | None]:
+  """How every leaf of `updates` is sharded; None = unknown."""
   if shardings is None:
-    return None
+    return [None] * len(jax.tree.leaves(updates))
   known = _flat(shardings, lambda x: isinstance(x, (NamedSharding, PartitionSpec)))
   specs = [known[name] for name in _flat(updates)]
   return [x.spec if isinstance(x, NamedSharding) else x for x in specs]

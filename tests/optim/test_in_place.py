@@ -1,4 +1,4 @@
-"""An update in place: the numbers of the whole optimizer, in blocks of any size, on one device and on eight, in little room."""
+"""An update in place: the whole optimizer's numbers, in blocks of any size, on one device and on eight, in little room."""
 
 import dataclasses
 
@@ -92,7 +92,7 @@ def test_a_block_spreads_evenly_over_the_devices():
   """64 places for the 8 x 4 matrices of a repeat: two repeats are the least of which every device has a matrix. With 24 a
   repeat it takes eight, and with 5 repeats no block is even."""
   sizes = (8, 8)
-  with jax.set_mesh(AbstractMesh(sizes, ("fsdp", "expert"), axis_types=(AxisType.Auto,) * 2)):
+  with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, ("fsdp", "expert"), axis_types=(AxisType.Auto,) * 2)):
     shardings = jax.tree.map(lambda x: P(), tree_of(0))
     assert block_of(CONFIG, tree_of(0), shardings, 1) == (2, 4)
     lone = {"layers": {"unit_0": {"moe": {"experts": {"gate": np.zeros((REPEATS, 24, 8, 6))}}}}}
