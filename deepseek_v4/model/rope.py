@@ -57,6 +57,9 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, inverse: bool = Fals
   sin = -sin if inverse else sin
   r = 2 * cos.shape[-1]
   plain, turned = x[..., :-r], x[..., -r:].astype(cos.dtype)
-  even, odd = turned[..., 0::2], turned[..., 1::2]
-  pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
-  return jnp.concatenate([plain, pairs.reshape(turned.shape).astype(x.dtype)], -1)
+  # A pair's channels change places among their neighbours: an axis of pairs, of length 2, would be padded to a TPU's lanes.
+  is_even = jnp.arange(r) % 2 == 0
+  other = jnp.where(is_even, jnp.roll(turned, -1, -1), jnp.roll(turned, 1, -1))
+  both = lambda x: jnp.repeat(x, 2, -1)
+  turned = turned * both(cos) + other * jnp.where(is_even, -both(sin), both(sin))
+  return jnp.concatenate([plain, turned.astype(x.dtype)], -1)

@@ -58,11 +58,12 @@ def check_batch(batch: Batch) -> None:
 # ---- losses -----------------------------------------------------------------------------------------------------------
 def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
   """How many terms each loss has in the whole batch [A, B, S]; known before any pass, so accumulation changes no mean."""
-  rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
-  segment_ids, targets = rows["segment_ids"], next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
-  tokens = segment_ids > 0
-  counts = {"next_token": targets >= 0, "mtp": mtp_targets(targets, segment_ids) >= 0, "balance": tokens,
-            "indexer": sees_an_entry(rows["positions"], segment_ids, config.compress_rate(CSA))}
+  def of_pass(rows: Batch) -> dict[str, jax.Array]:
+    segment_ids, targets = rows["segment_ids"], next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
+    counted = {"next_token": targets >= 0, "mtp": mtp_targets(targets, segment_ids) >= 0, "balance": segment_ids > 0,
+               "indexer": sees_an_entry(rows["positions"], segment_ids, config.compress_rate(CSA))}
+    return {name: x.sum() for name, x in counted.items()}
+  counts = jax.lax.map(of_pass, {name: batch[name] for name in ARRAYS})  # one pass at a time: merged, rows would travel
   return {name: jnp.maximum(x.sum(), 1).astype(jnp.float32) for name, x in counts.items()}
 
 
@@ -116,18 +117,22 @@ def _accumulate(run_config: RunConfig, state: TrainState, batch: Batch, places: 
     means = {name: total / given["counts"][name] for name, total in sums.items() if name in shown}
     return total_of(means, given["weights"]), (means, load)
 
-  def passes(given, batch):
+  def one(given, rows):
     trained = trainable.trained_part(what, given["params"])
+    (_, (means, load)), grads = jax.value_and_grad(objective, has_aux=True)(trained, given, rows)
+    grads = grads if places is None else jax.lax.with_sharding_constraint(grads, places)
+    return grads, (means, load)
 
-    def one(rows):
-      (_, (means, load)), grads = jax.value_and_grad(objective, has_aux=True)(trained, given, rows)
-      grads = grads if places is None else jax.lax.with_sharding_constraint(grads, places)
-      return grads, (means, load)
+  def passes(given, batch):
     if batch["tokens"].shape[0] == 1:
-      return one({name: x[0] for name, x in batch.items()})
-    shapes = jax.eval_shape(one, {name: x[0] for name, x in batch.items()})
+      return one(given, {name: x[0] for name, x in batch.items()})
+    shapes = jax.eval_shape(one, given, {name: x[0] for name, x in batch.items()})
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, rows: (jax.tree.map(jnp.add, total, one(rows)), None)
+
+    def add(total, rows):
+      # Else what is made of the weights alone, casts and whole matrices, would be made before the loop and stay through it.
+      of_pass = jax.lax.optimization_barrier((given, rows))
+      return jax.tree.map(jnp.add, total, one(*of_pass)), None
     return jax.lax.scan(add, zeros, batch)[0]
 
   given = {"params": state.params, "router": state.router, "counts": counts,
