@@ -57,6 +57,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, inverse: bool = Fals
   sin = -sin if inverse else sin
   r = 2 * cos.shape[-1]
   plain, turned = x[..., :-r], x[..., -r:].astype(cos.dtype)
-  even, odd = turned[..., 0::2], turned[..., 1::2]
-  pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
-  return jnp.concatenate([plain, pairs.reshape(turned.shape).astype(x.dtype)], -1)
+  # A pair's channels change places by an exact product with a permutation. Taken apart, or shifted, they would be arrays of
+  # one or two channels, which a TPU pads to 128 each.
+  swap = jnp.asarray(np.eye(r)[np.arange(r) ^ 1], cos.dtype)
+  other = jnp.matmul(turned, swap, precision="highest")
+  both = lambda x: jnp.repeat(x, 2, -1)
+  turned = turned * both(cos) + other * (both(sin) * jnp.asarray(np.resize([-1, 1], r), cos.dtype))
+  return jnp.concatenate([plain, turned.astype(x.dtype)], -1)

@@ -56,22 +56,21 @@ def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_
 
   @jax.custom_vjp
   def loop(params, fixed, context, x):
-    def step(x, item):
-      _, x, reports = unit(*item, context, x)
+    def step(x, number):
+      _, x, reports = unit(*_read(params, fixed, number, x), context, x)
       return x, reports
-    return jax.lax.scan(step, x, (params, fixed))
+    return jax.lax.scan(step, x, jnp.arange(repeats))
 
   def forward(params, fixed, context, x):
-    def step(carry, item):
+    def step(carry, number):
       x, kept = carry
-      number, *variables = item
       group = number // length
       old = jax.lax.dynamic_index_in_dim(kept, group, keepdims=False)
       kept = jax.lax.dynamic_update_index_in_dim(kept, jnp.where(number % length == 0, x, old), group, 0)
-      _, x, reports = unit(*variables, context, x)
+      _, x, reports = unit(*_read(params, fixed, number, x), context, x)
       return (x, kept), reports
     kept = sharding.constrain(jnp.zeros((-(-repeats // length), *x.shape), x.dtype), (None, "batch", "sequence", None, None))
-    (x, kept), reports = jax.lax.scan(step, (x, kept), (jnp.arange(repeats), params, fixed))
+    (x, kept), reports = jax.lax.scan(step, (x, kept), jnp.arange(repeats))
     return (x, reports), (params, fixed, context, kept)
 
   def backward(saved, cotangents):
@@ -79,7 +78,7 @@ def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_
     d_x, d_reports = cotangents
 
     def again(carry, number):
-      inputs, x, _ = unit(*_at((params, fixed), jnp.minimum(number, repeats - 1)), context, carry)
+      inputs, x, _ = unit(*_read(params, fixed, jnp.minimum(number, repeats - 1), carry), context, carry)
       return x, inputs
 
     def back(carry, item):
@@ -88,9 +87,9 @@ def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_
       own = jnp.minimum(number, repeats - 1)
       now, new = d_x, [None] * len(layers)
       for j in reversed(range(len(layers))):
-        own_params, own_fixed = _at((params[j], fixed[j]), own)
         # Else a layer could be recomputed while another one's arrays still live.
         x, now = jax.lax.optimization_barrier((inputs[j], now))
+        own_params, own_fixed = _read(params[j], fixed[j], own, now)
         new[j], now = _layer_gradient(layers[j], own_params, own_fixed, context, x, now, _at(d_reports[j], own))
       # What a missing repeat wrote is overwritten by the last one, which comes after it here.
       d_params = jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, own, 0), d_params, tuple(new))
@@ -114,6 +113,12 @@ def _at(tree: Any, number: jax.Array) -> Any:
   """What belongs to one repeat; cotangents of integers have no numbers."""
   return jax.tree.map(lambda x: x if x.dtype == jax.dtypes.float0
                       else jax.lax.dynamic_index_in_dim(x, number, keepdims=False), tree)
+
+
+def _read(params: Any, fixed: Any, number: jax.Array, now: jax.Array) -> tuple[Any, Any]:
+  """What belongs to one repeat, taken when `now` is there: else the casts of all repeats would be made before the loop."""
+  params, _ = jax.lax.optimization_barrier((params, now))
+  return _at((params, fixed), number)
 
 
 def _layer_gradient(layer: Layer, params, fixed, context, x, d_x, d_report):

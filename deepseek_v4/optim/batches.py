@@ -232,10 +232,11 @@ def flops_of_devices(shapes: Sequence[Sequence[int]], axes: Sequence[MatrixAxes]
     sizes: of the mesh axes with more than one device.
   """
   layouts = [layout_of(*leaf, sizes) for leaf in zip(shapes, axes, specs)]
-  return plans_of(_counts_of(layouts), sizes)[1]
+  return plans_of(counts_of(layouts), sizes)[1]
 
 
-def _counts_of(layouts: Sequence[Layout]) -> dict[tuple, int]:
+def counts_of(layouts: Sequence[Layout]) -> dict[tuple, int]:
+  """K of each stack, all its leaves together: what `plans_of` takes."""
   counts: dict[tuple, int] = {}
   for layout in layouts:
     counts[layout.stack] = counts.get(layout.stack, 0) + layout.count
@@ -311,7 +312,7 @@ def map_matrices(function: Callable[[jax.Array], jax.Array], leaves: Sequence[ja
   members: dict[Any, list[int]] = {}
   for i, layout in enumerate(layouts):
     members.setdefault(layout.stack, []).append(i)
-  plans, _ = plans_of(_counts_of(layouts), sizes)
+  plans, _ = plans_of(counts_of(layouts), sizes)
   spread: dict[Any, jax.Array] = {}
   by_shape: dict[Any, list[Any]] = {}
   for stack, indices in members.items():

@@ -33,16 +33,40 @@ def build_optimizer(optimizer_config: OptimizerConfig, params: Any, *, steps: in
   Raises:
     ValueError: a leaf that the table does not know, or a schedule that does not fit into `steps`.
   """
-  config = optimizer_config
-  choices = {"muon_split": config.muon_split, "position_bias_owner": config.position_bias_owner,
-             "matrix_owner": config.matrix_owner}
+  return chain_of(optimizer_config, params, steps=steps, shardings=shardings)
+
+
+def choices_of(optimizer_config: OptimizerConfig) -> dict[str, str]:
+  """What a run's settings choose of the table, as `assign` takes it."""
+  return {name: getattr(optimizer_config, name) for name in ("muon_split", "position_bias_owner", "matrix_owner")}
+
+
+def chain_of(optimizer_config: OptimizerConfig, params: Any, *, steps: int | None = None, shardings: Any = None,
+             norm: jax.Array | None = None,
+             orthogonal: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
+  """`build_optimizer` for a tree that may be a part of what is optimized; the state is named as that of the whole.
+
+  Args:
+    norm: The gradient's norm over all parts; None: that of the gradients that are given.
+    orthogonal: In the place of `orthogonalize`; None: that.
+  """
+  config, choices = optimizer_config, choices_of(optimizer_config)
   owners = assign(params, **choices)
   muon = scale_by_muon(momentum=config.momentum, update_rms=config.update_rms, axes=matrix_axes(params, **choices),
-                       shardings=shardings, dtype=config.newton_schulz_dtype, momentum_dtype=config.momentum_dtype)
+                       shardings=shardings, dtype=config.newton_schulz_dtype, momentum_dtype=config.momentum_dtype,
+                       orthogonal=orthogonal)
   adam = scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps, config.adam_v_floor)
+  clip = optax.clip_by_global_norm(config.clip_norm) if norm is None else _clip(norm, config.clip_norm)
   return optax.chain(
-      optax.masked(optax.clip_by_global_norm(config.clip_norm), jax.tree.map(lambda owner: owner != FROZEN, owners)),
+      optax.masked(clip, jax.tree.map(lambda owner: owner != FROZEN, owners)),
       optax.partition({MUON: muon, ADAMW: adam, FROZEN: optax.set_to_zero()}, owners),
       optax.add_decayed_weights(config.weight_decay, decay_mask(params, **choices)),
       optax.scale_by_learning_rate(make_schedule(config, steps)),
   )
+
+
+def _clip(norm: jax.Array, largest: float) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm`, bit for bit, for a norm that is known."""
+  def clip(x: jax.Array) -> jax.Array:
+    return jax.lax.select(norm < largest, x, (x / norm.astype(x.dtype)) * largest)
+  return optax.stateless(lambda updates, _: jax.tree.map(clip, updates))

@@ -29,7 +29,7 @@ def _flat(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, 
   return {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
 
 
-def _axes_of(updates: Any, axes: Any) -> list[MatrixAxes]:
+def axes_of(updates: Any, axes: Any) -> list[MatrixAxes]:
   """The matrix axes, counted from the front, of every leaf of `updates`."""
   known = None if axes is None else _flat(axes, lambda x: isinstance(x, MatrixAxes))
   found = []
@@ -43,9 +43,10 @@ def _axes_of(updates: Any, axes: Any) -> list[MatrixAxes]:
   return found
 
 
-def _specs_of(updates: Any, shardings: Any) -> list[PartitionSpec] | None:
+def specs_of(updates: Any, shardings: Any) -> Sequence[PartitionSpec | None]:
+  """How every leaf of `updates` is sharded; None = unknown."""
   if shardings is None:
-    return None
+    return [None] * len(jax.tree.leaves(updates))
   known = _flat(shardings, lambda x: isinstance(x, (NamedSharding, PartitionSpec)))
   specs = [known[name] for name in _flat(updates)]
   return [x.spec if isinstance(x, NamedSharding) else x for x in specs]
@@ -78,7 +79,7 @@ def orthogonalize(*, axes: Any = None, shardings: Any = None, dtype: jax.typing.
     leaves, treedef = jax.tree.flatten(updates)
     travel = [x.astype(dtype) if jnp.dtype(dtype) == jnp.bfloat16 else x for x in leaves]
     results = map_matrices(lambda x: newton_schulz(x, dtype=dtype, coefficients=coefficients), travel,
-                           _axes_of(updates, axes), _specs_of(updates, shardings))
+                           axes_of(updates, axes), specs_of(updates, shardings))
     return jax.tree.unflatten(treedef, [y.astype(x.dtype) for x, y in zip(leaves, results)])
 
   return _stateless(update)
@@ -94,7 +95,7 @@ def scale_by_shape(update_rms: float = 0.18, *, axes: Any = None) -> optax.Gradi
 
   def update(updates: Any) -> Any:
     leaves, treedef = jax.tree.flatten(updates)
-    sides = [max(math.prod(x.shape[i] for i in side) for side in pair) for x, pair in zip(leaves, _axes_of(updates, axes))]
+    sides = [max(math.prod(x.shape[i] for i in side) for side in pair) for x, pair in zip(leaves, axes_of(updates, axes))]
     return jax.tree.unflatten(treedef, [x * (update_rms * math.sqrt(side)) for x, side in zip(leaves, sides)])
 
   return _stateless(update)
@@ -117,16 +118,16 @@ def _momentum(decay: float, dtype: jax.typing.DTypeLike | None) -> optax.Gradien
 
 
 def scale_by_muon(*, momentum: float = 0.95, update_rms: float = 0.18, axes: Any = None, shardings: Any = None,
-                  dtype: jax.typing.DTypeLike = jnp.float32,
-                  momentum_dtype: jax.typing.DTypeLike | None = None) -> optax.GradientTransformation:
+                  dtype: jax.typing.DTypeLike = jnp.float32, momentum_dtype: jax.typing.DTypeLike | None = None,
+                  orthogonal: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
   """Momentum, orthogonalisation, scale: Muon without decay and learning rate.
 
   State: the momentum, like params, rounded to `momentum_dtype` after every step if one is given; the direction of that step
-  is that of the sum before it is rounded.
+  is that of the sum before it is rounded. `orthogonal`, if given, takes the place of `orthogonalize`.
   """
   return optax.chain(
       _momentum(momentum, momentum_dtype),
-      orthogonalize(axes=axes, shardings=shardings, dtype=dtype),
+      orthogonal or orthogonalize(axes=axes, shardings=shardings, dtype=dtype),
       scale_by_shape(update_rms, axes=axes),
   )
 

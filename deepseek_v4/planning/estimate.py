@@ -18,6 +18,7 @@ from deepseek_v4.analysis.count import parameters
 from deepseek_v4.config import RunConfig
 from deepseek_v4.model.groups import group_layers
 from deepseek_v4.model.two_levels import group_length, lone_length
+from deepseek_v4.optim.in_place import BLOCK_BYTES
 from deepseek_v4.planning import bound
 
 # Forward passes that a step's matmuls cost, by policy: recomputing all of a layer is one more.
@@ -75,9 +76,9 @@ def kept_streams(run_config: RunConfig) -> int:
 
 
 def _bytes(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, int]) -> float:
-  """The state; in a pass the gradients so far, those of the pass, streams and one layer's arrays; in the update the
-  gradients, the new state, which replaces the old one only if it is finite, and Newton-Schulz's numbers: matrices and their
-  successors in float32, operands and products in its own dtype."""
+  """The state; in a pass the gradients so far, those of the pass, streams and one layer's arrays; in the update, which
+  writes in the place of the old state, the gradients and what Newton-Schulz holds of a block of matrices: these and their
+  successors in float32, operands, products, and what is exchanged, six times a block as compiled."""
   model, tokens = run_config.model, tokens_of(run_config, mesh)
   width = WIDTHS[model.compute_dtype]
   streams = model.hc_mult * model.hidden_size * width * tokens
@@ -87,9 +88,8 @@ def _bytes(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, in
   layer = 4 * heads + rows + 4 * streams + (width + 4) * expert // mesh.shape["tensor"]
   gradients = held["parameters"] * (1 if run_config.data.accumulation == 1 else 2)
   arguments = sum(held.values())
-  muon = run_config.optimizer.matrix_owner == "muon"
-  schulz = held["parameters"] * (2 + 2 * WIDTHS[run_config.optimizer.newton_schulz_dtype] / 4) if muon else 0
-  return arguments + max(gradients + kept_streams(run_config) * streams + layer, held["parameters"] + arguments + schulz)
+  block = min(BLOCK_BYTES, held["parameters"]) if run_config.optimizer.matrix_owner == "muon" else 0
+  return arguments + max(gradients + kept_streams(run_config) * streams + layer, held["parameters"] + 6 * block)
 
 
 # ---- time -------------------------------------------------------------------------------------------------------------

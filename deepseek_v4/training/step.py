@@ -21,7 +21,7 @@ from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from deepseek_v4.model.replay import Replay
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.training import copies, stages, trainable
-from deepseek_v4.training.state import TrainState, abstract_state, optimizer_of
+from deepseek_v4.training.state import TrainState, abstract_state
 
 Batch = Mapping[str, jax.Array]
 ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")  # what every batch holds
@@ -58,11 +58,12 @@ def check_batch(batch: Batch) -> None:
 # ---- losses -----------------------------------------------------------------------------------------------------------
 def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
   """How many terms each loss has in the whole batch [A, B, S]; known before any pass, so accumulation changes no mean."""
-  rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
-  segment_ids, targets = rows["segment_ids"], next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
-  tokens = segment_ids > 0
-  counts = {"next_token": targets >= 0, "mtp": mtp_targets(targets, segment_ids) >= 0, "balance": tokens,
-            "indexer": sees_an_entry(rows["positions"], segment_ids, config.compress_rate(CSA))}
+  def of_pass(rows: Batch) -> dict[str, jax.Array]:
+    segment_ids, targets = rows["segment_ids"], next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
+    counted = {"next_token": targets >= 0, "mtp": mtp_targets(targets, segment_ids) >= 0, "balance": segment_ids > 0,
+               "indexer": sees_an_entry(rows["positions"], segment_ids, config.compress_rate(CSA))}
+    return {name: x.sum() for name, x in counted.items()}
+  counts = jax.lax.map(of_pass, {name: batch[name] for name in ARRAYS})  # one pass at a time: merged, rows would travel
   return {name: jnp.maximum(x.sum(), 1).astype(jnp.float32) for name, x in counts.items()}
 
 
@@ -116,18 +117,22 @@ def _accumulate(run_config: RunConfig, state: TrainState, batch: Batch, places: 
     means = {name: total / given["counts"][name] for name, total in sums.items() if name in shown}
     return total_of(means, given["weights"]), (means, load)
 
-  def passes(given, batch):
+  def one(given, rows):
     trained = trainable.trained_part(what, given["params"])
+    (_, (means, load)), grads = jax.value_and_grad(objective, has_aux=True)(trained, given, rows)
+    grads = grads if places is None else jax.lax.with_sharding_constraint(grads, places)
+    return grads, (means, load)
 
-    def one(rows):
-      (_, (means, load)), grads = jax.value_and_grad(objective, has_aux=True)(trained, given, rows)
-      grads = grads if places is None else jax.lax.with_sharding_constraint(grads, places)
-      return grads, (means, load)
+  def passes(given, batch):
     if batch["tokens"].shape[0] == 1:
-      return one({name: x[0] for name, x in batch.items()})
-    shapes = jax.eval_shape(one, {name: x[0] for name, x in batch.items()})
+      return one(given, {name: x[0] for name, x in batch.items()})
+    shapes = jax.eval_shape(one, given, {name: x[0] for name, x in batch.items()})
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, rows: (jax.tree.map(jnp.add, total, one(rows)), None)
+
+    def add(total, rows):
+      # Else what is made of the weights alone, casts and whole matrices, would be made before the loop and stay through it.
+      of_pass = jax.lax.optimization_barrier((given, rows))
+      return jax.tree.map(jnp.add, total, one(*of_pass)), None
     return jax.lax.scan(add, zeros, batch)[0]
 
   given = {"params": state.params, "router": state.router, "counts": counts,
@@ -170,23 +175,19 @@ def _max_violation(load: Mapping[str, jax.Array]) -> jax.Array:
 
 
 # ---- steps ------------------------------------------------------------------------------------------------------------
-def _all_finite(tree: Any) -> jax.Array:
-  return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-
-
-def _updated(run_config: RunConfig, mesh: Mesh | None, state: TrainState, grads: Any, load: Any) -> TrainState:
-  what = run_config.training.trainable
-  trained, opt_state, router = trainable.trained_part(what, state.params), state.opt_state, state.router
-  optimizer = optimizer_of(run_config, trained, mesh)
-  if what != "all":
-    opt_state = trainable.part_of_state(opt_state, jax.eval_shape(optimizer.init, trained))
-  updates, opt_state = optimizer.update(grads, opt_state, trained)
-  if what != "all":
-    opt_state = trainable.whole_state(opt_state, state.opt_state)
+def _updated(run_config: RunConfig, mesh: Mesh | None, state: TrainState, grads: Any, load: Any, norm: jax.Array,
+             keep: Callable[[jax.Array, jax.Array], jax.Array]) -> TrainState:
+  """The state after an update, each number by `keep` of it and the old one."""
+  what, router = run_config.training.trainable, state.router
+  trained = trainable.trained_part(what, state.params)
+  shardings = None if mesh is None else sharding.parameter_shardings(trained, mesh)
+  trained, opt_state = optim.update_in_place(run_config.optimizer, grads, state.opt_state, trained, norm=norm, keep=keep,
+                                             steps=run_config.training.steps, shardings=shardings)
   if what != "indexer":
-    router = update_router(run_config.model, router, load, run_config.loss.bias_update_speed)
-  return TrainState(state.step + 1, trainable.with_frozen(optax.apply_updates(trained, updates), state.params), router,
-                    opt_state, state.key)
+    new = update_router(run_config.model, router, load, run_config.loss.bias_update_speed)
+    router = jax.tree.map(keep, new, router)
+  return TrainState(keep(state.step + 1, state.step), trainable.with_frozen(trained, state.params), router, opt_state,
+                    state.key)
 
 
 def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: TrainState,
@@ -195,11 +196,12 @@ def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: Tra
   check_batch(batch)
   grads, means, loss, load = _accumulate(run_config, state, batch, places)
   grad_norm = optax.tree.norm(grads)
-  new = _updated(run_config, mesh, state, grads, load)
-  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(new.params)
-  keep = lambda a, b: jax.lax.select(finite, a, b)
-  kept = TrainState(**{name: jax.tree.map(keep, getattr(new, name), getattr(state, name))
-                       for name in ("step", "params", "router", "opt_state")}, key=state.key)
+  trained = trainable.trained_part(run_config.training.trainable, state.params)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & optim.stays_finite(
+    run_config.optimizer, grads, state.opt_state, trained, norm=grad_norm, steps=run_config.training.steps)
+  # Behind a barrier, so that the update, which may begin now, shares no array of the parameters' size with the question.
+  norm, decided = jax.lax.optimization_barrier((grad_norm, finite))
+  kept = _updated(run_config, mesh, state, grads, load, norm, lambda a, b: jax.lax.select(decided, a, b))
   rate = optim.make_schedule(run_config.optimizer, run_config.training.steps)(state.step)
   metrics = {"loss": loss, **means, "grad_norm": grad_norm, "learning_rate": rate, "finite": finite,
              "tokens": (batch["segment_ids"] > 0).sum(), "max_load_violation": _max_violation(load)}
@@ -309,7 +311,7 @@ def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable
 
   def flags(state: TrainState, batch: Batch) -> dict[str, Any]:
     grads, means, _, load = _accumulate(run_config, state, batch, of_gradients)
-    new = _updated(run_config, mesh, state, grads, load)
+    new = _updated(run_config, mesh, state, grads, load, optax.tree.norm(grads), lambda new, old: new)
     grads = trainable.with_frozen(grads, jax.tree.map(jnp.zeros_like, state.params))
     ok = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), {
         **tree, "layers": dict(enumerate(split_layers(tree["layers"], groups)))})

@@ -57,22 +57,6 @@ def with_frozen(trained: Any, params: Any) -> Any:
   return jax.tree.map(lambda new, old: old if new is None else new, trained, params, is_leaf=lambda x: x is None)
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-  return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def part_of_state(opt_state: Any, like: Any) -> Any:
-  """Of the optimizer's whole state what an optimizer of fewer leaves has: the tree `like`, filled from `opt_state`."""
-  known = _by_path(opt_state)
-  return jax.tree_util.tree_map_with_path(lambda path, _: known[jax.tree_util.keystr(path)], like)
-
-
-def whole_state(part: Any, opt_state: Any) -> Any:
-  """The inverse of `part_of_state`: the whole state, with the leaves of `part` in the place of its own."""
-  new = _by_path(part)
-  return jax.tree_util.tree_map_with_path(lambda path, x: new.get(jax.tree_util.keystr(path), x), opt_state)
-
-
 # ---- groups -------------------------------------------------------------------------------------------------------------
 def members(trained: Any) -> dict[str, list[Any]]:
   """The leaves of each group, in the order in which the tree has them."""

@@ -70,22 +70,20 @@ MESHES = {"v4_pro": [dict(data=4, fsdp=16, expert=32), dict(data=2, fsdp=16, exp
           "v4_flash": [dict(fsdp=8, expert=16), dict(data=2, fsdp=8, expert=16), dict(fsdp=16, expert=8)]}
 
 
-def work(params, mesh, names):
-  """(FLOPs of each device by the table of what is a matrix where, those that the planner promises, of all matrices)."""
+def work(shapes, params, mesh, names):
+  """(FLOPs of each device by the table of what is a matrix where, those that the planner promises, of all matrices) for the
+  leaves of `params`, by name, in these shapes."""
   is_axes = lambda x: isinstance(x, optim.MatrixAxes)
   axes = {"/".join(sharding.path_names(path)): pair for path, pair in jax.tree_util.tree_leaves_with_path(
     optim.matrix_axes(params), is_leaf=is_axes) if is_axes(pair)}
   specs = leaves(jax.tree.map(lambda place: place.spec, sharding.parameter_shardings(params, mesh)))
-  shapes = {name: x.shape for name, x in leaves(params).items()}
   sizes = {name: size for name, size in mesh.shape.items() if size > 1}
-  chosen = [name for name in axes if names in name]
+  chosen = [name for name in axes if name in shapes and names in name]
   leaf = lambda name: (shapes[name], axes[name], specs[name])
   sides = lambda name: [math.prod(shapes[name][i] for i in side) for side in axes[name]]
   of_one = lambda r, k: len(COEFFICIENTS) * (4 * min(r, k) ** 2 * max(r, k) + 2 * min(r, k) ** 3)
   total = sum(math.prod(shapes[name]) // math.prod(sides(name)) * of_one(*sides(name)) for name in chosen)
-  counts = {}
-  for layout in (batches.layout_of(*leaf(name), sizes) for name in axes):
-    counts[layout.stack] = counts.get(layout.stack, 0) + layout.count
+  counts = batches.counts_of([batches.layout_of(*leaf(name), sizes) for name in axes if name in shapes])
   plans, _ = batches.plans_of(counts, sizes)
   wanted = {batches.layout_of(*leaf(name), sizes).stack for name in chosen}
   done = sum(plans[stack].real.sum(-1) * of_one(math.prod(stack[1]), math.prod(stack[2])) for stack in wanted)
@@ -95,18 +93,28 @@ def work(params, mesh, names):
 
 @pytest.mark.parametrize("number", range(3))
 def test_newton_schulz_is_spread_evenly_over_a_pod(model, number):
-  """The busiest chip: of everything at most 1.02 times the mean and 2% of a step's FLOPs at the run's batch, of the routed
-  experts at most 1.05 times their mean."""
+  """As an update walks. Of everything a chip does at most 1.2 times the mean, if it waits for the busiest one in every
+  block, and 2% of a step's FLOPs at the run's batch; of the routed experts at most 1.1 times their mean."""
   name, run, params = model
   sizes = tuple(MESHES[name][number].get(axis, 1) for axis in sharding.MESH_AXES)
   mesh = AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
-  done, promised, total = work(params, mesh, "")
-  np.testing.assert_array_equal(done, promised)
-  assert done.sum() == total
-  of_experts, _, total_of_experts = work(params, mesh, "moe/experts")
+  with jax.sharding.use_abstract_mesh(mesh):
+    length, end = optim.block_of(run.optimizer, params, sharding.parameter_shardings(params, mesh))
+  assert 0 < length <= end
+  shapes = {name: x.shape for name, x in leaves(params).items()}
+  walked = {name: (length, *shape[1:]) for name, shape in shapes.items() if "/unit_" in name and "/moe/experts/" in name}
+  rest = shapes | {name: (shapes[name][0] - end, *shape[1:]) for name, shape in walked.items()}
+  everything, experts = ([work(part, params, mesh, of) for part in (walked, rest)] for of in ("", "moe/experts"))
+  blocks = (end // length, 1)
+  for done, promised, total in everything:
+    np.testing.assert_array_equal(done, promised)
+    assert done.sum() == total
+  total, of_experts = (sum(n * part[2] for n, part in zip(blocks, parts)) for parts in (everything, experts))
+  busiest = sum(n * part[0].max() for n, part in zip(blocks, everything))
+  of_expert = sum(n * part[0] for n, part in zip(blocks, experts)).max()
   step = run.stages[0].sequence_length * run.stages[0].batch_size * 6 * dsv4.count(run.model, 4096).parameters.total_active
-  print(name, MESHES[name][number], done.max() / (total / mesh.size), of_experts.max() / (total_of_experts / mesh.size),
-        done.max() * mesh.size / step)
-  assert done.max() <= 1.02 * total / mesh.size
-  assert of_experts.max() <= 1.05 * total_of_experts / mesh.size
-  assert done.max() * mesh.size <= 0.02 * step
+  print(name, MESHES[name][number], length, end, busiest / (total / mesh.size), of_expert / (of_experts / mesh.size),
+        busiest * mesh.size / step)
+  assert busiest <= 1.2 * total / mesh.size
+  assert of_expert <= 1.1 * of_experts / mesh.size
+  assert busiest * mesh.size <= 0.02 * step
