@@ -84,9 +84,10 @@ def training_run(folder: Path, kind: str | None, steps: int, rate: float, seed: 
 
 
 def student_run(folder: Path, steps: int, seed: int, init_from: Path) -> c.RunConfig:
-  """Training on mixed text, with as many tokens a step as the student reads."""
+  """Training on mixed text, with as many tokens a step as the student reads; the rate decays in the last third."""
   run = training_run(folder, None, steps, STUDENT_RATE, seed, init_from)
-  return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=SAMPLE_ROWS))
+  return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=SAMPLE_ROWS),
+                             optimizer=dataclasses.replace(run.optimizer, decay_steps=steps // 3))
 
 
 def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, samples: str, seed: int,
