@@ -51,7 +51,7 @@ class Plan:
 
   start: int = 48
   specialist: int = 12
-  student: int = 168
+  student: int = 128
 
 
 def model() -> c.ModelConfig:
