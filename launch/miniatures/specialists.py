@@ -40,7 +40,7 @@ DESCRIPTION = "three specialists on Python, C and English, and one student disti
 PICTURE = "specialists.png"
 LENGTH = 256
 ROWS = 48  # of a step of start and specialists
-SAMPLES, SAMPLE_ROWS = 72, 36  # of a step of the student, and the rows that they fill: two of 120 tokens each
+SAMPLES, SAMPLE_ROWS = 96, 36  # of a step of the student, and the rows that they fill with 88 tokens each
 START_RATE, SPECIALIST_RATE, STUDENT_RATE = 6e-3, 4e-3, 5e-3
 METHODS = {"student": "on-policy distillation", "off_policy": "off-policy distillation", "mixed": "plain, mixed text"}
 
@@ -51,7 +51,7 @@ class Plan:
 
   start: int = 48
   specialist: int = 12
-  student: int = 112
+  student: int = 128
 
 
 def model() -> c.ModelConfig:
@@ -84,24 +84,25 @@ def training_run(folder: Path, kind: str | None, steps: int, rate: float, seed: 
 
 
 def student_run(folder: Path, steps: int, seed: int, init_from: Path) -> c.RunConfig:
-  """Training on mixed text, with as many tokens a step as the student reads."""
+  """Training on mixed text, with as many tokens a step as the student reads; the rate decays in the last third."""
   run = training_run(folder, None, steps, STUDENT_RATE, seed, init_from)
-  return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=SAMPLE_ROWS))
+  return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=SAMPLE_ROWS),
+                             optimizer=dataclasses.replace(run.optimizer, decay_steps=steps // 3))
 
 
 def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, samples: str, seed: int,
                      init_from: Path) -> c.RunConfig:
   """The student's run; with samples = "text" that of the off-policy comparison."""
   run = student_run(folder, steps, seed, init_from)
-  rows = {"accumulation": len(teachers)} | ({"batch_size": SAMPLES, "accumulation": 6} if samples == c.STUDENT else {})
+  rows = {"accumulation": len(teachers)} | ({"batch_size": SAMPLES, "accumulation": 8} if samples == c.STUDENT else {})
   asked = tuple(c.TeacherConfig(kind, str(path), data_of(folder, kind)) for kind, path in teachers.items())
   return dataclasses.replace(
     run, data=dataclasses.replace(run.data, **rows),
     training=dataclasses.replace(run.training, eval_every=max(1, steps // 8), eval_batches=2, checkpoint_every=steps // 4),
     distillation=c.DistillationConfig(
       # Short replies: what a model of this size says turns to noise, and it is to learn what follows real text.
-      teachers=asked, samples=samples, prompt_length=96, shortest_prompt=16, reply_length=64, steps_per_round=8,
-      decode_batch=144, hidden_dtype="float32"))
+      teachers=asked, samples=samples, prompt_length=96, shortest_prompt=16, reply_length=32, steps_per_round=8,
+      decode_batch=192, hidden_dtype="float32"))
 
 
 # ---- running ----------------------------------------------------------------------------------------------------------

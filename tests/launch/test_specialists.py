@@ -70,7 +70,7 @@ def test_the_picture(tmp_path):
 
 
 def test_all_ways_have_as_many_updates_of_as_many_tokens(tmp_path):
-  """Samples of 56 + 64 tokens in the mean, two of them in a row; all rows are of one length."""
+  """Samples of 56 + 32 tokens in the mean, packed; all rows are of one length."""
   runs = [specialists.distillation_run(tmp_path, dict.fromkeys(KINDS, tmp_path), 40, samples, 0, tmp_path)
           for samples in (c.STUDENT, c.TEXT)]
   runs.append(specialists.student_run(tmp_path, 40, 0, tmp_path))

@@ -196,7 +196,7 @@ def test_rows_of_one_step_at_a_time_are_on_the_devices(path):
   diary, brought = [], []
 
   class Programs:
-    def put(self, rows):
+    def put_rows(self, rows):
       found = {name: jax.numpy.asarray(x) for name, x in rows.items()}
       brought.extend(weakref.ref(x) for x in found.values())
       diary.append(sum(x().nbytes for x in brought if x() is not None))
