@@ -105,8 +105,8 @@ def step_of(run, samples, advantages, mesh=None, row=ROW):
   state = policy_step.PolicyState(np.int32(0), variables["params"], variables["router"], fresh(shapes.opt_state),
                                   jax.random.key(0), {name: other[name] for name in ("params", "router")})
   state = jax.device_put(state, None if mesh is None else jax.tree.map(lambda x: x.sharding, shapes))
-  passes = [programs.put_rows(rows) for rows in problems.in_passes(problems.rows_of(samples, advantages, row),
-                                                              run.data.batch_size)]
+  rows = problems.rows_of(samples, advantages, row)
+  passes = [programs.put_rows(part) for part in problems.in_passes(rows, run.data.batch_size)]
   passes = [rows | {"reference": programs.reference(state.reference, rows)} for rows in passes]
   counted = [jax.device_get(programs.count(rows)) for rows in passes]
   counts = {name: np.float32(sum(one[name] for one in counted)) for name in counted[0]}
@@ -157,7 +157,11 @@ def test_rewards_are_learnt(whole):
   of = lambda split, name: [line[name] for line in lines if line["split"] == split]
   assert of("held_out", "reward")[0] < 0.5 and summary["held_out"]["reward"] > 0.65
   assert of("train", "step") == list(range(2, 21, 2)) and of("held_out", "step") == [0, 4, 8, 12, 16, 20]
-  assert max(of("train", "sampler_gap")) < 1e-5  # the trainer sees what the sampler said, round after round
+  assert max(of("train", "sampler_gap_max")) < 2e-5  # the trainer sees what the sampler said, token for token
+  for line in lines:
+    if line["split"] == "train":
+      assert line["sampler_gap"] <= line["sampler_gap_max"] <= line["policy_gap_max"] >= line["policy_gap"]
+      assert 1 - line["masked"] - line["clipped"] - 1e-6 <= line["acceptance"] <= 1 - line["clipped"] + 1e-6
   assert of("train", "kl")[0] < 0.1 and all(np.isfinite(of("train", "kl")))
   assert {"masked", "clipped", "reply_length", "length_penalty", "finished"} <= set(lines[-2])
   assert (folder / "reinforcement.png").stat().st_size > 10_000
@@ -196,7 +200,7 @@ def test_rows_of_one_step_at_a_time_are_on_the_devices(path):
   diary, brought = [], []
 
   class Programs:
-    def put(self, rows):
+    def put_rows(self, rows):
       found = {name: jax.numpy.asarray(x) for name, x in rows.items()}
       brought.extend(weakref.ref(x) for x in found.values())
       diary.append(sum(x().nbytes for x in brought if x() is not None))
@@ -206,8 +210,8 @@ def test_rows_of_one_step_at_a_time_are_on_the_devices(path):
     reference = staticmethod(lambda variables, rows: diary.append(variables) or rows["old"])
     start = staticmethod(lambda: 0)
     add = staticmethod(lambda state, sums, rows, counts: sums + rows["reference"].sum())
-    update = staticmethod(lambda state, sums: (
-      state, dict.fromkeys(("loss", "policy_gap", "kl", "masked"), sums) | {"finite": True, "tokens": 1}))
+    update = staticmethod(lambda state, sums: (state, dict.fromkeys(
+      ("loss", "policy_gap", "policy_gap_max", "kl", "masked", "acceptance"), sums) | {"finite": True, "tokens": 1}))
 
   silent = types.SimpleNamespace(report=lambda *_: 0.0, say=lambda _: None, step=lambda _: None, write=lambda *_: None)
   tools = types.SimpleNamespace(run_config=run, programs=Programs(), progress=silent, writer=silent)
