@@ -222,6 +222,54 @@ def test_rows_of_one_step_at_a_time_are_on_the_devices(path):
   assert len(sizes) == len(diary) // 2 == 8 and max(sizes) <= 2 * sizes[0]
 
 
+def test_what_the_steps_of_a_round_were_is_written_every_log_every_steps(path, monkeypatch):
+  """After four steps of two, of which 3, 6, ... are due, and behind the last; the distances of the round's first step."""
+  run = run_of(path)
+  run = dataclasses.replace(run, training=dataclasses.replace(run.training, log_every=3, steps=8))
+  gaps, written = iter([(0.1, 0.4), (0.3, 0.6)] * 4), {}
+  step = lambda tools, state, passes: (state, dict(zip(("policy_gap", "policy_gap_max"), next(gaps))) | {
+    "loss": 1.0, "kl": 0.0, "masked": 0.0, "acceptance": 1.0, "tokens": 5})
+  monkeypatch.setattr(reinforcement, "one_step", step)
+  progress = types.SimpleNamespace(report=lambda *_: 0.0, say=lambda _: None)
+  writer = types.SimpleNamespace(write=lambda split, step, values: written.update({step: values}))
+  samples = [Sample((1,), (2,), (-1.0,), (True,), "stop", (i,)) for i in range(64)]
+  judged = reinforcement.Judged(samples, np.zeros((8, 8)), np.zeros((8, 8)))
+  for done in (0, 2, 4, 6):
+    reinforcement.learn(types.SimpleNamespace(run_config=run, progress=progress, writer=writer), done, None, judged)
+  assert list(written) == [4, 6, 8]
+  of = written[8]
+  assert (of["policy_gap"], of["policy_gap_max"], of["sampler_gap"], of["sampler_gap_max"]) == (0.2, 0.6, 0.1, 0.4)
+  assert of["tokens"] == 10
+
+
+def test_what_is_not_finite_says_what_to_change(path):
+  """Starting again would come to the same."""
+  sums = {"loss": np.float32("nan"), "grad_norm": np.float32(2), "learning_rate": np.float32(0.05), "finite": False,
+          "tokens": 1}
+  programs = types.SimpleNamespace(put_rows=dict, reference=lambda *_: 0, count=lambda _: {"balance": 1}, start=lambda: 0,
+                                   add=lambda *_: 0, update=lambda *_: (None, sums))
+  tools = types.SimpleNamespace(run_config=run_of(path), programs=programs)
+  with pytest.raises(FloatingPointError, match=r"the same numbers: .* lower optimizer.learning_rate \(now 0.05\) or another"):
+    reinforcement.one_step(tools, types.SimpleNamespace(reference=None), [{}])
+
+
+@pytest.mark.long
+def test_a_round_on_four_devices_is_that_of_one(path, tmp_path):
+  """The same replies; float32 sums in another order, which the first updates enlarge up to a hundredth of a step."""
+  run, rate = run_of(path), 1e-2
+  run = dataclasses.replace(run, training=dataclasses.replace(run.training, steps=2), optimizer=c.OptimizerConfig(
+    learning_rate=rate, warmup_steps=0, weight_decay=0.0, adam_eps=1e-4))
+  reinforcement.reinforce(run, tmp_path / "one")
+  reinforcement.reinforce(run, tmp_path / "four", make_mesh(c.MeshConfig(data=2, tensor=2), jax.devices()[:4]))
+  found, wanted = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+                   for name in ("four", "one"))
+  for line, want in zip(found, wanted, strict=True):
+    for name in want.keys() - {"seconds", "tokens_per_second", "split"}:
+      assert line[name] == pytest.approx(want[name], rel=1e-3, abs=2e-5), name
+  for x, y in zip(weights(tmp_path / "four"), weights(tmp_path / "one"), strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-2 * rate)
+
+
 @pytest.mark.parametrize("changes, message", [
   (dict(rewards=("tests.posttraining.nothing.f",)), r"reinforcement.rewards\[0\] = .*No module named"),
   (dict(rewards=("deepseek_v4.posttraining.rewards.exact_answer",)), "say.jsonl, line .*: KeyError: 'answer'"),
