@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -284,7 +284,7 @@ def report(tools: Tools, step: int, judged: Judged, found: Sequence[Mapping[str,
     judged: the round's replies.
     found: metrics of each of its steps.
   """
-  of = {"tokens": sum, "policy_gap_max": max}
+  of: dict[str, Callable[..., Any]] = {"tokens": sum, "policy_gap_max": max}
   mean = {name: float(of.get(name, np.mean)([numbers[name] for numbers in found])) for name in found[0]}
   # The first step's distances are those of two programs with one set of weights: of sampler and trainer.
   mean |= judged.numbers() | {"sampler_gap": found[0]["policy_gap"], "sampler_gap_max": found[0]["policy_gap_max"]}

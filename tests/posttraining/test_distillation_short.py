@@ -1,4 +1,4 @@
-"""A distillation of two steps: it learns, goes on in the middle of a round, notices other rounds; on a mesh it is the same."""
+"""A distillation of two steps: it learns, goes on in the middle of a round, notices other rounds; the same on a mesh."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def run(tmp_path_factory):
   """One teacher, one round of two steps; prompts of four bytes, replies of eight."""
   root, rng = tmp_path_factory.mktemp("short"), np.random.default_rng(0)
   (root / "text").mkdir()
-  for i in range(20):
+  for i in range(40):
     (root / "text" / f"{i:02d}.txt").write_text(" ".join(rng.choice("the quick brown fox jumps".split(), 12)))
   write_run(root / "a", SHALLOW)
   return run_config(

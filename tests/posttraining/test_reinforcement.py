@@ -249,7 +249,7 @@ def test_what_is_not_finite_says_what_to_change(path):
   programs = types.SimpleNamespace(put_rows=dict, reference=lambda *_: 0, count=lambda _: {"balance": 1}, start=lambda: 0,
                                    add=lambda *_: 0, update=lambda *_: (None, sums))
   tools = types.SimpleNamespace(run_config=run_of(path), programs=programs)
-  with pytest.raises(FloatingPointError, match=r"the same numbers: .* lower optimizer.learning_rate \(now 0.05\) or another"):
+  with pytest.raises(FloatingPointError, match=r"same numbers: .* lower optimizer.learning_rate \(now 0.05\) or another"):
     reinforcement.one_step(tools, types.SimpleNamespace(reference=None), [{}])
 
 

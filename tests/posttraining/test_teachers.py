@@ -118,7 +118,7 @@ def _add_up(run, steps, resident, opened, hidden):
     sum((t + 1) * x for t, x in enumerate(kl)) / counts["distillation"], rel=1e-5)
   for x, *parts in zip(*(jax.tree.leaves(one.grads) for one in (sums, *alone)), strict=True):
     want = np.sum(parts, 0, np.float64)
-    np.testing.assert_allclose(x, want, atol=1e-6 * max(1, np.abs(want).max()))  # float32 sums of eleven
+    np.testing.assert_allclose(x, want, atol=5e-6 * max(1, np.abs(want).max()))  # float32 sums of eleven
   assert resident.loads == 22
 
 
