@@ -87,6 +87,7 @@ class RunConfig:
       refuse("optimizer.warmup_steps + optimizer.decay_steps", self.optimizer.warmup_steps + self.optimizer.decay_steps,
              f"at most training.steps = {steps}{f' - optimizer.first_step = {first}' if first else ''}")
     self._check_rounded_sums()
+    self._check_anticipation()
     self._check_post_training()
     if self.distillation is not None:
       config_distillation.check(self)
@@ -101,6 +102,13 @@ class RunConfig:
              f"'float32' with mesh.context = {mesh.context}, mesh.expert = {mesh.expert}, mesh.tensor = {mesh.tensor}: "
              f"other sums need context 1, and one of expert and tensor 1")
 
+  def _check_anticipation(self) -> None:
+    """Refuses a delay that no step reaches: choices are made anew at each checkpoint (see `training/anticipation.py`)."""
+    delay, every = self.anomalies.anticipation_delay, self.training.checkpoint_every
+    if self.anomalies.policy == "anticipate" and 0 < every <= delay:
+      refuse("anomalies.anticipation_delay", delay, f"less than training.checkpoint_every = {every}, as choices of experts "
+             f"begin anew at each checkpoint")
+
   def _check_post_training(self) -> None:
     """Refuses settings of pre-training that post-training has no use for."""
     kinds = [name for name in ("distillation", "reinforcement") if getattr(self, name) is not None]
@@ -113,6 +121,11 @@ class RunConfig:
                           ("gradient_reduction", "float32")):
         if getattr(self.training, field) != only:
           refuse(f"training.{field}", getattr(self.training, field), f"{only!r} beside {name}")
+      for field in ("mtp_weight", "mtp_weight_final"):
+        default = getattr(LossConfig(), field)
+        if getattr(self.loss, field) != default:
+          refuse(f"loss.{field}", getattr(self.loss, field), f"{default}, the default, beside {name}, where the prediction "
+                 f"block rests")
       if self.anomalies != AnomalyConfig():
         refuse("anomalies", self.anomalies, f"the defaults beside {name}, where a step that is not finite ends the run")
 

@@ -13,7 +13,8 @@ class ReinforcementConfig:
   """Learning from rewards by GRPO (V3.2's report 3.1; V4's 5.1.1). Defaults are those of R1 where it names any.
 
   A round draws `replies` replies to each of `problems` problems with the weights at its beginning, rewards them, and takes
-  `minibatches` optimizer steps, each on an equal part of them, once. `training.steps` counts optimizer steps. Of the run's
+  `minibatches` optimizer steps, each on an equal part of them, once. `training.steps` counts optimizer steps; a round in
+  which a multiple of `training.log_every` falls writes down what its steps were like, and so does the last. Of the run's
   data, source "chat", each line holds the messages of a problem, up to where the model replies, and whatever the rewards
   ask for; rows of `data.sequence_length` tokens are packed with whole samples, and data.batch_size / data.accumulation of
   them are one pass.

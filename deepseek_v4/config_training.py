@@ -57,7 +57,7 @@ class OptimizerConfig:
 class LossConfig:
   """Weights of the auxiliary losses beside the next-token loss."""
 
-  mtp_weight: float = 0.3
+  mtp_weight: float = 0.3  # beside distillation or reinforcement, where the prediction block rests, neither can be set
   mtp_weight_final: float = 0.1  # from the start of the learning rate's decay
   balance_weight: float = 1e-4
   indexer_weight: float = 0.01
@@ -148,7 +148,8 @@ class AnomalyConfig:
   window: int = 128  # steps whose losses say what is normal; fewer say nothing about spikes
   deviations: float = 6.0  # a spike is a loss above their mean + this many standard deviations
   limit: int = 8  # more anomalies than this within the window end the run
-  anticipation_delay: int = 8  # steps between the choice of experts and the step that they are for; 0 = the plain step
+  # Steps between the choice of experts and the step that they are for; 0 = the plain step. Less than checkpoint_every.
+  anticipation_delay: int = 8
   anticipation_steps: int = 200  # how long that lasts from the step on that went wrong; the report gives neither number
 
   def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.posttraining import beginning
 from deepseek_v4.posttraining import journal as journals
 from deepseek_v4.posttraining.distillation_step import Pass, Steps
+from deepseek_v4.posttraining.passes import not_finite
 from deepseek_v4.posttraining.prompts import ChatPrompts, Prompts, Text, in_passes, rows_of
 from deepseek_v4.posttraining.rollout import Request, check_mesh, sample_replies
 from deepseek_v4.posttraining.teachers import Library, Resident, Teacher, open_teacher
@@ -159,13 +160,25 @@ def go_back(run_config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh | None
   """Where to go on: the newest sound checkpoint of the workdir, the weights of training.init_from, or from scratch.
 
   Raises:
-    ValueError: another run is in the workdir, or one that has done more steps.
+    ValueError: another run is in the workdir, or one that has done more steps or had other rounds.
   """
   found = beginning.newest(run_config, workdir, store, stored, abstract_state(run_config, mesh))
   if found is None:
     return Place(0, beginning.first_state(run_config, mesh))
   step, state, extra = found
+  before = extra.get("round", {})  # checkpoints of older versions do not say
+  for name, now in round_of(run_config).items():
+    if before.get(name, now) != now:
+      refuse(name, now, f"{before[name]}, with which the run in {workdir} has done {step} steps: its prompts would "
+             f"come again or be left out")
   return Place(step, state, extra["sampled_with"])
+
+
+def round_of(run_config: RunConfig) -> dict[str, int]:
+  """The settings from which, with the number of steps, the place in the teachers' prompts follows."""
+  distillation = run_config.distillation
+  return {"distillation.steps_per_round": distillation.steps_per_round, "data.batch_size": run_config.data.batch_size,
+          "number of distillation.teachers": len(distillation.teachers)}
 
 
 # ---- rounds -----------------------------------------------------------------------------------------------------------
@@ -282,8 +295,7 @@ def one_step(tools: Tools, place: Place, parts: list[list[list[dict[str, np.ndar
   numbers = {name: np.asarray(value).item() for name, value in jax.device_get(values).items()}
   n = place.step + 1
   if not numbers.pop("finite"):
-    raise FloatingPointError(f"step {n}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not finite. Nothing "
-                             f"of this step was saved; the next start goes on from the newest checkpoint")
+    raise FloatingPointError(f"step {n}: {not_finite('step', numbers)}")
   place = Place(n, state, place.weights)
   kl = kl_by_teacher(tools.teachers, [t for t, *_ in passes], jax.device_get(found), counted)
   tools.progress.step(numbers["tokens"])
@@ -337,7 +349,7 @@ def score(tools: Tools, place: Place, batches: int | None = -1) -> dict[str, dic
 
 def save(tools: Tools, place: Place) -> None:
   """Starts writing a checkpoint."""
-  tools.store.save(place.step, place.state, {"sampled_with": place.weights})
+  tools.store.save(place.step, place.state, {"sampled_with": place.weights, "round": round_of(tools.run_config)})
 
 
 def leave_if_asked(tools: Tools, place: Place) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from deepseek_v4.config import ReinforcementConfig
 
-METRICS = ("kl", "masked", "clipped", "policy_gap")
+METRICS = ("kl", "masked", "clipped", "acceptance", "policy_gap", "policy_gap_max")
 
 
 def advantages(rewards: Sequence[Sequence[float]]) -> np.ndarray:
@@ -42,8 +42,9 @@ def objective(logprobs: jax.Array, rows: Mapping[str, jax.Array],
 
   Returns:
     J's part, a scalar, and scalars of which the parts of all rows add up to a mean over samples: "kl" in nats per token,
-    "masked" = share of samples that count for nothing, "clipped" = share of tokens outside the clip, "policy_gap" = mean
-    distance |old - logp| in nats.
+    "masked" = share of samples whose gain M_i takes away, "clipped" = share of tokens whose ratio is outside the clip,
+    "acceptance" = share of tokens that are neither (every sample weighs the same, whatever its length), "policy_gap" = mean
+    distance |old - logp| in nats; and "policy_gap_max", the largest such distance of a token, which does not add up.
   """
   asked = rows["targets"] >= 0
   weight = jnp.where(asked, rows["weight"], 0)
@@ -61,8 +62,9 @@ def objective(logprobs: jax.Array, rows: Mapping[str, jax.Array],
     further = jnp.where(asked, rows["reference"], 0) - logprobs
     kl = ratio * (jnp.exp(further) - further - 1)
   mean = lambda x: (weight * x).sum()
-  found = {"kl": mean(kl), "masked": mean(1 - live), "clipped": mean(jnp.abs(ratio - 1) > config.clip),
-           "policy_gap": mean(jnp.abs(drift))}
+  outside = jnp.abs(ratio - 1) > config.clip
+  found = {"kl": mean(kl), "masked": mean(1 - live), "clipped": mean(outside), "acceptance": mean(live * ~outside),
+           "policy_gap": mean(jnp.abs(drift)), "policy_gap_max": jnp.abs(drift).max()}
   return mean(gain - config.kl_weight * kl), found
 
 

@@ -35,7 +35,7 @@ class Sums:
 
   Attributes:
     grads: of the weighted loss, by the parameters.
-    values: each loss and each metric of the step, as far as its passes went.
+    values: each loss and each metric of the step, as far as its passes went; of those named "..._max" the largest.
     load: int32 [L, E], tokens of each expert.
     tokens: int32 [], places that hold a token.
   """
@@ -71,7 +71,8 @@ def add_pass(weights: Mapping[str, float], places: Any, state: TrainState, sums:
     weights: of the losses.
     places: shardings of the state; None on one device.
     segment_ids: [B, S] of the pass.
-    values_of: parameters -> (losses and metrics of the pass, which add up over passes; load [L, E]; anything else).
+    values_of: parameters -> (losses and metrics of the pass, which add up over passes, or are named "..._max"; load [L, E];
+      anything else).
   """
   def objective(params: Any) -> Any:
     values, load, other = values_of(params)
@@ -79,7 +80,9 @@ def add_pass(weights: Mapping[str, float], places: Any, state: TrainState, sums:
 
   (_, (values, load, other)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
   grads = grads if places is None else jax.lax.with_sharding_constraint(grads, places.params)
-  return jax.tree.map(jnp.add, sums, Sums(grads, values, load, (segment_ids > 0).sum())), other
+  new = jax.tree.map(jnp.add, sums, Sums(grads, values, load, (segment_ids > 0).sum()))
+  largest = {name: jnp.maximum(sums.values[name], values[name]) for name in values if name.endswith("_max")}
+  return new.replace(values=new.values | largest), other
 
 
 def updated(run_config: RunConfig, mesh: Mesh | None, weights: Mapping[str, float], state: Any,
@@ -100,6 +103,18 @@ def updated(run_config: RunConfig, mesh: Mesh | None, weights: Mapping[str, floa
   rate = optim.make_schedule(run_config.optimizer, run_config.training.steps)(state.step)
   return state.replace(**kept), {"loss": loss, **sums.values, "grad_norm": grad_norm, "learning_rate": rate,
                                  "finite": finite, "tokens": sums.tokens}
+
+
+def not_finite(what: str, numbers: Mapping[str, Any]) -> str:
+  """What is said of a step whose loss, gradients or new parameters are not finite.
+
+  Args:
+    what: was not saved.
+    numbers: its metrics.
+  """
+  return (f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not finite. Nothing of this {what} was saved. The "
+          f"same command goes on from the newest checkpoint and comes to the same numbers: change what leads to others, "
+          f"such as a lower optimizer.learning_rate (now {numbers['learning_rate']:.3g}) or another training.seed")
 
 
 class Frame:

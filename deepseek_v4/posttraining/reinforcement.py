@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from deepseek_v4.config_checks import refuse
 from deepseek_v4.generation.requests import ThinkingBudget
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.posttraining import beginning, grpo, rewards
+from deepseek_v4.posttraining.passes import not_finite
 from deepseek_v4.posttraining.policy_step import PolicyState, Programs, abstract_policy, as_policy
 from deepseek_v4.posttraining.problems import Problem, Problems, in_passes, rows_of
 from deepseek_v4.posttraining.rollout import Request, Sample, check_mesh, sample_replies
@@ -268,15 +269,29 @@ def learn(tools: Tools, step: int, state: PolicyState, judged: Judged) -> Policy
     rows = rows_of([judged.samples[i] for i in chosen], advantages[chosen], data.sequence_length)
     state, numbers = one_step(tools, state, in_passes(rows, data.batch_size // data.accumulation))
     found.append(numbers)
-  mean = {name: float(np.mean([numbers[name] for numbers in found])) for name in found[0] if name != "tokens"}
-  # The first step's distance is that of two programs with one set of weights: of sampler and trainer.
-  mean |= judged.numbers() | {"sampler_gap": found[0]["policy_gap"], "tokens": sum(numbers["tokens"] for numbers in found)}
   done = step + config.minibatches
-  mean["tokens_per_second"] = tools.progress.report(done, mean["loss"])
-  tools.progress.say(f"  reward {mean['reward']:.3f}, {mean['reply_length']:.1f} tokens a reply, KL {mean['kl']:.4f} nats, "
-                     f"{mean['masked']:.1%} masked")
-  tools.writer.write("train", done, mean)
+  every = run_config.training.log_every
+  if done // every > step // every or done == run_config.training.steps:
+    report(tools, done, judged, found)
   return state
+
+
+def report(tools: Tools, step: int, judged: Judged, found: Sequence[Mapping[str, float]]) -> None:
+  """Says and writes what the round that ends with this step was like.
+
+  Args:
+    step: optimizer steps done.
+    judged: the round's replies.
+    found: metrics of each of its steps.
+  """
+  of: dict[str, Callable[..., Any]] = {"tokens": sum, "policy_gap_max": max}
+  mean = {name: float(of.get(name, np.mean)([numbers[name] for numbers in found])) for name in found[0]}
+  # The first step's distances are those of two programs with one set of weights: of sampler and trainer.
+  mean |= judged.numbers() | {"sampler_gap": found[0]["policy_gap"], "sampler_gap_max": found[0]["policy_gap_max"]}
+  mean["tokens_per_second"] = tools.progress.report(step, mean["loss"])
+  tools.progress.say(f"  reward {mean['reward']:.3f}, {mean['reply_length']:.1f} tokens a reply, KL {mean['kl']:.4f} nats, "
+                     f"{mean['acceptance']:.1%} accepted, {mean['masked']:.1%} masked")
+  tools.writer.write("train", step, mean)
 
 
 def one_step(tools: Tools, state: PolicyState,
@@ -298,8 +313,7 @@ def one_step(tools: Tools, state: PolicyState,
   state, values = programs.update(state, sums)
   numbers = {name: np.asarray(value).item() for name, value in jax.device_get(values).items()}
   if not numbers.pop("finite"):
-    raise FloatingPointError(f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not finite. Nothing of this "
-                             f"round was saved; the next start goes on from the newest checkpoint")
+    raise FloatingPointError(not_finite("round", numbers))
   tools.progress.step(numbers["tokens"])
   return state, numbers
 

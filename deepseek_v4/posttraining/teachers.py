@@ -29,6 +29,7 @@ from deepseek_v4.checkpoint.convert import CHECKPOINTS
 from deepseek_v4.checkpoint.parts import read_leaves
 from deepseek_v4.checkpoint.store import newest_manifest, restore_variables
 from deepseek_v4.config import ModelConfig, RunConfig, TeacherConfig
+from deepseek_v4.config_checks import refuse
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.training import stages
 
@@ -65,7 +66,8 @@ def open_teacher(run_config: RunConfig, config: TeacherConfig, mesh: jax.shardin
 
   Raises:
     FileNotFoundError: no checkpoint there.
-    ValueError: too few positions for the student's samples, or sizes that the mesh does not divide.
+    ValueError: another tokenizer than the student's, too few positions for its samples, or sizes that the mesh does not
+      divide.
   """
   where = f"distillation.teachers: {config.name}"
   folder = Path(config.checkpoint) / CHECKPOINTS
@@ -74,6 +76,7 @@ def open_teacher(run_config: RunConfig, config: TeacherConfig, mesh: jax.shardin
                             f"release, with a folder {CHECKPOINTS!r} in it")
   source, manifest = newest_manifest(folder)
   stored = manifest["config"]
+  _check_tokenizer(where, stored, run_config.data.tokenizer)
   model = config_lib.from_dict(ModelConfig, stored["model"])
   length = run_config.data.sequence_length
   if model.max_position_embeddings < length:
@@ -86,6 +89,20 @@ def open_teacher(run_config: RunConfig, config: TeacherConfig, mesh: jax.shardin
   mode = _attention_mode(stored, int(source.name))
   identity = _digest([stored["model"], mode, sums])
   return Teacher(config, model, mode, int(source.name), identity)
+
+
+def _check_tokenizer(where: str, stored: Mapping[str, Any], of_student: str | None) -> None:
+  """Refuses a run that was trained on other tokens than the student speaks; a converted release does not say on which."""
+  if "data" not in stored:
+    return
+  of_teacher = stored["data"].get("tokenizer")
+  if of_teacher == of_student:
+    return
+  files = [Path(name) for name in (of_teacher, of_student) if name is not None]
+  if len(files) == 2 and all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+    return
+  refuse(f"{where}: data.tokenizer of its checkpoint", of_teacher,
+         f"the student's, data.tokenizer = {of_student!r}: token ids mean what the tokenizer says")
 
 
 def _attention_mode(stored: Mapping[str, Any], step: int) -> str:

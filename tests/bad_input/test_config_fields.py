@@ -84,6 +84,10 @@ WRONG = table(
   ("minibatches", "7", "a divisor of problems x replies", lambda _: c.ReinforcementConfig(minibatches=7)),
   ("rewards", "()", "at least one function", lambda _: c.ReinforcementConfig(rewards=())),
   ("training.trainable", "'indexer'", "'all' beside reinforcement", setting("training.trainable=indexer", of=REWARDS)),
+  ("loss.mtp_weight", "0.5", "0.3, the default, beside reinforcement", setting("loss.mtp_weight=0.5", of=REWARDS)),
+  ("loss.mtp_weight_final", "0.0", "0.1, the default, beside distillation", setting("loss.mtp_weight_final=0", of=DISTILL)),
+  ("anomalies.anticipation_delay", "5", "less than training.checkpoint_every = 5", setting(
+    "anomalies.policy=anticipate", "anomalies.anticipation_delay=5")),
   ("data.source", "'stdlib'", "'chat' with reinforcement", run(reinforcement=c.ReinforcementConfig())),
   ("reinforcement", "given", "one of them is a run", lambda _: dataclasses.replace(
     DISTILL, reinforcement=c.ReinforcementConfig())),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from deepseek_v4.checkpoint import store as stores
 from deepseek_v4.checkpoint.convert import to_release
 from deepseek_v4.config import RunConfig, to_dict
+from deepseek_v4.posttraining import distillation_loop
 from deepseek_v4.posttraining.teachers import open_teacher
 from deepseek_v4.training.start import check_source
 from launch.fault_runs import damage
@@ -65,6 +67,15 @@ def largest(folder):
   return max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
+def after_rounds(changes):
+  """Goes on with a distillation whose checkpoint, of step 8, has other rounds."""
+  rounds = distillation_loop.round_of(DISTILL) | changes
+  store = types.SimpleNamespace(restore_latest=lambda shapes: (8, None, {"sampled_with": 1, "round": rounds}))
+  return lambda folder: distillation_loop.go_back(DISTILL, folder, None, store, {})
+
+
+OTHER_TOKENS = dataclasses.replace(DISTILL, data=dataclasses.replace(DISTILL.data, tokenizer="other.json"),
+                                   distillation=None)
 nothing = lambda folder: None
 other_tree = lambda **leaves: lambda folder: restored(folder, {"params": TREE["params"] | leaves})
 weights = lambda folder: stores.restore_variables(folder / "checkpoints")
@@ -102,6 +113,11 @@ WRONG = table(
     DISTILL, dataclasses.replace(DISTILL.distillation.teachers[0], name="one", checkpoint=str(p / "nowhere")))),
   (STEP, "no manifest", GONE, after(kind("manifest missing"), lambda p: open_teacher(
     DISTILL, dataclasses.replace(DISTILL.distillation.teachers[0], checkpoint=str(p))))),
+  ("one: data.tokenizer of its checkpoint", "None", "the student's, data.tokenizer = 'other.json'", lambda p: open_teacher(
+    OTHER_TOKENS, dataclasses.replace(DISTILL.distillation.teachers[0], name="one", checkpoint=str(p)))),
+  ("distillation.steps_per_round", "4", "2, with which the run in", after_rounds({"distillation.steps_per_round": 2})),
+  ("data.batch_size", "16", "8, with which the run in", after_rounds({"data.batch_size": 8})),
+  ("number of distillation.teachers", "2", "3, with which the run in", after_rounds({"number of distillation.teachers": 3})),
   ("keep", "0", "at least 1", lambda p: stores.CheckpointStore(p / "new", keep=0, config_dict={})),
 )
 

@@ -227,6 +227,22 @@ def test_exported_experts_need_no_rounding(dtype, tmp_path):
   np.testing.assert_array_equal(plain(read, IDS)[0], qat(trained, IDS)[0])
 
 
+def test_a_release_with_the_setting_computes_what_training_computed(tmp_path):
+  """From float32 masters to a folder and back, attention sparse: hidden states and losses to the last bit. A folder does not
+  say that queries and keys of the indexer are rounded: `qat` has to be set again, or another loss comes out."""
+  masters = random_variables(WIDE)
+  dsv4.save_hf(masters, WIDE, tmp_path / "release", dtype="float32")
+  found = c.ModelConfig.from_hf(tmp_path / "release")
+  assert found.qat is None
+  read = dsv4.load_hf(tmp_path / "release", dataclasses.replace(found, qat="fp4"))
+  chunk = dict(loss_chunk_size=WIDE.loss_chunk_size)  # the order of sums, which is no part of a release
+  (hidden, losses), want, (_, plain) = (with_losses(config)(variables, IDS) for config, variables in (
+    (dataclasses.replace(found, qat="fp4", **chunk), read), (WIDE, masters), (dataclasses.replace(found, **chunk), read)))
+  for x, y in zip(jax.tree.leaves((hidden, losses)), jax.tree.leaves(want), strict=True):
+    np.testing.assert_array_equal(x, y)
+  assert plain["indexer"][0] != losses["indexer"][0]
+
+
 # Float64 leaves sums in another order no say; two rows' picks are fewer than eight experts.
 DECODED = dataclasses.replace(WIDE, n_routed_experts=8, compute_dtype="float64")
 

@@ -9,9 +9,11 @@ import pytest
 
 import deepseek_v4 as dsv4
 from deepseek_v4 import config as c
+from deepseek_v4.posttraining import distillation_step
 from deepseek_v4.posttraining.distillation_step import Pass, Steps
 from deepseek_v4.sharding import make_mesh
 from deepseek_v4.training.step import update_router
+from tests.model.small import equations
 from tests.posttraining.small import MODEL, random_rows, random_state, run_config
 from tests.training.small import at, differing, leaves, on_host, with_leaf
 
@@ -118,6 +120,21 @@ def test_not_finite_gives_the_old_state_back():
   state, metrics = stepped(change=broken)[2:4]
   assert not metrics["finite"]
   assert differing(state.replace(key=()), broken(random_state(RUN)).replace(key=())) == []
+
+
+def test_nothing_holds_the_vocabulary_of_all_places():
+  """In the whole program of a pass, forward and backward: ids beside at most as many rows as a chunk or a head has."""
+  steps, (hidden, head) = steps_on(), heard()[0]
+  part = Pass(steps.put_rows(ROWS[0]), steps.put_hidden(hidden), steps.put_head(head), np.float32(1), KNOWN)
+  counts = dict.fromkeys(("distillation", "balance", "indexer"), np.float32(9))
+  program = jax.make_jaxpr(lambda *args: distillation_step._add_pass(RUN, None, *args))(
+    random_state(RUN), steps.start(), part, counts)
+  shapes = {v.aval.shape for e in equations(program.jaxpr) for v in e.outvars}
+  wide = [shape for shape in shapes if {KNOWN, MODEL.vocab_size} & set(shape)]
+  rows = {shape: np.prod(shape) // max(n for n in shape if n in (KNOWN, MODEL.vocab_size)) for shape in wide}
+  assert max(rows.values()) <= max(WIDTH, MODEL.hidden_size, MODEL.loss_chunk_size) < 2 * 48, rows
+  places = 2 * 48 * KNOWN
+  assert not [shape for shape in shapes if np.prod(shape) >= places]  # nor under another shape
 
 
 MESHES = [dict(data=2, tensor=2), dict(data=1, fsdp=2, context=2, tensor=2), dict(data=1, expert=2)]

@@ -10,11 +10,11 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4.config import MeshConfig
 from deepseek_v4.posttraining import teachers as teachers_lib
-from deepseek_v4.posttraining.distillation_step import Steps
+from deepseek_v4.posttraining.distillation_step import Pass, Steps
 from deepseek_v4.posttraining.prompts import in_passes
 from deepseek_v4.posttraining.teachers import Library, Resident, open_teacher
 from deepseek_v4.sharding import make_mesh
-from tests.posttraining.small import MODEL, TEACHER, random_rows, run_config, write_run
+from tests.posttraining.small import MODEL, TEACHER, random_rows, random_state, run_config, write_run
 
 PASSES = in_passes(random_rows(TEACHER, [[(3, 20)], [(4, 30), (2, 8)], [(1, 47)]]), 2)
 
@@ -97,6 +97,29 @@ def test_eleven_teachers_one_at_a_time(tmp_path):
     np.testing.assert_array_equal(np.asarray(heads[-1]), books.head(teacher))
     assert held() <= 1.01 * heads[-1].nbytes
   assert resident.loads == 11 and all(x.is_deleted() for x in heads[:-2]) and heads[-1] is heads[-2]
+  _add_up(run, steps, resident, opened, found)
+
+
+def _add_up(run, steps, resident, opened, hidden):
+  """A step with a pass of each teacher: one program, and loss and gradients are the sums of what each pass gives alone."""
+  state = jax.tree.map(lambda x: jnp.array(x, copy=True), random_state(run))
+  rows = steps.put_rows(PASSES[0])
+  counts = {name: 11 * x for name, x in jax.device_get(steps.count(rows)).items()}
+  part = lambda t: Pass(rows, steps.put_hidden(hidden[t][0]), resident.head(opened[t]), np.float32(t + 1),
+                        TEACHER.vocab_size)
+  sums, alone, kl = steps.start(), [], []
+  for t in range(11):
+    alone.append(jax.device_get(steps.add(state, steps.start(), part(t), counts)[0]))
+    sums, found = steps.add(state, sums, part(t), counts)
+    kl.append(float(found))
+  assert steps._add.jitted._cache_size() <= 2  # one for sums that nobody has placed, one for those of a pass
+  assert len(set(kl)) == 11 and min(kl) > 0
+  assert sums.values["distillation"] == pytest.approx(
+    sum((t + 1) * x for t, x in enumerate(kl)) / counts["distillation"], rel=1e-5)
+  for x, *parts in zip(*(jax.tree.leaves(one.grads) for one in (sums, *alone)), strict=True):
+    want = np.sum(parts, 0, np.float64)
+    np.testing.assert_allclose(x, want, atol=5e-6 * max(1, np.abs(want).max()))  # float32 sums of eleven
+  assert resident.loads == 22
 
 
 @pytest.mark.long
