@@ -73,8 +73,7 @@ def test_a_row_says_which_form_its_op_takes():
   assert take("attention", 16384) == take("attention_heavy", 65536) == take("attention_window", 4096) == ["masked"] * 3
   assert take("attention", DECODE) == take("attention_heavy", DECODE) == ["blockwise"] * 3
   assert take("attention", 2**20) == ["sparse"] * 3
-  assert take("expand_collapse", DECODE) == ["kernel", "blockwise", "kernel"]
-  assert take("select", DECODE) == take("experts", DECODE) == ["kernel"] * 3
+  assert take("expand_collapse", DECODE) == take("select", DECODE) == take("experts", DECODE) == ["kernel"] * 3
 
 
 def test_targets_say_yes_no_or_not_measured():
