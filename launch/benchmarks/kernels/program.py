@@ -230,6 +230,18 @@ def parts(text: str) -> list[Part]:
   return found
 
 
+def arrays(text: str) -> list[str]:
+  """Types such as "bf16[8,128]" of all arrays that optimised HLO text makes outside of fusions and kernels, in any memory."""
+  computations, entry = _computations(text)
+  found, waiting, known = set(), [entry], {entry}
+  while waiting:
+    for instruction in computations.get(waiting.pop(), ()):
+      found |= {f"{kind}[{dims}]" for kind, dims, _ in _SHAPE.findall(instruction.type) if dims}
+      inner = set() if instruction.opcode == "fusion" else set(_called(instruction)) - known
+      waiting, known = [*waiting, *inner], known | inner
+  return sorted(found)
+
+
 def _is_kernel(instruction: _Instruction) -> bool:
   return instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.rest
 
