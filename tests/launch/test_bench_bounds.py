@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from launch.benchmarks.kernels import bounds, cases, plans
 from launch.benchmarks.kernels.cases import FORWARD, GRADIENT, Case
 from launch.benchmarks.kernels.chips import CHIPS
+from pallas_kernels.indexer import kernel, tiles
 from tests.launch.bench_texts import V5P, attention_call
 
 
@@ -20,6 +24,8 @@ def test_the_least_work_equals_a_count_by_hand():
   assert least.bytes == 2 * rows + 8192 * 128 * 4 + keys + words
   picked = sum(min((t + 1) // 4, 1024) for t in range(8192))
   assert least.row_bytes == least.bytes + (picked - 2048) * 1024
+  both = bounds.least(dataclasses.replace(case, direction=GRADIENT))
+  assert both.row_bytes == both.bytes + 2 * (picked - 2048) * 1024  # each pass reads the rows once more
   heavy = bounds.least(Case("attention_heavy", "pro", 8192, FORWARD))
   assert heavy.flops == 4 * 128 * 512 * sum(min(t + 1, 128) + (t + 1) // 128 for t in range(8192))
 
@@ -34,6 +40,43 @@ def test_the_sparse_forms_bound_where_all_picks_are_taken():
 def test_the_selections_vector_bound_per_token():
   case = Case("select", "pro", 65536, FORWARD)
   assert bounds.least(case).vector / case.tokens == pytest.approx(539, rel=0.01)
+  forward, both = (bounds.least(Case("kl_loss", "pro", 65536, direction)) for direction in (FORWARD, GRADIENT))
+  picked = sum(min((t + 1) // 4, 1024) for t in range(65536)) / 65536
+  assert both.vector == 2 * forward.vector  # the backward pass scores again
+  assert forward.vector / 65536 == pytest.approx(picked * 64 * 270 / (8 * 512 * 64))
+
+
+def rounds_of(scores, top_k):
+  """Rounds in which the kernel finds the threshold of a block's queries, scores [32, T]."""
+  sizes = tiles.Sizes.of(32, scores.shape[1], kernel.TILE["v5p"], 1)
+  ranks = np.array(scores, np.float32).view(np.int32)
+  ranks = np.where(ranks < 0, ranks ^ 0x7fffffff, ranks).reshape(32, -1, sizes.entries).swapaxes(0, 1)
+  passes = []
+
+  @jax.jit
+  def threshold(ranks):
+    fold = kernel._over_slots(ranks, jnp.int32(len(ranks) // kernel._slots(sizes)), sizes)
+    def count(test):
+      jax.debug.callback(lambda: passes.append(1))
+      return kernel._counter(fold)(test)
+    return kernel._threshold(fold, count, top_k)
+
+  low, reach, above = threshold(jnp.asarray(ranks))
+  jax.effects_barrier()
+  assert (above < top_k).all() and (reach >= top_k).all()
+  return len(passes) / 2
+
+
+def test_rounds_of_the_threshold_search():
+  """Those that the plan takes for every block: scores of the whole formula, with weights of both signs and of one sign, need
+  no more."""
+  rng, entries = np.random.default_rng(0), 16384
+  normal = np.mean([rounds_of(rng.normal(size=(32, entries)), 1024) for _ in range(10)])
+  assert normal == pytest.approx(plans.ROUNDS, abs=0.5)
+  q, k, w = rng.normal(size=(32, 64, 16)), rng.normal(size=(entries, 16)), rng.normal(size=(64, 32))
+  dots = np.maximum(np.einsum("shc,tc->hst", q, k), 0)
+  for weights in (w, np.abs(w)):
+    assert rounds_of(np.einsum("hst,hs->st", dots, weights), 1024) <= plans.ROUNDS + 1
 
 
 def test_every_case_has_positive_bounds():
