@@ -155,8 +155,8 @@ def answer(topology: str, request: Mapping[str, Any], folder: Path | None) -> di
 
   Returns:
     {"ok": True, "seconds", "memory" (bytes by kind), "cost" (flops and bytes accessed, loops once), "parts", "calls",
-    "arrays" (types of those outside of kernels), "matmul_flops" (outside kernels, loops multiplied out), "traffic" (collectives by kind), "schedules"}; or {"ok": False,
-    "error"} with what Python or the compiler raised.
+    "arrays" (types of those outside kernels), "matmul_flops" (outside kernels, loops multiplied out), "traffic"
+    (collectives by kind), "schedules"}; or {"ok": False, "error"} with what Python or the compiler raised.
   """
   import jax
   import numpy as np

@@ -184,9 +184,10 @@ Nothing ran on a TPU: programs are compiled by libtpu and their final schedules 
 rows of one token each); segment ids and positions are arguments all the same. Cycles are per token of one device.
 matrix, HBM, vector: the least by the formula (launch/benchmarks/kernels/bounds.py) at the chip's rates. vector: relu, weight
 and sum over heads of the index scores, in select and kl_loss; the other ops have no such bound, since nobody has counted the
-fewest slots of attention's exponentials, of Sinkhorn's rounds or of an activation. slots: the vector unit's in use. schedule: all bundles of the program, XLA's parts included; time: per part the largest of its schedule, its
-HBM bytes and its matmuls, summed; serial: the same where nothing overlaps. What the SparseCore does beside a kernel of the
-TensorCore takes only its HBM bytes. ratio: time over the largest of the bounds. HBM MB: what the program moves; least: each
+fewest slots of attention's exponentials, of Sinkhorn's rounds or of an activation. slots: the vector unit's in use.
+schedule: all bundles of the program, XLA's parts included; time: per part the largest of its schedule, its HBM bytes and its
+matmuls, summed; serial: the same where nothing overlaps. What the SparseCore does beside a kernel of the TensorCore takes
+only its HBM bytes. ratio: time over the largest of the bounds. HBM MB: what the program moves; least: each
 operand and result once. others: time of the fastest other side over ours. per unit: bundles per 8 tokens x 128 heads x 512
 entries; fixed: what a block of queries costs before its tiles (all of it, where its entries are one tile or none), x bound:
 over its matmuls; step: an empty grid step."""
