@@ -232,7 +232,7 @@ def parts(text: str) -> list[Part]:
 
 
 def arrays(text: str) -> list[str]:
-  """Types such as "bf16[8,128]" of the arrays that optimised HLO text makes outside of fusions and kernels, in any memory."""
+  """Types such as "bf16[8,128]" of what optimised HLO text makes outside of fusions and kernels, in any memory."""
   computations, entry = _computations(text)
   found, waiting, known = set(), [entry], {entry}
   while waiting:
