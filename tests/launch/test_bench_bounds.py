@@ -72,8 +72,8 @@ def rounds_of(blocks, top_k):
 
 
 def test_rounds_of_the_threshold_search():
-  """The plan takes as many for every block. Blocks that see all of 64K tokens need a little more, 7.75 in the mean of 16, and
-  blocks at 16K fewer, 6.9; scores as the formula makes them, with weights of both signs or of one, need no more."""
+  """The plan takes as many for every block. Blocks that see all of 64K tokens need a little more, 7.75 in the mean of 16,
+  and blocks at 16K fewer, 6.9; scores as the formula makes them, with weights of both signs or of one, need no more."""
   rng, entries = np.random.default_rng(0), 16384
   normals = [rng.normal(size=(32, entries)) for _ in range(8)]
   q, k, w = (rng.normal(size=size).astype(np.float32) for size in ((32, 16, 16), (entries, 16), (32, 16)))
