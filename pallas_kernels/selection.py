@@ -83,6 +83,8 @@ class Selection:
     arguments.check(op, **{"selection.picks": (self.picks, f"{rows} ...")})
     if self.words is not None:
       arguments.check(op, **{"selection.words": (self.words, f"{rows} {bits.num_words(num_entries)}")})
+      if self.num_entries != num_entries:
+        raise ValueError(f"{op}: selection.num_entries = {self.num_entries}: expected {num_entries}, the entries of a row")
 
   def listed(self) -> "Selection":
     """The same selection as entry numbers where it is rows of bits; itself otherwise."""

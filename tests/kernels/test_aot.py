@@ -1,10 +1,11 @@
 """Every kernel through the real TPU compiler, for v5p, v6e and TPU7x, at the released models' widths; nothing runs.
 
-The suite compiles one shape per kernel, direction and chip; the long tier the whole grid of the bench. A gradient's program
-holds the kernels of both directions. Of the sparse form the suite compiles one chunk whole, which takes long, and of two
-chunks what is between their attentions.
+The suite compiles one shape per kernel, direction and chip, attention of all three kinds of layers among them; the long tier
+the whole grid of the bench. A gradient's program holds the kernels of both directions. Of the sparse form the suite compiles
+one chunk whole, which takes long, and of two chunks what is between their attentions.
 """
 
+import math
 import re
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from launch.benchmarks.kernels import bounds, cases, run
-from launch.benchmarks.kernels.cases import FORWARD, GRADIENT, OURS, Case
+from launch.benchmarks.kernels.cases import DECODE, FORWARD, GRADIENT, OURS, Case
 from launch.benchmarks.kernels.chips import CHIPS
 from launch.benchmarks.kernels.compile import Compiler, Request
 from launch.benchmarks.memory import cases as memory_cases
@@ -21,16 +22,36 @@ from pallas_kernels import bits, tpu
 from pallas_kernels.shapes import FLASH
 from pallas_kernels.sparse_attention import sparse, sparse_lists, sparse_rows, tiles
 
-# Lengths at which the indexer leaves entries out, with little memory to plan for.
+# Lengths at which the indexer leaves entries out, with little memory to plan for. HCA's entries are one tile; as many as
+# 32,768 tokens have, since a row of bits of fewer is as long as the row of entries.
 SMALL = (
-    Case("attention", "pro", 8192, GRADIENT), Case("attention_sparse", "flash", 512, GRADIENT),
+    Case("attention", "pro", 8192, GRADIENT), Case("attention_heavy", "flash", 32768, GRADIENT),
+    Case("attention_window", "flash", 1024, GRADIENT), Case("attention_sparse", "flash", 512, GRADIENT),
     Case("select", "flash", 4096, FORWARD), Case("kl_loss", "flash", 4096, GRADIENT),
-    Case("expand_collapse", "pro", 512, GRADIENT), Case("collapse", "flash", 512, GRADIENT),
-    Case("expand", "flash", 512, GRADIENT), Case("experts", "flash", 512, GRADIENT))
-ALL_OF_SPARSE = {"entry_tables", "list_entries", "gather_rows", "attend_rows", "attend_rows_backward", "add_rows_and_gather",
-                 "add_rows"}  # the TensorCore's and the SparseCore's
+    # 32 tokens, for which the kernels cut fn into parts by themselves, and more.
+    Case("expand_collapse", "pro", 512, GRADIENT), Case("collapse", "flash", DECODE, GRADIENT),
+    Case("expand", "flash", DECODE, GRADIENT), Case("experts", "flash", 512, GRADIENT))
+_EXPERTS = {"experts_hidden", "experts_down"}
+_FORWARD = {
+    **dict.fromkeys(("attention", "attention_heavy", "attention_window"), {"masked_attention"}),
+    "attention_sparse": {"entry_tables", "list_entries", "gather_rows", "attend_rows"},
+    "select": {"index_select"}, "kl_loss": {"index_loss"}, "collapse": {"hyper_collapse", "sinkhorn"},
+    "expand": {"hyper_expand"}, "expand_collapse": {"hyper_expand_collapse", "sinkhorn"}, "experts": _EXPERTS}
+_MORE_BACKWARD = {
+    "attention_sparse": {"attend_rows_backward", "add_rows"},
+    "experts": {"experts_d_hidden", "experts_d_rows", "experts_d_gate_up", "experts_d_down"}}
+def expected(op, direction):
+  """Names of the kernels of a program."""
+  names = _FORWARD[op]
+  if direction == GRADIENT:
+    names = names | _MORE_BACKWARD.get(op, {name + "_backward" for name in names})
+  return names
+
+
+EXPECTED = {f"{op.name}/{direction}": expected(op.name, direction) for op in cases.OPS for direction in op.directions}
+# The TensorCore's and the SparseCore's, of several chunks.
+ALL_OF_SPARSE = expected("attention_sparse", GRADIENT) | {"add_rows_and_gather"}
 SPARSE_TEMP = 6 * 2**30  # bytes: rows, gradients of rows of some chunks and the sums of 262,144 entries, nothing longer
-SAME_KERNEL = {"attention_heavy", "attention_window"}  # as another op in SMALL
 
 
 def kernel_names(answer):
@@ -39,23 +60,45 @@ def kernel_names(answer):
   return [re.sub(r"^((transpose|jvp|vmap|checkpoint)_)+|_*(\.[\w\-]+)*$", "", name) for name in names]
 
 
+def runs(sizes):
+  """Products of neighbouring axes, with the number of the first axis and of the one behind the last."""
+  return [(math.prod(sizes[i:j]), i, j) for i in range(len(sizes)) for j in range(i + 1, len(sizes) + 1)]
+
+
+def quadratic(arrays, queries, keys):
+  """Those of these arrays that have a number, of any type, for every query and key: axes, or neighbouring axes together, of
+  both sizes, padding included. Rows of bits are shorter than rows of keys and no such array."""
+  found = []
+  for text in arrays:
+    parts = runs([int(size) for size in re.search(r"\[(.*)\]", text)[1].split(",") if int(size) > 1])
+    of = lambda size, most, parts=parts: [part for part in parts if size <= part[0] < size + most]
+    rows, columns = of(queries, 128), of(keys, min(512, keys))
+    if any(row[2] <= column[1] or column[2] <= row[1] for row in rows for column in columns):
+      found.append(text)
+  return found
+
+
 def problems(case, answer, chip):
   """What is wrong with a compiled program, as text."""
   if not answer["ok"]:
     return [answer["error"]]
   found = []
-  kernels = [part for part in answer["parts"] if part["kernel"]]
-  if not kernels:
-    found.append("no kernel in the program")
-  for part in kernels:
+  if (names := set(kernel_names(answer)) - {"add_rows_and_gather"}) != EXPECTED[f"{case.op}/{case.direction}"]:
+    found.append(f"kernels: {', '.join(sorted(names))}")
+  for part in answer["parts"]:
     if part["vmem_bytes"] > chip.vmem_bytes:
       found.append(f"{part['name']} takes {part['vmem_bytes']} bytes of VMEM, there are {chip.vmem_bytes}")
   if case.op == "attention_sparse" and answer["memory"]["temp"] >= SPARSE_TEMP:
     found.append(f"{answer['memory']['temp']} bytes of temporary memory")
-  quadratic = case.queries * case.entries * case.batch * 2  # the smallest array of a number per query and entry
-  if case.op in ("attention", "select", "kl_loss") and case.length >= 65536 and answer["memory"]["temp"] >= quadratic:
-    found.append(f"{answer['memory']['temp']} bytes of temporary memory, as much as an array [S, T] has: {quadratic}")
+  found += [f"{text} has a number for every query and key" for text in quadratic_of(case, answer)]
   return found
+
+
+def quadratic_of(case, answer):
+  """Quadratic arrays of a case whose sizes tell queries, keys and widths apart."""
+  if case.op not in ("attention", "attention_heavy", "attention_window", "select", "kl_loss") or not case.length:
+    return []
+  return quadratic(answer["arrays"], case.queries, case.entries or case.queries)
 
 
 def compile_for(chip, wanted):
@@ -102,6 +145,7 @@ def test_lists_in_two_levels_and_what_is_between_two_chunks_compile(chip):
   with Compiler(chip.topology, schedules=False) as compiler:
     (answer,) = compiler.compile_all([request])
   assert answer["ok"], answer["error"]
+  assert not quadratic(answer["arrays"], 4096, 2**18 // FLASH.light_rate)
   names = kernel_names(answer)
   assert set(names) == ALL_OF_SPARSE - {"attend_rows", "attend_rows_backward"}
   assert names.count("list_entries") == 4 and names.count("gather_rows") == 3  # two levels, twice; of words, twice, and rows
@@ -118,8 +162,13 @@ def test_a_sparse_gradient_of_many_chunks_holds_all_kernels(chip):
 
 
 def test_the_suite_compiles_every_op_in_every_direction():
-  directions = {case.op: case.direction for case in SMALL}
-  assert directions == {op.name: op.directions[-1] for op in cases.OPS if op.name not in SAME_KERNEL}
+  assert {case.op: case.direction for case in SMALL} == {op.name: op.directions[-1] for op in cases.OPS}
+
+
+def test_arrays_with_a_number_for_every_query_and_key_are_found():
+  dense = ["pred[1,8192,2048]", "bf16[8192,16,128]", "s8[1024,8,2048]", "f32[1,2048,8192]", "u8[8200,2304]"]
+  fine = ["s32[1,8192,128]", "bf16[1,8192,128,512]", "bf16[2048,512]", "f32[1,1024,8,128]", "bf16[1,1048576,512]"]
+  assert quadratic(dense + fine, 8192, 2048) == dense
 
 
 @pytest.mark.long
@@ -130,17 +179,23 @@ def test_the_whole_grid_compiles(chip, op):
   assert not compile_for(chip, wanted)
 
 
-def too_much_memory(length, kinds):
-  """Rows at this length whose program does not compile or takes more than its part of `LIMIT`, which is for 64K tokens."""
-  rows = memory_run.measure("v5p:2x2x2", (length,), (OURS,), lambda line: None, kinds)
-  return [row for row in rows if row.get("beside", float("inf")) > memory_cases.LIMIT * length / memory_cases.LENGTH]
+def wrong_with_memory(length, kinds):
+  """What is wrong with programs at this length: they do not compile, take more than their part of `LIMIT`, which is for 64K
+  tokens, or hold a number for every query and entry."""
+  found = []
+  for case, answer in memory_run.compiled("v5p:2x2x2", (length,), (OURS,), lambda line: None, kinds):
+    row = memory_run.row_of(case, answer)
+    if row.get("beside", float("inf")) > memory_cases.LIMIT * length / memory_cases.LENGTH:
+      found.append(row)
+    found += quadratic(answer.get("arrays", ()), length, case.entries or length)
+  return found
 
 
 def test_attention_split_over_heads_takes_little_memory():
   """Forward and backward through the model's shard_map wrapper, heads over eight devices."""
-  assert not too_much_memory(8192, (memory_cases.CSA,))
+  assert not wrong_with_memory(8192, (memory_cases.CSA,))
 
 
 @pytest.mark.long
 def test_attention_of_64k_tokens_takes_little_memory():
-  assert not too_much_memory(memory_cases.LENGTH, memory_cases.KINDS)
+  assert not wrong_with_memory(memory_cases.LENGTH, memory_cases.KINDS)

@@ -96,3 +96,14 @@ def test_selection_is_a_set_of_entries():
   for bad in (jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3, 4))):
     with pytest.raises(ValueError, match="picks = .*: expected integers"):
       Selection.from_indices(bad)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "interpret"])
+def test_words_of_another_number_of_entries_are_refused(implementation):
+  """Though as many words hold both."""
+  zeros, places = jnp.zeros, lambda *n: jnp.zeros(n, jnp.int32)
+  words = Selection.from_words(places(1, 4, 128), 300, 8)
+  with pytest.raises(ValueError, match="selection.num_entries = 300: expected 400"):
+    attend(zeros((1, 4, 2, 16)), zeros((1, 4, 16)), zeros((1, 400, 16)), words, zeros(2), positions=places(1, 4),
+           segment_ids=places(1, 4), entry_last=places(1, 400), entry_segment=places(1, 400), window=2, scale=1.0,
+           implementation=implementation)

@@ -1,4 +1,5 @@
-"""The mHC kernels where blocks end: tokens and hidden sizes around every internal tile; both units; too many streams."""
+"""The mHC kernels where blocks end: tokens and hidden sizes around every internal tile, every chip's way, bfloat16; too many
+streams."""
 
 import functools
 
@@ -7,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.hyper_connections import collapse, expand_collapse, kernel_blocks
+from pallas_kernels import tpu
+from pallas_kernels.hyper_connections import collapse, expand_collapse
 
 STATIC = dict(norm_eps=1e-6, eps=1e-6, iterations=20)
+CHIPS = {chip.name: chip for chip in (tpu.V5P, tpu.V6E, tpu.TPU7X)}
+# As a share of an array's largest number; bfloat16: as in the cases of the walk.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 
 
 def inputs(batch, length, streams, hidden):
@@ -31,25 +36,32 @@ def values_and_gradients(arrays, op, implementation):
   return jax.value_and_grad(run, has_aux=True)(arrays)
 
 
-def same(arrays, op):
-  got, want = (values_and_gradients(arrays, op, name) for name in ("interpret", "reference"))
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(np.abs(b).max(), 1e-30))
-
-
-def both(**arrays):
-  return expand_collapse(**arrays, **STATIC)
+def same(arrays, dtype="float32"):
+  """Streams and update in `dtype`; the formula gets the same numbers in float32."""
+  op = functools.partial(expand_collapse, **STATIC)  # a new one each time: programs differ by chip
+  narrow = {name: arrays[name].astype(dtype) for name in ("streams", "update")}
+  wide = {name: x.astype(jnp.float32) for name, x in narrow.items()}
+  (_, got), got_gradients = values_and_gradients({**arrays, **narrow}, op, "interpret")
+  (_, want), want_gradients = values_and_gradients({**arrays, **wide}, op, "reference")
+  for a, b in zip(jax.tree.leaves((got, got_gradients)), jax.tree.leaves((want, want_gradients)), strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0, atol=TOLERANCE[dtype] * max(np.abs(b).max(), 1e-30))
 
 
 @pytest.mark.parametrize("batch, length, streams, hidden", [(1, 1, 4, 128), (3, 11, 2, 130), (5, 13, 3, 127)])
 def test_blocks_end_anywhere(batch, length, streams, hidden):
-  same(inputs(batch, length, streams, hidden), both)
+  same(inputs(batch, length, streams, hidden))
 
 
-def test_sums_over_streams_on_the_matrix_unit(monkeypatch):
-  """What v6e and TPU7x do; interpreted kernels otherwise take v5p's way."""
-  monkeypatch.setitem(kernel_blocks.WIDE_UNIT, "v5p", True)
-  same(inputs(1, 33, 4, 129), lambda **arrays: both(**arrays))
+IN_SUITE = ("v6e", "bfloat16", 33), ("v5p", "bfloat16", 16)
+
+
+@pytest.mark.parametrize("chip, dtype, tokens", [
+    *IN_SUITE, *(pytest.param(chip, dtype, tokens, marks=pytest.mark.long) for chip in CHIPS for dtype in TOLERANCE
+                 for tokens in (15, 16, 17, 33, 127, 128, 129) if (chip, dtype, tokens) not in IN_SUITE)])
+def test_every_chips_way(monkeypatch, chip, dtype, tokens):
+  """Sums over streams on the vector unit, v5p, and on the matrix unit; up to 128 tokens fn is cut inside of the kernel."""
+  monkeypatch.setattr(tpu, "current_chip", lambda interpret: CHIPS[chip])
+  same(inputs(1, tokens, 4, 129), dtype)
 
 
 @pytest.mark.parametrize("tokens", [16, 130])
@@ -68,4 +80,4 @@ def test_float32_weights_keep_their_bits_beside_bfloat16_streams(tokens):
 def test_more_streams_than_a_row_of_lanes_holds_are_refused():
   arrays = inputs(1, 2, 6, 8)
   with pytest.raises(NotImplementedError, match="at most 5 streams"):
-    both(**arrays, implementation="interpret")
+    expand_collapse(**arrays, **STATIC, implementation="interpret")

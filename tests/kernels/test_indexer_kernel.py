@@ -1,6 +1,7 @@
 """The indexer's interpreted kernels where tiles begin and end: lengths around every tile size, documents cut anywhere.
 
 Interpreted kernels have the v5p's tiles: 32 queries x 1,024 entries (select), 1,024 rows x 512 entries (loss), 2 cores.
+Where a test names a chip, that one's: v6e and TPU7x have one core, and larger tiles of the loss.
 """
 
 import functools
@@ -10,11 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bits
+from pallas_kernels import bits, tpu
 from pallas_kernels.cases import packed, unused_to_nan
-from pallas_kernels.indexer import kl_loss, select
+from pallas_kernels.indexer import kernel_loss, kl_loss, select
 from pallas_kernels.indexer.tiles import Sizes, visible_range
 from pallas_kernels.selection import Selection
+
+CHIPS = {chip.name: chip for chip in (tpu.V5P, tpu.V6E, tpu.TPU7X)}
+
+
+def long(cases):
+  return [pytest.param(*case, marks=pytest.mark.long) for case in cases]
 
 
 def places(queries, entries, documents, rng):
@@ -34,10 +41,13 @@ def seen_by(p):
   return same & (p["entry_last"][:, None] <= p["positions"][:, :, None])
 
 
-@pytest.mark.parametrize("queries, entries, documents, top_k", [
-    (31, 1023, (600, 1, 419), 40), (32, 1024, (1024,), 300), (65, 4097, (2500, 1590), 100)])
-def test_selection_around_tile_edges(queries, entries, documents, top_k):
+@pytest.mark.parametrize("chip, queries, entries, documents, top_k", [
+    ("v5p", 31, 1023, (600, 1, 419), 40), ("tpu7x", 33, 1025, (1025,), 300), ("v5p", 65, 4097, (2500, 1590), 100),
+    *long((chip, queries, entries, (entries // 2 + 100, entries // 3), 100) for chip in CHIPS for queries in (31, 32, 33)
+          for entries in (1023, 1024, 1025, 4095, 4096, 4097))])
+def test_selection_around_tile_edges(monkeypatch, chip, queries, entries, documents, top_k):
   """Small integers: many equal scores, zeros of either sign; equal to a stable sort, with NaN in unused memory."""
+  monkeypatch.setattr(tpu, "current_chip", lambda interpret: CHIPS[chip])
   rng = np.random.default_rng(entries)
   p = places(queries, entries, documents, rng)
   q, w, k = (rng.integers(-2, 3, size=shape).astype(np.float32)
@@ -96,8 +106,9 @@ def test_a_document_begins_anywhere(offsets):
 
 
 @functools.cache
-def value_and_gradients(implementation):
-  """Jitted: index, teacher, selection, places -> (loss of each query, gradients of its sum weighted with cosines)."""
+def value_and_gradients(implementation, chip="v5p"):
+  """Jitted: index, teacher, selection, places -> (loss of each query, gradients of its sum weighted with cosines). A program
+  for each chip: which one it is, `tpu.current_chip` says while the program is traced."""
   @jax.jit
   def run(index, teacher, selection, p):
     value, pull = jax.vjp(lambda index: kl_loss(**index, **teacher, selection=selection, scale=0.25,
@@ -151,9 +162,19 @@ def test_no_visible_entry_lies_outside_the_range_of_its_block():
       assert (first, first + count) == ((want[0], want[-1] + 1) if len(want) else (0, 0))
 
 
-@pytest.mark.parametrize("queries, entries, picks", [(65, 513, None), (130, 1024, 24)])
-def test_loss_around_tile_edges(queries, entries, picks):
+def loss_tile(chip):
+  """(queries, entries) of a tile: five attention heads are padded to 16."""
+  rows, entries = kernel_loss.TILE[chip]
+  return rows // 16, entries
+
+
+@pytest.mark.parametrize("chip, queries, entries, picks", [
+    ("v5p", 68, 513, None), ("v6e", 200, 1025, 24), ("tpu7x", 68, 1025, None),
+    *long((chip, loss_tile(chip)[0] + more, entries, picks) for chip in CHIPS for more in (-1, 0, 1, 70)
+          for entries in (511, 512, 513, 1023, 1024, 1025) for picks in (None, 24))])
+def test_loss_around_tile_edges(monkeypatch, chip, queries, entries, picks):
   """Value and gradients against the formula; a first tile without entries, rows without any, NaN in unused memory."""
+  monkeypatch.setattr(tpu, "current_chip", lambda interpret: CHIPS[chip])
   rng = np.random.default_rng(entries)
   p = places(queries, entries, (entries // 2 + 100, entries // 4), rng)
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -166,7 +187,9 @@ def test_loss_around_tile_edges(queries, entries, picks):
   if picks:
     chosen = rng.permuted(np.broadcast_to(np.arange(entries), (1, queries, entries)), axis=-1)[..., :picks]
     chosen[:, :, ::5] = -1
-    chosen[:, :70] = np.where(chosen[:, :70] < 512, -1, chosen[:, :70])  # the first tile is nobody's in the first block
+    block, tile = loss_tile(chip)
+    if block < queries:  # the first tile is nobody's in the first block
+      chosen[:, :block + 6] = np.where(chosen[:, :block + 6] < tile, -1, chosen[:, :block + 6])
     chosen[:, 7] = -1
     packed = bits.pack(Selection.from_indices(jnp.asarray(chosen)).mask(entries) & seen_by(p))
     kinds = [Selection.from_indices(jnp.asarray(chosen)), Selection.from_words(packed, entries, picks)]
@@ -174,7 +197,7 @@ def test_loss_around_tile_edges(queries, entries, picks):
   want, want_gradients = value_and_gradients("reference")(index, teacher, kinds[0], p)
   assert (np.asarray(want) == 0).any() and np.asarray(want).max() > 0.1
   for selection in kinds:
-    value, gradients = value_and_gradients("interpret")(index, teacher, selection, p)
+    value, gradients = value_and_gradients("interpret", chip)(index, teacher, selection, p)
     np.testing.assert_allclose(value, want, atol=1e-5 * np.abs(want).max())
     for name, gradient in gradients.items():
       np.testing.assert_allclose(gradient, want_gradients[name], atol=1e-5 * np.abs(want_gradients[name]).max())

@@ -1,5 +1,5 @@
 """What must hold of the kernels whatever they compute: nothing comes from the future, from another document, or from how the
-queries are cut into calls. The chips' own tiles are in `test_chips_tiles`.
+queries are cut into calls; for all kinds of layers. The chips' own tiles are in `test_chips_tiles`.
 """
 
 import functools
@@ -12,14 +12,24 @@ import pytest
 from pallas_kernels import bits
 from pallas_kernels.cases import normals, packed, unused_to_nan
 from pallas_kernels.indexer import select
+from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend
 
-HEADS, WIDTH, PICKS, RATE = 4, 16, 3, 4
+HEADS, WIDTH, PICKS = 4, 16, 3
+CSA, HCA, SLIDING = "csa", "hca", "sliding"
+RATES = {CSA: 4, HCA: 8, SLIDING: 1000}  # tokens per entry
+all_kinds = pytest.mark.parametrize("kind", RATES)
 
 
-def inputs(rows, length, num_entries):
-  """Arguments of a CSA layer: attention's, and the indexer's by names with `index_` in front."""
-  places, batch = packed(rows, length, RATE, num_entries), len(rows)
+def entries_of(length, kind):
+  """Entries that a row has room for."""
+  return -(-length // RATES[kind]) if kind != SLIDING else 0
+
+
+def inputs(rows, length, kind=CSA):
+  """Arguments of a layer: attention's, and the indexer's by names with `index_` in front."""
+  num_entries = entries_of(length, kind)
+  places, batch = packed(rows, length, RATES[kind], num_entries), len(rows)
   arrays = normals(jax.random.key(0), q=(batch, length, HEADS, WIDTH), window_kv=(batch, length, WIDTH),
                    entries=(batch, num_entries, WIDTH), sink=(HEADS,), index_queries=(batch, length, 2, 8),
                    index_weights=(batch, length, 2), index_keys=(batch, num_entries, 8))
@@ -28,20 +38,22 @@ def inputs(rows, length, num_entries):
   return arrays | places
 
 
-@functools.partial(jax.jit, static_argnames=("window", "implementation"))
-def layer(arrays, window=8, implementation="interpret"):
-  """(out, words of the selection): the indexer selects, attention reads."""
+@functools.partial(jax.jit, static_argnames=("kind", "window", "implementation"))
+def layer(arrays, kind=CSA, window=8, implementation="interpret"):
+  """(out, words of the selection): the indexer of a CSA layer selects, attention reads."""
   index = {name.removeprefix("index_"): x for name, x in arrays.items() if name.startswith("index_")}
   arrays = {name: x for name, x in arrays.items() if not name.startswith("index_")}
   places = {name: arrays[name] for name in ("positions", "segment_ids", "entry_last", "entry_segment")}
-  chosen = select(**index, top_k=PICKS, implementation=implementation, **places)
+  chosen = Selection.all(*arrays["positions"].shape)
+  if kind == CSA:
+    chosen = select(**index, top_k=PICKS, implementation=implementation, **places)
   out, _ = attend(**arrays, selection=chosen, window=window, scale=0.25, implementation=implementation)
   return out, chosen.mask(arrays["entries"].shape[1])
 
 
-def changed_at(arrays, place):
+def changed_at(arrays, place, kind):
   """Everything that token `place` of row 0 brings in: its query, its key, and the entries of its window and the next."""
-  entry = place // RATE
+  entry = place // RATES[kind]
   moved = dict(arrays)
   for name in ("q", "window_kv", "index_queries", "index_weights"):
     moved[name] = arrays[name].at[0, place].multiply(-1)
@@ -50,57 +62,69 @@ def changed_at(arrays, place):
   return moved
 
 
-def test_a_token_moves_nothing_before_itself():
-  """Bit for bit; and far behind it, where no window reaches, entries carry the change."""
-  arrays = inputs([(64,)], 64, 16)
-  base = layer(arrays)[0]
+@all_kinds
+def test_a_token_moves_nothing_before_itself(kind):
+  """Bit for bit; and far behind it, where no window reaches, entries carry the change, if there are any."""
+  arrays = inputs([(64,)], 64, kind)
+  base = layer(arrays, kind)[0]
   for place in (0, 3, 4, 7, 8, 20, 63):
-    moved = layer(changed_at(arrays, place))[0]
+    moved = layer(changed_at(arrays, place, kind), kind)[0]
     np.testing.assert_array_equal(moved[0, :place], base[0, :place])
     assert np.abs(moved[0, place] - base[0, place]).max() > 1e-3
     if place == 20:
-      assert np.abs(moved[0, 29:] - base[0, 29:]).max() > 1e-3
+      assert (np.abs(moved[0, 28:] - base[0, 28:]).max() > 1e-3) == (kind != SLIDING)
+      assert np.abs(moved[0, 27] - base[0, 27]).max() > 1e-3  # the last token with this one in its window
 
 
 def test_an_entry_is_seen_when_its_window_is_closed():
-  chosen = np.asarray(layer(inputs([(64,)], 64, 16))[1])[0]
+  """By all tokens from there on, where all entries are read; of those that an indexer picks, by which are picked."""
+  arrays, rate = inputs([(64,)], 64, HCA), RATES[HCA]
+  base = np.asarray(layer(arrays, HCA)[0])
+  for entry in (0, 1, 7):
+    moved = layer(arrays | {"entries": arrays["entries"].at[:, entry].multiply(-1)}, HCA)[0]
+    assert (np.asarray(moved) != base).any((2, 3))[0].nonzero()[0].tolist() == list(range((entry + 1) * rate - 1, 64))
+  chosen = np.asarray(layer(inputs([(64,)], 64))[1])[0]
   assert not chosen[2].any() and chosen[3].nonzero()[0].tolist() == [0] and chosen[7].nonzero()[0].tolist() == [0, 1]
-  np.testing.assert_array_equal(chosen.sum(1), np.minimum((np.arange(64) + 1) // RATE, PICKS))
+  np.testing.assert_array_equal(chosen.sum(1), np.minimum((np.arange(64) + 1) // RATES[CSA], PICKS))
 
 
+@all_kinds
 @pytest.mark.parametrize("documents", [(14, 16), (1, 3, 5, 7, 9, 7)], ids=str)
-def test_a_packed_row_equals_its_documents_alone(documents):
+def test_a_packed_row_equals_its_documents_alone(documents, kind):
   """Each document alone at the start of a row of its own; unused memory is NaN; padding gives finite numbers."""
-  arrays = inputs([documents], 34, 10)
-  together, _ = layer(arrays)
+  arrays, entries = inputs([documents], 34, kind), entries_of(34, kind)
+  together, _ = layer(arrays, kind)
   assert np.isfinite(together).all()
   start, first = 0, 0
   for length in documents:
-    alone = dict(arrays, **packed([(length,)], 34, RATE, 10))
+    alone = dict(arrays, **packed([(length,)], 34, RATES[kind], entries))
     for name in ("q", "window_kv", "index_queries", "index_weights"):
       alone[name] = jnp.roll(arrays[name], -start, 1)
     for name in ("entries", "index_keys"):
       alone[name] = unused_to_nan(jnp.roll(arrays[name], -first, 1), alone["entry_segment"])
-    np.testing.assert_allclose(layer(alone)[0][0, :length], together[0, start:start + length], atol=1e-5)
-    start, first = start + length, first + length // RATE
+    np.testing.assert_allclose(layer(alone, kind)[0][0, :length], together[0, start:start + length], atol=1e-5)
+    start, first = start + length, first + length // RATES[kind]
 
 
-def test_changing_a_document_moves_no_other():
+@all_kinds
+def test_changing_a_document_moves_no_other(kind):
   """Bit for bit, whichever of the documents changes."""
-  arrays = inputs([(14, 1, 16)], 34, 10)
-  base = np.asarray(layer(arrays)[0])
+  arrays = inputs([(14, 1, 16)], 34, kind)
+  base = np.asarray(layer(arrays, kind)[0])
   for number in (1, 2, 3):
     own = {name: (arrays["segment_ids" if x.shape[1] == 34 else "entry_segment"] == number).reshape(
         1, -1, *(1,) * (x.ndim - 2)) for name, x in arrays.items() if x.ndim > 2}
-    moved = np.asarray(layer(arrays | {name: jnp.where(mask, -arrays[name], arrays[name]) for name, mask in own.items()})[0])
+    changed = {name: jnp.where(mask, -arrays[name], arrays[name]) for name, mask in own.items()}
+    moved = np.asarray(layer(arrays | changed, kind)[0])
     others = np.asarray(arrays["segment_ids"]) != number
     np.testing.assert_array_equal(moved[others], base[others])
     assert (moved[~others] != base[~others]).any(-1).all()
 
 
-def sizes(usual, long):
-  """Values of a parameter, most of them in the long tier only."""
-  return [*usual, *(pytest.param(value, marks=pytest.mark.long) for value in long)]
+def of_kinds(values, usual):
+  """Every kind of layer with every value, all but the `usual` ones of a kind in the long tier only."""
+  return [pytest.param(kind, value, marks=() if value in usual.get(kind, ()) else pytest.mark.long)
+          for kind in RATES for value in values]
 
 
 def with_past(part, arrays, start, window):
@@ -112,15 +136,15 @@ def with_past(part, arrays, start, window):
                  "past_segment": front(arrays["segment_ids"], 0)[:, past]}
 
 
-def agrees_with_one_call(parts, window=8):
+def agrees_with_one_call(parts, kind=CSA, window=8):
   """Calls with so many of the queries each, against all entries and their own past keys, give the rows of one call."""
-  arrays = inputs([(40,)], 40, 10)
-  want, chosen = layer(arrays, window=window)
+  arrays = inputs([(40,)], 40, kind)
+  want, chosen = layer(arrays, kind, window=window)
   per_query = ("q", "window_kv", "index_queries", "index_weights", "positions", "segment_ids")
   outs, words, start = [], [], 0
   for number in parts:
     part = {name: x[:, start:start + number] if name in per_query else x for name, x in arrays.items()}
-    out, mask = layer(with_past(part, arrays, start, window), window=window)
+    out, mask = layer(with_past(part, arrays, start, window), kind, window=window)
     outs.append(out)
     words.append(mask)
     start += number
@@ -128,28 +152,34 @@ def agrees_with_one_call(parts, window=8):
   np.testing.assert_allclose(np.concatenate(outs, 1), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", sizes((1, 17), (2, 3, 4, 5, 7, 8, 9, 16, 40)))
-def test_any_cut_of_the_queries_gives_the_same_rows(chunk):
+CHUNKS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 40)
+
+
+@pytest.mark.parametrize("kind, chunk", of_kinds(CHUNKS, {CSA: (1, 17), HCA: (1,), SLIDING: (17,)}))
+def test_any_cut_of_the_queries_gives_the_same_rows(kind, chunk):
   """Calls as a decoder makes them; the window of 8 keys is shorter than the row and longer than most calls."""
-  agrees_with_one_call([min(chunk, 40 - start) for start in range(0, 40, chunk)])
+  agrees_with_one_call([min(chunk, 40 - start) for start in range(0, 40, chunk)], kind)
 
 
-@pytest.mark.parametrize("first", sizes((), (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33)))
-def test_tokens_one_by_one_behind_a_first_call(first):
-  agrees_with_one_call([first] + [1] * (40 - first))
+@pytest.mark.parametrize("kind, first", of_kinds((1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33), {}))
+def test_tokens_one_by_one_behind_a_first_call(kind, first):
+  agrees_with_one_call([first] + [1] * (40 - first), kind)
 
 
-@pytest.mark.parametrize("length", sizes((3, 33), (1, 2, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32)))
-def test_a_prefix_gives_the_prefix_of_the_outputs(length):
+LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33)
+
+
+@pytest.mark.parametrize("kind, length", of_kinds(LENGTHS, {CSA: (3, 33), HCA: (7,)}))
+def test_a_prefix_gives_the_prefix_of_the_outputs(kind, length):
   """Also of fewer tokens than an entry takes, when there is no entry at all."""
-  arrays = inputs([(40,)], 40, 10)
-  want, _ = layer(arrays)
-  entries = -(-length // RATE)
-  cut = {name: x if x.ndim == 1 else x[:, :length if x.shape[1] == 40 else entries] for name, x in arrays.items()}
-  cut |= packed([(length,)], length, RATE, entries)
+  arrays = inputs([(40,)], 40, kind)
+  want, _ = layer(arrays, kind)
+  entries, whole = entries_of(length, kind), arrays["entries"].shape[1]
+  cut = {name: x if x.ndim == 1 else x[:, :entries if x.shape[1] == whole else length] for name, x in arrays.items()}
+  cut |= packed([(length,)], length, RATES[kind], entries)
   for name in ("entries", "index_keys"):
     cut[name] = unused_to_nan(cut[name], cut["entry_segment"])
-  np.testing.assert_allclose(layer(cut)[0], want[:, :length], atol=1e-5)
+  np.testing.assert_allclose(layer(cut, kind)[0], want[:, :length], atol=1e-5)
 
 
 @pytest.mark.parametrize("entries", [100, 9000])

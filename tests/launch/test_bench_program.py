@@ -58,13 +58,20 @@ def test_a_program_is_its_instructions_times_their_loops():
 
 
 def test_a_kernels_operand_in_vmem_is_told():
-  """The copy that brings it is a part by itself."""
+  """By its number, and a result by its place from the end; the copy that brings it is a part by itself."""
   text = HLO.replace("custom-call(%part)", "custom-call(%part, %near.1)").replace("  %kernel.1 =", """\
   %near.1 = f32[64,8]{1,0:T(8,128)S(1)} copy(%x)
   %kernel.1 =""")
   copy, kernel = program.parts(text)[2:]
-  assert (copy.hbm_bytes, copy.near_bytes) == (64 * 128 * 4, 0)
-  assert (kernel.hbm_bytes, kernel.near_bytes) == (8 * 128 * 4 + 16 * 128 * 2, 64 * 128 * 4)
+  assert (copy.hbm_bytes, copy.near) == (64 * 128 * 4, ())
+  assert (kernel.hbm_bytes, kernel.near) == (8 * 128 * 4 + 16 * 128 * 2, (1,))
+  text = text.replace("bf16[16,128]{1,0:T(8,128)(2,1)} custom", "(f32[8]{0}, s32[8]{0:S(1)}, bf16[8]{0}) custom")
+  assert program.parts(text)[3].near == (1, -2)
+
+
+def test_arrays_are_those_outside_of_fusions():
+  """What only a fusion's inside has, %ds, is nowhere in memory."""
+  assert program.arrays(HLO.replace("ROOT %ds = f32", "ROOT %ds = f64")) == ["bf16[16,128]", "f32[1,8]", "f32[64,8]"]
 
 
 def test_an_array_updated_in_place_costs_its_update():
@@ -116,10 +123,13 @@ def test_pallas_calls_say_what_their_pipeline_moves():
   [call] = program.calls(traced.jaxpr)
   block = 8 * 128 * 4
   assert (call.name, call.grid, call.parallel) == ("named", (4, 6), 4)
-  window = lambda moves, listed=False: program.Window(block, moves, listed)
-  assert call.windows == (window(4), window(None, True), window(2))
+  window = lambda number, moves, listed=False: program.Window(block, moves, listed, number)
+  assert call.windows == (window(0, 4), window(1, None, True), window(2, 2)) and call.numbers == 1
   assert program.window_bytes(call, 24, visits=10) == program.window_bytes(call, 24, visits=(10,)) == block * (4 + 10 + 2)
   assert program.window_bytes(call, 24, visits=1000) == block * (4 + 24 + 2)
+  # Behind the prefetched numbers: x is operand 1, y operand 2, and the only result is the last one.
+  assert [program.window_bytes(call, 24, 10, near=[number]) for number in (1, 2, -1)] == [
+      block * 12, block * 6, block * 14]
   assert program.call_from_json(json.loads(json.dumps(dataclasses.asdict(call)))) == call
 
 

@@ -29,12 +29,14 @@ def test_a_row_holds_schedule_bounds_and_their_ratio():
 
 
 def test_what_a_kernel_reads_from_vmem_is_no_hbm_traffic():
-  call = dataclasses.replace(attention_call(V5P), windows=(program.Window(10**6, 10, False),))
+  """However much of it the kernel visits, and how large the array is."""
+  windows = program.Window(10**6, 10, False), program.Window(10**5, 3, False, 1), program.Window(10**4, 7, False, 3)
+  call = dataclasses.replace(attention_call(V5P), windows=windows, numbers=2)
   case, content = Case("attention", "pro", 16384, FORWARD), answer(calls=[dataclasses.asdict(call)])
   size_of = lambda content: rows.row_of(case, json.loads(json.dumps(content)), V5P)["hbm_bytes"]
-  assert size_of(content) == 10**7
-  content["parts"][0]["near_bytes"] = 10**6
-  assert size_of(content) == 9 * 10**6
+  assert size_of(content) == 10**7 + 3 * 10**5 + 7 * 10**4
+  content["parts"][0]["near"] = [0, 2, -1]  # a prefetched number, the first block and the last one
+  assert size_of(content) == 3 * 10**5
 
 
 def test_a_kernel_that_changed_is_guessed_and_named():
@@ -74,6 +76,8 @@ def test_a_row_says_which_form_its_op_takes():
   assert take("attention", DECODE) == take("attention_heavy", DECODE) == ["blockwise"] * 3
   assert take("attention", 2**20) == ["sparse"] * 3
   assert take("expand_collapse", DECODE) == take("select", DECODE) == take("experts", DECODE) == ["kernel"] * 3
+  assert take("kl_loss", 65536) == ["kernel"] * 3 and take("kl_loss", 2**20) == ["blockwise"] * 3
+  assert take("kl_loss", 4 * 110_720) == ["blockwise", "kernel", "blockwise"]  # one tile more than v5p and TPU7x hold
 
 
 def test_targets_say_yes_no_or_not_measured():
@@ -86,7 +90,30 @@ def test_targets_say_yes_no_or_not_measured():
   decode = row(Case("collapse", "pro", DECODE, FORWARD), 2.0, hbm_ratio=3.0)
   found = report.targets([row(case, 2.0, kernels=kernels), mixing, select, sparse, backward, decode], V5P)
   assert [(target["value"], target["reached"]) for target in found] == [
-      (7600, False), (None, None), (1.05, True), (1.8, False), (None, None), (1.5, True), (1.25, True), (3.0, False)]
+      (7600, False), (None, None), (1.05, True), (None, None), (1.8, False), (None, None), (1.5, True), (1.25, True),
+      (3.0, False)]
+
+
+def test_a_guess_reaches_no_target():
+  guessed = {"masked_attention": {"unit_bundles": 1.0, "fixed_ratio": 0.5, "guessed": True}}
+  found = report.targets([row(Case("attention", "pro", 4096, FORWARD), 2.0, kernels=guessed)], V5P)
+  assert all((target["value"], target["reached"]) == (None, None) for target in found)
+
+
+@pytest.mark.parametrize("op, keys", [("attention_heavy", 512 + 256), ("attention_window", 256)])
+def test_the_start_of_a_block_that_meets_all_its_keys_at_once_has_a_target(op, keys):
+  """The fourth one: its bundles over the cycles of the matmuls with these keys."""
+  case, content = Case(op, "pro", 4096, FORWARD), answer(calls=[dataclasses.asdict(attention_call(V5P, 4096))])
+  regions = content["schedules"][0]["root"]["inner"][0]["inner"]
+  regions[0], regions[1] = regions[1], regions[0]  # the start is the part with the matmuls
+  if op == "attention_heavy":
+    regions.pop(1)  # there is no part for a tile
+  found = rows.row_of(case, json.loads(json.dumps(content)), V5P)
+  kernel = found["kernels"]["masked_attention"]
+  bound = 4 * 1024 * 512 * keys / (V5P.flops_per_cycle / V5P.cores)
+  assert not kernel["guessed"] and kernel["fixed_bundles"] == 7 and kernel["fixed_ratio"] == 7 / bound
+  target = report.targets([found], V5P)[3]
+  assert target["value"] == kernel["fixed_ratio"] and target["reached"] and "HCA" in target["target"]
 
 
 def test_the_sparse_form_must_not_grow_with_the_context():

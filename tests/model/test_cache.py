@@ -170,7 +170,7 @@ def test_last_logits_hidden_and_experts_lie_where_the_tokens_lie():
 # ---- memory -----------------------------------------------------------------------------------------------------------
 def test_unused_memory_is_never_read():
   """A4.6: everything NaN before the first token, the same numbers, in every implementation that runs here."""
-  for kernels in ("blockwise", "reference"):
+  for kernels in ("blockwise", "reference", "interpret"):
     clean = empty()
     dirty = clean.replace(layers=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), clean.layers))
     found, _ = in_chunks(cached(kernels), dirty, [IDS[0, :27], IDS[0, :9]], (9, 4), 9)

@@ -26,7 +26,7 @@ class Least:
     flops: of the matmuls.
     bytes: read from and written to HBM.
     row_bytes: the same if every query reads its selected entries for itself, as the sparse form of attention must.
-    vector: cycles of one core's vector unit for what needs no matmul, where that is known; else 0.
+    vector: cycles of one core's vector unit for what needs no matmul, where that is known: index scores; else 0.
   """
 
   flops: float
@@ -94,7 +94,7 @@ def _attention(case: Case) -> Least:
   if gradient:  # q, out, d out and lse in, dq out; keys in, their gradients out
     moved += 4 * rows + 2 * statistics + 2 * keys + words
   gathered = case.batch * (_total(selected(case)) - entries) * s.width * 2
-  row_bytes = moved + gathered * (3 if gradient else 1)
+  row_bytes = moved + gathered * (2 if gradient else 1)  # both passes read; gradients of rows may add up on the chip
   moved = row_bytes if case.op == "attention_sparse" else moved
   return Least((14 if gradient else 4) * s.heads * s.width * pairs, moved, row_bytes)
 
@@ -126,7 +126,7 @@ def _kl_loss(case: Case) -> Least:
   flops = attention + index
   if gradient:
     moved, flops = moved + teacher + 2 * _index_bytes(case), flops + attention + 3 * index
-  return Least(flops * pairs, moved, moved)
+  return Least(flops * pairs, moved, moved, (1 + gradient) * pairs * SCORE_SLOTS * s.index_heads)  # each pass scores
 
 
 def _mixing(case: Case) -> Least:

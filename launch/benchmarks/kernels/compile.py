@@ -155,8 +155,8 @@ def answer(topology: str, request: Mapping[str, Any], folder: Path | None) -> di
 
   Returns:
     {"ok": True, "seconds", "memory" (bytes by kind), "cost" (flops and bytes accessed, loops once), "parts", "calls",
-    "matmul_flops" (outside kernels, loops multiplied out), "traffic" (collectives by kind), "schedules"}; or {"ok": False,
-    "error"} with what Python or the compiler raised.
+    "arrays" (types of those outside kernels), "matmul_flops" (outside kernels, loops multiplied out), "traffic"
+    (collectives by kind), "schedules"}; or {"ok": False, "error"} with what Python or the compiler raised.
   """
   import jax
   import numpy as np
@@ -184,6 +184,7 @@ def answer(topology: str, request: Mapping[str, Any], folder: Path | None) -> di
     found = {"ok": True, "seconds": time.monotonic() - start, "memory": _memory(compiled), "cost": _cost(compiled),
              "parts": [dataclasses.asdict(part) for part in program.parts(compiled.as_text())],
              "calls": [dataclasses.asdict(call) for call in program.calls(traced.jaxpr.jaxpr)],
+             "arrays": program.arrays(compiled.as_text()),
              "matmul_flops": program.matmul_flops(traced.jaxpr.jaxpr),
              "traffic": traffic(collectives(compiled.as_text())),
              "schedules": [s.as_json() for s in schedule.read_folder(folder, tuple(known))] if folder else []}

@@ -47,7 +47,8 @@ class Part:
     vmem_bytes: that one execution reserves.
     sparse_core: a call that runs on the SparseCore; its schedule is not known.
     overlaps: of such a call, whether a Pallas call runs on the TensorCore between its start and its end.
-    near_bytes: of a Pallas call's operands and results that XLA keeps in VMEM; what brings them there is a part by itself.
+    near: numbers of a Pallas call's operands that XLA keeps in VMEM, and of such results, -1 for the last one; what brings
+      them there is a part by itself.
   """
 
   name: str
@@ -58,7 +59,7 @@ class Part:
   vmem_bytes: int
   sparse_core: bool = False
   overlaps: bool = False
-  near_bytes: int = 0
+  near: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +83,11 @@ def hbm_bytes(type_text: str) -> int:
   return sum(_array_bytes(*match) for match in _SHAPE.findall(type_text))
 
 
-def _near_bytes(instruction: _Instruction, types: Mapping[str, str]) -> int:
-  """Bytes of all operands and results that lie in VMEM."""
-  arrays = [array for text in (instruction.type, *(types.get(name, "") for name in instruction.operands))
-            for array in _SHAPE.findall(text) if "S(1)" in array[2]]
-  return sum(_array_bytes(kind, dims, _in_hbm(layout)) for kind, dims, layout in arrays)
+def _near(instruction: _Instruction, types: Mapping[str, str]) -> tuple[int, ...]:
+  """See `Part.near`."""
+  operands, results = [types.get(name, "") for name in instruction.operands], _SHAPE.findall(instruction.type)
+  return (*(number for number, text in enumerate(operands) if "S(1)" in text),
+          *(number - len(results) for number, (*_, layout) in enumerate(results) if "S(1)" in layout))
 
 
 def _array_bytes(kind: str, dims_text: str, layout: str) -> int:
@@ -226,10 +227,22 @@ def parts(text: str) -> list[Part]:
         asynchronous, kernel = _on_sparse_core(instruction), _is_kernel(instruction)
         found.append(Part(instruction.name, kernel, times, certain, _moved(instruction, types, computations),
                           int(used[1]) if used else 0, asynchronous, asynchronous and any(map(_is_kernel, after)),
-                          _near_bytes(instruction, types) if kernel else 0))
+                          _near(instruction, types) if kernel else ()))
 
   visit(entry, 1, True)
   return found
+
+
+def arrays(text: str) -> list[str]:
+  """Types such as "bf16[8,128]" of what optimised HLO text makes outside of fusions and kernels, in any memory."""
+  computations, entry = _computations(text)
+  found, waiting, known = set(), [entry], {entry}
+  while waiting:
+    for instruction in computations.get(waiting.pop(), ()):
+      found |= {f"{kind}[{dims}]" for kind, dims, _ in _SHAPE.findall(instruction.type) if dims}
+      inner = set() if instruction.opcode == "fusion" else set(_called(instruction)) - known
+      waiting, known = [*waiting, *inner], known | inner
+  return sorted(found)
 
 
 def _is_kernel(instruction: _Instruction) -> bool:
@@ -245,11 +258,13 @@ class Window:
     bytes: of one block.
     moves: how often its number changes during the whole grid; None = that is known at run time only.
     listed: whether prefetched numbers choose the block.
+    block: its number among the call's blocks.
   """
 
   bytes: int
   moves: int | None
   listed: bool
+  block: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +277,7 @@ class Call:
     blocks: shapes of the windows, operands first; None in place of an axis that the kernel does not see.
     windows: those that the pipeline moves between HBM and VMEM.
     parallel: steps of the axes that the cores of a device share; 1 = one core does all.
+    numbers: operands in front of those that have blocks: sizes of the grid and prefetched numbers.
   """
 
   name: str
@@ -269,6 +285,11 @@ class Call:
   blocks: tuple[tuple[int | None, ...], ...]
   windows: tuple[Window, ...]
   parallel: int
+  numbers: int = 0
+
+  def blocks_of(self, near: Sequence[int]) -> set[int]:
+    """Numbers of the blocks of these operands and results, see `Part.near`."""
+    return {number - self.numbers if number >= 0 else len(self.blocks) + number for number in near}
 
 
 def calls(jaxpr: Any) -> list[Call]:
@@ -324,11 +345,12 @@ def _call(params: Mapping[str, Any]) -> Call:
       continue
     array = getattr(block, "array_aval", None) or block.array_shape_dtype
     moves, listed = _moves(block.index_map_jaxpr, grid)
-    windows.append(Window(math.prod(size or 1 for size in shape) * array.dtype.itemsize, moves, listed))
+    windows.append(Window(math.prod(size or 1 for size in shape) * array.dtype.itemsize, moves, listed, len(blocks) - 1))
   semantics = re.search(r"dimension_semantics=\(([^)]*)\)", str(params.get("compiler_params")).lower())
   axes = re.findall("parallel|arbitrary", semantics[1]) if semantics else []
   parallel = math.prod(size or 1 for size, axis in zip(grid, axes) if axis == "parallel")
-  return Call(str(name), grid, tuple(blocks), tuple(windows), parallel)
+  numbers = mapping.num_index_operands + mapping.num_dynamic_grid_bounds
+  return Call(str(name), grid, tuple(blocks), tuple(windows), parallel, numbers)
 
 
 def _moves(index_map: Any, grid: tuple[int | None, ...]) -> tuple[int | None, bool]:
@@ -358,18 +380,22 @@ def call_from_json(content: Mapping[str, Any]) -> Call:
   """The inverse of `dataclasses.asdict`, after JSON."""
   as_tuple = lambda values: tuple(as_tuple(v) if isinstance(v, list) else v for v in values)
   windows = tuple(Window(**window) for window in content["windows"])
-  return Call(content["name"], as_tuple(content["grid"]), as_tuple(content["blocks"]), windows, content["parallel"])
+  return Call(content["name"], as_tuple(content["grid"]), as_tuple(content["blocks"]), windows, content["parallel"],
+              content["numbers"])
 
 
-def window_bytes(call: Call, steps: float, visits: float | Sequence[float]) -> float:
+def window_bytes(call: Call, steps: float, visits: float | Sequence[float], near: Sequence[int] = ()) -> float:
   """HBM bytes that a call's pipeline moves: a block goes over whenever its number changes.
 
   Args:
     steps: of the whole grid.
     visits: how often a block whose number is prefetched changes; one number, or one for each such window.
+    near: operands and results that do not lie in HBM, see `Part`.
   """
+  skipped = call.blocks_of(near)
   listed = iter(visits) if isinstance(visits, Sequence) else itertools.repeat(visits)
   moved = 0.0
   for window in call.windows:
-    moved += window.bytes * (min(next(listed), steps) if window.listed else window.moves or steps)
+    times = min(next(listed), steps) if window.listed else window.moves or steps
+    moved += 0 if window.block in skipped else window.bytes * times
   return moved

@@ -30,10 +30,12 @@ class Target:
   values: Values
 
 
-def _kernel(name: str, figure: str) -> Values:
-  """A kernel's figure where entries are many: few of them make a narrow tile."""
-  wanted = lambda row: row["op"] == "attention" and row["length"]
-  return lambda rows: [row["kernels"].get(name, {}).get(figure) for row in rows if wanted(row)]
+def _kernel(name: str, figure: str, ops: Sequence[str] = ("attention",)) -> Values:
+  """A kernel's figure in these ops' rows, without decoding; a guess says nothing."""
+  def of(row: Row) -> float | None:
+    kernel = row["kernels"].get(name, {"guessed": True})
+    return None if kernel["guessed"] else kernel.get(figure)
+  return lambda rows: [of(row) for row in rows if row["op"] in ops and row["length"]]
 
 
 def _of_op(ops: Sequence[str], figure: Callable[[Row], float | None], length: int | None = None) -> Values:
@@ -73,6 +75,8 @@ TARGETS = (
            _kernel("masked_attention_backward", "unit_bundles")),
     Target("attention forward, fixed part per block of queries over its matrix bound", _on(1.1, 1.6, 2.0),
            _kernel("masked_attention", "fixed_ratio")),
+    Target("attention forward of all entries (HCA) or none (sliding), fixed part per block of queries over its matrix bound",
+           _on(1.1, 1.6, 2.0), _kernel("masked_attention", "fixed_ratio", ("attention_heavy", "attention_window"))),
     Target("sparse form of attention forward at 64K, time over the largest bound", _on(1.7, 2.6, 2.6),
            _of_op(("attention_sparse",), _forward_ratio, 65536)),
     Target("sparse form of attention forward, time per token at 1M over that at 64K, less one", _on(0.1, 0.1, 0.1),
@@ -176,13 +180,17 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 EXPLANATION = """\
-Nothing ran on a TPU: programs are compiled by libtpu and their final schedules read. Cycles are per token of one device.
-matrix, HBM, vector: the least by the formula (launch/benchmarks/kernels/bounds.py) at the chip's rates; slots: the vector
-unit's in use. schedule: all bundles of the program, XLA's parts included; time: per part the largest of its schedule, its
-HBM bytes and its matmuls, summed; serial: the same where nothing overlaps. What the SparseCore does beside a kernel of the
-TensorCore takes only its HBM bytes. ratio: time over the largest of the bounds. HBM MB: what the program moves; least: each
+Nothing ran on a TPU: programs are compiled by libtpu and their final schedules read. Every row is one document (decode: 32
+rows of one token each); segment ids and positions are arguments all the same. Cycles are per token of one device.
+matrix, HBM, vector: the least by the formula (launch/benchmarks/kernels/bounds.py) at the chip's rates. vector: relu, weight
+and sum over heads of the index scores, in select and kl_loss; the other ops have no such bound, since nobody has counted the
+fewest slots of attention's exponentials, of Sinkhorn's rounds or of an activation. slots: the vector unit's in use.
+schedule: all bundles of the program, XLA's parts included; time: per part the largest of its schedule, its HBM bytes and its
+matmuls, summed; serial: the same where nothing overlaps. What the SparseCore does beside a kernel of the TensorCore takes
+only its HBM bytes. ratio: time over the largest of the bounds. HBM MB: what the program moves; least: each
 operand and result once. others: time of the fastest other side over ours. per unit: bundles per 8 tokens x 128 heads x 512
-entries; fixed: what a block of queries costs before its tiles, x bound: over its matmuls; step: an empty grid step."""
+entries; fixed: what a block of queries costs before its tiles (all of it, where its entries are one tile or none), x bound:
+over its matmuls; step: an empty grid step."""
 
 
 def text(rows: Sequence[Row], found: Sequence[Row]) -> str:

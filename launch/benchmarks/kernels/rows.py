@@ -49,8 +49,9 @@ class KernelFigures:
   plan: Plan
 
 
-def kernel_figures(case: Case, found: schedule.Schedule, call: program.Call, chip: Chip) -> KernelFigures:
-  """Reads a kernel's schedule with its plan, or with a guess where the plan does not fit."""
+def kernel_figures(case: Case, found: schedule.Schedule, call: program.Call, chip: Chip, near: Sequence[int] = ()
+                   ) -> KernelFigures:
+  """Reads a kernel's schedule with its plan, or with a guess where the plan does not fit; `near`: see `program.Part`."""
   cores, plan = min(chip.cores, call.parallel), plans.plan_of(call.name, case, call, chip)
   counted = schedule.counted(found.root, plan.steps if plan else plans.grid_steps(call), cores)
   heat = schedule.heat(counted)
@@ -61,7 +62,7 @@ def kernel_figures(case: Case, found: schedule.Schedule, call: program.Call, chi
   inside = sum(region["bundles"] * region["count"] for region in regions.values())
   uneven = math.ceil(call.parallel / cores) * cores / call.parallel  # what the busiest core does over the mean
   return KernelFigures(
-      call.name, sums["bundles"] / cores * uneven, program.window_bytes(call, plan.steps, plan.visits) + plan.copied,
+      call.name, sums["bundles"] / cores * uneven, program.window_bytes(call, plan.steps, plan.visits, near) + plan.copied,
       plan.flops / chip.flops_per_cycle, sums[schedule.VECTOR] / cores / found.capacity[schedule.VECTOR], regions,
       (sums["bundles"] - inside) / max(plan.steps, 1),
       {figure: sums[figure] / max(plan.steps, 1) for figure in ("bundles", "spills", "fills")}, plan)
@@ -70,6 +71,11 @@ def kernel_figures(case: Case, found: schedule.Schedule, call: program.Call, chi
 def taken(case: Case, chip: Chip) -> str:
   """The form that `implementation="pallas"` runs at this shape, as the ops' tables call it."""
   from pallas_kernels.sparse_attention import forms as attention_forms
+  if case.op == "kl_loss":
+    from pallas_kernels import tpu
+    from pallas_kernels.indexer import forms as index_forms
+    on = next(found for found in (tpu.V5P, tpu.V6E, tpu.TPU7X) if found.name == chip.name)
+    return index_forms.choose_loss(case.entries, case.shapes.index_width, on)
   if case.op.startswith("attention"):
     everything = case.op in ("attention_heavy", "attention_window")
     top_k = case.entries if everything else min(case.shapes.top_k, case.entries)
@@ -91,10 +97,9 @@ def row_of(case: Case, answer: Mapping[str, Any], chip: Chip) -> Row:
     found = schedule.Schedule.from_json(schedules[part.name]) if part.name in schedules else None
     call = _take(calls, part.name) if part.kernel else None
     if found is not None and call is not None:
-      figures = kernel_figures(case, found, call, chip)
+      figures = kernel_figures(case, found, call, chip, part.near)
       kernels.append(figures)
-      bundles, slots, matrix = figures.bundles, figures.vector, figures.matrix
-      size = max(figures.hbm_bytes - part.near_bytes, 0)
+      bundles, slots, matrix, size = figures.bundles, figures.vector, figures.matrix, figures.hbm_bytes
     else:
       total = schedule.total(schedule.executions(found.root)) if found else {"bundles": 0.0, schedule.VECTOR: 0.0}
       bundles, size, matrix = total["bundles"], part.hbm_bytes, 0.0
@@ -174,8 +179,10 @@ def _kernel_row(kernel: KernelFigures, chip: Chip) -> Row:
          "hot_bundles": hot["bundles"], "spills": hot["spills"], "fills": hot["fills"], "regions": kernel.regions}
   if plan.units:
     row["unit_bundles"] = hot["bundles"] / plan.units
-  if plan.fixed and plan.fixed[0] in kernel.regions and plan.fixed[1]:
-    bound = plan.fixed[1] / (chip.flops_per_cycle / chip.cores)
-    row["fixed_bundles"] = kernel.regions[plan.fixed[0]]["bundles"]
+  # A block of queries that meets all its keys at once has nothing but its start.
+  name, flops = plan.fixed or (("start", plan.flops / dict(plan.counts)["start"]) if plan.hot == "start" else ("", 0))
+  if name in kernel.regions and flops:
+    bound = flops / (chip.flops_per_cycle / chip.cores)
+    row["fixed_bundles"] = kernel.regions[name]["bundles"]
     row["fixed_ratio"] = row["fixed_bundles"] / bound
   return row

@@ -39,15 +39,21 @@ def row_of(case: Case, answer: Mapping[str, Any]) -> Row:
   return row | {"failed": answer["error"]} | ({"needed": float(needed[1]) * _UNITS[needed[2]]} if needed else {})
 
 
-def measure(topology: str, lengths: Sequence[int], sides: Sequence[str], say: Callable[[str], None],
-            kinds: Sequence[str] = KINDS) -> list[Row]:
-  """Rows of these kinds of layers and sides, heads over all devices of the topology."""
+def compiled(topology: str, lengths: Sequence[int], sides: Sequence[str], say: Callable[[str], None],
+             kinds: Sequence[str] = KINDS) -> list[tuple[Case, dict[str, Any]]]:
+  """The cases of these kinds of layers and sides, heads over all devices of the topology, with the compiler's answers."""
   devices = devices_of(topology)
   wanted = [case for case in all_cases(lengths, devices) if case.side in sides and case.kind in kinds]
   mesh = dict.fromkeys(AXES, 1) | {"tensor": devices}
   requests = [Request(f"{case.name}, {case.side}", BUILDER, dataclasses.asdict(case), mesh) for case in wanted]
   with Compiler(topology, schedules=False) as compiler:
-    return [row_of(case, answer) for case, answer in zip(wanted, compiler.compile_all(requests, say))]
+    return list(zip(wanted, compiler.compile_all(requests, say)))
+
+
+def measure(topology: str, lengths: Sequence[int], sides: Sequence[str], say: Callable[[str], None],
+            kinds: Sequence[str] = KINDS) -> list[Row]:
+  """The rows of what `compiled` compiles."""
+  return [row_of(*pair) for pair in compiled(topology, lengths, sides, say, kinds)]
 
 
 def table(rows: Sequence[Row]) -> str:
