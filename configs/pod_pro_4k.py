@@ -10,7 +10,8 @@ result    not compiled as it is; estimated from shapes: 31 of 95.7 GiB held at o
           one time 71.3. Its bounds allowed a model FLOPs utilisation of 53% (a step at least 121 s: compute 105,
           HBM 71, collectives 16 alone)
 
-Two chips share two rows, so that weights are split over all chips; 4,096 tokens each. The recipe's 23,040 rows do not divide.
+Two chips share two rows, so that weights are split over all chips; 4,096 tokens each. The recipe's 23,040 rows do not
+divide.
 """
 
 import dataclasses
