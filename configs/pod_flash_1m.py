@@ -4,7 +4,7 @@ command   python -m launch.train --config configs/pod_flash_1m.py --workdir FOLD
 plan      python -m launch.plan --config configs/pod_flash_1m.py --topology v5p:8x8x8
 hardware  512 TPU v5p
 duration  none: nobody has trained this file
-result    not compiled yet; estimated from the other plans: about 60 of 95.7 GiB
+result    not compiled; estimated from shapes: 30 of 95.7 GiB held at one time
 
 64 chips share a row, 16,384 tokens each.
 """

@@ -4,10 +4,11 @@ command   python -m launch.train --config configs/pod_flash_4k.py --workdir FOLD
 plan      python -m launch.plan --config configs/pod_flash_4k.py --topology v5p:4x4x8
 hardware  128 TPU v5p; twice as many: mesh.fsdp=4, data.accumulation=72
 duration  none: nobody has trained this file
-result    fits: 85.5 of 95.7 GiB a device (89%), arguments 17.0, temporaries 67.7;
+result    compiled on 2026-11-26 (jax 0.10.2, libtpu 0.0.42.1; 6 min with 15 GiB), before updates were made in place:
+          fits, 85.5 of 95.7 GiB a device (89%), arguments 17.0, temporaries 67.7, held at one time 59.6;
           a step of 75.5M tokens takes at least 210.7 s: compute 180.8 (kernels 106.8, by the compiler's schedule),
-          HBM 150.0, collectives 29.9 alone and 7.7 beside other work; so model FLOPs utilisation
-          is at most 52%; compiled in 6 min with 15 GiB (jax 0.10.2, libtpu 0.0.42.1)
+          HBM 150.0, collectives 29.9 alone and 7.7 beside other work; so model FLOPs utilisation is at most 52%.
+          As it is now only its update was compiled, alone: temporaries 2.4 GiB beside the gradients
 
 Weights are split over all chips; an expert's over two, so that little of them is gathered.
 """

@@ -4,7 +4,7 @@ command   python -m launch.train --config configs/pod_flash_tpu7x.py --workdir F
 plan      python -m launch.plan --config configs/pod_flash_tpu7x.py --topology TPU7x:4x4x8
 hardware  128 TPU7x, which are 256 devices
 duration  none: nobody has trained this file
-result    not compiled yet; estimated from pod_flash_4k's plan: about 55 of 94.8 GiB a device
+result    not compiled; estimated from shapes: 25 of 94.8 GiB a device held at one time
 
 A device is half a chip, with a little less memory than a v5p: twice as many devices as pod_flash_4k.
 """

@@ -4,8 +4,9 @@ command   python -m launch.train --config configs/pod_flash_v6e.py --workdir FOL
 plan      python -m launch.plan --config configs/pod_flash_v6e.py --topology v6e:16x16
 hardware  256 TPU v6e, all of a pod
 duration  none: nobody has trained this file
-result    does not fit: the compiler refuses the step, whose temporaries alone want 34.6 of 31.2 GiB. Beside the state of
-          8.5 GiB the update holds gradients, a second state and Newton-Schulz's numbers, whatever the mesh
+result    not compiled as it is, and perhaps it does not fit. On 2026-11-26, before updates were made in place, the compiler
+          refused the step, whose temporaries alone wanted 34.6 of 31.2 GiB. Estimated from shapes now: 22 GiB held at
+          one time, state 8.5; temporaries as the compiler reports them may be half as much again
 
 A third of a v5p's memory for each chip, so that the streams are recomputed, too.
 """

@@ -4,10 +4,10 @@ command   python -m launch.train --config configs/pod_pro_64k.py --workdir FOLDE
 plan      python -m launch.plan --config configs/pod_pro_64k.py --topology v5p:8x16x16
 hardware  2,048 TPU v5p
 duration  none: nobody has trained this file
-result    not compiled as it is. On 1,024 chips (context=32) with three times the rows in a pass (accumulation=15) the
-          compiler accepts the step, but arguments, temporaries and code are 137.8 of 95.7 GiB, which does not fit; its
-          bounds allow a model FLOPs utilisation of 22%: masked attention multiplies what the selection leaves out. Estimated
-          from that and other plans: about 70 GiB
+result    not compiled as it is; estimated from shapes: 26 of 95.7 GiB held at one time. On 1,024 chips (context=32) with six
+          times the tokens a chip (accumulation=15) the compiler accepted the step on 2026-11-26, before updates were made
+          in place: 137.8 of 95.7 GiB, which does not fit; held at one time 93.6. Its bounds allowed a model FLOPs
+          utilisation of 22%: masked attention multiplies what the selection leaves out
 
 64 chips share a row, 1,024 tokens each.
 """

@@ -4,10 +4,11 @@ command   python -m launch.train --config configs/pod_pro_tpu7x.py --workdir FOL
 plan      python -m launch.plan --config configs/pod_pro_tpu7x.py --topology TPU7x:8x8x8
 hardware  512 TPU7x, which are 1,024 devices
 duration  none: nobody has trained this file
-result    not planned as it is. With twice the rows in a pass (batch_size=23552, accumulation=23) the compiler accepts the
-          step; its figures were not read. Estimated: about 82 of 94.8 GiB a device
+result    not planned as it is; estimated from shapes: 33 of 94.8 GiB a device held at one time. With twice the rows in a
+          pass (batch_size=23552, accumulation=23) the compiler accepted the step on 2026-11-26, before updates were made
+          in place; its figures were not read
 
-The mesh of pod_pro_4k; a device is half a chip.
+Two devices share a row, so that weights are split over all of them; 2,048 tokens each. A device is half a chip.
 """
 
 import dataclasses

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from typing import Any, Callable, Sequence
 
@@ -199,13 +200,15 @@ def path_names(path: Sequence[Any]) -> tuple[str, ...]:
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
   """NamedSharding of every leaf of a `params` or `router` tree (arrays or shapes).
 
-  An axis that fsdp x expert x context does not divide is split over the first two or over fsdp alone.
+  An axis that fsdp x expert x context does not divide is split over those of the three that divide it into the most parts.
   """
   def fitting(size: int, axes: Any) -> Any:
     if not isinstance(axes, tuple):
       return axes
-    fits = [axes[:n] for n in range(len(axes), 1, -1) if size % math.prod(mesh.shape[a] for a in axes[:n]) == 0]
-    return fits[0] if fits else axes[0]
+    parts = lambda some: math.prod(mesh.shape[a] for a in some)
+    some = [some for n in range(len(axes), 0, -1) for some in itertools.combinations(axes, n) if size % parts(some) == 0]
+    best = max(some, key=parts, default=axes[:1])  # the first of equals: with as many axes as possible
+    return best if len(best) > 1 else best[0]
 
   def one(path: Any, leaf: Any) -> NamedSharding:
     axes = spec(parameter_axes(path_names(path), len(leaf.shape)))

@@ -22,7 +22,8 @@ def _memory(figures: Mapping[str, Any]) -> list[str]:
   lines += ["of the arguments:"] + [f"  {name:12}{size / GIB:8.2f}" for name, size in figures["state"].items()]
   share = memory["all"] / room
   verdict = "fits" if figures["fits"] else f"DOES NOT FIT, expected at most {SHARE:.0%}"
-  return lines + [f"{share:.1%} of the {room / GIB:.2f} that the compiler lets a program use: {verdict}"]
+  return lines + [f"{share:.1%} of the {room / GIB:.2f} that the compiler lets a program use: {verdict} "
+                  f"(held at one time: {memory['peak'] / room:.1%})"]
 
 
 def _kernels(figures: Mapping[str, Any]) -> list[str]:

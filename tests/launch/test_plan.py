@@ -16,7 +16,8 @@ GIB = 2**30
 
 
 def figures(**changes):
-  memory = {"arguments": 3 * GIB, "outputs": 3 * GIB, "aliased": 3 * GIB, "temporaries": 2 * GIB, "all": 5 * GIB}
+  memory = {"arguments": 3 * GIB, "outputs": 3 * GIB, "aliased": 3 * GIB, "temporaries": 2 * GIB, "all": 5 * GIB,
+            "peak": 4 * GIB}
   return {"seconds": 61.2, "compile_seconds": 50.4, "host_bytes": 3 * GIB, "devices": 8, "hbm_bytes": 6 * GIB, "fits": True,
           "memory": memory, "state": {"parameters": GIB, "optimizer": 2 * GIB},
           "with_bundles": 0, "kernels": {"attend": {"calls": 12, "flops": 2e12, "bytes": 3e9, "seconds": 0.004}},
@@ -34,7 +35,8 @@ def test_everything_is_printed():
                  ["all-gather", "1.50", "4", "3"], ["ragged-all-to-all", "2.00", "9", "8", "+", "0.25"]):
     assert wanted in lines, wanted
   text = report.text(figures())
-  assert "83.3% of the 6.00 that the compiler lets a program use: fits" in text and text.endswith("this allows: 45.6%")
+  assert "83.3% of the 6.00 that the compiler lets a program use: fits (held at one time: 66.7%)" in text
+  assert text.endswith("this allows: 45.6%")
   assert "model 8.0, hardware 12.0, matmuls 10.0, kernels 2.0; + 1.0 for" in text
   assert "least ms by these, of 7 shapes also by the compiler's schedule" in report.text(figures(with_bundles=7))
   small = report.text(figures(fits=False, kernels={}, traffic={}))
