@@ -262,7 +262,8 @@ def test_a_mixed_cache_and_its_drift(folder, speaker, monkeypatch):
   launch_generate.answer(mixed, ["hello"], None, shown.append)
   text, size = "".join(shown), sum(dsv4.count(BYTES, 64).cache_bytes["mixed"].values()) / 2**20
   (((model, _, (ids,)), options),) = asked
-  assert model is mixed.model and options == {"chunk_size": OPTIONS["chunk_size"]} and ids[:5] == mixed.tokenizer.encode("hello")
+  assert model is mixed.model and options == {"chunk_size": OPTIONS["chunk_size"]}
+  assert ids[:5] == mixed.tokenizer.encode("hello")
   assert text.startswith(mixed.tokenizer.decode(ids[5:]) + "\n") and len(ids) == 6
   assert text.endswith(f"cache {size:,.2f} MiB (mixed); ended by length\nmixed against compute cache, 6 tokens: logits "
                        "0.012 apart, at most 0.5, of a spread of 1.5; 90.0% the same first choice; KL 0.001 nats\n")
