@@ -18,6 +18,7 @@ from deepseek_v4.training.start import check_source
 from launch.fault_runs import damage
 from tests.bad_input.table import check, table
 from tests.bad_input.test_config_fields import DISTILL
+from tests.model.small import T0
 
 STEP = "checkpoints/6"
 TREE = {"params": {"a": np.arange(12.0, dtype=np.float32).reshape(3, 4), "b": np.arange(5, dtype=np.int32)}}
@@ -69,9 +70,10 @@ def largest(folder):
 
 def after_rounds(changes):
   """Goes on with a distillation whose checkpoint, of step 8, has other rounds."""
-  rounds = distillation_loop.round_of(DISTILL) | changes
+  run = dataclasses.replace(DISTILL, model=T0)  # whose hash tables are there
+  rounds = distillation_loop.round_of(run) | changes
   store = types.SimpleNamespace(restore_latest=lambda shapes: (8, None, {"sampled_with": 1, "round": rounds}))
-  return lambda folder: distillation_loop.go_back(DISTILL, folder, None, store, {})
+  return lambda folder: distillation_loop.go_back(run, folder, None, store, {})
 
 
 OTHER_TOKENS = dataclasses.replace(DISTILL, data=dataclasses.replace(DISTILL.data, tokenizer="other.json"),
