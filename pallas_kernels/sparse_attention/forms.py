@@ -15,8 +15,8 @@ from __future__ import annotations
 # before (where both are known the keys add less than 1% to the masked kernel):
 #
 #                                            v5p            v6e                   TPU7x
-#     16,384 entries, 1,024 selected, masked 4.99           (11.4)                2.94
-#         1 / 8 queries, blockwise           0.78 / 4.27    (0.77; 4 queries 2.8) 0.98 / 2.96
+#     16,384 entries, 1,024 selected, masked 4.99           11.4                  2.94
+#         1 / 8 queries, blockwise           0.78 / 4.27    1.03 (4 queries: 2.8) 0.98 / 2.96
 #     512 entries, all of them,       masked 0.28           (0.76)                0.24
 #         1 / 8 queries, blockwise           (0.08) / 0.36  (0.07 / 0.26)         0.08 / 2.09
 #
