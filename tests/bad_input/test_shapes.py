@@ -92,8 +92,8 @@ WRONG = table(
   ("keys", "float32[1, 2, 5]", "B T c = 1, 2, 3", selection(keys=f(1, 2, 5))),
   ("lse", "float32[1, 4]", "B S H = 1, 4, 2", loss(lse=f(1, 4))),
   ("entries", "float32[1, 2, 7]", "B T d = 1, 2, 3", loss(entries=f(1, 2, 7))),
-  ("fn", "float32[6, 7]", "6 8", mixing(fn=f(6, 7))),
-  ("scale", "float32[4]", "3 = 3", mixing(scale=f(4))),
+  ("fn", "float32[6, 7]", "[6, 8]", mixing(fn=f(6, 7))),
+  ("scale", "float32[4]", "[3]", mixing(scale=f(4))),
   ("streams", "float32[4, 2, 3]", "B S N D", mixing(streams=f(4, 2, 3))),
   ("comb", "float32[1, 4, 2, 3]", "B S N N = 1, 4, 2, 2", op(
     expand, {"streams": f(1, 4, 2, 3), "update": f(1, 4, 3), "post": f(1, 4, 2), "comb": f(1, 4, 2, 3)}, {})),
