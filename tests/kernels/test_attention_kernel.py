@@ -76,7 +76,7 @@ def test_a_document_begins_anywhere(offsets):
   agree(inputs([(128 + offset, 60) for offset in offsets], 330, 320), 128)
 
 
-@pytest.mark.parametrize("window", [0, 24])
+@pytest.mark.parametrize("window", [24, pytest.param(0, marks=pytest.mark.long)])
 def test_tiles_that_nobody_selects(window):
   """The first tile and one in the middle are empty for all; some queries select nothing; a block has one entry."""
   arrays = inputs([(520,)], 520, 520)
