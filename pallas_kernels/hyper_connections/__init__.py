@@ -6,20 +6,14 @@ import functools
 
 import jax
 
-from pallas_kernels import arguments, pick, tpu
-from pallas_kernels.hyper_connections import blockwise, forms, kernel, reference
+from pallas_kernels import arguments, pick
+from pallas_kernels.hyper_connections import blockwise, kernel, reference
 
 
 def _pick(name: str, implementation: str):
   run = getattr(kernel, name)
-
-  def fastest(streams, *arrays, **options):
-    form = forms.choose(name, streams.shape[0] * streams.shape[1], tpu.current_chip(interpret=False).name)
-    chosen = getattr(blockwise, name) if form == "blockwise" else functools.partial(run, interpret=False)
-    return chosen(streams, *arrays, **options)
-
-  available = {"reference": getattr(reference, name), "blockwise": getattr(blockwise, name), "pallas": fastest,
-               "interpret": functools.partial(run, interpret=True)}
+  available = {"reference": getattr(reference, name), "blockwise": getattr(blockwise, name),
+               **{form: functools.partial(run, interpret=form == "interpret") for form in ("pallas", "interpret")}}
   return pick(f"hyper_connections.{name}", implementation, available)
 
 

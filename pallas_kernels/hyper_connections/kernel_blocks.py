@@ -153,16 +153,20 @@ def fn_rows(fn: jax.Array, sizes: Sizes) -> jax.Array:
 
 
 def projection_operand(fn: jax.Array, sizes: Sizes, tokens: int) -> jax.Array:
-  """fn for u = x fn^T: [N, P U, D], the parts one below the other; for few tokens float32 [N, U, D], see `stacked_parts`."""
-  rows = fn_rows(fn, sizes)
-  return rows if tokens <= _CUT_IN_KERNEL else jnp.concatenate(in_parts(rows, sizes.parts, sizes.dtype), 1)
+  """fn for u = x fn^T: [N, P U, D], the parts one below the other; for few tokens float32 [U, N D], the order in which XLA
+  lays fn out by itself. See `projection_rows`."""
+  if tokens > _CUT_IN_KERNEL:
+    return jnp.concatenate(in_parts(fn_rows(fn, sizes), sizes.parts, sizes.dtype), 1)
+  by_stream = tpu.pad_axis(wide(fn).T.reshape(-1, sizes.streams, sizes.width), 2, sizes.padded)
+  return tpu.pad_axis(by_stream.reshape(-1, sizes.streams * sizes.padded), 0, sizes.columns)
 
 
-def stacked_parts(fn_UD: jax.Array, sizes: Sizes) -> jax.Array:
-  """Inside a kernel: rows of one stream as `projection_operand` gives them -> [P U, D] in the streams' dtype."""
-  if fn_UD.dtype == sizes.dtype:
-    return fn_UD
-  return jnp.concatenate(in_parts_in_kernel(fn_UD, sizes.parts, sizes.dtype), 0).astype(sizes.dtype)
+def projection_rows(fn: Any, stream: int, lanes: Any, sizes: Sizes) -> jax.Array:
+  """Inside a kernel: what `projection_operand` gave, of a stream and a slice of its lanes -> [P U, lanes]."""
+  if len(fn.shape) == 3:
+    return fn[stream, :, lanes]
+  at = pl.ds(pl.multiple_of(stream * sizes.padded + lanes.start, tpu.LANES), lanes.size)
+  return jnp.concatenate(in_parts_in_kernel(fn[:, at], sizes.parts, sizes.dtype), 0).astype(sizes.dtype)
 
 
 def gradient_operand(fn: jax.Array, sizes: Sizes) -> jax.Array:

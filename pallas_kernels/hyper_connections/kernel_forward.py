@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tpu
-from pallas_kernels.hyper_connections.kernel_blocks import Call, Sizes, each_chunk, each_group, stacked_parts, wide
+from pallas_kernels.hyper_connections.kernel_blocks import Call, Sizes, each_chunk, each_group, projection_rows, wide
 from pallas_kernels.hyper_connections.kernel_mix import collapse_mix, expand_mix
 
 # Lanes per step of a loop: enough work in one straight line for the units to overlap.
@@ -31,7 +31,7 @@ def _project(x, fn, sizes: Sizes):
     u, squares = carry
     for j in range(sizes.streams):
       part = x[j, :, lanes]
-      u += tpu.matmul_t(stacked_parts(fn[j, :, lanes], sizes), part)  # tokens on lanes: there are fewer rows of fn than of x
+      u += tpu.matmul_t(projection_rows(fn, j, lanes, sizes), part)  # tokens on lanes: there are fewer rows of fn than of x
       squares += tpu.lane_sums(wide(part) * wide(part))
     return u, squares
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, Callable
 
@@ -72,7 +71,7 @@ def form(name: str, interpret: bool) -> Callable[..., Any]:
   if name == "blockwise":
     return blockwise.attend
   run = {"masked": kernel, "sparse": sparse}[name].attend
-  return _unpacking(functools.partial(_with_past, functools.partial(run, interpret=interpret)))
+  return _unpacking(functools.partial(run, interpret=interpret))
 
 
 def attend_with(run: Callable[..., Any], q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selection,
@@ -122,14 +121,3 @@ def _form(q, num_entries: int, selection: Selection, chip: tpu.Chip):
   top_k = {"all": num_entries, "bits": selection.top_k, "indices": selection.picks.shape[2]}[selection.kind]
   name = forms.choose(q.shape[1], num_entries, top_k, chip.name)
   return form(name, interpret=False)
-
-
-def _with_past(run, q, window_kv, entries, selection, sink, *, positions, segment_ids, key_segment, **fixed):
-  """A kernel that knows no other keys than its queries' own: past keys get queries without meaning."""
-  past = window_kv.shape[1] - q.shape[1]
-  front = lambda x, value=0: jnp.pad(x, ((0, 0), (past, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
-  words = None if selection.words is None else front(selection.words)
-  selection = dataclasses.replace(selection, picks=front(selection.picks, -1), words=words)
-  out, lse = run(front(q), window_kv, entries, selection, sink, positions=front(positions, -1), segment_ids=key_segment,
-                 **fixed)
-  return out[:, past:], lse[:, past:]

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 # A block of the masked kernel holds 8 queries of one row of the batch (v6e: 4,096 / heads). Where the row has fewer, as in
 # decoding, the rest is multiplied for nothing, and every entry is read where a query selects one of sixteen. Plain XLA costs
-# per query. Million cycles for 32 rows:
+# per query. Million cycles for 32 rows, with the 127 keys of earlier tokens that the model passes; in brackets without, from
+# before (where both are known the keys add less than 1% to the masked kernel):
 #
-#                                            v5p            v6e            TPU7x
-#     16,384 entries, 1,024 selected, masked 5.0            11.4           2.9
-#         1 / 4 queries, blockwise           0.53 / 2.1     0.77 / 2.8     0.72 / unknown
-#     512 entries, all of them,       masked 0.27           0.76           0.22
-#         1 / 8 queries, blockwise           0.08 / 0.34    0.07 / 0.26    0.07 / 0.26
+#                                            v5p            v6e                   TPU7x
+#     16,384 entries, 1,024 selected, masked 4.99           (11.4)                2.94
+#         1 / 8 queries, blockwise           0.78 / 4.27    (0.77; 4 queries 2.8) 0.98 / 2.96
+#     512 entries, all of them,       masked 0.28           (0.76)                0.24
+#         1 / 8 queries, blockwise           (0.08) / 0.36  (0.07 / 0.26)         0.08 / 2.09
 #
 # On TPU7x XLA hands the gather of several queries to the SparseCore, whose time the schedule does not show.
-FEW_QUERIES = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # from here on the masked kernel
+FEW_QUERIES = {"v5p": 9, "v6e": 16, "tpu7x": 8}  # from here on the masked kernel, where a query selects
+FEW_QUERIES_OF_ALL = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # where it reads every entry
 
 # Up to 64K tokens the masked kernel, whose schedule is known to the last cycle. By that schedule the sparse form is cheaper
 # beyond 1,700 / 5,300 / 3,700 visible entries (v5p / v6e / TPU7x) forward; at 64K tokens, forward and backward, about 4.1,
@@ -41,7 +43,7 @@ def choose(queries: int, entries: int, top_k: int, chip: str) -> str:
     top_k: the most entries that a query reads; `entries` if nothing is left out.
     chip: name of a `tpu.Chip`.
   """
-  if queries < FEW_QUERIES[chip]:
+  if queries < (FEW_QUERIES if top_k < entries else FEW_QUERIES_OF_ALL)[chip]:
     return "blockwise"
   if top_k < entries and entries > MASKED_GRADIENT[chip]:
     return "sparse"  # the only one with a gradient

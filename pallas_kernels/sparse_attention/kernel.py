@@ -4,7 +4,8 @@ A grid step is one block of queries against one tile of entries; the first step 
 runs in base 2: log2(e) and the scale are folded into q once per block. A tile is one straight line of code over all rows:
 the compiler overlaps the softmax of one part with the matmuls of another.
 
-Axis letters: B batch   S queries   H heads   T entries   d head width   W words   R rows of a block   U keys of a tile
+Axis letters: B batch   S queries   X window keys, P past ones and S   H heads   T entries   d head width   W words
+              R rows of a block   U keys of a tile
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from pallas_kernels.tpu import LANES, matmul, matmul_t, widen
 TILE = {"v5p": (1024, 512), "v6e": (4096, 256), "tpu7x": (1024, 1024)}  # rows, entries: fewest bundles
 
 
-def attend(q_BSHd: jax.Array, window_kv_BSd: jax.Array, entries_BTd: jax.Array, selection: Selection, sink_H: jax.Array,
+def attend(q_BSHd: jax.Array, window_kv_BXd: jax.Array, entries_BTd: jax.Array, selection: Selection, sink_H: jax.Array,
            *, positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array,
-           window: int, scale: float, interpret: bool) -> tuple[jax.Array, jax.Array]:
-  """See `pallas_kernels.sparse_attention.attend`.
+           window: int, scale: float, interpret: bool, key_segment: jax.Array | None = None
+           ) -> tuple[jax.Array, jax.Array]:
+  """See `pallas_kernels.sparse_attention.attend`; of the window keys the last S are the queries' own, which are all if there
+  is no `key_segment` [B, X].
 
   Raises:
     ValueError: a window that is too long.
@@ -40,12 +43,13 @@ def attend(q_BSHd: jax.Array, window_kv_BSd: jax.Array, entries_BTd: jax.Array, 
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   words_BSW = bits.words_of(selection, entries_BTd.shape[1], places)
   options = tiles.Options(window, scale, tpu.current_chip(interpret), interpret)
-  return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, words_BSW, segment_ids, options)
+  segments = (segment_ids, segment_ids if key_segment is None else key_segment)
+  return _attend(q_BSHd, window_kv_BXd, entries_BTd, sink_H, words_BSW, segments, options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, window_kv, entries, sink, words, segment_ids, options):
-  return forward(q, window_kv, entries, sink, words, segment_ids, options)
+def _attend(q, window_kv, entries, sink, words, segments, options):
+  return forward(q, window_kv, entries, sink, words, segments, options)
 
 
 def _attend_forward(*args):
@@ -60,11 +64,12 @@ def _attend_backward(options, saved, gradients):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def forward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any, segment_ids: jax.Array,
-            options: Any) -> Any:
+def forward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any,
+            segments: tuple[jax.Array, jax.Array], options: Any) -> Any:
   """-> out [B, S, H, d] in q's dtype, lse [B, S, H] float32."""
-  plan = tiles.make_plan(q.shape, entries.shape[1], q.dtype.itemsize, options, *TILE[options.chip.name], whole_windows=False)
-  counts, *operands = tiles.operands(q, window_kv, entries, sink, words, segment_ids, options.window, plan)
+  plan = tiles.make_plan(q.shape, entries.shape[1], q.dtype.itemsize, options, *TILE[options.chip.name], False,
+                         window_kv.shape[1] - q.shape[1])
+  counts, *operands = tiles.operands(q, window_kv, entries, sink, words, segments, options.window, plan)
   rows, in_specs, _ = tiles.specs(plan)
   statistics = pl.BlockSpec((None, None, plan.rows // LANES, LANES), lambda part, step, *_: (*plan.block(part, step), 0, 0))
   vector = lambda width, dtype=jnp.float32: pltpu.VMEM((plan.rows, width), dtype)

@@ -25,11 +25,13 @@ from pallas_kernels.tpu import LANES, matmul, matmul_t, t_matmul, widen
 TILE = {"v5p": (1024, 1024), "v6e": (2048, 512), "tpu7x": (1024, 512)}  # rows, entries: fewest bundles
 
 
-def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any, segment_ids: jax.Array,
-             out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array, options: Any) -> Any:
+def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any,
+             segments: tuple[jax.Array, jax.Array], out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array,
+             options: Any) -> Any:
   """-> gradients of q, window_kv, entries and sink."""
-  plan = _plan(q, entries, options)
-  counts, *operands = tiles.operands(q, window_kv, entries, sink, words, segment_ids, options.window, plan)
+  past = window_kv.shape[1] - q.shape[1]
+  plan = _plan(q, entries, options, past)
+  counts, *operands = tiles.operands(q, window_kv, entries, sink, words, segments, options.window, plan)
   rows, in_specs, near = tiles.specs(plan)
   parts = plan.batch * plan.parts
   statistics = pl.BlockSpec((2, None, None, plan.rows // LANES, LANES),
@@ -53,7 +55,7 @@ def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, 
   )(counts, *operands, tiles.as_rows(out, plan), tiles.as_rows(d_out, plan),
     jnp.stack([tiles.as_statistics(lse, plan), tiles.as_statistics(d_lse, plan)]))
   d_entries = d_entries.reshape(plan.batch, plan.parts, *d_entries.shape[1:]).sum(1)
-  return (tiles.from_rows(dq, q.shape, plan), _cut(tiles.from_near_keys(d_near), window_kv), _cut(d_entries, entries),
+  return (tiles.from_rows(dq, q.shape, plan), _cut(tiles.from_near_keys(d_near, past), window_kv), _cut(d_entries, entries),
           (-tpu.LOG2E * d_sink[..., 0].sum(0)[:sink.shape[0]]).astype(sink.dtype))
 
 
@@ -61,7 +63,7 @@ def _cut(gradient, x):
   return gradient[:, :x.shape[1], :x.shape[2]].astype(x.dtype)
 
 
-def _plan(q, entries, options):
+def _plan(q, entries, options, past=0):
   """The table's tile, or the widest one with which the gradient of all entries fits.
 
   Raises:
@@ -69,7 +71,7 @@ def _plan(q, entries, options):
   """
   rows, widest = TILE[options.chip.name]
   for wide in (widest, widest // 2):
-    plan = tiles.make_plan(q.shape, entries.shape[1], q.dtype.itemsize, options, rows, wide, whole_windows=True)
+    plan = tiles.make_plan(q.shape, entries.shape[1], q.dtype.itemsize, options, rows, wide, True, past)
     if _vmem_bytes(plan, q.dtype.itemsize) <= options.chip.vmem * 2**20:
       return plan
   raise NotImplementedError(

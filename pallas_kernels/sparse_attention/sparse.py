@@ -9,8 +9,8 @@ queries x entries but the selection itself.
 The rows of a chunk are gathered while the chunk before is attended to. With one chunk a turn XLA would keep the rows of all
 turns in the same memory, which it can only do by ending the attention before the gather starts; two chunks a turn have two.
 
-Axis letters: B batch   S queries   H heads   T entries   d head width   W words   C queries of a chunk   K places of a list
-              R rows of a step   N all steps
+Axis letters: B batch   S queries   X window keys, past ones and S   H heads   T entries   d head width   W words
+              C queries of a chunk   K places of a list   R rows of a step   N all steps
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ DIRECT = {"v5p": 384, "v6e": 384, "tpu7x": 224}  # rows that the forward kernel 
 BACKWARD_STEP = {"v5p": (4, 1024), "v6e": (8, 1024), "tpu7x": (4, 1024)}
 
 
-def attend(q_BSHd: jax.Array, window_kv_BSd: jax.Array, entries_BTd: jax.Array, selection: Selection, sink_H: jax.Array,
+def attend(q_BSHd: jax.Array, window_kv_BXd: jax.Array, entries_BTd: jax.Array, selection: Selection, sink_H: jax.Array,
            *, positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array,
-           window: int, scale: float, interpret: bool) -> tuple[jax.Array, jax.Array]:
-  """See `pallas_kernels.sparse_attention.attend`. Meant for selections of few entries: kind "all" reads every one.
+           window: int, scale: float, interpret: bool, key_segment: jax.Array | None = None
+           ) -> tuple[jax.Array, jax.Array]:
+  """See `pallas_kernels.sparse_attention.attend`, and `kernel.attend` for the window keys. Meant for selections of few
+  entries: kind "all" reads every one.
 
   The SparseCore has no interpreter: with `interpret` its copies and sums of rows are plain JAX, all else is the same.
 
@@ -58,7 +60,8 @@ def attend(q_BSHd: jax.Array, window_kv_BSd: jax.Array, entries_BTd: jax.Array, 
   options = tiles.Options(window, scale, tpu.current_chip(interpret), interpret)
   chosen, top_k = _chosen(selection, entries_BTd.shape[1], places)
   chosen = (chosen, entry_segment > 0)
-  return _attend(q_BSHd, window_kv_BSd, entries_BTd, sink_H, chosen, segment_ids, (options, selection.kind, top_k))
+  segments = (segment_ids, segment_ids if key_segment is None else key_segment)
+  return _attend(q_BSHd, window_kv_BXd, entries_BTd, sink_H, chosen, segments, (options, selection.kind, top_k))
 
 
 def _chosen(selection, num_entries, places):
@@ -72,8 +75,8 @@ def _chosen(selection, num_entries, places):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, window_kv, entries, sink, chosen, segment_ids, static):
-  return forward(q, window_kv, entries, sink, chosen, segment_ids, static)
+def _attend(q, window_kv, entries, sink, chosen, segments, static):
+  return forward(q, window_kv, entries, sink, chosen, segments, static)
 
 
 def _attend_forward(*args):
@@ -88,10 +91,10 @@ def _attend_backward(static, saved, gradients):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _plan(q, entries, static, steps, rows, direct=0):
+def _plan(q, entries, static, steps, rows, direct=0, past=0):
   options, _, top_k = static
   return sparse_plan.make_plan(q.shape, entries.shape[1], top_k, q.dtype.itemsize, options.window,
-                               *steps[options.chip.name], rows, options.chip.cores, direct)
+                               *steps[options.chip.name], rows, options.chip.cores, direct, past)
 
 
 def _backward_rows(num_entries):
@@ -157,17 +160,17 @@ def _words(index_CK, plan):
   return words_CW.reshape(-1, plan.queries, words_CW.shape[1])
 
 
-def _operands(q, window_kv, sink, segment_ids, window, plan):
-  return sparse_plan.as_steps(q, plan), *sparse_plan.near(window_kv, segment_ids, window, plan), sparse_plan.sink_logits(
+def _operands(q, window_kv, sink, segments, window, plan):
+  return sparse_plan.as_steps(q, plan), *sparse_plan.near(window_kv, segments, window, plan), sparse_plan.sink_logits(
       sink, plan)
 
 
-def forward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, chosen: Any, segment_ids: jax.Array,
-            static: Any) -> Any:
+def forward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, chosen: Any,
+            segments: tuple[jax.Array, jax.Array], static: Any) -> Any:
   """-> out [B, S, H, d] in q's dtype, lse [B, S, H] float32."""
   options = static[0]
-  plan = _plan(q, entries, static, FORWARD_STEP, ROWS, DIRECT[options.chip.name])
-  operands = _operands(q, window_kv, sink, segment_ids, options.window, plan)
+  plan = _plan(q, entries, static, FORWARD_STEP, ROWS, DIRECT[options.chip.name], window_kv.shape[1] - q.shape[1])
+  operands = _operands(q, window_kv, sink, segments, options.window, plan)
   lists, fetch, direct = _readers(entries, chosen, plan, static)
   results = (lax.empty(operands[0].shape, q.dtype),
              lax.empty((plan.steps, plan.rows // tpu.LANES, tpu.LANES), jnp.float32))
@@ -193,12 +196,14 @@ def forward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, c
   return sparse_plan.from_steps(out, q.shape, plan), tiles.from_statistics(lse, q.shape, plan)
 
 
-def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, chosen: Any, segment_ids: jax.Array,
-             out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array, static: Any) -> Any:
+def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, chosen: Any,
+             segments: tuple[jax.Array, jax.Array], out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array,
+             static: Any) -> Any:
   """-> gradients of q, window_kv, entries and sink."""
-  options, plan = static[0], _plan(q, entries, static, BACKWARD_STEP, _backward_rows(entries.shape[1]))
+  options, past = static[0], window_kv.shape[1] - q.shape[1]
+  plan = _plan(q, entries, static, BACKWARD_STEP, _backward_rows(entries.shape[1]), past=past)
   statistics = jnp.stack([tiles.as_statistics(x, plan) for x in (lse, d_lse)])
-  operands = (*_operands(q, window_kv, sink, segment_ids, options.window, plan),
+  operands = (*_operands(q, window_kv, sink, segments, options.window, plan),
               *(sparse_plan.as_steps(x, plan) for x in (out, d_out)),
               statistics.reshape(2, plan.steps, *statistics.shape[3:]))
   lists, fetch, _ = _readers(entries, chosen, plan, static)
@@ -240,5 +245,5 @@ def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, 
   d_entries = units.table(sums, num_rows).reshape(plan.batch, -1, plan.width)
   d_entries = jnp.where(tpu.pad_axis(chosen[1], 1, max(plan.entries, 1))[..., None], d_entries, 0)
   cut = lambda gradient, x: gradient[:, :x.shape[1], :x.shape[2]].astype(x.dtype)
-  return (sparse_plan.from_steps(dq, q.shape, plan), cut(tiles.from_near_keys(d_near), window_kv), cut(d_entries, entries),
-          (-tpu.LOG2E * d_sink[:sink.shape[0]]).astype(sink.dtype))
+  return (sparse_plan.from_steps(dq, q.shape, plan), cut(tiles.from_near_keys(d_near, past), window_kv),
+          cut(d_entries, entries), (-tpu.LOG2E * d_sink[:sink.shape[0]]).astype(sink.dtype))

@@ -95,7 +95,7 @@ class Plan:
 
 
 def make_plan(q_shape: tuple[int, ...], num_entries: int, top_k: int, itemsize: int, window: int, queries: int, tile: int,
-              rows: int, cores: int = 1, direct: int = 0) -> Plan:
+              rows: int, cores: int = 1, direct: int = 0, past: int = 0) -> Plan:
   """The plan for steps of `queries`, tiles of at most `tile` places and chunks of about `rows` gathered rows.
 
   Args:
@@ -105,12 +105,13 @@ def make_plan(q_shape: tuple[int, ...], num_entries: int, top_k: int, itemsize: 
     cores: that share the runs of a chunk, evenly unless that makes chunks much smaller.
     direct: rows that the kernel may copy by itself for a query of 128 heads, fewer for fewer; only where the places of a
       list are one tile.
+    past: window keys of earlier tokens.
 
   Raises:
     ValueError: a window beyond what a step can read at once.
   """
   batch, length, heads, width = q_shape
-  reach = tiles.window_reach(window, length)
+  reach = tiles.window_reach(window, length + past)
   heads = tpu.round_up(heads, 8 if heads <= 64 else 16)
   queries = min(queries, 1 << max(length - 1, 0).bit_length())
   while queries * heads % LANES:  # a step's rows fill whole rows of statistics
@@ -159,10 +160,11 @@ def from_steps(x_NRd: jax.Array, shape: tuple[int, ...], plan: Plan) -> jax.Arra
   return tiles.from_rows(x_NRd, shape, plan)
 
 
-def near(window_kv: jax.Array, segment_ids: jax.Array, window: int, plan: Plan) -> tuple[jax.Array, jax.Array]:
+def near(window_kv: jax.Array, segments: tuple[jax.Array, jax.Array], window: int, plan: Plan
+         ) -> tuple[jax.Array, jax.Array]:
   """Window keys [B, V, 2 * reach, d], and who sees which of them: int32 [B, steps, queries, 128]."""
-  words = tiles.near_words(segment_ids, window, plan)[:, :plan.blocks * plan.queries]
-  return tiles.near_keys(window_kv, plan), words.reshape(plan.batch, plan.blocks, plan.queries, LANES)
+  words = tiles.near_words(*segments, window, plan)[:, :plan.blocks * plan.queries]
+  return tiles.near_keys(window_kv, segments[0].shape[1], plan), words.reshape(plan.batch, plan.blocks, plan.queries, LANES)
 
 
 def sink_logits(sink_H: jax.Array, plan: Plan) -> jax.Array:

@@ -5,7 +5,8 @@ it and those tiles of entries that any of its queries selected. Row statistics t
 that the number of heads need not be 128.
 
 Axis letters: B batch   S queries   H heads   T entries   d head width   W words   N blocks of a batch row
-              V blocks of window keys   C queries of a block   U keys of a tile   R rows of a block, C * H
+              X window keys of a row: P past ones and the queries' own S   V blocks of the latter
+              C queries of a block   U keys of a tile   R rows of a block, C * H
 """
 
 from __future__ import annotations
@@ -122,19 +123,20 @@ def window_reach(window: int, length: int) -> int:
 
 
 def make_plan(q_shape: tuple[int, ...], num_entries: int, itemsize: int, options: Options, rows: int, entries: int,
-              whole_windows: bool) -> Plan:
+              whole_windows: bool, past: int = 0) -> Plan:
   """The plan for tiles of at most `rows` x `entries`.
 
   Args:
     q_shape: [B, S, H, d].
     itemsize: bytes of an operand's number; tiles of float32 hold half as many entries.
     whole_windows: deal the blocks of one window block together.
+    past: window keys of earlier tokens.
 
   Raises:
     ValueError: a window beyond what a block of queries can read at once.
   """
   batch, length, heads, width = q_shape
-  reach = window_reach(options.window, length)
+  reach = window_reach(options.window, length + past)
   heads = tpu.round_up(heads, 8 if heads <= 64 else 16)  # a block's rows fill whole rows of statistics
   queries = min(max(_power_below(rows / heads), 8), _MOST_QUERIES)
   while queries * heads % LANES:
@@ -183,37 +185,54 @@ def _padded(x, *sizes: int):
   return x
 
 
-def operands(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any, segment_ids: jax.Array,
-             window: int, plan: Plan) -> tuple[jax.Array, ...]:
-  """What forward and backward read, in the order of `specs`, two lists of tiles before it."""
+def operands(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any,
+             segments: tuple[jax.Array, jax.Array], window: int, plan: Plan) -> tuple[jax.Array, ...]:
+  """What forward and backward read, in the order of `specs`, two lists of tiles before it.
+
+  Args:
+    window_kv: [B, P + S, d], the keys of P earlier tokens before the queries' own; P is at most `plan.reach`.
+    segments: documents of the queries [B, S] and of the window's keys [B, P + S].
+  """
   words = _padded(words, plan.blocks * plan.queries, bits.num_words(plan.tiles * plan.entries))
   logit_H = jnp.maximum(tpu.pad_axis(sink.astype(jnp.float32), 0, plan.heads) * tpu.LOG2E, LOWEST)
   return (*tile_lists(words, plan), as_rows(q, plan), words, _padded(entries, plan.tiles * plan.entries, plan.width),
-          near_words(segment_ids, window, plan), near_keys(window_kv, plan),
+          near_words(*segments, window, plan), near_keys(window_kv, q.shape[1], plan),
           jnp.broadcast_to(logit_H[:, None], (plan.heads, LANES)))
 
 
-def near_keys(window_kv_BSd: jax.Array, plan: Plan) -> jax.Array:
-  """Each window block behind the one before it: [B, V, 2 * reach, d], zeros before the first."""
-  here = _padded(window_kv_BSd, plan.windows * plan.reach, plan.width)
+def near_keys(window_kv_BXd: jax.Array, queries: int, plan: Plan) -> jax.Array:
+  """Each block of the queries' own window keys behind the one before it, the first behind the past keys:
+  [B, V, 2 * reach, d], zeros before the first key."""
+  past = window_kv_BXd.shape[1] - queries
+  here = _padded(window_kv_BXd[:, past:], plan.windows * plan.reach, plan.width)
   here = here.reshape(plan.batch, plan.windows, plan.reach, plan.width)
-  return jnp.concatenate([jnp.pad(here[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))), here], 2)
+  return jnp.concatenate([_behind(_padded(window_kv_BXd[:, :past], past, plan.width), here, plan.reach), here], 2)
 
 
-def from_near_keys(x_BVUd: jax.Array) -> jax.Array:
-  """The transpose of `near_keys`: a key's sum over the two places where it stands, [B, V * reach, d]."""
+def _behind(past, here, reach, value=0):
+  """Blocks [B, V, reach, ...] -> those before them: `past` [B, P, ...] with `value` in front, then all but the last."""
+  front = jnp.pad(past, ((0, 0), (reach - past.shape[1], 0)) + ((0, 0),) * (past.ndim - 2), constant_values=value)
+  return jnp.concatenate([front[:, None], here[:, :-1]], 1)
+
+
+def from_near_keys(x_BVUd: jax.Array, past: int) -> jax.Array:
+  """The transpose of `near_keys`: a key's sum over the two places where it stands, [B, P + V * reach, d]."""
   before, here = jnp.split(x_BVUd, 2, axis=2)
   whole = here + jnp.pad(before[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
-  return whole.reshape(whole.shape[0], -1, whole.shape[3])
+  whole = whole.reshape(whole.shape[0], -1, whole.shape[3])
+  return jnp.concatenate([before[:, 0, before.shape[2] - past:], whole], 1) if past else whole
 
 
-def near_words(segment_ids: jax.Array, window: int, plan: Plan) -> jax.Array:
+def near_words(segment_ids: jax.Array, key_segment: jax.Array, window: int, plan: Plan) -> jax.Array:
   """Which of its near keys each query sees: int32 [B, V * reach, 128], in the layout of `bits`."""
-  segment = tpu.pad_axis(segment_ids, 1, plan.windows * plan.reach).reshape(plan.batch, plan.windows, plan.reach)
-  key_segment = jnp.where(segment > 0, segment, -1)  # no query's
-  key_segment = jnp.concatenate([jnp.pad(key_segment[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-1), key_segment], 2)
+  past = key_segment.shape[1] - segment_ids.shape[1]
+  in_blocks = lambda x: tpu.pad_axis(x, 1, plan.windows * plan.reach).reshape(plan.batch, plan.windows, plan.reach)
+  nobodys = lambda x: jnp.where(x > 0, x, -1)  # no query's
+  segment, here = in_blocks(segment_ids), nobodys(in_blocks(key_segment[:, past:]))
+  before = _behind(nobodys(key_segment[:, :past]), here, plan.reach, -1)
+  owner = jnp.concatenate([before, here], 2)
   apart = plan.reach + jnp.arange(plan.reach)[:, None] - jnp.arange(2 * plan.reach)
-  seen = (apart >= 0) & (apart < window) & (segment[..., None] == key_segment[:, :, None])
+  seen = (apart >= 0) & (apart < window) & (segment[..., None] == owner[:, :, None])
   chunks = [seen[..., start:start + LANES] for start in range(0, 2 * plan.reach, LANES)]
   words = sum(chunk.astype(jnp.int32) << number for number, chunk in enumerate(chunks))
   return words.reshape(plan.batch, plan.windows * plan.reach, LANES)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch.benchmarks.kernels import program
 from pallas_kernels import bits, tpu
 from pallas_kernels.cases import normals, packed, unused_to_nan
 from pallas_kernels.selection import Selection
@@ -74,6 +75,15 @@ def test_any_number_of_heads():
 def test_a_document_begins_anywhere(offsets):
   """A row per offset: a packed row equals its documents, and the padding behind them belongs to nobody."""
   agree(inputs([(128 + offset, 60) for offset in offsets], 330, 320), 128)
+
+
+def test_keys_of_earlier_tokens_bring_no_queries():
+  """One token of each of two rows behind 127 others is one block of queries a row."""
+  arrays = inputs([(1,), (1,)], 1, 40)
+  past = dict(past_kv=jnp.zeros((2, 127, WIDTH)), past_segment=jnp.ones((2, 127), jnp.int32))
+  run = lambda arrays: attend(**arrays, **past, window=128, scale=SCALE, implementation="interpret")
+  (call,) = program.calls(jax.make_jaxpr(run)(arrays).jaxpr)
+  assert call.name == "masked_attention" and call.grid[:2] == (2, 1)
 
 
 @pytest.mark.parametrize("window", [24, pytest.param(0, marks=pytest.mark.long)])

@@ -92,6 +92,13 @@ def test_an_array_updated_in_place_costs_its_update():
   assert program.parts(text)[2] == program.Part("written", False, 5, True, 2 * 8 * 128 * 4, 0)
 
 
+def test_an_array_that_is_only_laid_out_anew_is_read_and_written():
+  text = HLO.replace("ROOT %ds = f32[1,8]{1,0:T(8,128)} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,8}",
+                     "ROOT %ds = f32[64,8]{0,1:T(8,128)} copy(%p0)")
+  text = text.replace("%part = f32[1,8]{1,0:T", "%part = f32[64,8]{0,1:T")
+  assert program.parts(text)[1].hbm_bytes == 64 * 128 * 4 + 8 * 128 * 4
+
+
 def test_a_loop_of_unknown_length_counts_once_and_says_so():
   parts = program.parts(HLO.replace("constant(5)", "parameter(1)"))
   assert [(part.times, part.certain) for part in parts] == [(1, True), (1, False), (1, False)]

@@ -75,8 +75,7 @@ def test_a_row_says_which_form_its_op_takes():
   assert take("attention", 16384) == take("attention_heavy", 65536) == take("attention_window", 4096) == ["masked"] * 3
   assert take("attention", DECODE) == take("attention_heavy", DECODE) == ["blockwise"] * 3
   assert take("attention", 2**20) == ["sparse"] * 3
-  assert take("expand_collapse", DECODE) == ["kernel", "blockwise", "kernel"]
-  assert take("select", DECODE) == take("experts", DECODE) == ["kernel"] * 3
+  assert take("expand_collapse", DECODE) == take("select", DECODE) == take("experts", DECODE) == ["kernel"] * 3
   assert take("kl_loss", 65536) == ["kernel"] * 3 and take("kl_loss", 2**20) == ["blockwise"] * 3
   assert take("kl_loss", 4 * 110_720) == ["blockwise", "kernel", "blockwise"]  # one tile more than v5p and TPU7x hold
 

@@ -91,13 +91,9 @@ def fallback(call: Call, plan: Plan | None, heat: Sequence[float], flops: float)
   return Plan(counts, hot, steps, steps, flops, fits=False)
 
 
-def _tiles(case: Case, queries: int, blocks: int, entries: int, past: int = 0) -> np.ndarray:
-  """Tiles that each of all blocks visits: every one that the block's last query sees; with many picks none is empty.
-
-  `past` keys of earlier tokens have queries without meaning, which visit nothing.
-  """
-  number = np.minimum((np.arange(blocks // case.batch) + 1) * queries - past, case.queries) - 1
-  last = np.where(number < 0, 0, bounds.visible(case)[np.maximum(number, 0)])
+def _tiles(case: Case, queries: int, blocks: int, entries: int) -> np.ndarray:
+  """Tiles that each of all blocks visits: every one that the block's last query sees; with many picks none is empty."""
+  last = bounds.visible(case)[np.minimum((np.arange(blocks // case.batch) + 1) * queries, case.queries) - 1]
   return np.tile(np.ceil(last / entries), case.batch)
 
 
@@ -113,7 +109,7 @@ def _attention(case: Case, call: Call, matmuls: int, names: Sequence[str]) -> Pl
   (rows, width), queries, entries = call.blocks[0][1:], call.blocks[1][1], call.blocks[2][1]
   near = next(block[-2] for block in call.blocks[3:] if block[-1] == width and block[-2] != rows)  # the window's keys
   blocks = math.prod(size for size in call.grid[:2])
-  tiles, merged = _tiles(case, queries, blocks, entries, case.past), 0 < case.entries <= entries
+  tiles, merged = _tiles(case, queries, blocks, entries), 0 < case.entries <= entries
   window_only = case.entries == 0
   visits = float(blocks) if merged else float(tiles.sum())
   pair = 2 * matmuls * width

@@ -146,6 +146,8 @@ def _operand_bytes(computations: _Computations, name: str, number: int, type_tex
       read += sum(_operand_bytes(computations, _called(user)[0], place, type_text) for place in places)
     elif places and not (places == [0] and user.opcode == "dynamic-update-slice"):
       return whole
+    if user.root and user.name in own and user.opcode != "parameter":
+      return whole  # the fusion does nothing but lay it out anew
   return min(whole, read)
 
 
