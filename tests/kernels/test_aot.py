@@ -31,7 +31,8 @@ SMALL = (
     Case("expand", "flash", DECODE, GRADIENT), Case("experts", "flash", 512, GRADIENT))
 # Attention of the other kinds of layers, on one chip each. HCA's entries are one tile: 320 of them, which no other axis has;
 # a row of bits has 128 words, the keys near a block of queries are 256.
-FURTHER = {"v5p": Case("attention_heavy", "flash", 40960, GRADIENT), "v6e": Case("attention_window", "flash", 1024, GRADIENT)}
+FURTHER = {"v5p": Case("attention_heavy", "flash", 40960, GRADIENT),
+           "v6e": Case("attention_window", "flash", 1024, GRADIENT)}
 _EXPERTS = {"experts_hidden", "experts_down"}
 _FORWARD = {
     **dict.fromkeys(("attention", "attention_heavy", "attention_window"), {"masked_attention"}),
@@ -163,7 +164,8 @@ def test_a_sparse_gradient_of_many_chunks_holds_all_kernels(chip):
 
 
 def test_the_suite_compiles_every_op_in_every_direction():
-  assert {case.op: case.direction for case in (*SMALL, *FURTHER.values())} == {op.name: op.directions[-1] for op in cases.OPS}
+  found = {case.op: case.direction for case in (*SMALL, *FURTHER.values())}
+  assert found == {op.name: op.directions[-1] for op in cases.OPS}
 
 
 def test_arrays_with_a_number_for_every_query_and_key_are_found():
