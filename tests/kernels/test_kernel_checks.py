@@ -15,7 +15,7 @@ from pallas_kernels.indexer import select
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend
 
-HEADS, WIDTH, PICKS = 4, 16, 3
+HEADS, WIDTH, PICKS, ROW = 4, 16, 3, 64  # one length of a row, so that few programs are compiled
 CSA, HCA, SLIDING = "csa", "hca", "sliding"
 RATES = {CSA: 4, HCA: 8, SLIDING: 1000}  # tokens per entry
 all_kinds = pytest.mark.parametrize("kind", RATES)
@@ -26,13 +26,12 @@ def entries_of(length, kind):
   return -(-length // RATES[kind]) if kind != SLIDING else 0
 
 
-def inputs(rows, length, kind=CSA):
-  """Arguments of a layer: attention's, and the indexer's by names with `index_` in front."""
-  num_entries = entries_of(length, kind)
-  places, batch = packed(rows, length, RATES[kind], num_entries), len(rows)
-  arrays = normals(jax.random.key(0), q=(batch, length, HEADS, WIDTH), window_kv=(batch, length, WIDTH),
-                   entries=(batch, num_entries, WIDTH), sink=(HEADS,), index_queries=(batch, length, 2, 8),
-                   index_weights=(batch, length, 2), index_keys=(batch, num_entries, 8))
+def inputs(documents, kind=CSA):
+  """Arguments of a layer for one row: attention's, and the indexer's by names with `index_` in front."""
+  num_entries = entries_of(ROW, kind)
+  places = packed([documents], ROW, RATES[kind], num_entries)
+  arrays = normals(jax.random.key(0), q=(1, ROW, HEADS, WIDTH), window_kv=(1, ROW, WIDTH), entries=(1, num_entries, WIDTH),
+                   sink=(HEADS,), index_queries=(1, ROW, 2, 8), index_weights=(1, ROW, 2), index_keys=(1, num_entries, 8))
   for name in ("entries", "index_keys"):
     arrays[name] = unused_to_nan(arrays[name], places["entry_segment"])
   return arrays | places
@@ -65,7 +64,7 @@ def changed_at(arrays, place, kind):
 @all_kinds
 def test_a_token_moves_nothing_before_itself(kind):
   """Bit for bit; and far behind it, where no window reaches, entries carry the change, if there are any."""
-  arrays = inputs([(64,)], 64, kind)
+  arrays = inputs((64,), kind)
   base = layer(arrays, kind)[0]
   for place in (0, 3, 4, 7, 8, 20, 63):
     moved = layer(changed_at(arrays, place, kind), kind)[0]
@@ -78,12 +77,12 @@ def test_a_token_moves_nothing_before_itself(kind):
 
 def test_an_entry_is_seen_when_its_window_is_closed():
   """By all tokens from there on, where all entries are read; of those that an indexer picks, by which are picked."""
-  arrays, rate = inputs([(64,)], 64, HCA), RATES[HCA]
+  arrays, rate = inputs((64,), HCA), RATES[HCA]
   base = np.asarray(layer(arrays, HCA)[0])
   for entry in (0, 1, 7):
     moved = layer(arrays | {"entries": arrays["entries"].at[:, entry].multiply(-1)}, HCA)[0]
     assert (np.asarray(moved) != base).any((2, 3))[0].nonzero()[0].tolist() == list(range((entry + 1) * rate - 1, 64))
-  chosen = np.asarray(layer(inputs([(64,)], 64))[1])[0]
+  chosen = np.asarray(layer(inputs((64,)))[1])[0]
   assert not chosen[2].any() and chosen[3].nonzero()[0].tolist() == [0] and chosen[7].nonzero()[0].tolist() == [0, 1]
   np.testing.assert_array_equal(chosen.sum(1), np.minimum((np.arange(64) + 1) // RATES[CSA], PICKS))
 
@@ -92,12 +91,12 @@ def test_an_entry_is_seen_when_its_window_is_closed():
 @pytest.mark.parametrize("documents", [(14, 16), (1, 3, 5, 7, 9, 7)], ids=str)
 def test_a_packed_row_equals_its_documents_alone(documents, kind):
   """Each document alone at the start of a row of its own; unused memory is NaN; padding gives finite numbers."""
-  arrays, entries = inputs([documents], 34, kind), entries_of(34, kind)
+  arrays, entries = inputs(documents, kind), entries_of(ROW, kind)
   together, _ = layer(arrays, kind)
   assert np.isfinite(together).all()
   start, first = 0, 0
   for length in documents:
-    alone = dict(arrays, **packed([(length,)], 34, RATES[kind], entries))
+    alone = dict(arrays, **packed([(length,)], ROW, RATES[kind], entries))
     for name in ("q", "window_kv", "index_queries", "index_weights"):
       alone[name] = jnp.roll(arrays[name], -start, 1)
     for name in ("entries", "index_keys"):
@@ -109,10 +108,10 @@ def test_a_packed_row_equals_its_documents_alone(documents, kind):
 @all_kinds
 def test_changing_a_document_moves_no_other(kind):
   """Bit for bit, whichever of the documents changes."""
-  arrays = inputs([(14, 1, 16)], 34, kind)
+  arrays = inputs((14, 1, 16), kind)
   base = np.asarray(layer(arrays, kind)[0])
   for number in (1, 2, 3):
-    own = {name: (arrays["segment_ids" if x.shape[1] == 34 else "entry_segment"] == number).reshape(
+    own = {name: (arrays["segment_ids" if x.shape[1] == ROW else "entry_segment"] == number).reshape(
         1, -1, *(1,) * (x.ndim - 2)) for name, x in arrays.items() if x.ndim > 2}
     changed = {name: jnp.where(mask, -arrays[name], arrays[name]) for name, mask in own.items()}
     moved = np.asarray(layer(arrays | changed, kind)[0])
@@ -138,7 +137,7 @@ def with_past(part, arrays, start, window):
 
 def agrees_with_one_call(parts, kind=CSA, window=8):
   """Calls with so many of the queries each, against all entries and their own past keys, give the rows of one call."""
-  arrays = inputs([(40,)], 40, kind)
+  arrays = inputs((40,), kind)
   want, chosen = layer(arrays, kind, window=window)
   per_query = ("q", "window_kv", "index_queries", "index_weights", "positions", "segment_ids")
   outs, words, start = [], [], 0
@@ -148,14 +147,14 @@ def agrees_with_one_call(parts, kind=CSA, window=8):
     outs.append(out)
     words.append(mask)
     start += number
-  np.testing.assert_array_equal(np.concatenate(words, 1), chosen)
-  np.testing.assert_allclose(np.concatenate(outs, 1), want, atol=1e-5)
+  np.testing.assert_array_equal(np.concatenate(words, 1), chosen[:, :40])
+  np.testing.assert_allclose(np.concatenate(outs, 1), want[:, :40], atol=1e-5)
 
 
 CHUNKS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 40)
 
 
-@pytest.mark.parametrize("kind, chunk", of_kinds(CHUNKS, {CSA: (1, 17), HCA: (1,), SLIDING: (17,)}))
+@pytest.mark.parametrize("kind, chunk", of_kinds(CHUNKS, {CSA: (1, 17), HCA: (1,), SLIDING: (1,)}))
 def test_any_cut_of_the_queries_gives_the_same_rows(kind, chunk):
   """Calls as a decoder makes them; the window of 8 keys is shorter than the row and longer than most calls."""
   agrees_with_one_call([min(chunk, 40 - start) for start in range(0, 40, chunk)], kind)
@@ -169,10 +168,10 @@ def test_tokens_one_by_one_behind_a_first_call(kind, first):
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 
 
-@pytest.mark.parametrize("kind, length", of_kinds(LENGTHS, {CSA: (3, 33), HCA: (7,)}))
+@pytest.mark.parametrize("kind, length", of_kinds(LENGTHS, {CSA: (3, 33)}))
 def test_a_prefix_gives_the_prefix_of_the_outputs(kind, length):
   """Also of fewer tokens than an entry takes, when there is no entry at all."""
-  arrays = inputs([(40,)], 40, kind)
+  arrays = inputs((40,), kind)
   want, _ = layer(arrays, kind)
   entries, whole = entries_of(length, kind), arrays["entries"].shape[1]
   cut = {name: x if x.ndim == 1 else x[:, :entries if x.shape[1] == whole else length] for name, x in arrays.items()}
