@@ -38,7 +38,9 @@ def build_optimizer(optimizer_config: OptimizerConfig, params: Any, *, steps: in
 
 def choices_of(optimizer_config: OptimizerConfig) -> dict[str, str]:
   """What a run's settings choose of the table, as `assign` takes it."""
-  return {name: getattr(optimizer_config, name) for name in ("muon_split", "position_bias_owner", "matrix_owner")}
+  config = optimizer_config
+  return {"muon_split": config.muon_split, "position_bias_owner": config.position_bias_owner,
+          "matrix_owner": config.matrix_owner}
 
 
 def chain_of(optimizer_config: OptimizerConfig, params: Any, *, steps: int | None = None, shardings: Any = None,

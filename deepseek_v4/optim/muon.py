@@ -30,7 +30,11 @@ def _flat(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, 
 
 
 def axes_of(updates: Any, axes: Any) -> list[MatrixAxes]:
-  """The matrix axes, counted from the front, of every leaf of `updates`."""
+  """The matrix axes, counted from the front, of every leaf of `updates`; see `orthogonalize`.
+
+  Raises:
+    ValueError: a leaf that `axes` does not know, or with fewer axes than a matrix of it has.
+  """
   known = None if axes is None else _flat(axes, lambda x: isinstance(x, MatrixAxes))
   found = []
   for name, x in _flat(updates).items():
