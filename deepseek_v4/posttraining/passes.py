@@ -137,7 +137,7 @@ class Frame:
 
   def jit(self, fn: Callable[..., Any], out: Any, donate: tuple[int, ...] = ()) -> sharding.OnMesh:
     """A program whose results lie as `out` says, on a mesh."""
-    options = {"compiler_options": compiler_options(self._mesh)}
+    options: dict[str, Any] = {"compiler_options": compiler_options(self._mesh)}
     options |= {} if self._mesh is None else {"out_shardings": out}
     return sharding.OnMesh(jax.jit(fn, donate_argnums=donate, **options), self._mesh)
 
