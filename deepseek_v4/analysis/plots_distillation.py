@@ -63,7 +63,7 @@ def shares(lines: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str,
   left.axhline(0.8, color="tab:red", linestyle="--", linewidth=1, label="80%")
   left.axhline(1.0, color="black", linewidth=0.8)
   left.set(title="share of the specialist's gain over the start", xticks=range(len(kinds)), xticklabels=kinds,
-           ylim=(0, 1.35))
+           ylim=(0, 1.3 * max(1.0, left.dataLim.y1)))
   left.legend(fontsize=8, loc="upper right", ncols=2)
   held_out = [line for line in lines if line["split"] == "held_out"]
   for style, kind in zip(itertools.cycle(STYLES), kinds):
