@@ -18,6 +18,7 @@ from pallas_kernels.indexer import select
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend, attend_with, form, sparse, sparse_lists, sparse_plan, tiles
 from tests.kernels import oracles, test_attention, test_kernel_checks, test_sparse_form
+from tests.kernels.test_kernel_checks import CSA
 
 WIDTH, SCALE = 128, 128**-0.5
 LENGTH, RUN = 140, 2**14  # tokens of most rows; rows gathered for 128 queries with 128 places each
@@ -103,26 +104,28 @@ def agree(arrays, weights=None, kind="indices"):
 
 
 # ---- the masked kernel's checks ----------------------------------------------------------------------------------------
-@functools.partial(jax.jit, static_argnames=("window", "indexer"))
-def layer(arrays, window=8, indexer="reference"):
+@functools.partial(jax.jit, static_argnames=("kind", "window", "indexer"))
+def layer(arrays, kind=CSA, window=8, indexer="reference"):
   """`test_kernel_checks.layer` with the sparse form; the indexer's formula picks numbers, its kernel sets bits."""
   index = {name.removeprefix("index_"): x for name, x in arrays.items() if name.startswith("index_")}
   arrays = {name: x for name, x in arrays.items() if not name.startswith("index_")}
   places = {name: arrays[name] for name in PLACES}
-  chosen = select(**index, top_k=test_kernel_checks.PICKS, implementation=indexer, **places)
+  chosen = Selection.all(*arrays["positions"].shape)
+  if kind == CSA:
+    chosen = select(**index, top_k=test_kernel_checks.PICKS, implementation=indexer, **places)
   out, _ = attend_with(form("sparse", interpret=True), **arrays, selection=chosen, window=window, scale=0.25)
   return out, chosen.mask(arrays["entries"].shape[1])
 
 
-CHECKS = [(test_kernel_checks.test_a_token_moves_nothing_before_itself,),
+CHECKS = [(test_kernel_checks.test_a_token_moves_nothing_before_itself, CSA),
           (test_kernel_checks.test_an_entry_is_seen_when_its_window_is_closed,)]
-LONG_CHECKS = [(test_kernel_checks.test_changing_a_document_moves_no_other,),
-               *((test_kernel_checks.test_a_packed_row_equals_its_documents_alone, documents)
+LONG_CHECKS = [(test_kernel_checks.test_changing_a_document_moves_no_other, CSA),
+               *((test_kernel_checks.test_a_packed_row_equals_its_documents_alone, documents, CSA)
                  for documents in ((14, 16), (1, 3, 5, 7, 9, 7))),
-               *((test_kernel_checks.test_any_cut_of_the_queries_gives_the_same_rows, chunk)
+               *((test_kernel_checks.test_any_cut_of_the_queries_gives_the_same_rows, CSA, chunk)
                  for chunk in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 40)),
-               *((test_kernel_checks.test_tokens_one_by_one_behind_a_first_call, first) for first in (1, 8, 17, 33)),
-               *((test_kernel_checks.test_a_prefix_gives_the_prefix_of_the_outputs, length)
+               *((test_kernel_checks.test_tokens_one_by_one_behind_a_first_call, CSA, first) for first in (1, 8, 17, 33)),
+               *((test_kernel_checks.test_a_prefix_gives_the_prefix_of_the_outputs, CSA, length)
                  for length in (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33))]
 BY_INDEXER = [*((check, "reference") for check in CHECKS), *long(
     *((check, "interpret") for check in CHECKS),

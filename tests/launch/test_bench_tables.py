@@ -78,5 +78,5 @@ def test_a_part_that_fails_does_not_stop_the_others():
 def test_every_part_is_a_command_that_exists():
   assert {"forward", "train", "decode", "kernels_v5p", "kernels_v6e", "kernels_tpu7x", "plan"} <= set(everything.parts(None))
   assert not any("--against" in arguments for arguments in everything.parts(None).values())
-  with pytest.raises(ValueError, match="--parts = 'fast': expected some of forward"):
+  with pytest.raises(ValueError, match="--parts = 'fast': expected some of start, forward"):
     everything.chosen(["fast"], None)
