@@ -100,7 +100,7 @@ def stays_finite(optimizer_config: OptimizerConfig, grads: Any, opt_state: Any, 
   Orthogonal matrices of finite numbers are finite, and no entry is above 2 (`newton_schulz`), so that they need not be
   known. Parameters and updates within a factor of 2 of float32's largest number count as not finite.
 
-  Args: as for `update_in_place`.
+  Args: as for `update_in_place`; the norm is a scalar.
   """
   bounded = optax.stateless(lambda updates, _: jax.tree.map(
     lambda x: jnp.where(jnp.isfinite(x), 2.0, jnp.nan).astype(x.dtype), updates))

@@ -59,7 +59,7 @@ def count_layer_losses(run_config: RunConfig, rows: Rows) -> dict[str, jax.Array
 
 
 def means(found: Mapping[str, jax.Array], counts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Sums of a pass as its parts of the step's means; 0 where nothing counts."""
+  """Sums of a pass, scalars, as its parts of the step's means; 0 where nothing counts."""
   return {name: total / jnp.maximum(counts[name], 1) for name, total in found.items()}
 
 
@@ -157,7 +157,7 @@ class Frame:
     return sharding.OnMesh(jax.jit(fn, donate_argnums=donate, **options), self._mesh)
 
   def put(self, x: Any, axes: tuple[str | None, ...]) -> jax.Array:
-    """An array on the devices, split along these axes."""
+    """An array of any shape on the devices, split along these axes, one for each of its own."""
     return jax.device_put(x, None if self._mesh is None else NamedSharding(self._mesh, sharding.spec(axes)))
 
   def update(self, state: Any, sums: Sums) -> tuple[Any, dict[str, jax.Array]]:
