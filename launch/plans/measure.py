@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.metadata
 import resource
 import threading
 import time
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import jax
 
@@ -75,7 +76,8 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
     lowered = lower.lowered(traced, mesh)
     before = time.perf_counter() - clock
     say(f"lowered in {before:.0f} s; compiling for {mesh.size} x {mesh.devices.flat[0].device_kind}")
-    compiled = _compiled(lowered, say)
+    with ticking(say):
+      compiled = lowered.compile()
     seconds = time.perf_counter() - clock
     by_signature = of_kernels.result() if of_kernels else {}
   memory, text = read.memory(compiled), compiled.as_text()
@@ -124,7 +126,9 @@ def _held(wanted: Wanted, mesh: jax.sharding.Mesh) -> dict[str, int]:
           "cache": state.device_bytes(cache)}
 
 
-def _compiled(lowered: jax.stages.Lowered, say: Callable[[str], None]) -> jax.stages.Compiled:
+@contextlib.contextmanager
+def ticking(say: Callable[[str], None]) -> Iterator[None]:
+  """Says once a minute, while its block runs, that the compiler still works."""
   clock, done = time.perf_counter(), threading.Event()
 
   def tick():
@@ -132,7 +136,7 @@ def _compiled(lowered: jax.stages.Lowered, say: Callable[[str], None]) -> jax.st
       say(f"  compiling for {time.perf_counter() - clock:.0f} s")
   threading.Thread(target=tick, daemon=True).start()
   try:
-    return lowered.compile()
+    yield
   finally:
     done.set()
 

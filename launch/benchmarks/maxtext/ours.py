@@ -8,11 +8,11 @@ Leaves figures.json, and program.txt if the compiler accepts the step.
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import resource
 import sys
 import time
 from pathlib import Path
+
+from launch.benchmarks.maxtext import theirs
 
 
 def main(folder: Path, path: str, topology: str, settings: list[str]) -> None:
@@ -20,19 +20,16 @@ def main(folder: Path, path: str, topology: str, settings: list[str]) -> None:
   import jax
 
   from deepseek_v4 import config
-  from deepseek_v4.planning import lower, read
+  from deepseek_v4.planning import lower
   from deepseek_v4.training import stages
   figures = {"versions": {"jax": importlib.metadata.version("jax")}}
   run_config = stages.of_stage(config.load(path, settings), "")
   try:
     compiled = lower.lower_step(run_config, lower.mesh_on(run_config, topology)).compile()
-    figures["memory"] = read.memory(compiled)
-    (folder / "program.txt").write_text(compiled.as_text(), encoding="utf-8")
+    figures["memory"] = theirs.keep(folder, compiled)
   except jax.errors.JaxRuntimeError as error:
     figures["refused"] = str(error).splitlines()[0][:400]
-  figures |= {"seconds": time.perf_counter() - started,
-              "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-  (folder / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+  theirs.leave(folder, figures, started)
 
 
 if __name__ == "__main__":

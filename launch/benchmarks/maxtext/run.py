@@ -9,8 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -18,6 +16,7 @@ from deepseek_v4.planning.read import SHARE
 from launch.benchmarks.kernels.chips import chip_of
 from launch.benchmarks.maxtext import cases, read
 from launch.benchmarks.maxtext.cases import ADAMW, MUON, OURS, THEIRS, Case
+from launch.plans.measure import ticking
 
 ROOT = Path(__file__).resolve().parents[3]
 INSTALL = f"python3.12 -m venv FOLDER && FOLDER/bin/pip install '{cases.PACKAGE}'"
@@ -85,7 +84,9 @@ def _compiled(case: Case, side: str, python: str | None, library: str, say: Call
     environment["PYTHONPATH"] = str(ROOT)
   with tempfile.TemporaryDirectory() as folder:
     try:
-      done = _waited(command_of(case, side, python, folder), environment, 60 * minutes, say)
+      with ticking(say):
+        done = subprocess.run(command_of(case, side, python, folder), env=environment, capture_output=True, text=True,
+                              timeout=60 * minutes)
     except subprocess.TimeoutExpired:
       return {"failed": f"more than {minutes:g} minutes"}
     if not (Path(folder) / "figures.json").is_file():
@@ -95,20 +96,6 @@ def _compiled(case: Case, side: str, python: str | None, library: str, say: Call
       return found
     text = (Path(folder) / "program.txt").read_text(encoding="utf-8")
     return found | read.of_program(case, text, found.pop("memory"), chip_of(case.topology).hbm_bytes)
-
-
-def _waited(command: list[str], environment: dict[str, str], seconds: float,
-            say: Callable[[str], None]) -> subprocess.CompletedProcess:
-  clock, done = time.perf_counter(), threading.Event()
-
-  def tick():
-    while not done.wait(60):
-      say(f"  compiling for {time.perf_counter() - clock:.0f} s")
-  threading.Thread(target=tick, daemon=True).start()
-  try:
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-  finally:
-    done.set()
 
 
 # ---- what is said of it -----------------------------------------------------------------------------------------------

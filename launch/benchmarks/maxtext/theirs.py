@@ -15,10 +15,19 @@ import time
 from pathlib import Path
 
 
-def figures_of(compiled) -> dict:
+def keep(folder: Path, compiled) -> dict:
+  """Leaves the text of a compiled program in the folder; bytes of its memory, named as `planning.read.memory` does."""
+  (folder / "program.txt").write_text(compiled.as_text(), encoding="utf-8")
   found = compiled.memory_analysis()
   names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp", "code": "generated_code"}
   return {name: getattr(found, f"{field}_size_in_bytes") for name, field in names.items()}
+
+
+def leave(folder: Path, figures: dict, started: float) -> None:
+  """Leaves the figures, with the seconds and the host's memory that they took."""
+  figures |= {"seconds": time.perf_counter() - started,
+              "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+  (folder / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
 def main(folder: Path, arguments: list[str]) -> None:
@@ -32,8 +41,7 @@ def main(folder: Path, arguments: list[str]) -> None:
   def kept(*operands, **named):
     """Their compilation, of which the result is not thrown away."""
     compiled = compile_step(*operands, **named)
-    figures["memory"] = figures_of(compiled)
-    (folder / "program.txt").write_text(compiled.as_text(), encoding="utf-8")
+    figures["memory"] = keep(folder, compiled)
     return compiled
 
   train_compile.jit_and_compile = kept
@@ -42,9 +50,7 @@ def main(folder: Path, arguments: list[str]) -> None:
     train_compile.main(["train_compile", str(base), f"base_output_directory={folder}", *arguments])
   except jax.errors.JaxRuntimeError as error:
     figures["refused"] = str(error).splitlines()[0][:400]
-  figures |= {"seconds": time.perf_counter() - started,
-              "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-  (folder / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+  leave(folder, figures, started)
 
 
 if __name__ == "__main__":
