@@ -1,8 +1,13 @@
-"""What the documents of this repository say that a machine can check: commands, paths, links, names."""
+"""What the documents of this repository say that a machine can check: commands, paths, links, names.
 
+python -m tests.documents writes README's list of files anew, from what each file's docstring begins with.
+"""
+
+import ast
 import dataclasses
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,3 +105,49 @@ def exists(path: str, root: Path = ROOT) -> bool:
   if "*" in path or "/" not in path:
     return any(root.glob(path)) or any(any((root / top).rglob(path.lstrip("/"))) for top in TOP)
   return (root / path).exists()
+
+
+# ---- every file with what it says of itself ----------------------------------------------------------------------------
+LISTED = ("deepseek_v4", "pallas_kernels", "launch", "configs")
+_LIST = re.compile(r"^```text\ndeepseek_v4/.*?^```$", re.M | re.S)  # the tree of `tree` is a block without a language
+_COLUMN, _WIDTH = 28, 124
+
+
+def remark(path: Path) -> str:
+  """How a file's docstring begins: its first sentence without the full stop; of one that needs two lines as many clauses as
+  have room in one."""
+  said = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+  sentence = re.split(r"\.(?:\s|$)", " ".join(said.split()))[0]
+  ends = [len(sentence), *(match.start() for match in re.finditer(r"[,:;] | \(", sentence))]
+  fits = [end for end in ends if end <= _WIDTH - _COLUMN and sentence[:end].count("(") == sentence[:end].count(")")]
+  return sentence[:max(fits, default=len(sentence))]
+
+
+def _folder(path: Path) -> list[str]:
+  """Lines of a folder and of those in it: itself with what its `__init__.py` says, then its files."""
+  files = sorted(path.glob("*.py"))
+  package = path / "__init__.py"
+  named = [(f"{path.relative_to(ROOT).as_posix()}/", remark(package) if package in files else "")]
+  named += [(f"  {file.name}", remark(file)) for file in files if file != package]
+  lines = []
+  for name, said in named:
+    lines += textwrap.wrap(f"{name:{_COLUMN - 1}} {said}", _WIDTH, subsequent_indent=" " * _COLUMN,
+                           break_long_words=False, break_on_hyphens=False, drop_whitespace=True)
+  for below in sorted(folder for folder in path.iterdir() if folder.is_dir() and any(folder.glob("*.py"))):
+    lines += _folder(below)
+  return lines
+
+
+def listing() -> str:
+  """The block of README that names every Python file of the libraries, mains and configs."""
+  return "\n".join(["```text", *(line for top in LISTED for line in _folder(ROOT / top)), "```"])
+
+
+def listed(text: str) -> str:
+  """That block as a document has it."""
+  return _LIST.search(text)[0]
+
+
+if __name__ == "__main__":
+  README = ROOT / "README.md"
+  README.write_text(_LIST.sub(lambda _: listing(), README.read_text(encoding="utf-8")), encoding="utf-8")

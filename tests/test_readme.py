@@ -29,7 +29,7 @@ CODE = [*documents.spans(TEXT), *(content for _, content in documents.blocks(TEX
 
 # Placeholders in a command, by the flag in front of them ("" = none): what a test puts there.
 FILLED = {("config", "FILE"): "configs/debug.py", ("json", "FILE"): "figures.json", ("workdir", "DIR"): "runs/filled",
-          ("", "NAME"): miniatures.NAMES[0], ("coordinator", "HOST:PORT"): "localhost:12355", ("num_processes", "N"): "1",
+          ("", "NAME"): "optimizers", ("coordinator", "HOST:PORT"): "localhost:12355", ("num_processes", "N"): "1",
           ("process_id", "I"): "0"}
 
 
@@ -87,21 +87,41 @@ def test_a_command_of_another_program_is_right(command):
     extras = re.findall(r"\[([\w,]+)\]", arguments[2])
     assert all(f'"{extra}":' in setup for extra in ",".join(extras).split(",") if extra)
   else:
-    assert (program, arguments) == ("pytest", [])
+    assert program == "pytest"
+    words = iter(arguments)
+    for word in words:
+      if word == "-m":
+        assert re.search(rf"^  {next(words)}: ", (ROOT / ".pytest.ini").read_text("utf-8"), re.M)
+      elif word == "-k":
+        next(words)
+      else:
+        assert word == "-s" or (ROOT / word).is_file(), word
+
+
+# What the README says of a model is in the last lines that `launch.count` prints.
+COUNTED = {
+  RELEASE: ("284,332,240,471", "6,610,048,891"),
+  "configs/v4_flash.py": ("284,332,240,471", "6,610,048,891", "10.0%", "7.2%", "12.1% all operations", "7.3% scales too"),
+  "configs/v4_pro.py": ("1,572,997,201,763", "25,840,145,979", "26.5%", "10.3%", "26.0% all operations",
+                        "10.5% scales too")}
 
 
 def test_count_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-  """The one command that takes seconds; the others run in the long tests."""
+  """The commands that take seconds; the others run in the long tests."""
   released = json.loads((ROOT / "tests/golden/released_configs.json").read_text("utf-8"))[RELEASE]
   (tmp_path / RELEASE).mkdir()
   (tmp_path / RELEASE / "config.json").write_text(json.dumps(released))
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
   monkeypatch.chdir(tmp_path)
-  counted = [command for command in COMMANDS if command.main == "count"]
-  assert counted
-  for command in counted:
+  counted = {command.value_of("config"): command for command in COMMANDS if command.main == "count"}
+  assert counted.keys() == COUNTED.keys()
+  for of, command in counted.items():
     with program("count") as module:
       module.main(flags.FLAGS(["count", *filled(command).arguments]))
-    assert "284,332,240,471" in capsys.readouterr().out  # as the README says of V4-Flash
+    said = capsys.readouterr().out
+    for number in COUNTED[of]:
+      assert number in said, (of, number)
+      assert number.split(" ")[0] in TEXT, number
 
 
 # ---- what is named -----------------------------------------------------------------------------------------------------
@@ -122,6 +142,22 @@ def test_the_tree_is_the_repository():
   rooms = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deepseek_v4").iterdir() if path.is_dir()} - {
     "deepseek_v4/__pycache__"}
   assert rooms <= set(named)
+
+
+def test_the_list_of_files_is_the_repository():
+  """`python -m tests.documents` makes it so."""
+  found = documents.listed(TEXT)
+  assert found == documents.listing()
+  folder, named = "", set()
+  for line in found.splitlines()[1:-1]:
+    name = line.split(" ")[0]
+    if name.endswith("/"):
+      folder = name
+    elif line.startswith("  ") and (match := re.match(r"  (\w+\.py) ", line)):
+      named.add(folder + match[1])
+  there = {path.relative_to(ROOT).as_posix() for top in ("deepseek_v4", "pallas_kernels")
+           for path in (ROOT / top).rglob("*.py") if path.name != "__init__.py"}
+  assert there and there <= named
 
 
 def test_public_names_exist():
@@ -159,26 +195,24 @@ def test_flags_exist():
   assert not {name for name in given if name not in known and name.removeprefix("no") not in known}
 
 
-# ---- everything, shortened ---------------------------------------------------------------------------------------------
-# What makes a command short; None: hours, and tests of its own run it in small (tests/launch).
-SHORTER = {
-  "generate": ("--max_new_tokens", "4"), "convert": (), "count": (), "miniature": None, "distill": None,
+# ---- everything, whole where that takes less than an hour --------------------------------------------------------------
+# What is added to a command: () = it runs as it stands; else what makes it short. None: hours, and tests of its own run it
+# in small (tests/launch).
+ADDED = {
+  "train": (), "generate": (), "convert": (), "count": (), "miniature": (), "distill": None,
   "plan": ("--set", "model.num_hidden_layers=1"), "faults": ("--kills", "0", "--stops", "1", "--full_disks", "0"),
-  "bench forward": ("--lengths", "64", "--repeats", "1"), "bench train": ("--lengths", "64", "--repeats", "1"),
-  "bench decode": ("--lengths", "64", "--repeats", "1"), "bench remat": ("--lengths", "64", "--repeats", "1"),
+  "bench forward": (), "bench train": (), "bench decode": (), "bench remat": (), "bench context": (), "bench start": (),
   "bench kernels": ("--lengths", "512", "--models", "flash", "--ops", "select", "--noothers"),
-  "bench memory": ("--lengths", "512", "--noothers"), "bench exchange": ("--lengths", "512"),
-  "bench context": ("--tokens", "8192", "--chunks", "2048,1536"), "bench start": ("--repeats", "1"),
-  "bench plan": None}
+  "bench memory": ("--lengths", "512", "--noothers"), "bench exchange": ("--lengths", "512"), "bench plan": None, "bench all": None}
 
 
-def shorter(command: Command) -> tuple[str, ...] | None:
-  """What is added to a command, so that it takes a minute; None: it is not run."""
-  if command.main != "train":
-    kind = f"bench {command.arguments[0]}" if command.main == "bench" else command.main
-    return SHORTER.get(kind)
-  settings = ["training.log_every=1", "training.eval_batches=1", "training.checkpoint_every=2", "optimizer.warmup_steps=1",
-              "optimizer.decay_steps=1", "training.steps=2", "data.source=text", f"data.path={ROOT / 'deepseek_v4'}"]
+def added(command: Command) -> tuple[str, ...] | None:
+  """What is added to a command, so that it takes less than an hour; None: it is not run."""
+  words = ADDED[f"bench {command.arguments[0]}" if command.main == "bench" else command.main]
+  if command.value_of("coordinator") is None:
+    return words
+  # Half of the files are held out, so that there are some of both whatever they are called.
+  settings = ["data.source=text", f"data.path={ROOT / 'deepseek_v4'}", "data.held_out_percent=50"]
   return tuple(word for setting in settings for word in ("--set", setting))
 
 
@@ -190,8 +224,8 @@ def missing(command: Command) -> bool:
 
 def test_every_command_is_run_or_has_a_reason():
   for command in COMMANDS:
-    if command.main and command.main != "train":
-      assert (f"bench {command.arguments[0]}" if command.main == "bench" else command.main) in SHORTER, command
+    if command.main:
+      assert (f"bench {command.arguments[0]}" if command.main == "bench" else command.main) in ADDED, command
 
 
 @pytest.mark.long
@@ -204,9 +238,9 @@ def test_the_commands_run_one_after_another(tmp_path):
   environment = os.environ | {"PYTHONPATH": str(tmp_path)}
   environment.pop("XLA_FLAGS", None)
   for command in map(filled, COMMANDS):
-    more = shorter(command) if command.main else None
+    more = added(command) if command.main else None
     if more is None or missing(command):
       continue
     done = subprocess.run([sys.executable, *command.words[1:], *more], cwd=tmp_path, env=environment, capture_output=True,
-                          text=True, timeout=1200)
+                          text=True, timeout=3600, stdin=subprocess.DEVNULL)  # a conversation ends at once
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"

@@ -92,6 +92,8 @@ def flops(config, policy):
 def test_each_policy_trades_memory_for_work(layers):
   policies = IN_THE_SUITE if layers == "unit" else ("none", "mhc", "block", "full")
   memory, work = ([measure(CONFIGS[layers], policy) for policy in policies] for measure in (temporaries, flops))
+  for policy, size in zip(policies, memory):
+    print(f"{policy:8} {size / 2**20:4.0f} MiB")  # of the 16 scanned layers: README's column
   assert all(more > less for more, less in zip(memory, memory[1:])), memory
   assert all(less < more for less, more in zip(work, work[1:])), work
 
