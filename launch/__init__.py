@@ -1,4 +1,7 @@
-"""Thin mains. What a process must settle before JAX wakes is here, because every main needs it."""
+"""Thin mains. What a process must settle before JAX wakes is here, because every main needs it.
+
+What may not live here: anything that the libraries would import, or that somebody would want to call from Python.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Measurements behind `python -m launch.bench`: ours beside others', on the same machine in the same minutes.
+What may not live here: anything that makes ours faster, or the other side slower, than a user would have it.
 
     cases.py    what is measured, and with which settings each side runs
     flops.py    how much arithmetic a token needs, by the formula

@@ -4,7 +4,7 @@ A miniature is a module with
   DESCRIPTION            one line for the help text
   run(workdir, seeds, say) -> Result     trains, writes its picture into `workdir`, returns figures and targets
 and stands in `NAMES`; `launch/miniature.py` calls it. What a miniature trains goes on from its own checkpoints when the same
-command is given again.
+command is given again. What may not live here: the recipe itself; a miniature puts parts of the libraries together.
 """
 
 from __future__ import annotations

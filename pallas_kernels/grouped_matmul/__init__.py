@@ -1,4 +1,7 @@
-"""Experts' matmuls on tokens sorted by expert (report 2.1): gate, up, clamp, SiLU, down."""
+"""Experts' matmuls on tokens sorted by expert (report 2.1): gate, up, clamp, SiLU, down.
+
+What may not live here: who goes to which expert on which device, and with what weight, which `deepseek_v4/model` decides.
+"""
 
 from __future__ import annotations
 

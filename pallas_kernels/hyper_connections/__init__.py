@@ -1,4 +1,7 @@
-"""Manifold-constrained hyper-connections (report 2.2): coefficients with Sinkhorn, collapse, and the mix of the streams."""
+"""Manifold-constrained hyper-connections (report 2.2): coefficients with Sinkhorn, collapse, and the mix of the streams.
+
+What may not live here: the sublayers between a collapse and an expansion, and what the streams begin with.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The lightning indexer's exact selection and its KL loss (report 2.3.1, eqs. 13-17)."""
+"""The lightning indexer's exact selection and its KL loss (report 2.3.1, eqs. 13-17).
+
+What may not live here: projections and compressors, and attention itself, whose mass comes in from outside.
+"""
 
 from __future__ import annotations
 

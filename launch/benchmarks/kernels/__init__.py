@@ -1,4 +1,5 @@
 """Measurements behind `python -m launch.bench kernels`: what the TPU compiler makes of each op, without a TPU.
+What may not live here: kernels, which are in `pallas_kernels`, and whole steps, which `launch.plan` compiles.
 
     cases.py     what is compiled: op x model x length x direction x side; build.py makes the programs
     compile.py   compiles a program in a process of its own

@@ -1,4 +1,5 @@
 """V4-Flash's whole train step beside MaxText's, both compiled by one libtpu file for the same slice, nothing run.
+What may not live here: anything of ours that MaxText's process would import, and anything of MaxText's that ours would.
 
     cases.py     slices, batches and optimizers, and what each side must be told for them
     theirs.py    a process of MaxText's own environment: compiles its step and leaves its figures and its text in a folder
