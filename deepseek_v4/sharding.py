@@ -339,20 +339,32 @@ def per_copy(fn: Callable) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class OnMesh:
-  """A jitted function that is called, and lowered, with its mesh as the ambient one (None: no mesh, one device)."""
+  """A jitted function that is called, and lowered, with its mesh as the ambient one (None: no mesh, one device).
+
+  Attributes:
+    jitted, mesh: both of them.
+    check: called with the same arguments before, to refuse what is only known outside of jit; None = nothing is.
+  """
 
   jitted: Any
   mesh: Mesh | None
+  check: Callable[..., None] | None = None
+
+  def _checked(self, args: Any) -> None:
+    if self.check is not None:
+      self.check(*args)
 
   def _ambient(self) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
   def __call__(self, *args: Any) -> Any:
     """Calls the jitted function."""
+    self._checked(args)
     with self._ambient():
       return self.jitted(*args)
 
   def lower(self, *args: Any) -> jax.stages.Lowered:
     """Lowers for arrays or ShapeDtypeStructs; `.compile()` follows as with any jitted function."""
+    self._checked(args)
     with self._ambient():
       return self.jitted.lower(*args)

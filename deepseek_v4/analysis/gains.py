@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from deepseek_v4.analysis.trace import trace
+from deepseek_v4.model.context import check_documents
 from deepseek_v4.model.transformer import DeepseekV4
 
 
@@ -51,7 +52,7 @@ def composite_gains(combs: Iterable[Any], segment_ids: Any = None) -> Gains:
     segment_ids: [B, S], 0 = not a token, which is left out; default: all are tokens.
 
   Raises:
-    ValueError: no sublayer, shapes that differ, or no token.
+    ValueError: no sublayer, shapes that differ, segment_ids of another shape or dtype, or no token.
   """
   product, shape = None, None
   for i, comb in enumerate(combs):
@@ -61,12 +62,31 @@ def composite_gains(combs: Iterable[Any], segment_ids: Any = None) -> Gains:
     product, shape = (map_BSNN if product is None else map_BSNN @ product), map_BSNN.shape
   if product is None:
     raise ValueError("combs is empty: expected a map of every sublayer")
-  kept = np.ones(product.shape[:2], bool) if segment_ids is None else np.asarray(segment_ids) > 0
-  if not kept.any():
-    raise ValueError("segment_ids are all 0: expected at least one token")
+  kept = places_of_tokens(segment_ids, product.shape[:2], "combs")
   maps = product[kept]
   mean = maps.mean(0)
   return Gains(*(float(x) for x in (_forward(maps).mean(), _backward(maps).mean(), _forward(mean), _backward(mean))))
+
+
+def places_of_tokens(segment_ids: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
+  """bool [B, S]: places that hold a token.
+
+  Args:
+    segment_ids: integers [B, S], 0 = not a token; None = all are tokens.
+    shape: (B, S) of the array that they belong to, which messages call `what`.
+
+  Raises:
+    ValueError: another shape or dtype, numbers that are no documents', or no token.
+  """
+  if segment_ids is None:
+    return np.ones(shape, bool)
+  ids = np.asarray(segment_ids)
+  if ids.shape != shape or not np.issubdtype(ids.dtype, np.integer):
+    raise ValueError(f"segment_ids = {ids.dtype}{ids.shape}: expected integers {shape}, as {what} has")
+  check_documents("segment_ids", ids)
+  if not ids.any():
+    raise ValueError(f"segment_ids are all 0: expected at least one token in {what}")
+  return ids > 0
 
 
 def model_maps(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: jax.Array | None = None,

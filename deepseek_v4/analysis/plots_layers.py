@@ -10,7 +10,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from deepseek_v4.analysis.gains import Gains
+from deepseek_v4.analysis.gains import Gains, places_of_tokens
 from deepseek_v4.analysis.plots import finish, image, line_style, new_figure
 
 
@@ -20,10 +20,13 @@ def loads_of(found: Mapping[str, Any], num_experts: int, segment_ids: Any = None
   Args:
     found: of `trace`.
     num_experts: of a layer.
-    segment_ids: [B, S], to leave out places that hold no token; None = all count.
+    segment_ids: int [B, S], to leave out places that hold no token; None = all count.
+
+  Raises:
+    ValueError: segment_ids that do not fit, or no token.
   """
   names = sorted(name for name in found if name.startswith("layers/") and name.endswith("router/experts"))
-  tokens = _tokens(segment_ids, found[names[0]])
+  tokens = places_of_tokens(segment_ids, np.shape(found[names[0]])[:2], names[0])
   return np.stack([np.bincount(np.asarray(found[name])[tokens].reshape(-1), minlength=num_experts) for name in names])
 
 
@@ -53,23 +56,22 @@ def expert_loads(loads: Sequence[Any], moments: Sequence[Any], title: str = "exp
   return figure
 
 
-def _tokens(segment_ids: Any, of: Any) -> np.ndarray:
-  """bool [B, S]: places that hold a token; `of` is any array [B, S, ...]."""
-  return np.ones(np.shape(of)[:2], bool) if segment_ids is None else np.asarray(segment_ids) > 0
-
-
 def stream_mixing(found: Mapping[str, Any], segment_ids: Any = None) -> Figure:
   """mHC over depth: the mean mixing matrix of every sublayer; rows = new streams, each summing to about 1.
 
   Args:
     found: of `trace`.
-    segment_ids: [B, S], to leave out places that hold no token; None = all count.
+    segment_ids: int [B, S], to leave out places that hold no token; None = all count.
+
+  Raises:
+    ValueError: segment_ids that do not fit, or no token.
   """
   names = sorted(n for n in found if n.startswith("layers/") and n.endswith("/comb"))
   # Within a layer attention comes before the experts, as the alphabet has it.
   figure = new_figure(1.5 * len(names) + 1, 2.1)
   for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names):
-    comb_NN = np.asarray(found[name])[_tokens(segment_ids, found[name])].mean(0).T
+    tokens = places_of_tokens(segment_ids, np.shape(found[name])[:2], name)
+    comb_NN = np.asarray(found[name])[tokens].mean(0).T
     axes.imshow(comb_NN, cmap="Greys", vmin=0, vmax=1)
     axes.set(title=f"{name.split('/')[1]} {name.split('/')[2].removeprefix('mhc_')}", xticks=[], yticks=[])
     if len(comb_NN) <= 4:

@@ -19,6 +19,7 @@ import numpy as np
 
 from deepseek_v4.analysis.trace import trace
 from deepseek_v4.config import CSA
+from deepseek_v4.model.context import check_inputs
 from deepseek_v4.model.transformer import DeepseekV4
 
 
@@ -73,7 +74,11 @@ def model_mass(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: 
   Args:
     model, variables, tokens, positions, segment_ids: as in `dsv4.trace`, which keeps [S, S] weights: short texts only.
     top_k: picks of a query; default the model's `index_topk`.
+
+  Raises:
+    ValueError: tokens, positions or segment_ids that the model refuses.
   """
+  check_inputs(model.config, tokens, positions, segment_ids, "dense")
   found = jax.device_get(_dense_weights(model, variables, tokens, positions, segment_ids))
   return {layer: selection_mass(weight, scores, top_k or model.config.index_topk)
           for layer, (weight, scores) in found.items()}

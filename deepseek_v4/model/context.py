@@ -18,6 +18,7 @@ from deepseek_v4.model.cache import Cache
 from deepseek_v4.model.compression import EntryLayout, chunk_layout, entry_layout
 
 Phases = tuple[jax.Array, jax.Array]
+_INT32 = 2**31 - 1
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=["reach"], data_fields=["start", "count"])
@@ -116,13 +117,7 @@ def _check_values(config: ModelConfig, tokens_BS: np.ndarray | None, positions_B
                   segments_BS: np.ndarray | None, all_tokens: bool, cached: bool) -> None:
   """Refuses numbers without a meaning, of those arrays that are known; what is no token may hold anything."""
   if segments_BS is not None:
-    if (segments_BS < 0).any():
-      refuse("segment_ids", int(segments_BS.min()), "a document's number, from 1, or 0 = not a token")
-    highest_BS = np.maximum.accumulate(segments_BS, axis=1)
-    if not cached and (sinks := (segments_BS > 0) & (segments_BS < highest_BS)).any():
-      row, place = np.argwhere(sinks)[0]
-      refuse(f"segment_ids[{row}, {place}]", int(segments_BS[row, place]), f"at least {highest_BS[row, place]}, that of a "
-             "document before it: the tokens of a document lie together, and ids do not decrease")
+    check_documents("segment_ids", segments_BS, ordered=not cached)
   if segments_BS is None and not all_tokens:
     return
   token_BS = True if segments_BS is None else segments_BS > 0
@@ -132,6 +127,28 @@ def _check_values(config: ModelConfig, tokens_BS: np.ndarray | None, positions_B
     if values_BS is not None and (wrong := token_BS & ((values_BS < 0) | (values_BS >= count[1]))).any():
       row, place = np.argwhere(wrong)[0]
       refuse(f"{name}[{row}, {place}]", int(values_BS[row, place]), f"0 to {count[0]} - 1 = {count[1] - 1}")
+
+
+def check_documents(name: str, segment_ids: np.ndarray, *, ordered: bool = True) -> None:
+  """Refuses numbers that are no documents'.
+
+  Args:
+    name: what the message calls them.
+    segment_ids: integers [..., S].
+    ordered: the rows are whole, and so documents come in the order of their numbers.
+
+  Raises:
+    ValueError: a number below 0 or beyond int32, or a row in which ids decrease.
+  """
+  if (segment_ids < 0).any():
+    refuse(name, int(segment_ids.min()), "a document's number, from 1, or 0 = not a token")
+  if (segment_ids > _INT32).any():
+    refuse(name, int(segment_ids.max()), f"at most {_INT32}, the largest int32")
+  highest = np.maximum.accumulate(segment_ids, axis=-1)
+  if ordered and (sinks := (segment_ids > 0) & (segment_ids < highest)).any():
+    place = tuple(map(int, np.argwhere(sinks)[0]))
+    refuse(f"{name}{list(place)}", int(segment_ids[place]), f"at least {highest[place]}, that of a document before it: the "
+           "tokens of a document lie together, and ids do not decrease")
 
 
 def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None,

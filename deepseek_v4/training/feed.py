@@ -25,6 +25,7 @@ from deepseek_v4.config import RunConfig, to_dict
 from deepseek_v4.sharding import batch_sharding, check_divides, local_rows
 from deepseek_v4.training import stages
 from deepseek_v4.training.data import Batches, make_dataset
+from deepseek_v4.training.step import check_batch
 
 BATCH_ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")
 SHARED = ".shared"  # a file of the workdir, for a moment
@@ -83,7 +84,12 @@ def abstract_batch(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> dic
 
 def to_device(run_config: RunConfig, mesh: jax.sharding.Mesh | None,
               batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """A process's rows -> arrays of the whole batch, int32 [A, B, S] by name, spread over the mesh."""
+  """A process's rows -> arrays of the whole batch, int32 [A, B, S] by name, spread over the mesh.
+
+  Raises:
+    ValueError: rows that `step.check_batch` refuses.
+  """
+  check_batch(batch)
   if mesh is None:
     return jax.device_put(dict(batch))
   place, shape = batch_sharding(mesh), batch_shape(run_config)

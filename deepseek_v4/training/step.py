@@ -10,12 +10,14 @@ from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4 import optim, sharding
 from deepseek_v4.config import CSA, LossConfig, ModelConfig, RunConfig
 from deepseek_v4.model.compression import sees_an_entry
+from deepseek_v4.model.context import check_documents
 from deepseek_v4.model.groups import group_layers, split_layers
 from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from deepseek_v4.model.replay import Replay
@@ -39,10 +41,11 @@ def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
 
 
 def check_batch(batch: Batch) -> None:
-  """Refuses a batch that is not as `make_train_step` says; its numbers are not looked at.
+  """Refuses a batch that is not as `make_train_step` says. Of its numbers the documents' are looked at, where they are
+  NumPy's: to look at a device's would mean to wait for it.
 
   Raises:
-    ValueError: arrays that are missing, or have another shape or dtype.
+    ValueError: arrays that are missing, or have another shape or dtype; documents whose ids decrease or are none.
   """
   if missing := [name for name in ARRAYS if name not in batch]:
     raise ValueError(f"batch: {', '.join(missing)} not there: expected {', '.join(ARRAYS)}")
@@ -53,6 +56,8 @@ def check_batch(batch: Batch) -> None:
       wanted = f" = {tuple(shape)}, as tokens have" if len(shape) == 3 else ""
       raise ValueError(f"batch: {name} = {x.dtype}{tuple(x.shape)}: expected integers [accumulation, batch, sequence]"
                        f"{wanted}")
+  if isinstance(batch["segment_ids"], np.ndarray):
+    check_documents("batch: segment_ids", batch["segment_ids"])
 
 
 # ---- losses -----------------------------------------------------------------------------------------------------------
@@ -227,7 +232,7 @@ def _jit_on(mesh: Mesh | None, places: Any, fn: Callable, *, is_step: bool = Fal
     everywhere = NamedSharding(mesh, PartitionSpec())
     options["in_shardings"] = (places, sharding.batch_sharding(mesh))
     options["out_shardings"] = (places, everywhere) if is_step else everywhere
-  return sharding.OnMesh(jax.jit(fn, **options), mesh)
+  return sharding.OnMesh(jax.jit(fn, **options), mesh, lambda state, batch: check_batch(batch))
 
 
 def make_train_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding.OnMesh:
@@ -250,7 +255,7 @@ def make_train_step(run_config: RunConfig, mesh: Mesh | None = None) -> sharding
     and with `training.watch_gradients` (so in every stage) the norm of each group of parameters, "grad_norm/<group>".
 
   Raises:
-    ValueError: sizes that the mesh does not divide.
+    ValueError: sizes that the mesh does not divide. The callable: a batch that `check_batch` refuses.
   """
   run_config = stages.of_stage(run_config)
   places = _places_of(run_config, mesh)

@@ -1,4 +1,7 @@
-"""Shared-KV attention over a sliding window, compressed entries and a sink (report 2.3)."""
+"""Shared-KV attention over a sliding window, compressed entries and a sink (report 2.3).
+
+What may not live here: projections, rotations, caches: they are `deepseek_v4/model/attention.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ def attend_with(run: Callable[..., Any], q: jax.Array, window_kv: jax.Array, ent
     shapes = [None if x is None else x.shape for x in (past_kv, past_segment)]
     raise ValueError(f"past_kv, past_segment = {shapes[0]}, {shapes[1]}: expected [batch, past, width], [batch, past]")
   arguments.check("attend", q=(q, "B S H d"), entry_last=(entry_last, "int: B T"), entries=(entries, "any: B T ..."),
-                  **({} if past_kv is None else {"past_kv": (past_kv, "B P d")}))
+                  **({} if past_kv is None else {"past_kv": (past_kv, "B P d"), "past_segment": (past_segment, "int: B P")}))
   selection.check("attend", *q.shape[:2], entry_last.shape[1])
   places = dict(positions=positions, segment_ids=segment_ids, entry_last=entry_last, entry_segment=entry_segment)
   reach = min(max(window - 1, 0), 0 if past_kv is None else past_kv.shape[1])

@@ -38,7 +38,7 @@ def test_padding_is_left_out():
   comb = np.concatenate([FIRST, 1e6 * FIRST], 1)
   assert composite_gains([comb], np.array([[3, 0]])) == composite_gains([FIRST])
   with pytest.raises(ValueError, match="segment_ids are all 0"):
-    composite_gains([comb], np.zeros((1, 2)))
+    composite_gains([comb], np.zeros((1, 2), int))
 
 
 @pytest.mark.parametrize("combs, message", [

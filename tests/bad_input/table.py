@@ -1,6 +1,7 @@
 """How a room of wrong inputs is written down, and the one check that all of them go through."""
 
 import dataclasses
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Callable
@@ -21,19 +22,27 @@ class Wrong:
     value: what it is, as the message shows it.
     expected: a part of what the message says it should have been.
     call: meets it; gets an empty folder.
+    cause: what is wrong, where the same is expected of inputs that are wrong in different ways; else `expected` tells them
+      apart.
   """
 
   field: str
   value: str
   expected: str
   call: Callable[[Path], Any]
+  cause: str = ""
+
+  @property
+  def kind(self) -> tuple[str, str]:
+    """(field, cause), without the place in the field: what makes two wrong inputs two."""
+    return re.sub(r"\[[^\]]*\]", "", self.field), self.cause or self.expected
 
   def __str__(self) -> str:
     return f"{self.field} = {self.value}: {self.expected}"[:90]
 
 
-def table(*rows: tuple[str, str, str, Callable[[Path], Any]]) -> tuple[Wrong, ...]:
-  """The wrong inputs of a room."""
+def table(*rows: tuple[Any, ...]) -> tuple[Wrong, ...]:
+  """The wrong inputs of a room: field, value, expected, call and, where it is needed, cause of each."""
   return tuple(Wrong(*row) for row in rows)
 
 

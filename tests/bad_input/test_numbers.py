@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 
 import deepseek_v4 as dsv4
+from deepseek_v4.analysis import plots_layers
+from deepseek_v4.analysis.gains import composite_gains
+from deepseek_v4.analysis.selection_mass import model_mass
 from deepseek_v4.analysis.trace import trace
-from deepseek_v4.config import DataConfig
+from deepseek_v4.config import DataConfig, RunConfig
 from deepseek_v4.generation.decode import ThinkingBudget
 from deepseek_v4.generation.drift import storage_drift
 from deepseek_v4.training import data, sources
 from tests.bad_input.table import check, table
 from tests.bad_input.test_dtypes import reply
+from tests.bad_input.test_shapes import attention, f, i, loss, selection, step
 from tests.model.small import T0, abstract_variables
+from tests.training.small import random_batch
 
 VOCABULARY, MOST = T0.vocab_size, T0.max_position_embeddings
 ONES = np.ones((2, 6), np.int32)
@@ -56,18 +61,18 @@ def rows(value):
 
 
 TOKENS = table(
-  ("tokens[0, 1]", str(VOCABULARY), f"0 to vocab_size - 1 = {VOCABULARY - 1}", network(row(VOCABULARY))),
-  ("tokens[0, 1]", "-1", f"vocab_size - 1 = {VOCABULARY - 1}", network(row(-1))),
+  ("tokens[0, 1]", str(VOCABULARY), f"0 to vocab_size - 1 = {VOCABULARY - 1}", network(row(VOCABULARY)), "vocab_size - 1"),
+  ("tokens[0, 1]", "-1", "vocab_size - 1", network(row(-1)), "negative"),
   ("tokens[1, 5]", "1000000", "vocab_size - 1", network(row(10**6, (1, 5)))),
   ("tokens[0, 0]", str(VOCABULARY), "vocab_size - 1", network(row(VOCABULARY, (0, 0)), None, PACKED)),
-  ("tokens[0, 1]", "-2", "vocab_size - 1", network(row(-2), logits="last")),
+  ("tokens[0, 1]", "-2", "vocab_size - 1", network(row(-2), logits="last"), "negative"),
   ("tokens[0, 1]", "98", "vocab_size - 1", traced(row(98))),
   ("tokens[0, 1]", "99", "vocab_size - 1", cached(row(99))),
   ("tokens[1, 1]", "200", "vocab_size - 1", cached(row(200, (1, 1)), None, PACKED)),
   ("targets", str(VOCABULARY), "below vocab_size", network(ONES, targets=row(VOCABULARY))),
   ("targets", "-2", "-1 = not counted", network(ONES, targets=row(-2))),
-  ("prompts[0]", f"ids from 1 to {VOCABULARY}", f"below vocab_size = {VOCABULARY}", reply(prompts=[[1, VOCABULARY]])),
-  ("prompts[0]", "ids from -1 to -1", "below vocab_size", reply(prompts=[[-1]])),
+  ("prompts[0]", f"ids from 1 to {VOCABULARY}", "below vocab_size", reply(prompts=[[1, VOCABULARY]])),
+  ("prompts[0]", "ids from -1 to -1", "below vocab_size", reply(prompts=[[-1]]), "negative"),
   ("stop_tokens", "ids from 500 to 500", "below vocab_size", reply(stop_tokens=(500,))),
   ("close", "ids from 97 to 97", "below vocab_size", reply(thinking_budget=ThinkingBudget(2, (97,)))),
   ("close", "(-1,)", "at least one token id", lambda _: ThinkingBudget(2, (-1,))),
@@ -84,17 +89,21 @@ TOKENS = table(
   ("replay.experts", "4", "ids from 0 to 3", network(ONES, replay=dsv4.Replay(row(4, (1, 0, 0, 0), np.tile(
     np.arange(2, dtype=np.int32), (3, 2, 6, 1)))))),
 )
+BEYOND = "max_position_embeddings - 1"
 POSITIONS = table(
-  ("positions[0, 1]", str(MOST), f"0 to max_position_embeddings - 1 = {MOST - 1}", network(ONES, row(MOST))),
-  ("positions[0, 1]", "-1", f"max_position_embeddings - 1 = {MOST - 1}", network(ONES, row(-1))),
-  ("positions[1, 5]", "2147483647", "max_position_embeddings", network(ONES, row(2**31 - 1, (1, 5)))),
-  ("positions[0, 0]", "8", "max_position_embeddings - 1 = 7", network(ONES, row(8, (0, 0)), run=SHORT)),
-  ("positions[0, 2]", "5000", "max_position_embeddings", network(ONES, row(5000, (0, 2)), PACKED)),
-  ("positions[0, 1]", "5000", "max_position_embeddings", network(ONES, row(5000), targets=ONES)),
-  ("positions[0, 1]", "5000", "max_position_embeddings", traced(ONES, row(5000))),
+  ("positions[0, 1]", str(MOST), f"0 to max_position_embeddings - 1 = {MOST - 1}", network(ONES, row(MOST)), BEYOND),
+  ("positions[0, 1]", "-1", f"max_position_embeddings - 1 = {MOST - 1}", network(ONES, row(-1)), "negative"),
+  ("positions[1, 5]", "2147483647", BEYOND, network(ONES, row(2**31 - 1, (1, 5)))),
+  ("positions[0, 0]", "8", "max_position_embeddings - 1 = 7", network(ONES, row(8, (0, 0)), run=SHORT), BEYOND),
+  ("positions[0, 2]", "5000", BEYOND, network(ONES, row(5000, (0, 2)), PACKED)),
+  ("positions[0, 1]", "5000", BEYOND, network(ONES, row(5000), targets=ONES)),
+  ("positions[0, 1]", "5000", BEYOND, traced(ONES, row(5000))),
   ("tokens have length", "9", "max_position_embeddings = 8", network(np.ones((1, 9), np.int32), run=SHORT)),
   ("positions", "expected None beside a cache", "None beside a cache", cached(ONES, ONES)),
   ("max_length", "4097", f"at most max_position_embeddings = {MOST}", lambda _: dsv4.init_cache(T0, 1, 4097)),
+  ("max_length", "0", "a whole number, at least 1", lambda _: dsv4.init_cache(T0, 1, 0)),
+  ("data.sequence_length", "64", "at most model.max_position_embeddings = 8", lambda _: RunConfig(
+    model=SHORT.config, data=DataConfig(sequence_length=64))),
   ("cache_reach", "0", "None or a number of tokens", cached(ONES, cache_reach=0)),
   ("prompts[0]", "4093 tokens", "max_position_embeddings - max_new_tokens = 4092", reply(prompts=[[1] * 4093])),
   ("prompts[1]", "0 tokens", "1 to max_position_embeddings", reply(
@@ -105,27 +114,57 @@ POSITIONS = table(
    lambda _: storage_drift(MODEL, {}, [[1] * 4097])),
   ("rewind", "-1", "at least 0", lambda _: dsv4.init_cache(T0, 1, 8, rewind=-1)),
   ("lengths", "[9, 0]", "at most [0, 0]", lambda _: dsv4.rewind(_known_cache(), np.array([9, 0], np.int32))),
-  ("lengths", "[-1, 0]", "at most [0, 0]", lambda _: dsv4.rewind(_known_cache(), np.array([-1, 0], np.int32))),
+  ("lengths", "[-1, 0]", "at most [0, 0]", lambda _: dsv4.rewind(_known_cache(), np.array([-1, 0], np.int32)), "negative"),
 )
 DECREASING = row(1, (0, 4), PACKED)
+ORDERED, NUMBERED, IN_INT32 = "ids do not decrease", "a document's number, from 1, or 0 = not a token", "at most 2147483647"
+WIDE = np.array([[1, 1, 1, 2, 2, 2**31]] * 2)  # int64, which a model would cut to int32 without a word
+COMBS = [np.ones((2, 6, 2, 2))]
+TRACED = {"layers/00/router/experts": np.zeros((2, 6, 2), np.int32), "layers/00/mhc_attn/comb": np.ones((2, 6, 2, 2))}
+
+
+def of_batch(place, value, dtype=np.int32):
+  """Lowers the training step for a batch with another segment id; row 1 holds documents of 9, 1, 11 and 5 tokens."""
+  return step(segment_ids=row(value, (0, *place), random_batch()["segment_ids"].astype(dtype)))
+
+
+gains_of = lambda ids: lambda _: composite_gains(COMBS, ids)
+loads_of = lambda ids: lambda _: plots_layers.loads_of(TRACED, 4, ids)
+mixing_of = lambda ids: lambda _: plots_layers.stream_mixing(TRACED, ids)
+mass_of = lambda *arguments: lambda _: model_mass(MODEL, {}, *arguments)
 SEGMENTS = table(
-  ("segment_ids[0, 4]", "1", "at least 2", network(ONES, None, DECREASING)),
-  ("segment_ids[1, 5]", "1", "ids do not decrease", network(ONES, None, row(1, (1, 5), PACKED))),
-  ("segment_ids[0, 1]", "2", "at least 3", network(ONES, None, np.array([[3, 2, 1, 1, 1, 1]] * 2, np.int32))),
-  ("segment_ids[0, 5]", "1", "at least 5", network(ONES, None, np.array([[0, 5, 5, 0, 0, 1]] * 2, np.int32))),
-  ("segment_ids", "-1", "0 = not a token", network(ONES, None, row(-1, (0, 5), PACKED))),
-  ("segment_ids", "-7", "a document's number, from 1", network(ONES, None, -7 * ONES)),
-  ("segment_ids[0, 4]", "1", "at least 2", network(ONES, ONES, DECREASING)),
-  ("segment_ids[0, 4]", "1", "at least 2", network(ONES, None, DECREASING, targets=ONES)),
-  ("segment_ids[0, 4]", "1", "at least 2", network(ONES, None, DECREASING, mtp=True)),
-  ("segment_ids[0, 4]", "1", "at least 2", network(ONES, None, DECREASING, logits="none")),
-  ("segment_ids[0, 4]", "1", "at least 2", network(ONES, None, DECREASING, attention_mode="dense")),
-  ("segment_ids[0, 4]", "1", "at least 2", traced(ONES, None, DECREASING)),
-  ("segment_ids", "-1", "0 = not a token", traced(ONES, None, row(-1))),
-  ("segment_ids", "-1", "0 = not a token", cached(ONES, None, row(-1))),
-  ("segment_ids[0, 4]", "1", "at least 2", network(ONES, None, DECREASING, run=dsv4.DeepseekV4(T0, "blockwise"))),
-  ("segment_ids", "all 0", "at least one token", lambda _: dsv4.analysis.gains.composite_gains(
-    [np.ones((2, 6, 2, 2))], 0 * ONES)),
+  ("segment_ids[0, 4]", "1", ORDERED, network(ONES, None, DECREASING)),
+  ("segment_ids[1, 5]", "1", ORDERED, network(ONES, None, row(1, (1, 5), PACKED))),
+  ("segment_ids[0, 1]", "2", ORDERED, network(ONES, None, np.array([[3, 2, 1, 1, 1, 1]] * 2, np.int32))),
+  ("segment_ids[0, 5]", "1", ORDERED, network(ONES, None, np.array([[0, 5, 5, 0, 0, 1]] * 2, np.int32))),
+  ("segment_ids[0, 4]", "1", ORDERED, network(ONES, None, DECREASING, targets=ONES)),
+  ("segment_ids[0, 4]", "1", ORDERED, traced(ONES, None, DECREASING)),
+  ("segment_ids[0, 4]", "1", ORDERED, mass_of(ONES, None, DECREASING)),
+  ("segment_ids[0, 4]", "1", ORDERED, gains_of(DECREASING)),
+  ("segment_ids", "-1", NUMBERED, network(ONES, None, row(-1, (0, 5), PACKED))),
+  ("segment_ids", "-7", NUMBERED, network(ONES, None, -7 * ONES)),
+  ("segment_ids", "-1", NUMBERED, cached(ONES, None, row(-1))),
+  ("segment_ids", "-1", NUMBERED, mass_of(ONES, None, row(-1))),
+  ("segment_ids", "-1", NUMBERED, mixing_of(row(-1))),
+  ("segment_ids", "2147483648", IN_INT32, network(ONES, None, WIDE)),
+  ("segment_ids", "2147483648", IN_INT32, cached(ONES, None, WIDE)),
+  ("segment_ids", "all 0", "at least one token in combs", gains_of(0 * ONES)),
+  ("segment_ids", "all 0", "at least one token in layers/00/router/experts", loads_of(0 * ONES)),
+  ("segment_ids", "all 0", "at least one token in layers/00/mhc_attn/comb", mixing_of(0 * ONES)),
+  ("segment_ids", "int32(2, 5)", "(2, 6), as combs has", gains_of(PACKED[:, 1:])),
+  ("segment_ids", "int32(6,)", "(2, 6), as layers/00/router/experts has", loads_of(PACKED[0])),
+  ("segment_ids", "float64(2, 6)", "integers (2, 6), as layers/00/mhc_attn/comb has", mixing_of(PACKED / 2)),
+  ("batch: segment_ids[0, 1, 25]", "1", ORDERED, of_batch((1, 25), 1)),
+  ("batch: segment_ids", "-1", NUMBERED, of_batch((7, 0), -1)),
+  ("batch: segment_ids", "2147483648", IN_INT32, of_batch((0, 31), 2**31, np.int64)),
+  ("batch: segment_ids", "bool", "integers [accumulation, batch, sequence]", step(
+    segment_ids=random_batch()["segment_ids"] > 0)),
+  ("segment_ids", "float32[1, 4]", "whole numbers [B S]", attention(segment_ids=f(1, 4))),
+  ("segment_ids", "int32[1, 5]", "1, 4", selection(segment_ids=i(1, 5))),
+  ("entry_segment", "int32[1, 3]", "1, 2", loss(entry_segment=i(1, 3))),
+  ("entry_segment", "float32[1, 2]", "whole numbers [B T]", attention(entry_segment=f(1, 2))),
+  ("past_segment", "float32[1, 3]", "whole numbers", attention(past_kv=f(1, 3, 3), past_segment=f(1, 3))),
+  ("past_kv, past_segment", "None, (1, 3)", "[batch, past, width], [batch, past]", attention(past_segment=i(1, 3))),
 )
 
 

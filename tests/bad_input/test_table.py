@@ -1,5 +1,7 @@
 """How much the rooms of bad input hold, and that the count of compiled programs counts."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from tests.bad_input import (
   test_tokenizers,
 )
 from tests.bad_input.table import check, table
+from tests.documents import ROOT
 
 ROOMS = {
   "config fields": test_config_fields.WRONG, "flags": test_flags.WRONG, "files": test_files.WRONG,
@@ -26,10 +29,22 @@ ROOMS = {
   "empty data": test_empty_data.WRONG}
 
 
-def test_every_room_has_fifteen_and_all_together_many_more():
-  for room, wrong in ROOMS.items():
-    assert len(wrong) >= 15, room
-  assert sum(map(len, ROOMS.values())) >= 150
+def test_every_room_has_fifteen_fields_and_causes_and_all_together_many_more():
+  kinds = {room: {one.kind for one in wrong} for room, wrong in ROOMS.items()}
+  assert not {room: len(found) for room, found in kinds.items() if len(found) < 15}
+  assert len(set.union(*kinds.values())) >= 300
+
+
+def test_the_readme_says_how_many():
+  """In words that stay true for a while: "more than 400"."""
+  (number,) = re.findall(r"`tests/bad_input/` tries more than (\d+)", (ROOT / "README.md").read_text("utf-8"))
+  assert int(number) < sum(map(len, ROOMS.values())) < int(number) + 50
+
+
+def test_a_place_or_a_word_of_the_same_message_makes_no_new_kind():
+  said = lambda *row: table((*row[:3], None, *row[3:]))[0].kind
+  assert said("x[0, 4]", "1", "at least 2") == said("x[1, 5]", "7", "at least 2") == ("x", "at least 2")
+  assert said("x", "-1", "0 to 7", "negative") == ("x", "negative")
 
 
 def test_a_program_that_is_compiled_first_is_noticed(tmp_path, compiled):
