@@ -13,7 +13,8 @@ from deepseek_v4.analysis.gains import Gains
 
 Lines = Sequence[Mapping[str, Any]]
 STYLES: tuple[dict[str, Any], ...] = (
-  {"color": "black", "linewidth": 1.0}, {"color": "tab:red", "linewidth": 1.0, "linestyle": "--"})
+  {"color": "black", "linewidth": 1.0, "linestyle": "-"}, {"color": "tab:red", "linewidth": 1.0, "linestyle": "--"})
+BACKWARD: tuple[str, ...] = (":", "-.")  # of the same runs, told apart from the way forward without colours
 
 
 def stability(spiking: Mapping[str, Lines], mixing: Mapping[str, tuple[Lines, Sequence[Gains]]], path: str | Path) -> None:
@@ -33,11 +34,11 @@ def stability(spiking: Mapping[str, Lines], mixing: Mapping[str, tuple[Lines, Se
       spike.scatter(*zip(*points), color=style["color"], marker="x", s=30, zorder=3)
   spike.set(title="a learning rate that is too high (x: anomalies)", xlabel="step", ylabel="loss, nats")
   _around_the_spike(rate, spiking)
-  for (kind, (lines, found)), style in zip(mixing.items(), STYLES):
+  for (kind, (lines, found)), style, back in zip(mixing.items(), STYLES, BACKWARD):
     _losses(loss, lines, kind, style)
     depth = range(1, len(found) + 1)
     gain.plot(depth, [one.forward for one in found], label=f"{kind}, forward", **style)
-    gain.plot(depth, [one.backward for one in found], label=f"{kind}, backward", alpha=0.5, **style)
+    gain.plot(depth, [one.backward for one in found], label=f"{kind}, backward", **{**style, "linestyle": back})
   loss.set(title="residual streams of 60 sublayers", xlabel="step", ylabel="loss, nats")
   gain.set(title="gain of the first n sublayers after training", xlabel="n", yscale="log")
   for axes in (spike, rate, loss, gain):

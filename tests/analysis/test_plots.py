@@ -1,11 +1,23 @@
 """Pictures: what is drawn is what was given, every line and bar can be told apart without colours, and they make PNGs."""
 
 import itertools
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from deepseek_v4.analysis import plots, plots_attention, plots_costs, plots_layers, plots_optimizers
+from deepseek_v4.analysis import (
+  plots,
+  plots_attention,
+  plots_costs,
+  plots_distillation,
+  plots_layers,
+  plots_optimizers,
+  plots_reinforcement,
+  plots_stability,
+)
 from deepseek_v4.analysis.gains import Gains
 from deepseek_v4.analysis.selection_mass import selection_mass
 
@@ -59,10 +71,56 @@ PICTURES = {
 }
 
 
+# Of runs: what is written to a file at once.
+NUMBERS = ("next_token", "mtp", "indexer", "balance", "grad_norm", "learning_rate", "max_load_violation", "loss", "reward",
+           "reply_length", "kl", "policy_gap", "masked", "clipped", "finished", "kl/a", "kl/b", "bits_per_byte/a",
+           "bits_per_byte/b", "bits_per_byte", "bits_per_token", "routing_age")
+RUN = [{"split": split, "step": step, "stage": f"stage {step // 5}", **dict.fromkeys(NUMBERS, 1 / step)}
+       for step in range(1, 9) for split in ("train", "held_out", "rollout")]
+RUN.append({"split": "anomaly", "step": 4, "loss": 9.0})
+REACHED = {name: {"a": 2.0 - 0.1 * i, "b": 2.2 - 0.1 * i} for i, name in enumerate(("start", "x", "y", "z", "a", "b"))}
+DEPTH = {model: {effort: {"accuracy": 0.1 * i, "tokens": 5 * i} for i, effort in enumerate("nh", 1)} for model in "crs"}
+RACE = {name: [types.SimpleNamespace(steps=[1, 2], losses=[3.0, 2.0 + seed]) for seed in (0, 1)] for name in "abc"}
+WRITTEN = {
+  "losses": (plots, lambda path: plots.loss_curves(RUN, path, {"bigram": 3.0, "zlib": 2.0})),
+  "stages": (plots, lambda path: plots.stages_and_mass(RUN, path, {"1": (0.1, 0.5, 0.6), "3": (0.2, 0.4, 0.7)})),
+  "race": (plots_optimizers, lambda path: plots_optimizers.race(
+    RACE, {name: {0.1: [2.0, 2.1], 0.2: [3.0, np.inf]} for name in "abc"}, 2.0, path)),
+  "distillation": (plots_distillation, lambda path: plots_distillation.curves(RUN, path)),
+  "shares": (plots_distillation, lambda path: plots_distillation.shares(
+    RUN, REACHED, ("a", "b"), {"x": "on-policy", "y": "off-policy", "z": "mixed"}, path)),
+  "rewards": (plots_reinforcement, lambda path: plots_reinforcement.curves(RUN, path)),
+  "depth": (plots_reinforcement, lambda path: plots_reinforcement.depth([DEPTH, DEPTH], "nh", "crs", path)),
+  "stability": (plots_stability, lambda path: plots_stability.stability(
+    {"anticipate": RUN, "log": RUN}, {"mHC": (RUN, GAINS), "free": (RUN, GAINS)}, path)),
+}
+
+
+def test_every_module_of_pictures_is_here():
+  drawn = {module.__name__.split(".")[-1] for module, _ in WRITTEN.values()}
+  drawn |= {"plots_attention", "plots_costs", "plots_layers"}
+  assert {path.stem for path in Path(plots.__file__).parent.glob("plots*.py")} == drawn
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_print_tells_everything_apart_in_what_runs_write(name, tmp_path, monkeypatch):
+  module, draw = WRITTEN[name]
+  kept = []
+  monkeypatch.setattr(module, "FigureCanvasAgg", lambda figure: kept.append(figure) or FigureCanvasAgg(figure))
+  draw(tmp_path / "a.png")
+  assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+  told_apart(*kept)
+
+
 @pytest.mark.parametrize("name", PICTURES)
 def test_print_tells_everything_apart(name):
   figure = PICTURES[name]()
   assert plots.png(figure).startswith(b"\x89PNG")
+  told_apart(figure)
+
+
+def told_apart(figure):
+  """Lines by their strokes or markers, bars by their fills; and every part says what it is."""
   for axes in figure.axes:
     looks = [(line.get_linestyle(), line.get_marker()) for line in axes.lines if not line.get_label().startswith("_")]
     assert len(set(looks)) == len(looks), looks
