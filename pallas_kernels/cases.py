@@ -91,7 +91,7 @@ def packed(rows: Sequence[Sequence[int]], length: int, rate: int, num_entries: i
   Raises:
     ValueError: documents that do not fit the row.
   """
-  columns = {name: [] for name in ("positions", "segment_ids", "entry_last", "entry_segment")}
+  columns: dict[str, list[Any]] = {name: [] for name in ("positions", "segment_ids", "entry_last", "entry_segment")}
   for documents in rows:
     places = [(number + 1, place) for number, tokens in enumerate(documents) for place in range(tokens)]
     entries = [(segment, place) for segment, place in places if place % rate == rate - 1]

@@ -203,7 +203,8 @@ ADDED = {
   "plan": ("--set", "model.num_hidden_layers=1"), "faults": ("--kills", "0", "--stops", "1", "--full_disks", "0"),
   "bench forward": (), "bench train": (), "bench decode": (), "bench remat": (), "bench context": (), "bench start": (),
   "bench kernels": ("--lengths", "512", "--models", "flash", "--ops", "select", "--noothers"),
-  "bench memory": ("--lengths", "512", "--noothers"), "bench exchange": ("--lengths", "512"), "bench plan": None, "bench all": None}
+  "bench memory": ("--lengths", "512", "--noothers"), "bench exchange": ("--lengths", "512"), "bench plan": None,
+  "bench all": None}
 
 
 def added(command: Command) -> tuple[str, ...] | None:

@@ -52,7 +52,7 @@ def executed(text: str) -> dict[str, int]:
   """How often each kernel runs in a step, loops multiplied out, those of unknown length left out; by the name that its
   author gave it, without what JAX's transformations put around."""
   parts = hlo.computations(text)
-  runs, found = hlo.runs(parts), Counter()
+  runs, found = hlo.runs(parts), Counter[str]()
   for name, lines in parts.items():
     for kernel in _KERNEL.findall("\n".join(lines)):
       found[_TRANSFORMED.sub(r"\1", kernel)] += runs.get(name, 0) or 0

@@ -124,9 +124,9 @@ def _mlp_backward(static, saved, dy):
       (("rows", dy), ("rows_of", down), ("cut", g), ("cut", u)), 3)
   (dx,) = calls.rows_call(_d_rows, "experts_d_rows", interpret, plan, tile, x.shape[1],
                           (("rows", dg), ("rows", du), ("rows_of", gate), ("rows_of", up)), 1, True)
-  plan, experts = calls.weight_map(sizes, x.shape[0], tile), gate.shape[0]
-  d_gate, d_up = calls.weights_call("experts_d_gate_up", interpret, plan, tile, x, (dg, du), experts)
-  (d_down,) = calls.weights_call("experts_d_down", interpret, plan, tile, h, (dy,), experts)
+  of_weights, experts = calls.weight_map(sizes, x.shape[0], tile), gate.shape[0]
+  d_gate, d_up = calls.weights_call("experts_d_gate_up", interpret, of_weights, tile, x, (dg, du), experts)
+  (d_down,) = calls.weights_call("experts_d_down", interpret, of_weights, tile, h, (dy,), experts)
   return dx, d_gate, d_up, d_down, None
 
 
