@@ -23,7 +23,7 @@ def block_size(num_queries: int, bytes_per_query: int) -> int:
 
 
 def cut(x_BS: jax.Array, size: int) -> jax.Array:
-  """[B, S, ...] -> [N, size, ...]: rows padded with zeros to whole blocks, blocks of one row after another."""
+  """[B, S, ...] -> [N, size, ...], dtype kept: rows padded with zeros to whole blocks, blocks of one row after another."""
   batch, length = x_BS.shape[:2]
   blocks = math.ceil(length / size)
   x_BS = jnp.pad(x_BS, ((0, 0), (0, blocks * size - length)) + ((0, 0),) * (x_BS.ndim - 2))
@@ -31,7 +31,7 @@ def cut(x_BS: jax.Array, size: int) -> jax.Array:
 
 
 def join(x_NC: jax.Array, batch: int, length: int) -> jax.Array:
-  """The inverse of `cut`: [N, size, ...] -> [B, S, ...]."""
+  """The inverse of `cut`: [N, size, ...] -> [B, S, ...], dtype kept."""
   return x_NC.reshape(batch, x_NC.shape[0] * x_NC.shape[1] // batch, *x_NC.shape[2:])[:, :length]
 
 

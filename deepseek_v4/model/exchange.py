@@ -98,7 +98,8 @@ def move(x_MD: jax.Array, into_CD: jax.Array, slices: Slices, *, axis: str, impl
 
 
 def travel(x_MD: jax.Array, room: int, route: Route, **options: str) -> jax.Array:
-  """[room, D]: the rows that came to this device, 0 where none did. The gradient travels back; options as for `move`."""
+  """[room, D] in x's dtype: the rows that came to this device, 0 where none did. The gradient travels back; options as for
+  `move`."""
   rows = x_MD.shape[0]
 
   def onto(x, count, slices):
@@ -119,7 +120,7 @@ class Table:
   """The whole exchange, the same on every device of the axis.
 
   Attributes:
-    counts_NE: rows of each sender for each expert.
+    counts_NE: int32, like the other two; rows of each sender for each expert.
     first_NE: the first of them among the sender's rows.
     place_NE: the same where they arrive, among all that the receiver gets.
     most: int32 [], rows of the fullest device, tiles that are partly empty included.
