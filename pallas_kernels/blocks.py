@@ -42,14 +42,16 @@ def block_numbers(batch: int, length: int, size: int) -> tuple[jax.Array, jax.Ar
 
 
 def sees_entry(position_C: jax.Array, segment_C: jax.Array, last_T: jax.Array, entry_segment_T: jax.Array) -> jax.Array:
-  """bool [..., C, T]: an entry is visible once its last token has passed, and only inside its own document."""
+  """bool [..., C, T], of int32 places and documents: an entry is visible once its last token has passed, and only inside its
+  own document."""
   same = (segment_C[..., :, None] == entry_segment_T[..., None, :]) & (segment_C[..., :, None] > 0)
   return same & (last_T[..., None, :] <= position_C[..., :, None])
 
 
 def picked_sees(picks_CK: jax.Array, position_C: jax.Array, segment_C: jax.Array, last_T: jax.Array,
                 entry_segment_T: jax.Array) -> jax.Array:
-  """bool [..., C, K]: the pick is an entry, not empty, and visible to the query that picked it."""
+  """bool [..., C, K], of int32 picks, places and documents: the pick is an entry, not empty, and visible to the query that
+  picked it."""
   there_CK = (picks_CK >= 0) & (picks_CK < last_T.shape[0])
   safe_CK = jnp.where(there_CK, picks_CK, 0)
   same_CK = (entry_segment_T[safe_CK] == segment_C[:, None]) & (segment_C[:, None] > 0)

@@ -148,9 +148,10 @@ def test_missing_dtypes_are_seen():
 # A section, an equation or a table of a report, or a paper by its authors and year; see the docstrings of the two libraries.
 SOURCE = re.compile(r"\b([Rr]eport|V3(\.2)?|mHC( paper)?)\s(eqs?\.\s|table\s)?\d|\b(et\sal\.|and\s[A-Z]\w+)\s\d{4}")
 # Where formulas live, and the files there that have none of others: they move, cut, count and check, or hold tests' cases.
-FORMULAS = [path for path in FILES if {"model", "optim", "posttraining"} & set(path.parts[len(ROOT.parts):])
-            or path.parents[1].name == "pallas_kernels"]
+FORMULAS = [path for path in FILES if path.parents[1].name == "pallas_kernels"
+            or {"model", "optim", "posttraining", "generation"} & set(path.parts[len(ROOT.parts):])]
 PLUMBING = {"deepseek_v4/model/": "__init__ context groups", "deepseek_v4/optim/": "__init__ in_place",
+            "deepseek_v4/generation/": "__init__ decode requests stream",
             "deepseek_v4/posttraining/": "__init__ beginning passes prompts",
             "pallas_kernels/grouped_matmul/": "cases kernel_calls", "pallas_kernels/hyper_connections/": "cases",
             "pallas_kernels/indexer/": "cases forms largest",

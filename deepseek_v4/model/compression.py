@@ -62,7 +62,8 @@ def _closes_window(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: int
 
 
 def sees_an_entry(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: int) -> jax.Array:
-  """bool [B, S]: at least one entry of `rate` tokens of the token's document is closed when it comes."""
+  """bool [B, S], of int32 positions and segment ids: at least one entry of `rate` tokens of the token's document is closed
+  when it comes."""
   if not sequence.is_split():
     return _sees_own_entry(positions_BS, segment_ids_BS, rate)
 

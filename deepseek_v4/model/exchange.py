@@ -178,7 +178,7 @@ def through_experts(mlp: Callable[..., jax.Array], x_PD: jax.Array, counts_E: ja
 
   Args:
     mlp: (rows [C, D], matrices, int32 [E / N] rows of each own expert) -> [C, D]; rows as in `grouped_matmul.expert_mlp`.
-    x_PD: sorted by expert; rows behind the last one of an expert stay here and come out as 0.
+    x_PD: floating, dtype kept, sorted by expert; rows behind the last one of an expert stay here and come out as 0.
     counts_E: int32, rows of each expert.
     matrices: pytree of the device's own experts' weights.
   """

@@ -204,7 +204,8 @@ class MoE(nn.Module):
   @nn.compact
   def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int, given: jax.Array | None = None
                ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Returns (output [B, S, D], experts int32 [B, S, k], load int32 [E], balance loss (sum, count) or None).
+    """Returns (output [B, S, D] in x's dtype, experts int32 [B, S, k], load int32 [E], balance loss (sum, count) at least in
+    float32 or None).
 
     `given` experts are taken instead of the router's own, see `Router`; load and balance loss are then of these.
     """

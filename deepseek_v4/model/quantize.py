@@ -85,7 +85,7 @@ class PackedIndex:
 
 # ---- codes and scales -------------------------------------------------------------------------------------------------
 def encode(x: jax.Array, rule: Rule, axis: int = -1) -> tuple[jax.Array, jax.Array]:
-  """Numbers [..., n] -> (codes uint8 [..., n], one a byte, scales uint8 [..., ceil(n / block)]).
+  """Floating numbers [..., n] -> (codes uint8 [..., n], one a byte, scales uint8 [..., ceil(n / block)]).
 
   `axis`, counted from the end, is where n and the blocks lie.
   """

@@ -276,7 +276,7 @@ def one_step(tools: Tools, place: Place, parts: list[list[list[dict[str, np.ndar
 
   Args:
     parts: of each teacher and step, the passes' rows, int32 [B, S] by name; see `passes_of`.
-    heard: of each teacher, hidden states [passes, B, S, E]; see `listen`.
+    heard: of each teacher, hidden states [passes, B, S, E], dtype `distillation.hidden_dtype`; see `listen`.
 
   Raises:
     FloatingPointError: loss or gradients are not finite.

@@ -44,7 +44,7 @@ def _block_scores(q_Chc, w_Ch, keys):
 def select(queries_BShc: jax.Array, weights_BSh: jax.Array, keys_BTc: jax.Array, *, top_k: int, positions: jax.Array,
            segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array,
            unpack: Callable[[Any], jax.Array] | None = None) -> jax.Array:
-  """See `pallas_kernels.indexer.select`; returns picks, int32 [B, S, K].
+  """See `pallas_kernels.indexer.select`, for dtypes too; returns picks, int32 [B, S, K].
 
   A block scores the entries tile by tile, from the first tile to the last in which one of its queries may see something.
   How many these are is known at run time only: a cache costs what is in it, not what it has room for. Of packed keys no

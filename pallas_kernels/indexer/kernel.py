@@ -225,7 +225,7 @@ def _words(queries, weights, keys, positions, segment_ids, entry_last, entry_seg
 
 def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: int, positions: jax.Array,
            segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array, interpret: bool) -> Selection:
-  """See `pallas_kernels.indexer.select`; the selection is of kind "bits", int32 words."""
+  """See `pallas_kernels.indexer.select`, for dtypes too; the selection is of kind "bits", int32 words."""
   words = _words(queries, weights, keys, positions, segment_ids, entry_last, entry_segment, top_k=top_k,
                  interpret=interpret)
   return Selection.from_words(words, keys.shape[1], top_k)

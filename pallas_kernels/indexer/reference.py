@@ -24,7 +24,7 @@ def scores(queries_BShc: jax.Array, weights_BSh: jax.Array, keys_BTc: jax.Array)
 
 def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: int, positions: jax.Array,
            segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array) -> jax.Array:
-  """See `pallas_kernels.indexer.select`; returns picks, int32 [B, S, K]."""
+  """See `pallas_kernels.indexer.select`, for dtypes too; returns picks, int32 [B, S, K]."""
   keys = jnp.where((entry_segment > 0)[..., None], keys, 0)
   visible = sees_entry(positions, segment_ids, entry_last, entry_segment)
   masked = jnp.where(visible, positive_zero(scores(queries, weights, keys)), -jnp.inf)

@@ -162,7 +162,7 @@ def from_steps(x_NRd: jax.Array, shape: tuple[int, ...], plan: Plan) -> jax.Arra
 
 def near(window_kv: jax.Array, segments: tuple[jax.Array, jax.Array], window: int, plan: Plan
          ) -> tuple[jax.Array, jax.Array]:
-  """Window keys [B, V, 2 * reach, d], and who sees which of them: int32 [B, steps, queries, 128]."""
+  """Window keys [B, V, 2 * reach, d], dtype kept, and who sees which of them: int32 [B, steps, queries, 128]."""
   words = tiles.near_words(*segments, window, plan)[:, :plan.blocks * plan.queries]
   return tiles.near_keys(window_kv, segments[0].shape[1], plan), words.reshape(plan.batch, plan.blocks, plan.queries, LANES)
 
