@@ -1,6 +1,9 @@
 """DeepSeek-V4 in JAX: the public names, imported when they are first used. Nothing else lives here.
 
     import deepseek_v4 as dsv4
+
+Sources, as docstrings name them: "report" is DeepSeek-V4's (arXiv 2606.19348), "V3" and "V3.2" are those of these models
+(2412.19437, 2512.02556), "mHC" is the paper on hyper-connections (2512.24880), "the release" DeepSeek's own inference code.
 """
 
 from __future__ import annotations

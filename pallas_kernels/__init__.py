@@ -5,6 +5,11 @@
     pallas      the fastest form on a TPU for the shape: a kernel, or XLA's code where that wins (`forms.py` of an op)
     interpret   the kernels' own code on any backend
 
+Dtypes: unless said, floating arrays are float32, bfloat16 or float64 (the TPU kernels: the first two) and sums are at least
+float32; positions, documents and numbers of entries and experts are int32.
+Sources, as docstrings name them: "report" is DeepSeek-V4's (arXiv 2606.19348), "V3.2" its predecessor's (2512.02556), "mHC"
+the paper on hyper-connections (2512.24880).
+
 What lives here: arrays and integers in, arrays out. What may not: configs, parameters, flax, anything of `deepseek_v4`.
 """
 

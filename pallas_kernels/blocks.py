@@ -23,7 +23,7 @@ def block_size(num_queries: int, bytes_per_query: int) -> int:
 
 
 def cut(x_BS: jax.Array, size: int) -> jax.Array:
-  """[B, S, ...] -> [N, size, ...]: rows padded with zeros to whole blocks, blocks of one row after another."""
+  """[B, S, ...] -> [N, size, ...], dtype kept: rows padded with zeros to whole blocks, blocks of one row after another."""
   batch, length = x_BS.shape[:2]
   blocks = math.ceil(length / size)
   x_BS = jnp.pad(x_BS, ((0, 0), (0, blocks * size - length)) + ((0, 0),) * (x_BS.ndim - 2))
@@ -31,7 +31,7 @@ def cut(x_BS: jax.Array, size: int) -> jax.Array:
 
 
 def join(x_NC: jax.Array, batch: int, length: int) -> jax.Array:
-  """The inverse of `cut`: [N, size, ...] -> [B, S, ...]."""
+  """The inverse of `cut`: [N, size, ...] -> [B, S, ...], dtype kept."""
   return x_NC.reshape(batch, x_NC.shape[0] * x_NC.shape[1] // batch, *x_NC.shape[2:])[:, :length]
 
 
@@ -42,14 +42,16 @@ def block_numbers(batch: int, length: int, size: int) -> tuple[jax.Array, jax.Ar
 
 
 def sees_entry(position_C: jax.Array, segment_C: jax.Array, last_T: jax.Array, entry_segment_T: jax.Array) -> jax.Array:
-  """bool [..., C, T]: an entry is visible once its last token has passed, and only inside its own document."""
+  """bool [..., C, T], of int32 places and documents: an entry is visible once its last token has passed, and only inside its
+  own document."""
   same = (segment_C[..., :, None] == entry_segment_T[..., None, :]) & (segment_C[..., :, None] > 0)
   return same & (last_T[..., None, :] <= position_C[..., :, None])
 
 
 def picked_sees(picks_CK: jax.Array, position_C: jax.Array, segment_C: jax.Array, last_T: jax.Array,
                 entry_segment_T: jax.Array) -> jax.Array:
-  """bool [..., C, K]: the pick is an entry, not empty, and visible to the query that picked it."""
+  """bool [..., C, K], of int32 picks, places and documents: the pick is an entry, not empty, and visible to the query that
+  picked it."""
   there_CK = (picks_CK >= 0) & (picks_CK < last_T.shape[0])
   safe_CK = jnp.where(there_CK, picks_CK, 0)
   same_CK = (entry_segment_T[safe_CK] == segment_C[:, None]) & (segment_C[:, None] > 0)

@@ -114,16 +114,17 @@ def normals(key: jax.Array, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
 
 
 def scattered_picks(order: jax.Array, hole: jax.Array) -> jax.Array:
-  """Distinct entries in any order, visible or not, with -1 scattered among them.
+  """Distinct entries, int32 [B, S, K], in any order, visible or not, with -1 scattered among them.
 
   Args:
-    order: [B, S, T] numbers; the first K entries of their sorted order are picked.
-    hole: [B, S, K] standard normal numbers; three of ten picks become -1.
+    order: [B, S, T], floating; the first K entries of their sorted order are picked.
+    hole: float32 [B, S, K], standard normal numbers; three of ten picks become -1.
   """
   return jnp.where(hole > 0.5244, -1, jnp.argsort(order, axis=-1)[..., :hole.shape[-1]]).astype(jnp.int32)
 
 
 def unused_to_nan(x: jax.Array, segment: jax.Array) -> jax.Array:
-  """Entries or keys [B, T, ...] with NaN where the memory is unused, which is where `segment` is 0."""
+  """Entries or keys [B, T, ...], floating, dtype kept, with NaN where the memory is unused, which is where `segment`, int32
+  [B, T], is 0."""
   used = segment.reshape(*segment.shape, *(1,) * (x.ndim - 2)) > 0
   return jnp.where(used, x, jnp.nan)

@@ -69,27 +69,27 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-  """[m, k] [k, n] -> [m, n]."""
+  """[m, k] [k, n] -> float32 [m, n], as `dot`."""
   return dot(a, b, (1, 0))
 
 
 def matmul_t(a: jax.Array, b: jax.Array) -> jax.Array:
-  """[m, k] [n, k] -> [m, n]."""
+  """[m, k] [n, k] -> float32 [m, n], as `dot`."""
   return dot(a, b, (1, 1))
 
 
 def t_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-  """[k, m] [k, n] -> [m, n]."""
+  """[k, m] [k, n] -> float32 [m, n], as `dot`."""
   return dot(a, b, (0, 0))
 
 
 def widen(x: jax.Array, width: int) -> jax.Array:
-  """[rows, 128] with equal lanes -> [rows, width]."""
+  """[rows, 128] with equal lanes -> [rows, width], dtype kept."""
   return jnp.concatenate([x] * (width // LANES), -1)
 
 
 def lane_sums(x: jax.Array) -> jax.Array:
-  """[rows, n] -> [rows, 128]: sums of groups of 128 lanes; the sum over lanes can wait."""
+  """[rows, n] -> [rows, 128], dtype kept: sums of groups of 128 lanes; the sum over lanes can wait."""
   return functools.reduce(jnp.add, [x[:, start:start + LANES] for start in range(0, x.shape[1], LANES)])
 
 

@@ -91,7 +91,8 @@ def places_of_tokens(segment_ids: Any, shape: tuple[int, ...], what: str) -> np.
 
 def model_maps(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: jax.Array | None = None,
                segment_ids: jax.Array | None = None) -> list[jax.Array]:
-  """comb [B, S, N, N] of every sublayer of a model on a text: two a layer, attention first. Arguments as in `dsv4.trace`."""
+  """comb [B, S, N, N], at least float32, of every sublayer of a model on a text: two a layer, attention first. Arguments
+  as in `dsv4.trace`."""
   found = trace(model, variables, tokens, positions, segment_ids, logits="none")
   return [found[f"layers/{layer:02d}/mhc_{part}/comb"] for layer in range(model.config.num_hidden_layers)
           for part in ("attn", "ffn")]
@@ -99,5 +100,5 @@ def model_maps(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: 
 
 def model_gains(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: jax.Array | None = None,
                 segment_ids: jax.Array | None = None) -> Gains:
-  """Gains of a model's whole stack on a text. Arguments as in `dsv4.trace`."""
+  """Gains of a model's whole stack on a text, in float64. Arguments as in `dsv4.trace`."""
   return composite_gains(model_maps(model, variables, tokens, positions, segment_ids), segment_ids)

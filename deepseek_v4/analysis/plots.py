@@ -156,7 +156,8 @@ def finish(axes: Axes, title: str, xlabel: str, ylabel: str, **settings: Any) ->
 
 
 def image(axes: Axes, values: np.ndarray, title: str, xlabel: str, ylabel: str, bar: str = "", **options: Any) -> None:
-  """A matrix [rows, columns] of numbers in shades of grey, dark = much, with its scale beside it (named `bar`)."""
+  """A matrix [rows, columns] of numbers of any dtype in shades of grey, dark = much, with its scale beside it
+  (named `bar`)."""
   picture = axes.imshow(values, aspect="auto", interpolation="nearest", **({"cmap": "Greys"} | options))
   axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
   axes.figure.colorbar(picture, ax=axes, fraction=0.046, label=bar)

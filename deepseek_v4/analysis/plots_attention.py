@@ -44,7 +44,7 @@ def keys_seen(found: Mapping[str, Any], rates: Mapping[int, int], row: int = 0) 
 
 
 def seen_tokens(found: Mapping[str, Any], layer: int, rate: int, row: int = 0) -> np.ndarray:
-  """[S, S] shades of `keys_seen`: how each query (first axis) meets each token. Arguments as there."""
+  """float64 [S, S], shades of `keys_seen`: how each query (first axis) meets each token. Arguments as there."""
   name = f"layers/{layer:02d}"
   window_SS = np.asarray(found[f"{name}/attention/window_weight"][row]).max(1) > 0
   seen_SS = np.full(window_SS.shape, NOTHING)

@@ -69,7 +69,7 @@ def selection_mass(entry_weight: Any, scores: Any, top_k: int) -> Mass:
 
 def model_mass(model: DeepseekV4, variables: Any, tokens: jax.Array, positions: jax.Array | None = None,
                segment_ids: jax.Array | None = None, top_k: int | None = None) -> dict[int, Mass]:
-  """`selection_mass` of every CSA layer of a model on a text, {layer: Mass}; attention is dense.
+  """`selection_mass` of every CSA layer of a model on a text of int32 tokens, {layer: Mass}; attention is dense.
 
   Args:
     model, variables, tokens, positions, segment_ids: as in `dsv4.trace`, which keeps [S, S] weights: short texts only.

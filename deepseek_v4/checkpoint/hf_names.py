@@ -173,7 +173,7 @@ class Leaf:
     return x.transpose([ours.index(a) for group in self._their_axes for a in group]).reshape(self.their_shape)
 
   def from_theirs(self, x: np.ndarray) -> np.ndarray:
-    """The inverse of `to_theirs`."""
+    """The inverse of `to_theirs`, dtype kept."""
     flat = [a for group in self._their_axes for a in group]
     return x.reshape([self.sizes[a] for a in flat]).transpose([flat.index(a) for a in self.row.axes.split()])
 

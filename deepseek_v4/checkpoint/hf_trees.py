@@ -20,7 +20,7 @@ def _masked(value: Any) -> bool:
 
 
 def unscanned_leaves(tree: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-  """{path: NumPy array} of a variables dictionary, layers unscanned; leaves that are masked are left out.
+  """{path: NumPy array} of a variables dictionary, dtypes kept, layers unscanned; leaves that are masked are left out.
 
   Raises:
     ValueError: in one message, every leaf that is missing, unknown or of the wrong shape.

@@ -141,7 +141,8 @@ def unfinished(target: Path) -> Path:
 
 def write_release(folder: Path, config: ModelConfig, quantization: str | None, dtype: str, copy_files_from: Path | None,
                   read: Callable[[Sequence[str]], Mapping[str, np.ndarray]], max_file_bytes: int = MAX_FILE_BYTES) -> None:
-  """Weights, index, config.json and the files beside them into an existing folder; see `encoded_tensors` for `read`."""
+  """Weights, index, config.json and the files beside them into an existing folder; see `encoded_tensors` for `read`, whose
+  arrays are floating, of any dtype, but for int32 hash tables and uint8 scales."""
   plan = release_plan(config, quantization, dtype)
   write_config(folder, config, quantization, dtype, copy_files_from)
   if copy_files_from is not None:

@@ -83,12 +83,13 @@ def advance(model: DeepseekV4, variables: Any, cache: Cache, tokens: jax.Array, 
 
   Args:
     tokens, segment_ids: int32 [B, S]; segment 0 = not a token.
-    logits: [B, V] after each row's last token so far.
+    logits: [B, V], at least float32, after each row's last token so far.
     reach: see `cache_reach` of `DeepseekV4.__call__`.
     with_experts: also return who worked on each token.
 
   Returns:
-    The cache and logits [B, V] after these tokens; rows without a token keep theirs. And int32 [L, B, S, k], if wanted.
+    The cache and logits [B, V], dtype kept, after these tokens; rows without a token keep theirs. And int32 [L, B, S, k], if
+    wanted.
   """
   out = model.apply(variables, tokens, None, segment_ids, cache, logits="last", cache_reach=reach)
   moved_B1 = (segment_ids > 0).any(1, keepdims=True)
@@ -188,7 +189,7 @@ def prefill(model: DeepseekV4, variables: Any, cache: Cache, prompts: Sequence[S
     on_experts: called with the experts int32 [L, B, S, k] of each chunk.
 
   Returns:
-    The cache and the logits [B, V] after each prompt.
+    The cache and the logits [B, V], at least float32, after each prompt.
   """
   logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.promote_types(model.config.compute_dtype, jnp.float32))
   for tokens, segment_ids, fed in chunks(prompts, chunk_size):

@@ -1,4 +1,4 @@
-"""How far logits move when the cache keeps what the report publishes and not what was computed.
+"""How far logits move when the cache keeps what the report publishes (report 2.3.4) and not what was computed.
 
 Axis letters: B sequences   S tokens of a chunk   D hidden size   V vocabulary   C tokens whose logits exist at a time
 """

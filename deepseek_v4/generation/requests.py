@@ -108,7 +108,8 @@ def budgets(value: ThinkingBudget | None | Sequence[ThinkingBudget | None], coun
 
 def check(config: ModelConfig, prompts: Sequence[Sequence[int]], keys: jax.Array, max_new_tokens: int, chunk_size: int,
           stop_tokens: Sequence[int], thinking: Sequence[ThinkingBudget | None]) -> None:
-  """Refuses what `decode.generate` cannot work with; arguments as there, the budget of each request among them."""
+  """Refuses what `decode.generate` cannot work with; arguments as there, dtypes too, the budget of each request among
+  them."""
   if not len(prompts):
     refuse("prompts", prompts, "at least one")
   for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):

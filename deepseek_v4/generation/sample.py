@@ -1,4 +1,5 @@
-"""Logits to tokens: greedy, temperature, top-k, top-p, min-p; every row has its own settings and its own random key.
+"""Logits to tokens: greedy, temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024);
+every row has its own settings and its own random key.
 
 A token depends on its row's logits, the request's key and the token's number in the request, never on the batch around it.
 The filters are applied in the order temperature, top-k, top-p, min-p, each to what the one before left, as transformers

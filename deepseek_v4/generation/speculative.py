@@ -36,8 +36,8 @@ from deepseek_v4.model.transformer import DeepseekV4
 
 # ---- the rule ------------------------------------------------------------------------------------------------------
 def place_keys(keys: jax.Array, numbers: jax.Array, places: int) -> jax.Array:
-  """Typed keys [B, places, 3] of tokens `numbers` [B] and after of requests with keys [B]: to draft a token, to accept
-  it, and to choose it otherwise."""
+  """Typed keys [B, places, 3] of tokens `numbers` (int32 [B]) and after of requests with typed keys [B]: to draft a token,
+  to accept it, and to choose it otherwise."""
   numbers_BP = numbers[:, None] + jnp.arange(places)
   keys_BP = jax.vmap(sample.token_keys, (None, 1), 1)(keys, numbers_BP)
   return jax.vmap(jax.vmap(lambda key: jax.random.split(key, 3)))(keys_BP)
@@ -245,7 +245,8 @@ def check(config: ModelConfig, variables: Any, speculative: Any) -> int:
 def generate(model: DeepseekV4, variables: Any, prompts: Sequence[Sequence[int]], *, drafts: int, keys: jax.Array,
              settings: Rows, max_new_tokens: int, thoughts: Sequence[Thought], chunk_size: int, cache_storage: str,
              on_token: Callable[[int, int], None] | None, on_chunk: Callable[[int], None] | None) -> Generation:
-  """`decode.generate` with this many drafts a step; arguments as there, where they have been checked."""
+  """`decode.generate` with this many drafts a step; arguments as there, dtypes too, where they have been
+  checked."""
   config, batch = model.config, len(prompts)
   room = decode.room_for(max(map(len, prompts)) + max_new_tokens, config.max_position_embeddings)
   cache, draft_cache = (make(config, batch, room, rewind=drafts, storage=cache_storage)

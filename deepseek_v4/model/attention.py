@@ -1,4 +1,5 @@
-"""Shared-KV attention: sliding window, compressed entries, sinks, inverse rotation, grouped output (report 2.3).
+"""Shared-KV attention: sliding window, compressed entries, sinks, inverse rotation, grouped output (report 2.3, eqs. 18-19
+and 24-27).
 
 One vector per token is key and value of every head. Because the value carries the rotation of its own position, the output
 is rotated back by the query's position.
@@ -38,8 +39,8 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BSD: jax.Array, context: Context, cache: LayerCache | None = None, given: Selection | None = None
                ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, LayerCache | None, Selection | None]:
-    """Returns (output [B, S, D], indexer loss as (sum, count) or None, the cache after these tokens or None, the selection
-    of entries that was read).
+    """Returns (output [B, S, D] in x's floating dtype, indexer loss as (sum, count) at least in float32 or None, the cache
+    after these tokens or None, the selection of entries that was read).
 
     A `given` selection is taken instead of the indexer's own.
     """

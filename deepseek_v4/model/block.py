@@ -32,7 +32,7 @@ class LayerOutput:
   Attributes:
     experts: int32 [B, S, k].
     load: int32 [E], without padding.
-    balance, balance_count, indexer, indexer_count: scalars.
+    balance, balance_count, indexer, indexer_count: scalars, at least float32.
     selection: of a CSA layer, where the context says that selections are kept; else None.
   """
 
@@ -55,7 +55,8 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, streams_BSND: jax.Array, context: Context, layer: Any, cache: LayerCache | None = None,
                given: Choice | None = None) -> tuple[jax.Array, LayerOutput, LayerCache | None]:
-    """Returns the new streams, the layer's report and its cache after these tokens (None without one).
+    """Returns the new streams, in the floating dtype of the old ones, the layer's report and its cache after these tokens
+    (None without one).
 
     `layer` is the layer's number (it seeds a fresh hash table); `given` are choices that the layer does not make itself.
     """

@@ -1,4 +1,4 @@
-"""Decode state: what earlier tokens leave behind for later ones, as a plain pytree of static shapes (report 2.3, 3.6.1).
+"""Decode state: what earlier tokens leave behind for later ones, as a plain pytree of static shapes (report 2.3, 3.5.1).
 
 A layer keeps its last tokens' keys in a ring (the window), its compressed entries, and the last tokens' unpooled values and
 gates in a second ring (pending), from which the next entry is made; CSA layers keep the same for their index keys. A ring
@@ -196,7 +196,8 @@ def rewind(cache: Cache, lengths: Any) -> Cache:
 # ---- rows and entries of one layer ------------------------------------------------------------------------------------
 # A ring, entries and what is written to them may be arrays or packed ones: the functions do the same to every leaf.
 def read_ring(ring: Any, start: jax.Array, count: int) -> Any:
-  """[B, count, ...]: the tokens at positions start - count to start - 1 of each row, zero where there is none."""
+  """[B, count, ...] in the ring's dtype: the tokens at positions start - count to start - 1 of each row (int32 [B]), zero
+  where there is none."""
   position = start[:, None] + jnp.arange(-count, 0)
 
   def read(ring):
@@ -206,7 +207,8 @@ def read_ring(ring: Any, start: jax.Array, count: int) -> Any:
 
 
 def write_ring(ring: Any, new: Any, start: jax.Array, count: jax.Array) -> Any:
-  """The ring [B, R, ...] after `count` [B] tokens of `new` [B, S, ...], whose first one has position `start` [B].
+  """The ring [B, R, ...], its dtype kept, after `count` (int32 [B]) tokens of `new` [B, S, ...], whose first one has
+  position `start` (int32 [B]).
 
   Every row of the ring asks which token it holds now: a ring is small, and XLA's scatter copies its operand on a CPU.
   """
@@ -222,8 +224,8 @@ def _written(ring: jax.Array, new: jax.Array, start: jax.Array, count: jax.Array
 
 
 def write_entries(entries: Any, new: Any, first: jax.Array, used: jax.Array) -> Any:
-  """Entries [B, T, d] with those of `new` [B, C, d] that are `used` (bool [B, C]) at `first` [B] and after, in place where
-  the old ones are given up."""
+  """Entries [B, T, d] with those of `new` [B, C, d] that are `used` (bool [B, C]) at `first` (int32 [B]) and after, in
+  place where the old ones are given up; their dtype stays."""
   return jax.tree.map(lambda entries, new: _with_entries(entries, new, first, used), entries, new)
 
 

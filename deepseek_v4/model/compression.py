@@ -37,7 +37,7 @@ class EntryLayout:
     has_previous: bool [B, T], the document has a whole window before this one.
     last: int32 [B, T], position inside the document of that token.
     segment: int32 [B, T], the entry's document; 0 = the row has fewer entries and this one is unused.
-    cos, sin: [B, T, r / 2], rotary phases at the position of the window's FIRST token.
+    cos, sin: [B, T, r / 2], at least float32, rotary phases at the position of the window's FIRST token.
     rate: tokens per entry.
     contiguous: the row is one document from place 0 on, so that windows are a reshape.
   """
@@ -62,7 +62,8 @@ def _closes_window(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: int
 
 
 def sees_an_entry(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: int) -> jax.Array:
-  """bool [B, S]: at least one entry of `rate` tokens of the token's document is closed when it comes."""
+  """bool [B, S], of int32 positions and segment ids: at least one entry of `rate` tokens of the token's document is closed
+  when it comes."""
   if not sequence.is_split():
     return _sees_own_entry(positions_BS, segment_ids_BS, rate)
 
@@ -85,7 +86,8 @@ def _sees_own_entry(positions_BS: jax.Array, segment_ids_BS: jax.Array, rate: in
 
 def entry_layout(config: ModelConfig, attention: str, positions_BS: jax.Array, segment_ids_BS: jax.Array,
                  contiguous: bool) -> EntryLayout:
-  """Finds the entries of each row: windows of `rate` tokens of one document, counted from the document's start.
+  """Finds the entries of each row: windows of `rate` tokens of one document, counted from the document's start; int32
+  positions and segment ids.
 
   A part of a split sequence has room for as many entries as can close in it, whatever its documents; so T is the same
   as in one piece if the rate divides the part.
@@ -126,7 +128,7 @@ def _row_layout(config: ModelConfig, attention: str, positions_BS: jax.Array, se
 
 
 def chunk_layout(config: ModelConfig, attention: str, start_B: jax.Array, count_B: jax.Array, length: int) -> EntryLayout:
-  """Entries that `count_B` new tokens of each row can close, the row's first new token being its `start_B`-th.
+  """Entries that `count_B` new tokens of each row can close, the row's first new token being its `start_B`-th; both int32.
 
   Places are those of a row of the `lookback` tokens before the chunk and the chunk's `length` places.
   """
@@ -168,8 +170,9 @@ class Compressor(nn.Module):
                ) -> tuple[jax.Array, jax.Array | None]:
     """Returns (entries [B, T, d], normalised and rotated, and the tokens' values and gates [B, S, 2, o, d] for a cache).
 
-    Unused entries hold finite values without meaning. `earlier` gives values and gates [B, P, 2, o, d] of the tokens before,
-    for a `chunk_layout`; without it there is nothing to cache, and the second result is None.
+    Both are of x's floating dtype; pooling is at least in float32. Unused entries hold finite values without meaning.
+    `earlier` gives values and gates [B, P, 2, o, d] of the tokens before, for a `chunk_layout`; without it there is nothing
+    to cache, and the second result is None.
 
     entry = sum over slots of softmax(gate + position bias) * value; CSA's slots are the previous window's series 0 and
     the own window's series 1, and the first entry of a document has only the latter (report eqs. 9-12, 20-23).
@@ -243,7 +246,8 @@ def _by_part(fn: Callable, raw, bias_omd: jax.Array, layout: EntryLayout) -> Any
 
 def extend(compressor: Compressor, x_BSD: jax.Array, layout: EntryLayout, start_B: jax.Array, count_B: jax.Array,
            entries: Any, pending: jax.Array, stored: Callable[[jax.Array], Any]) -> tuple[Any, jax.Array]:
-  """The entries and the pending tokens of a cache after the first `count_B` tokens of each row of x; see `chunk_layout`.
+  """The entries and the pending tokens of a cache after the first `count_B` tokens (int32) of each row of x, which is
+  floating; see `chunk_layout`. What a cache holds keeps its dtype.
 
   `stored` makes of new entries [B, C, d] what `entries` hold.
   """

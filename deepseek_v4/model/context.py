@@ -41,14 +41,15 @@ class Context:
 
   Attributes:
     tokens, positions, segment_ids: int32 [B, S]; segment 0 = not a token.
-    phases: (cos, sin) [B, S, r / 2] of the tokens by attention kind.
+    phases: (cos, sin) [B, S, r / 2], at least float32, of the tokens by attention kind.
     entries: layout of the compressed entries by attention kind.
     attention_mode: "sparse", or "dense" = CSA layers attend to every visible entry.
     contiguous: each row is one document that starts at place 0.
     with_losses: layers compute their own losses (balance, indexer).
     chunk: with a cache; `entries` are then those that the new tokens can close.
     keep_selection: layers report the entries that their queries read.
-    past_segment: in a split sequence, documents of the window keys in front of each part, [B, N (window - 1)] for N parts.
+    past_segment: in a split sequence, documents of the window keys in front of each part, int32 [B, N (window - 1)] for N
+      parts.
   """
 
   tokens: jax.Array
@@ -153,7 +154,8 @@ def check_documents(name: str, segment_ids: np.ndarray, *, ordered: bool = True)
 
 def make_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None,
                  attention_mode: str, with_losses: bool) -> Context:
-  """Checks the inputs of a forward pass (see `check_inputs`) and computes what its layers share.
+  """Checks the inputs of a forward pass, int32 [B, S] as `DeepseekV4` takes them, and computes what its layers share; see
+  `check_inputs`.
 
   Raises:
     ValueError: also a sequence that the ambient mesh cannot split.

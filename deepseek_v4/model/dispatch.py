@@ -80,7 +80,8 @@ def _sum_of_rows(rows_MD: jax.Array, weights_kT: jax.Array, plan: Dispatch) -> j
 
 @jax.custom_vjp
 def gather_rows(x_TD: jax.Array, plan: Dispatch) -> jax.Array:
-  """Rows [M, D] of the picks; empty rows hold some token. The gradient gathers too: no scatter in either direction."""
+  """Rows [M, D] of the picks, in x's dtype; empty rows hold some token. The gradient gathers too: no scatter in either
+  direction."""
   return _rows_at(x_TD, plan.token)
 
 

@@ -98,7 +98,8 @@ def move(x_MD: jax.Array, into_CD: jax.Array, slices: Slices, *, axis: str, impl
 
 
 def travel(x_MD: jax.Array, room: int, route: Route, **options: str) -> jax.Array:
-  """[room, D]: the rows that came to this device, 0 where none did. The gradient travels back; options as for `move`."""
+  """[room, D] in x's dtype: the rows that came to this device, 0 where none did. The gradient travels back; options as for
+  `move`."""
   rows = x_MD.shape[0]
 
   def onto(x, count, slices):
@@ -119,7 +120,7 @@ class Table:
   """The whole exchange, the same on every device of the axis.
 
   Attributes:
-    counts_NE: rows of each sender for each expert.
+    counts_NE: int32, like the other two; rows of each sender for each expert.
     first_NE: the first of them among the sender's rows.
     place_NE: the same where they arrive, among all that the receiver gets.
     most: int32 [], rows of the fullest device, tiles that are partly empty included.
@@ -177,7 +178,7 @@ def through_experts(mlp: Callable[..., jax.Array], x_PD: jax.Array, counts_E: ja
 
   Args:
     mlp: (rows [C, D], matrices, int32 [E / N] rows of each own expert) -> [C, D]; rows as in `grouped_matmul.expert_mlp`.
-    x_PD: sorted by expert; rows behind the last one of an expert stay here and come out as 0.
+    x_PD: floating, dtype kept, sorted by expert; rows behind the last one of an expert stay here and come out as 0.
     counts_E: int32, rows of each expert.
     matrices: pytree of the device's own experts' weights.
   """

@@ -1,4 +1,5 @@
-"""Routed and shared experts: dispatch, grouped matmuls, combine (report 2.1). No token is ever dropped.
+"""Routed and shared experts: dispatch, grouped matmuls, combine (report 2.1; the clamp: 4.2.3). No token is ever
+dropped.
 
 Expert weights lie on the mesh axis `expert` and stay there, their width on `tensor`. Tokens come to them inside the
 shard_map wrapper, in one of two ways:
@@ -43,7 +44,8 @@ def routed(x_BSD: jax.Array, experts_BSk: jax.Array, weights_BSk: jax.Array, gat
            width_axis: str | None = None, exchange: str = "auto", wave: int | None = None,
            rounded: Callable[[jax.Array], jax.Array] | None = None,
            prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
-  """Sum over each token's experts of weight * expert(x), [B, S, D], on one device's part of the arrays.
+  """Sum over each token's experts of weight * expert(x), [B, S, D], on one device's part of the arrays: x and the experts'
+  matrices floating, weights at least float32 like the sum, experts int32; in x's dtype.
 
   Nothing is dropped, so of tokens that are gathered a device must have room for all picks, although about one in
   `expert_axis` of them is its own; rows that travel find room for a quarter more than it sends, in more passes if need be.
@@ -159,7 +161,8 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, experts_BSk: jax.Array, weights_BSk: jax.Array) -> jax.Array:
-    """x [B, S, D], experts int32 [B, S, k], weights [B, S, k] -> the weighted sum [B, S, D] over the chosen experts."""
+    """x [B, S, D], experts int32 [B, S, k], weights [B, S, k] -> the weighted sum [B, S, D], in x's dtype, over the chosen
+    experts."""
     config = self.config
     count, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
     expert_axis, width_axis = sharding.axis_name("expert"), sharding.axis_name("mlp")
@@ -183,7 +186,7 @@ class SharedExpert(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array) -> jax.Array:
-    """x [B, S, D] -> [B, S, D], what every token's own expert adds."""
+    """x [B, S, D], floating -> [B, S, D] of its dtype, what every token's own expert adds."""
     config, limit = self.config, self.config.swiglu_limit
     d, f = config.hidden_size, config.moe_intermediate_size
     gate, up = remat.keep([x_BSD @ weights.matrix(self, config, name, (d, f)) for name in ("gate", "up")])
@@ -201,7 +204,8 @@ class MoE(nn.Module):
   @nn.compact
   def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int, given: jax.Array | None = None
                ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Returns (output [B, S, D], experts int32 [B, S, k], load int32 [E], balance loss (sum, count) or None).
+    """Returns (output [B, S, D] in x's dtype, experts int32 [B, S, k], load int32 [E], balance loss (sum, count) at least in
+    float32 or None).
 
     `given` experts are taken instead of the router's own, see `Router`; load and balance loss are then of these.
     """

@@ -1,4 +1,5 @@
-"""Manifold-constrained hyper-connections: N residual streams, mixed by a nearly doubly stochastic matrix (report 2.2).
+"""Manifold-constrained hyper-connections: N residual streams, mixed by a nearly doubly stochastic matrix (report 2.2,
+eqs. 1-8).
 
 Axis letters: B batch   S sequence   N streams   D hidden size
 """
@@ -24,7 +25,7 @@ _STREAMS = ("batch", "sequence")
 
 
 def initial_base(config: ModelConfig) -> np.ndarray:
-  """Static part of the coefficients [(2 + N) N] at initialisation.
+  """Static part of the coefficients, float32 [(2 + N) N], at initialisation.
 
   "identity": the sublayer reads the mean of the streams, writes to all of them, and the streams stay (almost) unmixed;
   "zero": every coefficient at the middle of its range, which mixes the streams completely in every sublayer.
@@ -49,7 +50,8 @@ class HyperConnection(nn.Module):
 
   @nn.compact
   def __call__(self, streams_BSND: jax.Array, before: tuple[jax.Array, jax.Array, jax.Array] | None = None) -> Any:
-    """Returns (streams, collapsed [B, S, D], post [B, S, N], comb [B, S, N, N]).
+    """Returns (streams, collapsed [B, S, D], post [B, S, N], comb [B, S, N, N]); the coefficients post and comb at least
+    float32, the others of the streams' dtype.
 
     Args:
       before: (update [B, S, D], post, comb) of the sublayer before, whose output has not returned to the streams yet: it
@@ -79,7 +81,8 @@ class HyperConnection(nn.Module):
 
 
 def expand(streams_BSND: jax.Array, update_BSD: jax.Array, post: jax.Array, comb: jax.Array, *, kernels: str) -> jax.Array:
-  """X'_k = post_k * update + sum_j comb[j, k] X_j: the sublayer's output returns to the streams."""
+  """X'_k = post_k * update + sum_j comb[j, k] X_j: the sublayer's output returns to the streams, whose floating dtype stays;
+  post and comb at least float32, as `HyperConnection` returns them."""
   def run(*args):
     return pallas_kernels.hyper_connections.expand(*args, implementation=kernels)
   return sharding.per_shard(run, (_STREAMS,) * 4, _STREAMS)(streams_BSND, update_BSD, post, comb)
@@ -92,7 +95,8 @@ class HyperHead(nn.Module):
 
   @nn.compact
   def __call__(self, streams_BSND: jax.Array) -> jax.Array:
-    """Returns [B, S, D] = sum_j (sigmoid(u_j scale + base_j) + eps) X_j."""
+    """Returns [B, S, D] = sum_j (sigmoid(u_j scale + base_j) + eps) X_j, summed at least in float32, in the streams'
+    dtype."""
     config, n = self.config, self.config.hc_mult
     fn = weights.exact(self, config, "fn", (n * config.hidden_size, n))
     base = weights.exact(self, config, "base", (n,), nn.initializers.constant(

@@ -46,10 +46,10 @@ class Indexer(nn.Module):
   def __call__(self, x_BSD: jax.Array, latent_BSr: jax.Array, context: Context, cache: LayerCache | None = None,
                given: Selection | None = None) -> Any:
     """Returns (selection, (queries [B, S, h, c], weights [B, S, h], keys [B, T, c]), the cache with the new keys or None);
-    keys of a packed cache as it holds them.
+    queries and keys in x's dtype, keys of a packed cache as it holds them; weights at least float32.
 
     Args:
-      x_BSD: the attention sublayer's normalised input.
+      x_BSD: the attention sublayer's normalised input, floating.
       latent_BSr: the normalised query latent that the attention's queries come from, rounded where they are.
       context: of the forward pass.
       cache: of the layer.
@@ -124,11 +124,13 @@ class Indexer(nn.Module):
 
 def indexer_loss(index: Any, attention_queries: jax.Array, entries: Any, lse: jax.Array, selection: Selection,
                  context: Context, *, scale: float, kernels: str) -> Any:
-  """The KL loss as (sum over queries, count of queries that see an entry); report 2.3.1, V3.2 2.1.
+  """The KL loss as (sum over queries, count of queries that see an entry), scalars, at least float32 (report 2.3.1; V3.2
+  2.1.1).
 
   Args:
     index: the indexer's (queries, weights, keys), differentiable.
-    attention_queries: [B, S, H, d]; entries: [B, T, d]; lse: [B, S, H]; scale: all of the attention that is the teacher.
+    attention_queries: [B, S, H, d]; entries: [B, T, d], floating; lse: [B, S, H], at least float32; scale: all of the
+      attention that is the teacher.
   """
   layout = context.entries[CSA]
 

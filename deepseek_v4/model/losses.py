@@ -1,6 +1,7 @@
 """Cross entropy from hidden states, a chunk of tokens at a time: [batch, sequence, vocabulary] never exists.
 
-Losses are (sum, count) pairs; the gradient of the sum is computed together with it, so that a chunk's logits are made once.
+The losses of the next token and of the prediction block (report 2.1, as V3 2.2). They are (sum, count) pairs; the gradient
+of the sum is computed together with it, so that a chunk's logits are made once.
 
 Axis letters: B batch   S sequence   D hidden size   V vocabulary of a device   T tokens of a device   C tokens of a chunk
 """
@@ -21,8 +22,8 @@ def cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Arr
   """(sum, count) of -log softmax(hidden @ head)[target] in nats over the places with a target.
 
   Args:
-    hidden_BSD: what the head multiplies.
-    head_DV: the output head.
+    hidden_BSD: what the head multiplies, floating.
+    head_DV: the output head, of the same dtype; both scalars are at least float32.
     targets_BS: int32, -1 = not counted.
     chunk_size: tokens per device whose logits exist at a time.
   """
@@ -38,7 +39,7 @@ def cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Arr
 
 
 def in_chunks(x_T: jax.Array, chunk_size: int, fill: int = 0) -> jax.Array:
-  """[T, ...] -> [n, C, ...]; `fill` stands in the places of the last chunk that hold no token."""
+  """[T, ...] -> [n, C, ...], dtype kept; `fill` stands in the places of the last chunk that hold no token."""
   size = min(chunk_size, x_T.shape[0])
   missing = -x_T.shape[0] % size
   padded = jnp.pad(x_T, ((0, missing), *((0, 0),) * (x_T.ndim - 1)), constant_values=fill)

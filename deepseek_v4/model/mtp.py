@@ -1,4 +1,4 @@
-"""Multi-token prediction, depth 1 (report 2.1, unchanged from V3 but for the streams): the token after next.
+"""Multi-token prediction, depth 1 (report 2.1, as V3 2.2 but for the streams): the token after next.
 
 Axis letters: B batch   S sequence   N streams   D hidden size
 """
@@ -28,7 +28,8 @@ class MTP(nn.Module):
   @nn.compact
   def __call__(self, streams_BSND: jax.Array, next_BSD: jax.Array, context: Context, cache: LayerCache | None = None,
                given: Choice | None = None) -> tuple[jax.Array, jax.Array, LayerOutput, LayerCache | None]:
-    """Returns (what the shared head multiplies [B, S, D], the block's streams, the layer's report, its cache or None).
+    """Returns (what the shared head multiplies [B, S, D], the block's streams, the layer's report, its cache or None); both
+    arrays in the streams' floating dtype.
 
     Args:
       streams_BSND: after the main model's last layer, before its head's collapse; or the block's own, to guess further.

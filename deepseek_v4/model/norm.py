@@ -1,4 +1,5 @@
-"""RMS normalisation, with and without a weight; statistics at least in float32."""
+"""RMS normalisation (Zhang and Sennrich 2019; where V4 has it: report 2.2, 2.3.3), with and without a weight; statistics at
+least in float32."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
   """x * rsqrt(mean(x^2) + eps) * scale over the last axis, in float32 or wider, cast back once.
 
   Args:
-    x: [..., D].
-    scale: [D], or None for the weightless norm of query heads and mHC.
+    x: [..., D], floating, its dtype kept.
+    scale: [D], at least float32, or None for the weightless norm of query heads and mHC.
     eps: added to the mean square.
   """
   if scale is not None:
@@ -59,7 +60,7 @@ class RMSNorm(nn.Module):
   config: ModelConfig
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """x [..., D] -> the same shape and dtype, see `rms_norm`."""
+    """x [..., D], floating -> the same shape and dtype, see `rms_norm`."""
     return rms_norm(x, self.weight(x.shape[-1]), self.config.rms_norm_eps)
 
   @nn.compact

@@ -85,7 +85,7 @@ class PackedIndex:
 
 # ---- codes and scales -------------------------------------------------------------------------------------------------
 def encode(x: jax.Array, rule: Rule, axis: int = -1) -> tuple[jax.Array, jax.Array]:
-  """Numbers [..., n] -> (codes uint8 [..., n], one a byte, scales uint8 [..., ceil(n / block)]).
+  """Floating numbers [..., n] -> (codes uint8 [..., n], one a byte, scales uint8 [..., ceil(n / block)]).
 
   `axis`, counted from the end, is where n and the blocks lie.
   """
@@ -167,14 +167,14 @@ def _power(biased: jax.Array) -> jax.Array:
 
 # ---- the kinds of tensors ---------------------------------------------------------------------------------------------
 def pack_kv(x: jax.Array, rotary: int) -> PackedKV:
-  """Normalised and rotated keys = values [..., d] with `rotary` trailing rotary channels."""
+  """Normalised and rotated keys = values [..., d], floating, with `rotary` trailing rotary channels."""
   plain = x.shape[-1] - rotary
   codes, scales = encode(x[..., :plain], KV)
   return PackedKV(codes, x[..., plain:].astype(jnp.bfloat16), scales)
 
 
 def pack_index(x: jax.Array) -> PackedIndex:
-  """The indexer's keys [..., c] after `hadamard`."""
+  """The indexer's keys [..., c], floating, after `hadamard`."""
   codes, scales = encode(x, INDEX)
   return PackedIndex(codes[..., ::2] | codes[..., 1::2] << 4, scales)
 
@@ -195,12 +195,12 @@ def round_kv(x: jax.Array, rotary: int) -> jax.Array:
 
 
 def round_index(x: jax.Array) -> jax.Array:
-  """The indexer's queries or keys [..., c] after `hadamard`, rounded, with a straight-through gradient."""
+  """The indexer's queries or keys [..., c] after `hadamard`, rounded, dtype kept, with a straight-through gradient."""
   return straight_through(x, INDEX)
 
 
 def expert_weights(config: ModelConfig, weight: jax.Array) -> jax.Array:
-  """Routed experts' parameters [..., in, out] as their matmuls use them: in `config.compute_dtype`, and with
+  """Routed experts' float32 parameters [..., in, out] as their matmuls use them: in `config.compute_dtype`, and with
   `config.qat` = "fp4" rounded before that, 32 along the input axis to a scale as a release stores them.
 
   The gradient goes straight through to the parameters. Already rounded weights stay what they are.
@@ -210,12 +210,14 @@ def expert_weights(config: ModelConfig, weight: jax.Array) -> jax.Array:
 
 
 def linear_input(config: ModelConfig, x: jax.Array) -> jax.Array:
-  """The input [..., n] of a linear layer that releases store in FP8 or FP4: rounded if `config.inference_rounding`."""
+  """The input [..., n], floating, of a linear layer that releases store in FP8 or FP4: rounded, its dtype kept, if
+  `config.inference_rounding`."""
   return rounded(x, LINEAR) if config.inference_rounding else x
 
 
 def hadamard(x: jax.Array) -> jax.Array:
-  """[..., c] times the normalised Walsh-Hadamard matrix in Sylvester's order, c a power of two; its own inverse.
+  """[..., c], dtype kept, times the normalised Walsh-Hadamard matrix in Sylvester's order, c a power of two; its own
+  inverse.
 
   It spreads large channels over all of them before they are rounded; dot products stay what they are.
   """

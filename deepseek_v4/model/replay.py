@@ -64,8 +64,8 @@ def choices(replay: Replay | None, config: ModelConfig, context: Context, segmen
 
   Args:
     context: of the pass.
-    segment_ids: as the caller gave them.
-    back: where the caller's places went, if `make_chunk_context` moved them.
+    segment_ids: int32 [B, S], as the caller gave them.
+    back: int32 [B, S], where the caller's places went, if `make_chunk_context` moved them.
     runs_mtp: whether the pass runs the prediction block.
 
   Raises:

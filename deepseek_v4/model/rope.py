@@ -1,7 +1,7 @@
 """Partial rotary embedding on the last channels of a head, its inverse, and the two frequency tables (report 2.3.3).
 
-Sliding layers rotate with base 10000; layers with compressed entries with base 160000 stretched by YaRN. Pairs are the
-interleaved channels (2i, 2i+1) of the trailing `qk_rope_head_dim`.
+Sliding layers rotate with base 10000; layers with compressed entries with base 160000 stretched by YaRN (Peng et al. 2023).
+Pairs are the interleaved channels (2i, 2i+1) of the trailing `qk_rope_head_dim`.
 
 Axis letters: r rotary channels (the last ones of a head)
 """
@@ -39,7 +39,7 @@ def frequencies(config: ModelConfig, attention: str) -> np.ndarray:
 
 
 def angles(config: ModelConfig, attention: str, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(cos, sin) of shape [*positions.shape, r / 2], at least float32."""
+  """(cos, sin) of shape [*positions.shape, r / 2], at least float32, at integer positions of any shape."""
   exact = jnp.promote_types(config.compute_dtype, jnp.float32)
   # Frequencies are rounded to float32 first: the angle at position 10^6 depends on that rounding, and releases use it.
   table = jnp.asarray(frequencies(config, attention).astype(np.float32), exact)
@@ -51,8 +51,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, inverse: bool = Fals
   """Rotates the trailing channels: (e, o) -> (e cos - o sin, o cos + e sin); `inverse` turns back.
 
   Args:
-    x: [..., d], leading axes that broadcast with those of cos and sin.
-    cos, sin: [..., r / 2].
+    x: [..., d], floating, its dtype kept; leading axes that broadcast with those of cos and sin.
+    cos, sin: [..., r / 2] of `angles`, at least float32, the precision of the rotation.
   """
   sin = -sin if inverse else sin
   r = 2 * cos.shape[-1]

@@ -28,7 +28,8 @@ def score(logits: jax.Array, scoring_func: str) -> jax.Array:
 
 
 def combine_weights(scores_BSE: jax.Array, experts_BSk: jax.Array, factor: float) -> jax.Array:
-  """Weights [B, S, k] of the chosen experts: their unbiased scores, normalised to sum to `factor`."""
+  """Weights [B, S, k], in the scores' dtype, of the chosen experts (int32): their unbiased scores, normalised to sum to
+  `factor`."""
   return _normalised(jnp.take_along_axis(scores_BSE, experts_BSk, axis=-1)) * factor
 
 
@@ -71,8 +72,8 @@ def expert_load(experts_BSk: jax.Array, num_experts: int, segment_ids_BS: jax.Ar
 
 
 def balance_loss(scores_BSE: jax.Array, experts_BSk: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
-  """Sequence-wise balance loss per document, weighted by its tokens, as scalars (sum, tokens); 1 per token at perfect
-  balance.
+  """Sequence-wise balance loss per document, weighted by its tokens, as scalars (sum, tokens) in the scores' dtype, of int32
+  experts; 1 per token at perfect balance.
 
   For a document of n tokens: sum_e f_e P_e with f_e = E / (k n) * picks of e (no gradient) and P_e the mean over its
   tokens of the scores normalised over experts (V3 eqs. 17-20; report 4.2.2).
@@ -126,7 +127,8 @@ class Router(nn.Module):
   @nn.compact
   def __call__(self, x_BSD: jax.Array, context: Context, layer: jax.Array | int, given: jax.Array | None = None
                ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (experts int32 [B, S, k], weights [B, S, k], scores [B, S, E]); weights sum to routed_scaling_factor.
+    """Returns (experts int32 [B, S, k], weights [B, S, k], scores [B, S, E]); the latter two at least float32, whatever x
+    is, and the weights sum to routed_scaling_factor.
 
     `given` experts int32 [B, S, k] are taken instead of the best ones by a learned router; the weights are their current
     scores. The weights of a token with an unknown expert are NaN.

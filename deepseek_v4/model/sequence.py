@@ -5,6 +5,7 @@ needs of its neighbours travels by one exchange with the part before or after it
 whole document only sums. Without such an axis everything here is the one-device program: no wrapper, no collective.
 
 Axis letters: B batch   S sequence, or what is split like it   L places of a part   N parts   C channels
+Dtypes: what travels keeps its own, sums are floating and segment ids int32.
 """
 
 from __future__ import annotations

@@ -45,10 +45,10 @@ class ModelOutput:
   """Result of `DeepseekV4`; what was not asked for is None.
 
   Attributes:
-    logits: [B, S, V] float32 ([B, 1, V] for logits="last").
-    hidden: [B, S, D] after the final norm, what the head multiplies.
+    logits: [B, S, V], at least float32 ([B, 1, V] for logits="last").
+    hidden: [B, S, D] in the compute dtype, after the final norm, what the head multiplies.
     mtp_hidden: [B, S, D], the same of the multi-token-prediction block.
-    losses: {"next_token", "mtp", "balance", "indexer": (sum, count)} when targets were given.
+    losses: {"next_token", "mtp", "balance", "indexer": (sum, count)}, at least float32, when targets were given.
     routing: {"experts": int32 [L, B, S, k], "load": int32 [L, E] without padding}; of the prediction block, where it ran,
       also {"mtp_experts": int32 [B, S, k], "mtp_load": int32 [E]}; if asked for also {"selection": a Selection of each CSA
       layer}. `Replay.of(routing)` makes another pass choose the same.
@@ -87,8 +87,8 @@ class Stack(nn.Module):
   @nn.compact
   def __call__(self, streams_BSND: jax.Array, context: Context, caches: dict[str, LayerCache], given: list[Choice]
                ) -> Any:
-    """Returns the streams after the last layer, the reports of all layers, stacked over L, the selections of the CSA layers
-    if they are kept, and the layers' caches.
+    """Returns the streams after the last layer, in the floating dtype that they came in, the reports of all layers, stacked
+    over L, the selections of the CSA layers if they are kept, and the layers' caches.
 
     Args:
       caches: those of `Cache.layers`, or {} without a cache.
@@ -347,7 +347,7 @@ class Embedding(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """tokens int32 [B, S] -> [B, S, D]."""
+    """tokens int32 [B, S] -> [B, S, D] in the compute dtype."""
     table = weights.matrix(self, self.config, "embedding", (self.config.vocab_size, self.config.hidden_size))
     return sharding.constrain(table[tokens], ("batch", "sequence", None))
 

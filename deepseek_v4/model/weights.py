@@ -1,4 +1,5 @@
-"""How modules get their parameters: one initial distribution, the compute dtype, and the layout that a matmul wants."""
+"""How modules get their parameters: one initial distribution (V3 4.2), the compute dtype, and the layout that a matmul
+wants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Matrices of many leaves as batches of equal shape, whole matrices on single devices, the batch spread over all.
+"""Matrices of many leaves as batches of equal shape, whole matrices on single devices, the batch spread over all (the
+task of report 3.4.1).
 
 An operation that needs whole matrices (Newton-Schulz) is local this way, and what travels is what two exchanges cost,
 however long it runs. All of it is reshapes and sharding constraints. Leaves that are sharded alike travel together, as
@@ -196,7 +197,7 @@ class Plan:
     return int(self.real.reshape(-1, self.real.shape[-1]).all(0).sum())
 
   def slots(self) -> np.ndarray:
-    """Number of the matrix in each place's room, [places * room]; behind the last where it is empty."""
+    """Number of the matrix in each place's room, int [places * room]; behind the last where it is empty."""
     room, after = np.arange(self.real.shape[-1]), np.cumsum(self.counts)
     numbers = (after - self.counts)[:, None] + room
     return np.where(room < self.counts[:, None], numbers, after[-1]).reshape(-1)

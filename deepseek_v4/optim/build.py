@@ -1,4 +1,5 @@
-"""The whole optimizer of a run: clipping, Muon and AdamW by the table, decay, one learning rate."""
+"""The whole optimizer of a run: clipping (V3 4.2), Muon and AdamW by the table, decay, one learning rate (report 2.4 and
+4.2.2)."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def chain_of(optimizer_config: OptimizerConfig, params: Any, *, steps: int | Non
   """`build_optimizer` for a tree that may be a part of what is optimized; the state is named as that of the whole.
 
   Args:
-    norm: The gradient's norm over all parts; None: that of the gradients that are given.
+    norm: The gradient's norm over all parts, a float32 scalar; None: that of the gradients that are given.
     orthogonal: In the place of `orthogonalize`; None: that.
   """
   config, choices = optimizer_config, choices_of(optimizer_config)

@@ -100,7 +100,7 @@ def stays_finite(optimizer_config: OptimizerConfig, grads: Any, opt_state: Any, 
   Orthogonal matrices of finite numbers are finite, and no entry is above 2 (`newton_schulz`), so that they need not be
   known. Parameters and updates within a factor of 2 of float32's largest number count as not finite.
 
-  Args: as for `update_in_place`; the norm is a scalar.
+  Args: as for `update_in_place`; the norm is a float32 scalar.
   """
   bounded = optax.stateless(lambda updates, _: jax.tree.map(
     lambda x: jnp.where(jnp.isfinite(x), 2.0, jnp.nan).astype(x.dtype), updates))
@@ -120,12 +120,12 @@ def update_in_place(optimizer_config: OptimizerConfig, grads: Any, opt_state: An
     grads: Like params, before clipping.
     opt_state: As of `build_optimizer(...).init`, for params or for more leaves than these, which stay as they are.
     params: The leaves that are updated, None in the place of others.
-    norm: The global norm of `grads`.
+    norm: The global norm of `grads`, a float32 scalar.
     keep: (new number, old number) -> the one that stays; elementwise, of arrays of any shape.
     block_bytes: See `block_of`.
 
   Returns:
-    New params and opt_state.
+    New params and opt_state, dtypes kept.
   """
   def updated(params: Any, grads: Any, opt_state: Any) -> tuple[Any, Any]:
     optimizer = chain_of(optimizer_config, params, steps=steps, shardings=shardings, norm=norm)

@@ -1,4 +1,5 @@
-"""Which device of a mesh orthogonalises how many matrices of each kind, so that all of them work for equally long.
+"""Which device of a mesh orthogonalises how many matrices of each kind, so that all of them work for equally long
+(the task of report 3.4.1).
 
 A group of equal matrices with fewer members than there are devices would, padded with zeros, cost every device a matrix.
 Here the largest matrices are placed first, each on the device with the least work so far, and what is small and plentiful,

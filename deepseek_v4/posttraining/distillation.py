@@ -47,10 +47,10 @@ def reverse_kl(student_hidden: jax.Array, student_head: jax.Array, teacher_hidde
 
 def reverse_kl_sum(student_hidden: jax.Array, student_head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array,
                    mask: jax.Array, *, chunk: int, vocabulary: int | None = None) -> tuple[jax.Array, jax.Array]:
-  """Scalars (sum, count) of what `reverse_kl` is the mean of; sums over teachers and passes add up.
+  """Scalars (sum, count), at least float32, of what `reverse_kl` is the mean of; sums over teachers and passes add up.
 
   Args:
-    student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk: as `reverse_kl` takes them.
+    student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk: as `reverse_kl` takes them, dtypes too.
     vocabulary: only ids below it count; None = those that both heads have.
   """
   _check(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk)
@@ -69,7 +69,7 @@ def reverse_kl_sum(student_hidden: jax.Array, student_head: jax.Array, teacher_h
 
 
 def fitted(head: jax.Array, vocab_size: int) -> jax.Array:
-  """A head [Dt, V'] with `vocab_size` columns: those beyond are cut off, missing ones are zero."""
+  """A head [Dt, V'], floating, with `vocab_size` columns, dtype kept: those beyond are cut off, missing ones are zero."""
   return jnp.pad(head[:, :vocab_size], ((0, 0), (0, max(0, vocab_size - head.shape[1]))))
 
 

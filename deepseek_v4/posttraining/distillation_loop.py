@@ -1,4 +1,5 @@
-"""A distillation run, round by round: the student speaks, the teachers listen one after another, then steps of training.
+"""A distillation run, round by round: the student speaks, the teachers listen one after another, then steps of training
+(report 5.1.2, 5.2.2).
 
     prompts -> replies (journal) -> rows of one teacher each -> teachers' hidden states (cached) -> optimizer steps
 
@@ -202,7 +203,7 @@ def run_rounds(tools: Tools, place: Place) -> Place:
 
 
 def passes_of(tools: Tools, number: int, place: Place) -> list[list[list[dict[str, np.ndarray]]]]:
-  """Rows of a round: of each teacher, of each step, its passes of rows [B, S]."""
+  """Rows of a round: of each teacher, of each step, its passes of rows, int32 [B, S] by name."""
   run_config = tools.run_config
   data, length = run_config.data, run_config.distillation.steps_per_round
   each, rows = data.batch_size // len(tools.teachers), data.batch_size // data.accumulation
@@ -253,7 +254,12 @@ def _refuse_to_draw(workdir: Path, number: int, step: int, *_: Any, **__: Any) -
 
 
 def listen(tools: Tools, number: int, parts: list[list[list[dict[str, np.ndarray]]]], place: Place) -> list[np.ndarray]:
-  """Hidden states of a round: of each teacher [passes of all steps, B, S, E]. One teacher's weights at a time."""
+  """Hidden states of a round: of each teacher [passes of all steps, B, S, E], in the dtype `distillation.hidden_dtype`. One
+  teacher's weights at a time.
+
+  Args:
+    parts: of `passes_of`.
+  """
   started, heard = time.perf_counter(), []
   for teacher, of_steps in zip(tools.teachers, parts):
     heard.append(tools.library.hidden(teacher, number, [part for step in of_steps for part in step], tools.steps.put_rows,
@@ -270,7 +276,7 @@ def one_step(tools: Tools, place: Place, parts: list[list[list[dict[str, np.ndar
 
   Args:
     parts: of each teacher and step, the passes' rows, int32 [B, S] by name; see `passes_of`.
-    heard: of each teacher, hidden states [passes, B, S, E]; see `listen`.
+    heard: of each teacher, hidden states [passes, B, S, E], dtype `distillation.hidden_dtype`; see `listen`.
 
   Raises:
     FloatingPointError: loss or gradients are not finite.

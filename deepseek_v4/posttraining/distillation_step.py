@@ -1,7 +1,7 @@
 """One optimizer step of a distillation: passes of one teacher each, their gradients added up, then one update.
 
-The loss is the KL to the teacher whose sample it is; passes are programs of their own (`passes.py`), since between them
-another teacher's head takes the place of the one before.
+The loss is the KL to the teacher whose sample it is (report 5.1.2); passes are programs of their own (`passes.py`), since
+between them another teacher's head takes the place of the one before.
 
 Axis letters: B rows   S sequence   D, E hidden sizes of student and teacher   V vocabulary
 """
@@ -41,8 +41,8 @@ class Pass:
 
   Attributes:
     rows: int32 [B, S] each: "tokens", "segment_ids", "positions", "loss_mask" (1 on tokens that the student drew).
-    hidden: [B, S, E], the teacher's, what its head multiplies.
-    head: [E, V] of the teacher, with as many columns as the student's.
+    hidden: [B, S, E], the teacher's, what its head multiplies, floating.
+    head: [E, V] of the teacher, floating, with as many columns as the student's.
     weight: float32 [], of this teacher in the loss.
     vocabulary: ids that both have, the first of them.
   """
@@ -55,7 +55,7 @@ class Pass:
 
 
 def count_losses(run_config: RunConfig, rows: Rows) -> dict[str, jax.Array]:
-  """How many terms each loss has in rows [B, S]; counts of the passes of a step add up."""
+  """How many terms each loss has in rows, int32 [B, S], as float32 scalars; counts of the passes of a step add up."""
   return {"distillation": (_targets(rows) >= 0).sum().astype(jnp.float32), **count_layer_losses(run_config, rows)}
 
 
@@ -64,7 +64,7 @@ def _targets(rows: Rows) -> jax.Array:
 
 
 def pass_losses(run_config: RunConfig, params: Any, router: Any, part: Pass) -> tuple[dict[str, jax.Array], jax.Array]:
-  """({loss: sum over the pass, without weights}, experts' load [L, E])."""
+  """({loss: sum over the pass, without weights}, scalars at least float32; experts' load, int32 [L, E])."""
   model, rows = DeepseekV4(run_config.model, run_config.training.kernels), part.rows
   targets = _targets(rows)
   # Targets ask for the layers' losses; nobody reads the next-token loss, so it is not computed.
@@ -106,22 +106,22 @@ class Steps(Frame):
     self._add = self.jit(lambda *args: _add_pass(run_config, self.places, *args), (self.sums, self.everywhere), donate=(1,))
 
   def add(self, state: TrainState, sums: Sums, part: Pass, counts: Mapping[str, Any]) -> tuple[Sums, jax.Array]:
-    """(the sums, which are given up, with a pass added; the KL sum of the pass in nats, without weight).
+    """(the sums, which are given up, with a pass added; the KL sum of the pass in nats, at least float32, without weight).
 
     Args:
-      counts: of each loss over all passes of the step, see `count_losses`.
+      counts: float32 scalars, of each loss over all passes of the step, see `count_losses`.
     """
     return self._add(state, sums, part, counts)
 
   # ---- arrays of a pass, where they belong ---------------------------------------------------------------------------
   def put_rows(self, rows: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Rows [B, S] on the devices."""
+    """Rows, int32 [B, S] by name, on the devices."""
     return {name: self.put(rows[name], ("batch", "sequence")) for name in ROWS}
 
   def put_hidden(self, hidden: Any) -> jax.Array:
-    """Hidden states [B, S, E] on the devices."""
+    """Hidden states [B, S, E], floating, dtype kept, on the devices."""
     return self.put(hidden, ("batch", "sequence", None))
 
   def put_head(self, head: Any) -> jax.Array:
-    """A teacher's head [E, V] on the devices, split along V."""
+    """A teacher's head [E, V], floating, dtype kept, on the devices, split along V."""
     return self.put(head, (None, "vocab"))

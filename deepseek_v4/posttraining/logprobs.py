@@ -1,5 +1,7 @@
 """Log-probabilities of given tokens, a chunk of tokens at a time: [batch, sequence, vocabulary] never exists.
 
+They are the logp of GRPO's ratios, and kept sets its sampling mask (V3.2's report 3.1).
+
 Axis letters: B batch   S sequence   D hidden size   V vocabulary of a device   T tokens of a device   C tokens of a chunk
               b bytes with a bit for each of V
 """
@@ -27,8 +29,8 @@ def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, *, ch
   """log softmax(hidden @ head / temperature)[target] of each place, as the sampler computes it; differentiable.
 
   Args:
-    hidden: [B, S, D], what the head multiplies.
-    head: [D, V].
+    hidden: [B, S, D], what the head multiplies, floating.
+    head: [D, V], floating.
     targets: int32 [B, S]; -1 = nothing is asked.
     chunk: tokens per device whose logits exist at a time.
     temperature: above 0.

@@ -52,14 +52,15 @@ def loss_weights(run_config: RunConfig, own: str) -> dict[str, float]:
 
 
 def count_layer_losses(run_config: RunConfig, rows: Rows) -> dict[str, jax.Array]:
-  """How many terms each loss of the layers has in rows [B, S]; counts of the passes of a step add up."""
+  """How many terms each loss of the layers has in rows, int32 [B, S], as float32 scalars; counts of the passes of a step add
+  up."""
   places = {"balance": rows["segment_ids"] > 0,
             "indexer": sees_an_entry(rows["positions"], rows["segment_ids"], run_config.model.compress_rate(CSA))}
   return {name: x.sum().astype(jnp.float32) for name, x in places.items()}
 
 
 def means(found: Mapping[str, jax.Array], counts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Sums of a pass, scalars, as its parts of the step's means; 0 where nothing counts."""
+  """Sums of a pass, scalars at least float32, as its parts of the step's means; 0 where nothing counts."""
   return {name: total / jnp.maximum(counts[name], 1) for name, total in found.items()}
 
 
@@ -70,9 +71,9 @@ def add_pass(weights: Mapping[str, float], places: Any, state: TrainState, sums:
   Args:
     weights: of the losses.
     places: shardings of the state; None on one device.
-    segment_ids: [B, S] of the pass.
-    values_of: parameters -> (losses and metrics of the pass, which add up over passes, or are named "..._max"; load [L, E];
-      anything else).
+    segment_ids: int32 [B, S] of the pass.
+    values_of: parameters -> (losses and metrics of the pass, float32 scalars, which add up over passes, or are named
+      "..._max"; load int32 [L, E]; anything else).
   """
   def objective(params: Any) -> Any:
     values, load, other = values_of(params)
@@ -157,10 +158,11 @@ class Frame:
     return sharding.OnMesh(jax.jit(fn, donate_argnums=donate, **options), self._mesh)
 
   def put(self, x: Any, axes: tuple[str | None, ...]) -> jax.Array:
-    """An array of any shape on the devices, split along these axes, one for each of its own."""
+    """An array of any shape and dtype on the devices, split along these axes, one for each of its own."""
     return jax.device_put(x, None if self._mesh is None else NamedSharding(self._mesh, sharding.spec(axes)))
 
   def update(self, state: Any, sums: Sums) -> tuple[Any, dict[str, jax.Array]]:
-    """(the state after the step, metrics); the state that came in is given up. The OLD state comes back, and
-    metrics["finite"] is False, if loss, gradient norm or a new parameter is not finite."""
+    """(the state after the step, metrics); the state that came in is given up. Metrics are float32 scalars, but "tokens" is
+    int32 and "finite" bool. The OLD state comes back, and metrics["finite"] is False, if loss, gradient norm or a new
+    parameter is not finite."""
     return self._update(state, sums)

@@ -1,7 +1,7 @@
 """One optimizer step of reinforcement learning: passes over packed samples, their gradients added up, then one update.
 
-The loss is -J of `grpo.py`; passes are programs of their own (`passes.py`), so that a minibatch of any number of rows
-compiles nothing.
+The loss is -J of `grpo.py` (V3.2 3.1; report 5.1.1); passes are programs of their own (`passes.py`), so that a minibatch
+of any number of rows compiles nothing.
 
 Axis letters: B rows   S sequence   V vocabulary   L layers   E experts   k experts per token
 """
@@ -64,9 +64,11 @@ def as_policy(run_config: RunConfig, state: TrainState) -> PolicyState:
 
 # ---- pure functions ------------------------------------------------------------------------------------------------------
 def policy_logprobs(run_config: RunConfig, params: Any, router: Any, rows: Rows, *, replay: bool) -> tuple[jax.Array, Any]:
-  """Nats [B, S] of the rows' targets under the distribution that they were drawn from, and the model's output.
+  """Nats [B, S], at least float32, of the rows' targets under the distribution that they were drawn from, and the model's
+  output.
 
   Args:
+    rows: of `problems.rows_of`, dtypes as there.
     replay: take the rows' experts, if they have any, instead of the router's own choice.
   """
   model, config = DeepseekV4(run_config.model, run_config.training.kernels), run_config.reinforcement
@@ -114,18 +116,25 @@ class Programs(Frame):
     self._add = self.jit(lambda *args: _add_pass(run_config, self.places, *args), self.sums, donate=(1,))
 
   def put_rows(self, rows: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Rows [B, S, ...] on the devices."""
+    """Rows [B, S, ...] on the devices, dtypes kept."""
     last = lambda name, x: ("vocab",) if name == "kept" else (None,) * (x.ndim - 2)
     return {name: self.put(x, ("batch", "sequence", *last(name, x))) for name, x in rows.items()}
 
   def reference(self, variables: Any, rows: Rows) -> jax.Array:
-    """Log-probabilities [B, S] of the rows' targets under other weights, which choose experts themselves."""
+    """Log-probabilities [B, S], at least float32, of the rows' targets under other weights, which choose experts
+    themselves."""
     return self._reference(variables, rows)
 
   def policy(self, variables: Any, rows: Rows) -> jax.Array:
-    """Log-probabilities [B, S] of the rows' targets as training computes them, with the sampler's experts."""
+    """Log-probabilities [B, S], at least float32, of the rows' targets as training computes them, with the sampler's
+    experts."""
     return self._policy(variables, rows)
 
   def add(self, state: PolicyState, sums: Sums, rows: Rows, counts: Mapping[str, Any]) -> Sums:
-    """The sums, which are given up, with a pass added; `counts` are of all passes of the step, see `count_losses`."""
+    """The sums, which are given up, with a pass added.
+
+    Args:
+      rows: of the pass, dtypes as in `problems.rows_of`.
+      counts: of all passes of the step, float32 scalars; see `count_layer_losses`.
+    """
     return self._add(state, sums, rows, counts)

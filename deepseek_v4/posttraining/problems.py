@@ -92,7 +92,7 @@ def _prompt(fields: Mapping[str, Any], effort: str, template: ChatTemplate, toke
 
 
 def rows_of(samples: Sequence[Sample], advantages: Sequence[float], sequence_length: int) -> dict[str, np.ndarray]:
-  """Samples, packed into rows for training; what `grpo.objective` and the model read.
+  """Samples, packed into rows for training; what `grpo.objective` (V3.2's report 3.1) and the model read.
 
   The last token of a reply is predicted and not fed. A sample's tokens that a budget put there are fed and not predicted.
 
@@ -144,7 +144,7 @@ def _put(rows: dict[str, np.ndarray], row: int, at: int, segment: int, sample: S
 
 
 def in_passes(rows: Mapping[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:
-  """Rows [R, ...] in passes of `size` rows; the last one is filled up with rows that hold nothing."""
+  """Rows [R, ...] in passes of `size` rows, dtypes kept; the last one is filled up with rows that hold nothing."""
   missing = -len(rows["tokens"]) % size
 
   def filled(name, x):

@@ -142,7 +142,7 @@ def rows_of(samples: Sequence[tuple[Sequence[int], Sequence[int]]], sequence_len
 
 
 def in_passes(rows: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:
-  """Rows [R, S] in passes of `size` rows; the last one is filled up with rows that hold nothing."""
+  """Rows, int32 [R, S] by name, in passes of `size` rows; the last one is filled up with rows that hold nothing."""
   missing = -len(rows["tokens"]) % size
   filled: dict[str, Any] = {name: np.pad(x, ((0, missing), (0, 0))) for name, x in rows.items()}
   return [{name: x[i:i + size] for name, x in filled.items()} for i in range(0, len(filled["tokens"]), size)]

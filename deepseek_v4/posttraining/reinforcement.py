@@ -1,4 +1,4 @@
-"""Learning from rewards, round by round: replies, rewards, then optimizer steps on them, once.
+"""Learning from rewards, round by round: replies, rewards, then optimizer steps on them, once (report 5.1.1).
 
     problems -> replies (our own decoder, same mesh) -> rewards -> advantages -> packed rows -> minibatches
 
@@ -296,7 +296,8 @@ def report(tools: Tools, step: int, judged: Judged, found: Sequence[Mapping[str,
 
 def one_step(tools: Tools, state: PolicyState,
              passes: Sequence[Mapping[str, np.ndarray]]) -> tuple[PolicyState, dict[str, float]]:
-  """One optimizer step on a minibatch, whose rows, arrays [B, S] by name, come from the host.
+  """One optimizer step on a minibatch, whose rows, arrays [B, S] by name in the dtypes of `problems.rows_of`, come from the
+  host.
 
   Raises:
     FloatingPointError: loss or gradients are not finite.

@@ -1,5 +1,8 @@
 """Rewards: plain Python functions of a problem and a reply, named in the run's settings; and what a long reply costs.
 
+Report 5.1.1 has a penalty of length for each reasoning effort, but no formula; that of `length_penalty` has the form in
+V4.1's report.
+
 A reward is `reward(problem, message) -> float`, where `problem` is the object on a line of the data and `message` the
 assistant's message, {"content", "reasoning_content", "tool_calls" if there are any}, with "finish": "stop" or "length". What
 a model wrote without the form of a message comes as far as it could be read: a thought that was never closed has no content.

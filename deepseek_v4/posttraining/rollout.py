@@ -1,4 +1,5 @@
-"""Replies to prompts, sampled by our own decoder, with all that training on them needs; what a sample is.
+"""Replies to prompts, sampled by our own decoder, with all that training on them needs; what a sample is (report
+5.2.3).
 
 Samples live on the host: token ids and numbers as Python and NumPy hold them, so that they can be written to disk, sorted
 and packed. A request draws the same reply in any batch, so a rollout that was cut off can be made again from its requests.

@@ -141,11 +141,12 @@ class Library:
   def hidden(self, teacher: Teacher, number: int, passes: list[Mapping[str, np.ndarray]],
              put: Callable[[Mapping[str, np.ndarray]], Mapping[str, jax.Array]],
              between: Callable[[], None] = lambda: None) -> np.ndarray:
-    """[number of passes, B, S, E] of a round's passes: from the file of this round, or computed now.
+    """[number of passes, B, S, E], dtype `distillation.hidden_dtype`, of a round's passes: from the file of this round, or
+    computed now.
 
     Args:
       number: of the round.
-      passes: rows [B, S] each.
+      passes: rows int32 [B, S] each.
       put: brings rows to the devices.
       between: called between passes; what it raises ends the computation.
     """
@@ -205,7 +206,7 @@ class Resident:
 
   Args:
     library: where heads are.
-    put: brings a head [E, V] to the devices.
+    put: brings a head [E, V], its dtype kept, to the devices.
 
   Attributes:
     loads: how many times a head was brought there.
@@ -218,7 +219,7 @@ class Resident:
     self.loads = 0
 
   def head(self, teacher: Teacher) -> jax.Array:
-    """The teacher's head [E, V], in the place of the one before.
+    """The teacher's head [E, V], dtype as of `Library.head`, in the place of the one before.
 
     Raises:
       ValueError: the teacher's newest checkpoint is another one than when the run began.

@@ -95,7 +95,8 @@ def over_copies(fn: Callable, whole: Any, rows: Any, places: Any, how: str, key:
   added up.
 
   Args:
-    fn: of a pytree that all copies have and of arrays [A, B, ...] or a part of their rows.
+    fn: of a pytree that all copies have and of arrays [A, B, ...] or a part of their rows; its gradients are float32, its
+      other sums of any dtype.
     places: PartitionSpecs of the gradients; None without a mesh.
     how, key: as for `sum_gradients`.
   """

@@ -191,7 +191,8 @@ class Batches:
     return dict(self._identity)
 
   def pipeline(self, position: Position) -> grain.IterDataset[Batch]:
-    """The batches from a place in the endless (held-out: finite) sequence of rows on, as a Grain dataset."""
+    """The batches, int32 [A, B, S] by name, from a place in the endless (held-out: finite) sequence of rows on, as a Grain
+    dataset."""
     row_at = self._order.rows_from(position)
     stop = self.rows if self._split == "held_out" else sys.maxsize
 

@@ -335,7 +335,8 @@ def end(tools: Tools, state: Any, taken: Taken, anomaly: anomalies.Anomaly, why:
 # ---- batches -------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Taken:
-  """A batch on the devices, the rows of the data that it is made of, and the positions before and after it."""
+  """A batch on the devices, int32 [A, B, S] by name, the rows of the data that it is made of, and the positions before
+  and after it."""
 
   batch: Mapping[str, jax.Array]
   rows: anomalies.Rows

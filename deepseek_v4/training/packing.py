@@ -159,7 +159,8 @@ def fim_chosen(name: str, rate: float, seed: int) -> bool:
 
 
 def fill_in_the_middle(tokens: np.ndarray, sentinels: tuple[int, int, int], name: str, seed: int) -> np.ndarray:
-  """Cuts `tokens` [n] in three and puts the middle last: begin prefix hole suffix end middle (V3's PSM order), [n + 3].
+  """Cuts `tokens` [n], integers of any dtype, in three and puts the middle last: begin prefix hole suffix end middle (V3's
+  PSM order), [n + 3].
 
   The two cuts are uniform over the n + 1 places and a fixed function of name and seed.
   """

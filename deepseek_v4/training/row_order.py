@@ -100,7 +100,8 @@ class RowOrder:
     self.packing = packing.pack(documents.lengths, config.sequence_length)
 
   def rows_from(self, position: Position) -> Callable[[int], Batch]:
-    """Row number -> row, for numbers from `position.row` on; behind the one epoch of held-out text rows without tokens."""
+    """Row number -> row, int32 [S] by name, for numbers from `position.row` on; behind the one epoch of held-out text rows
+    without tokens."""
     begin, rest = position.begin, self._left(position.earlier)
     count = rest.rows if rest else 0
     first: Any = self._of_rest(count, begin)

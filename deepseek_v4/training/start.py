@@ -159,7 +159,8 @@ def check_source(run_config: RunConfig, mesh: jax.sharding.Mesh | None = None) -
 
 def state_from(run_config: RunConfig, key: jax.Array, mesh: jax.sharding.Mesh | None,
                say: Callable[[str], None]) -> TrainState:
-  """A state at step 0 with the weights and the router's state of the newest usable checkpoint in `training.init_from`.
+  """A state at step 0 with the weights and the router's state of the newest usable checkpoint in `training.init_from`, and
+  the run's typed key.
 
   The optimizer starts afresh, whatever the weights were trained with, and so does the data's order.
 

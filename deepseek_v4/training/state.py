@@ -35,7 +35,8 @@ class TrainState:
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-  """Fresh variables {"params", "router"}; no shape depends on the tokens they are initialised with."""
+  """Fresh variables {"params", "router"} from a typed key, float32 but for the int32 hash tables; no shape depends on the
+  tokens they are initialised with."""
   parts = sharding.sequence_parts()
   shape = (sharding.batch_shards(), parts * config.local_reach if parts > 1 else 2)
   return dict(DeepseekV4(config, kernels="reference").init(key, jnp.zeros(shape, jnp.int32)))

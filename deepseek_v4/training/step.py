@@ -62,7 +62,8 @@ def check_batch(batch: Batch) -> None:
 
 # ---- losses -----------------------------------------------------------------------------------------------------------
 def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
-  """How many terms each loss has in the whole batch [A, B, S]; known before any pass, so accumulation changes no mean."""
+  """How many terms each loss has in the whole batch, int32 [A, B, S], as float32 scalars, at least 1; known before any pass,
+  so accumulation changes no mean."""
   def of_pass(rows: Batch) -> dict[str, jax.Array]:
     segment_ids, targets = rows["segment_ids"], next_token_targets(rows["tokens"], rows["segment_ids"], rows["loss_mask"])
     counted = {"next_token": targets >= 0, "mtp": mtp_targets(targets, segment_ids) >= 0, "balance": segment_ids > 0,
@@ -73,7 +74,8 @@ def loss_counts(config: ModelConfig, batch: Batch) -> dict[str, jax.Array]:
 
 
 def loss_weights(loss: LossConfig, decaying: jax.Array | bool, trains: str = "all") -> dict[str, Any]:
-  """Weight of each loss that counts, a scalar; the MTP weight drops where the learning rate starts to decay.
+  """Weight of each loss that counts, a number or a float32 scalar; the MTP weight drops where the learning rate starts to
+  decay, which `decaying`, a bool scalar, says (report 4.2.2).
 
   Where the indexer trains alone, its own loss is all that counts, and where it does not train, all but that.
   """
@@ -152,7 +154,8 @@ def update_router(config: ModelConfig, router: Any, load: Mapping[str, jax.Array
   """Moves each learned router's bias by `speed` towards balance: b_e += speed * sign(mean load - load_e) (V3 2.1.2).
 
   Args:
-    load: tokens of each expert, {"layers": [L, E], "mtp": [E] where there is one}.
+    router: the collection's tree; biases are float32.
+    load: tokens of each expert, int32 {"layers": [L, E], "mtp": [E] where there is one}.
   """
   groups = group_layers(config)
 
@@ -197,7 +200,11 @@ def _updated(run_config: RunConfig, mesh: Mesh | None, state: TrainState, grads:
 
 def train_step(run_config: RunConfig, mesh: Mesh | None, places: Any, state: TrainState,
                batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-  """The step as a pure function; see `make_train_step`."""
+  """The step as a pure function of a state and int32 arrays [A, B, S]; see `make_train_step`, also for the metrics' dtypes.
+
+  Args:
+    places: PartitionSpecs of the gradients; None without a mesh.
+  """
   check_batch(batch)
   grads, means, loss, load = _accumulate(run_config, state, batch, places)
   grad_norm = optax.tree.norm(grads)
@@ -302,7 +309,8 @@ def _first_broken(flags: Mapping[str, Any], backward: bool) -> str | None:
 
 
 def find_non_finite(run_config: RunConfig, mesh: Mesh | None = None) -> Callable[[TrainState, Batch], str | None]:
-  """A second, undonated pass that names the first tensor that is not finite; `run_config` as in `make_train_step`.
+  """A second, undonated pass that names the first tensor that is not finite; `run_config` and the batch, with its dtypes,
+  as in `make_train_step`.
 
   Returns:
     (state, batch) -> a name such as "gradient layers/03/attention/q_b", or None. Looked at in this order: parameters,

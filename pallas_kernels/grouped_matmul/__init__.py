@@ -1,4 +1,4 @@
-"""Experts' matmuls on tokens sorted by expert (report 2.1): gate, up, clamp, SiLU, down.
+"""Experts' matmuls on tokens sorted by expert (report 2.1; the clamp: 4.2.3): gate, up, clamp, SiLU, down.
 
 What may not live here: who goes to which expert on which device, and with what weight, which `deepseek_v4/model` decides.
 """
@@ -24,8 +24,8 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
   other rows may hold any finite numbers: their results have no meaning, and the gradient that comes back for them must be 0.
 
   Args:
-    x: [M, D], M a multiple of tile and at least the rows in use.
-    gate, up: [E, D, F]; down: [E, F, D]; group_sizes: int32 [E].
+    x: [M, D], floating, M a multiple of tile and at least the rows in use.
+    gate, up: [E, D, F]; down: [E, F, D], floating; group_sizes: int32 [E].
     tile: rows per tile, static.
     limit: of the clamp, from above for the gate, both ways for up.
     rounding: (function [..., F] -> [..., F], weights [M]): `down` then multiplies function(hidden * row weight) in place
@@ -58,7 +58,7 @@ def few_picks(x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Ar
   In plain JAX, for fewer picks than experts, as when one sequence is decoded.
 
   Args:
-    x: [T, D]; experts: int32 [T, k], none that is outside [0, E) counts; weights: [T, k].
+    x: [T, D], floating; experts: int32 [T, k], none that is outside [0, E) counts; weights: [T, k], floating.
     gate, up, down, limit: as in `expert_mlp`.
     rounded: see `rounding` there; the weights are these.
     prepared: function of a chosen expert's matrix [D, F] or [F, D]: what is used in its place; default: itself.

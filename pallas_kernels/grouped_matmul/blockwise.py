@@ -1,4 +1,5 @@
-"""Experts one after another, each over its own tiles: work proportional to the routed rows, a written gradient.
+"""Experts one after another, each over its own tiles: work proportional to the routed rows, a written gradient
+(formulas: report 2.1; the clamp: 4.2.3).
 
 A loop over experts loads that expert's weights once; inside it a loop over its tiles has a length known only at run time.
 (`jax.lax.ragged_dot` on a CPU multiplies every row by every expert.)
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 def expert_mlp(x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array,
                *, tile: int, limit: float, rounding: tuple[Callable[[jax.Array], jax.Array], jax.Array] | None = None
                ) -> jax.Array:
-  """See `pallas_kernels.grouped_matmul.expert_mlp`."""
+  """See `pallas_kernels.grouped_matmul.expert_mlp`; dtypes as there, products at least in float32."""
   last_E = jnp.cumsum(-(-group_sizes_E // tile))
   first_E = last_E - -(-group_sizes_E // tile)
   tiles = x_MD.reshape(-1, tile, x_MD.shape[1])
@@ -29,7 +30,7 @@ def expert_mlp(x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD
 def few_picks(x_TD: jax.Array, experts_Tk: jax.Array, weights_Tk: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array,
               down_EFD: jax.Array, *, limit: float, rounded: Callable[[jax.Array], jax.Array] | None = None,
               prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
-  """See `pallas_kernels.grouped_matmul.few_picks`."""
+  """See `pallas_kernels.grouped_matmul.few_picks`; dtypes as there, products at least in float32."""
   num_experts, top_k = gate_EDF.shape[0], experts_Tk.shape[1]
 
   def pick(i, out_TD):

@@ -1,4 +1,5 @@
-"""The experts' MLP as TPU kernels: the clamped SwiGLU and its gradient are epilogues of the matmuls.
+"""The experts' MLP (report 2.1; the clamp: 4.2.3) as TPU kernels: the clamped SwiGLU and its gradient are epilogues of the
+matmuls.
 
     forward    h = swiglu(x gate, x up)        y = h down
     backward   dh = dy down^T -> dg, du, h     dx = dg gate^T + du up^T
@@ -41,7 +42,7 @@ from pallas_kernels.names import EXPERTS, named
 def expert_mlp(x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array,
                *, tile: int, limit: float, interpret: bool,
                rounding: tuple[Callable[[jax.Array], jax.Array], jax.Array] | None = None) -> jax.Array:
-  """See `pallas_kernels.grouped_matmul.expert_mlp`."""
+  """See `pallas_kernels.grouped_matmul.expert_mlp`; the weights are cast to x's dtype, products are float32."""
   d, f = (tpu.round_up(size, tpu.LANES) for size in gate_EDF.shape[1:])
   pad = lambda w, rows, columns: tpu.pad_axis(tpu.pad_axis(w.astype(x_MD.dtype), 1, rows), 2, columns)
   weights = pad(gate_EDF, d, f), pad(up_EDF, d, f), pad(down_EFD, f, d)

@@ -153,7 +153,7 @@ def _weights_body(expert, place, used, x, *refs, count):
 
 def weights_call(name: str, interpret: bool, plan: Any, tile: int, x_MK: jax.Array, gradients: tuple[jax.Array, ...],
                  experts: int) -> list[jax.Array]:
-  """x^T times each gradient [M, n], per expert: [E, K, n] each.
+  """x^T times each gradient [M, n], per expert: [E, K, n] each, in x's dtype, summed in float32.
 
   Args:
     plan: of `weight_map`.

@@ -1,4 +1,5 @@
-"""Experts as the formula stands: every row looks its expert's weights up. Memory grows with rows x weights.
+"""Experts as the formula stands (report 2.1; the clamp: 4.2.3): every row looks its expert's weights up. Memory grows with
+rows x weights.
 
 Axis letters: M rows   D hidden size   F expert width   E experts
 """
@@ -12,15 +13,15 @@ import jax.numpy as jnp
 
 
 def hidden(x: jax.Array, gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
-  """The clamped SwiGLU between the matmuls, [M, D] and twice [D, F] -> [M, F]: silu(min(g, limit)) * clip(u, -limit,
-  limit)."""
+  """The clamped SwiGLU between the matmuls, [M, D] and twice [D, F], floating -> [M, F], dtype as of the products:
+  silu(min(g, limit)) * clip(u, -limit, limit)."""
   return jax.nn.silu(jnp.minimum(x @ gate, limit)) * jnp.clip(x @ up, -limit, limit)
 
 
 def expert_mlp(x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array,
                *, tile: int, limit: float, rounding: tuple[Callable[[jax.Array], jax.Array], jax.Array] | None = None
                ) -> jax.Array:
-  """See `pallas_kernels.grouped_matmul.expert_mlp`."""
+  """See `pallas_kernels.grouped_matmul.expert_mlp`; dtypes as there, products in the operands' own."""
   last_tile_E = jnp.cumsum(-(-group_sizes_E // tile))
   expert_M = jnp.searchsorted(last_tile_E, jnp.arange(x_MD.shape[0]) // tile, side="right")
   expert_M = jnp.minimum(expert_M, gate_EDF.shape[0] - 1)  # nobody reads the rows behind the last group

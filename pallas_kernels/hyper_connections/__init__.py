@@ -1,4 +1,5 @@
-"""Manifold-constrained hyper-connections (report 2.2): coefficients with Sinkhorn, collapse, and the mix of the streams.
+"""Manifold-constrained hyper-connections (report 2.2, eqs. 1-8): coefficients with Sinkhorn, collapse, and the mix of the
+streams.
 
 What may not live here: the sublayers between a collapse and an expansion, and what the streams begin with.
 """
@@ -37,8 +38,8 @@ def collapse(streams: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Arra
   """The sublayer's input and the coefficients with which its output returns to the streams.
 
   Args:
-    streams: [B, S, N, D] residual streams.
-    fn: [N * D, (2 + N) N] projection, columns pre, post, res (row-major); base [(2 + N) N]; scale [3].
+    streams: [B, S, N, D] residual streams, floating.
+    fn: [N * D, (2 + N) N] projection, columns pre, post, res (row-major); base [(2 + N) N]; scale [3]; floating.
     norm_eps: of the weightless RMS norm over all streams together.
     eps: added to pre, to the first softmax and to every Sinkhorn denominator.
     iterations: Sinkhorn rounds; the last step normalises columns.
@@ -60,7 +61,8 @@ def expand(streams: jax.Array, update: jax.Array, post: jax.Array, comb: jax.Arr
   """New streams X'_k = post_k * update + sum_j comb[j, k] X_j.
 
   Args:
-    streams: [B, S, N, D]; update: [B, S, D], the sublayer's output; post [B, S, N] and comb [B, S, N, N] of `collapse`.
+    streams: [B, S, N, D]; update: [B, S, D], the sublayer's output; both floating. post [B, S, N] and comb [B, S, N, N]: of
+      `collapse`.
 
   Returns:
     [B, S, N, D] in the streams' dtype.

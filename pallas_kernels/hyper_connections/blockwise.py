@@ -1,10 +1,13 @@
-"""mHC over blocks of tokens, with written or recomputed gradients: streams are read block by block, nothing else is kept.
+"""mHC (report 2.2, eqs. 1-8) over blocks of tokens, with written or recomputed gradients: streams are read block by block,
+nothing else is kept.
 
 Blocks are loops on purpose: inside one, XLA's CPU compiler fuses; across its border it cannot, and so does not repeat the
 long sums over streams inside every consumer. Sums over the few streams are written out, the tokens stand on the last axis
 of the Sinkhorn iteration, and all dot products over D are one einsum: the forms that are fast without a kernel.
 
 Axis letters: B batch   S sequence   N, j, k streams   D hidden size   X blocks   C tokens of a block
+Dtypes: streams and updates any floating one, which collapsed streams and new ones keep; fn, base and scale floating;
+        post, comb and all sums float32 or wider.
 """
 
 from __future__ import annotations

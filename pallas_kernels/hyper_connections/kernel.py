@@ -1,6 +1,9 @@
-"""mHC as TPU kernels: layouts around the kernels, the coefficients' few numbers per token, and who differentiates what.
+"""mHC (report 2.2, eqs. 1-8) as TPU kernels: layouts around the kernels, the coefficients' few numbers per token, and who
+differentiates what.
 
 Axis letters: B batch   S sequence   N streams   D hidden size   T = B S tokens   U columns of fn
+Dtypes: streams float32 or bfloat16, which collapsed and new ones keep, and updates are cast to it; coefficients, their sums
+        and all arithmetic float32; a gradient has the dtype of what it belongs to.
 """
 
 from __future__ import annotations

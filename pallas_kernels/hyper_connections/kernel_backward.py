@@ -1,4 +1,4 @@
-"""Backward kernels: every stream and every gradient is read once, every result written once.
+"""Backward kernels of mHC (report 2.2): every stream and every gradient is read once, every result written once.
 
     collapse          x, dz, sheet, dl -> dx                    reads (N + 1) D, writes N D per token
     expand            x, y, dx'        -> dx, dy, dc            reads (2 N + 1) D, writes (N + 1) D
@@ -10,6 +10,8 @@ here. With v = x fn, u = r v and r = (mean x^2 + eps)^(-1/2):
     dv = r du        dx = pre dz + dv fn^T - (r^2 / (N D)) (sum du u) x        d fn = x^T dv, summed over tokens
 
 Axis letters: as in kernel_blocks
+Dtypes: x, y, g, dz and with them dx, dy in the streams' (float32 or bfloat16); sheets, dl, affine, coefficients, their
+        gradients and the partial sums float32; fn as `gradient_operand` gives it.
 """
 
 from __future__ import annotations

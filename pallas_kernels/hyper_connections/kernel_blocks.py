@@ -1,4 +1,5 @@
-"""What the forward and backward kernels share: loops over a block, exact float32 operands for a bfloat16 matrix unit, sizes.
+"""What the forward and backward kernels share: loops over a block, exact float32 operands for a bfloat16 matrix unit
+(in parts, Henry et al. 2019), sizes.
 
 In HBM the streams lie as [N, T, D]: a stream of a block is then a whole [C, D] tile, where [T, N, D] would leave 4 of 8 rows
 of every register empty. XLA gives [B, S, N, D] that order by itself, so no copy stands between the model and the kernels.
@@ -108,12 +109,12 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def spread(sheet: jax.Array, lane: int) -> jax.Array:
-  """[rows, n] -> [rows, 128] with one lane in all lanes."""
+  """float32 [rows, n] -> [rows, 128] with one lane in all lanes."""
   return jnp.broadcast_to(sheet[:, lane:lane + 1], (sheet.shape[0], tpu.LANES))
 
 
 def gather_lanes(columns: dict[int, jax.Array], rows: int) -> jax.Array:
-  """{lane: [rows, 1]} -> [rows, 128], zeros elsewhere."""
+  """{lane: float32 [rows, 1]} -> [rows, 128], zeros elsewhere."""
   lane = lax.broadcasted_iota(jnp.int32, (rows, tpu.LANES), 1)
   return sum(jnp.where(lane == j, column, 0.0) for j, column in columns.items())
 
@@ -162,7 +163,8 @@ def projection_operand(fn: jax.Array, sizes: Sizes, tokens: int) -> jax.Array:
 
 
 def projection_rows(fn: Any, stream: int, lanes: Any, sizes: Sizes) -> jax.Array:
-  """Inside a kernel: what `projection_operand` gave, of a stream and a slice of its lanes -> [P U, lanes]."""
+  """Inside a kernel: what `projection_operand` gave, of a stream and a slice of its lanes -> [P U, lanes] in
+  the streams' dtype."""
   if len(fn.shape) == 3:
     return fn[stream, :, lanes]
   at = pl.ds(pl.multiple_of(stream * sizes.padded + lanes.start, tpu.LANES), lanes.size)
@@ -170,7 +172,8 @@ def projection_rows(fn: Any, stream: int, lanes: Any, sizes: Sizes) -> jax.Array
 
 
 def gradient_operand(fn: jax.Array, sizes: Sizes) -> jax.Array:
-  """fn for dv fn: [N, P U, D]; high, high and middle parts stand against dv's high, middle and high ones."""
+  """fn for dv fn: [N, P U, D] in the streams' dtype; high, high and middle parts stand against dv's high, middle
+  and high ones."""
   parts = in_parts(fn_rows(fn, sizes), min(sizes.parts, 2), sizes.dtype)
   return jnp.concatenate([parts[0], parts[0], parts[1]] if len(parts) > 1 else parts, 1)
 
@@ -211,7 +214,7 @@ class Call:
   flops: int
 
   def run(self, sizes: Sizes, interpret: bool, *arrays: jax.Array) -> list[jax.Array]:
-    """The outputs for these inputs, shapes by their kind (`Sizes.result`); sums have one more axis in front, one
+    """The outputs for these inputs, shapes and dtypes by their kind (`Sizes.result`); sums have one more axis in front, one
     partial sum per core."""
     chip = tpu.current_chip(interpret)
     tokens = next(x.shape[-2] for kind, x in zip(self.inputs, arrays) if kind != "whole")

@@ -1,4 +1,5 @@
-"""Forward kernels: every stream of a block of tokens is read once and stays in VMEM until the block is done.
+"""Forward kernels of mHC (report 2.2): every stream of a block of tokens is read once and stays in VMEM until the block is
+done.
 
     collapse          x -> z, sheet          reads N D, writes D per token
     expand            x, y -> x'             reads (N + 1) D, writes N D

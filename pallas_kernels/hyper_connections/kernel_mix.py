@@ -1,4 +1,5 @@
-"""Sums over streams with coefficients of each token's own, and dot products of each token with itself, on the matrix unit.
+"""Sums over streams with coefficients of each token's own, and dot products of each token with itself, on the matrix unit:
+mHC's products of few streams and much width (report 2.2).
 
 Both are small matrices per token, and a matrix unit wants one matrix for many tokens. So 16 tokens share one: block-diagonal
 where their coefficients multiply; where they are multiplied with each other, all pairs, of which the diagonal is kept. Most
@@ -58,7 +59,8 @@ class Mix:
     return tpu.round_up(1 + max(map(max, self.lanes)), 8)
 
   def pattern(self, dtype: Any) -> jax.Array:
-    """[128, outputs * depth]: a row of parts times this is the coefficient of every column of the left operand."""
+    """[128, outputs * depth] of `dtype`: a row of parts times this is the coefficient of every column of the left
+    operand."""
     rows = [p * self.stride + lane for lanes in self.lanes for p in range(self.parts) for lane in lanes]
     rows = jnp.repeat(jnp.array(rows, jnp.int32), GROUP).reshape(len(self.lanes), self.rows)
     rows = tpu.pad_axis(rows, 1, self.depth, -1)  # no row: columns of zeros
@@ -122,7 +124,7 @@ def all_dots(left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
 
 
 def own_dots(dots: jax.Array) -> list[list[jax.Array]]:
-  """From all of them those of a token with itself: [left][right] arrays [16, 1]."""
+  """From all of them those of a token with itself: [left][right] arrays [16, 1], float32."""
   row, column = (lax.broadcasted_iota(jnp.int32, dots.shape, axis) for axis in (0, 1))
   own = row % GROUP == column % GROUP
   left, right = (size // GROUP for size in dots.shape)

@@ -1,4 +1,5 @@
-"""Sinkhorn iteration and its gradient, apart from the streams: 20 dependent rounds on 16 numbers per token.
+"""Sinkhorn iteration (report 2.2, eq. 8) and its gradient, apart from the streams: 20 dependent rounds on 16 numbers per
+token.
 
 A register holds one matrix entry of 1,024 tokens, so sums over rows and columns are plain additions of registers. Inside
 the kernels that read the streams a block has too few tokens to hide the latency of the rounds; here all of it costs about a
@@ -90,11 +91,11 @@ def sinkhorn_backward(logits_NNR: jax.Array, d_comb_NNR: jax.Array, *, iteration
 
 
 def to_columns(x_TU: jax.Array) -> jax.Array:
-  """[T, U] -> [U, R, 128], zeros behind the last token."""
+  """float32 [T, U] -> [U, R, 128], zeros behind the last token."""
   x_UT = tpu.pad_axis(x_TU.T, 1, tpu.round_up(x_TU.shape[0], _TOKENS))
   return x_UT.reshape(x_UT.shape[0], -1, tpu.LANES)
 
 
 def from_columns(x_UR: jax.Array, tokens: int) -> jax.Array:
-  """The inverse of `to_columns`."""
+  """The inverse of `to_columns`, float32."""
   return x_UR.reshape(x_UR.shape[0], -1)[:, :tokens].T

@@ -1,6 +1,9 @@
-"""mHC as the formulas stand (report 2.2; the release's order: softmax + eps, column, then (row, column) x (iterations - 1)).
+"""mHC as the formulas stand (report 2.2, eqs. 1-8; the release's order: softmax + eps, column, then (row, column) x
+(iterations - 1)).
 
 Axis letters: B batch   S sequence   N streams   D hidden size
+Dtypes: streams and updates any floating one, which collapsed streams and new ones keep; fn, base and scale floating;
+        post, comb and all sums float32 or wider.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The lightning indexer's exact selection and its KL loss (report 2.3.1, eqs. 13-17).
+"""The lightning indexer's exact selection and its KL loss (report 2.3.1, eqs. 13-17; V3.2 2.1.1).
 
 What may not live here: projections and compressors, and attention itself, whose mass comes in from outside.
 """
@@ -25,7 +25,7 @@ def select(queries: jax.Array, weights: jax.Array, keys: Any, *, top_k: int, pos
   With `top_k` >= T nothing is dropped and the selection is of kind "all". No gradient passes.
 
   Args:
-    queries: [B, S, h, c]; weights: [B, S, h], all scale factors included; keys: [B, T, c].
+    queries: [B, S, h, c]; weights: [B, S, h], all scale factors included; keys: [B, T, c]; floating.
     top_k: picks per query.
     positions, segment_ids: int32 [B, S]; entry_last, entry_segment: int32 [B, T]; as in `sparse_attention.attend`.
     unpack: makes keys [..., c] of slices of `keys`, which are then a pytree of arrays [B, T, ...] in some packed form.
@@ -67,7 +67,8 @@ def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_q
 
   Args:
     queries, weights, keys: as in `select`, differentiable.
-    attention_queries: [B, S, H, d]; entries: [B, T, d]; lse: [B, S, H] of `sparse_attention.attend`.
+    attention_queries: [B, S, H, d]; entries: [B, T, d]; lse: [B, S, H] of `sparse_attention.attend`; floating.
+    positions, segment_ids, entry_last, entry_segment: int32, as in `select`.
     selection: the entries of each query (the sparse form), or kind "all" (the dense form).
     scale: of the attention's logits.
     implementation: auto, reference, blockwise, pallas, interpret.

@@ -1,4 +1,5 @@
-"""Selection and KL loss one block of queries at a time: scores of a block live only while the block is worked on.
+"""Selection and KL loss (report eqs. 13-17; V3.2 2.1.1) one block of queries at a time: scores of a block live only while
+the block is worked on.
 
 Axis letters: B batch   S queries   T entries   h index heads   c index width   H heads   d head width   K picks
               C queries of a block   G groups of entries
@@ -43,7 +44,7 @@ def _block_scores(q_Chc, w_Ch, keys):
 def select(queries_BShc: jax.Array, weights_BSh: jax.Array, keys_BTc: jax.Array, *, top_k: int, positions: jax.Array,
            segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array,
            unpack: Callable[[Any], jax.Array] | None = None) -> jax.Array:
-  """See `pallas_kernels.indexer.select`; returns picks [B, S, K].
+  """See `pallas_kernels.indexer.select`, for dtypes too; returns picks, int32 [B, S, K].
 
   A block scores the entries tile by tile, from the first tile to the last in which one of its queries may see something.
   How many these are is known at run time only: a cache costs what is in it, not what it has room for. Of packed keys no
@@ -120,7 +121,7 @@ def _best(scores_CT, k):
 def kl_loss(queries_BShc: jax.Array, weights_BSh: jax.Array, keys_BTc: jax.Array, attention_BSHd: jax.Array,
             entries_BTd: jax.Array, lse_BSH: jax.Array, selection: Selection, *, positions: jax.Array,
             segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array, scale: float) -> jax.Array:
-  """See `pallas_kernels.indexer.kl_loss`. Each block is recomputed in the backward pass."""
+  """See `pallas_kernels.indexer.kl_loss`; dtypes as there. Each block is recomputed in the backward pass."""
   used = (entry_segment > 0)[..., None]
   keys_BTc, entries_BTd = jnp.where(used, keys_BTc, 0), jnp.where(used, entries_BTd, 0)
   batch, length = positions.shape

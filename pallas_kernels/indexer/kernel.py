@@ -1,4 +1,4 @@
-"""The exact selection on TPU: scores, threshold and ties of a block of queries without leaving VMEM.
+"""The exact selection (report eqs. 16-17) on TPU: scores, threshold and ties of a block of queries without leaving VMEM.
 
     HBM    queries [bq, h, c] and the chunks of 1,024 keys that a query of the block can see; out: words [bq, T/32]
     VMEM   ranks int32 [slots, bq, 1024]: every score of the block, as integers that are ordered like the scores
@@ -225,7 +225,7 @@ def _words(queries, weights, keys, positions, segment_ids, entry_last, entry_seg
 
 def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: int, positions: jax.Array,
            segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array, interpret: bool) -> Selection:
-  """See `pallas_kernels.indexer.select`; the selection is of kind "bits"."""
+  """See `pallas_kernels.indexer.select`, for dtypes too; the selection is of kind "bits", int32 words."""
   words = _words(queries, weights, keys, positions, segment_ids, entry_last, entry_segment, top_k=top_k,
                  interpret=interpret)
   return Selection.from_words(words, keys.shape[1], top_k)

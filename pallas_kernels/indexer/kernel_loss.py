@@ -1,4 +1,5 @@
-"""The indexer's KL loss on TPU: attention mass and index score of an entry meet in registers and add up online.
+"""The indexer's KL loss (report 2.3.1; V3.2 2.1.1) on TPU: attention mass and index score of an entry meet in registers and
+add up online.
 
     HBM    attention queries [bq, H, d] and index queries [bq, h, c] once; tiles of entries and keys, from the first to
            the last one in which a query of the block has an entry; the selection's bits

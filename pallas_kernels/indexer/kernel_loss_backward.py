@@ -1,4 +1,5 @@
-"""Backward pass of the indexer's KL loss on TPU: gradients of the index queries, head weights and keys.
+"""Backward pass of the indexer's KL loss (report 2.3.1; V3.2 2.1.1) on TPU: gradients of the index queries, head weights
+and keys.
 
 Mass and scores of a tile are computed again. With e = d loss / d score [bq, bk] and M = e where dot > 0, else 0
 [bq * h, bk], all three gradients come from two matmuls, and the head weights stay outside of the tile:

@@ -20,7 +20,7 @@ _WORD = 32
 
 
 def group_maxima(x_CT: jax.Array) -> jax.Array:
-  """[C, T / GROUP]: the largest number of each group; T must be a multiple of GROUP."""
+  """[C, T / GROUP], dtype kept: the largest number of each group; T must be a multiple of GROUP."""
   return x_CT.reshape(x_CT.shape[0], -1, GROUP).max(-1)
 
 

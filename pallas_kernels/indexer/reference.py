@@ -1,4 +1,4 @@
-"""Index scores, selection and KL loss as the formulas stand (report eqs. 13-17): dense, quadratic memory.
+"""Index scores, selection and KL loss as the formulas stand (report eqs. 13-17; V3.2 2.1.1): dense, quadratic memory.
 
 Axis letters: B batch   S queries   T entries   h index heads   c index width   H heads   d head width   K picks
 """
@@ -24,7 +24,7 @@ def scores(queries_BShc: jax.Array, weights_BSh: jax.Array, keys_BTc: jax.Array)
 
 def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: int, positions: jax.Array,
            segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array) -> jax.Array:
-  """See `pallas_kernels.indexer.select`; returns picks [B, S, K]."""
+  """See `pallas_kernels.indexer.select`, for dtypes too; returns picks, int32 [B, S, K]."""
   keys = jnp.where((entry_segment > 0)[..., None], keys, 0)
   visible = sees_entry(positions, segment_ids, entry_last, entry_segment)
   masked = jnp.where(visible, positive_zero(scores(queries, weights, keys)), -jnp.inf)
@@ -35,7 +35,7 @@ def select(queries: jax.Array, weights: jax.Array, keys: jax.Array, *, top_k: in
 def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_queries: jax.Array, entries: Any,
             lse: jax.Array, selection: Selection, *, positions: jax.Array, segment_ids: jax.Array,
             entry_last: jax.Array, entry_segment: jax.Array, scale: float) -> jax.Array:
-  """See `pallas_kernels.indexer.kl_loss`."""
+  """See `pallas_kernels.indexer.kl_loss`; dtypes as there."""
   used = (entry_segment > 0)[..., None]
   keys, entries = jnp.where(used, keys, 0), jnp.where(used, entries, 0)
   chosen_BST = sees_entry(positions, segment_ids, entry_last, entry_segment) & selection.mask(keys.shape[1])

@@ -1,4 +1,5 @@
-"""What the indexer's TPU kernels share: how a call is cut into tiles, which of them a block visits, scores of a tile.
+"""What the indexer's TPU kernels share: how a call is cut into tiles, which of them a block visits, scores of a tile
+(report eq. 16) and the attention's mass there (V3.2 2.1.1).
 
 Axis letters: B batch   S queries   T entries   h index heads   c index width   H heads   d head width   W words
               N blocks of queries
@@ -112,7 +113,8 @@ def tile_mask(words: jax.Array, tile: jax.Array, entries: int) -> jax.Array:
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 def pad_heads(x: jax.Array, axis: int, value: float = 0) -> jax.Array:
-  """An array of any shape: heads along `axis`, and the width behind them if there is one, up to whole registers."""
+  """An array of any shape and dtype: heads along `axis`, and the width behind them if there is one, up to whole
+  registers."""
   x = tpu.pad_axis(x, axis, tpu.round_up(x.shape[axis], 16), value)
   return x if axis == x.ndim - 1 else tpu.pad_axis(x, axis + 1, tpu.round_up(x.shape[axis + 1], LANES))
 
@@ -124,7 +126,7 @@ def head_dots(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def weigh(dots: jax.Array, w: jax.Array) -> jax.Array:
-  """Scores [bq, bk] from dots [bq, h, bk] and head weights [bq, h]."""
+  """Scores, float32 [bq, bk], from float32 dots [bq, h, bk] and head weights [bq, h]."""
   return (jnp.maximum(dots, 0) * w.astype(jnp.float32)[:, :, None]).sum(1)
 
 
@@ -185,7 +187,8 @@ class LossCall:
 
 
 def prepare(attention: Any, lse: jax.Array, teacher: Any, base: jax.Array, scale: float) -> None:
-  """Once per block of queries, attention queries and lse to base 2: `teacher` [bq * H, d], `base` [bq * H, 128]."""
+  """Once per block of queries, attention queries and float32 lse to base 2: `teacher` [bq * H, d], in the dtype of the
+  scratch, and `base`, float32 [bq * H, 128]."""
   teacher[...] = (attention.astype(jnp.float32) * (scale * tpu.LOG2E)).astype(teacher.dtype).reshape(teacher.shape)
   base[...] = jnp.broadcast_to((lse * tpu.LOG2E)[:, :, None], (*lse.shape, LANES)).reshape(base.shape)
 

@@ -1,4 +1,4 @@
-"""Shared-KV attention over a sliding window, compressed entries and a sink (report 2.3).
+"""Shared-KV attention over a sliding window, compressed entries and a sink (report 2.3, eqs. 19, 26, 27).
 
 What may not live here: projections, rotations, caches: they are `deepseek_v4/model/attention.py`'s.
 """
@@ -28,7 +28,7 @@ def attend(q: jax.Array, window_kv: jax.Array, entries: Any, selection: Selectio
   that sees nothing returns exactly 0.
 
   Args:
-    q: [B, S, H, d] queries.
+    q: [B, S, H, d] queries, floating, like all keys and the sink.
     window_kv: [B, S, d] keys = values of the tokens themselves; unread if window = 0.
     entries: [B, T, d] keys = values of the compressed entries; T may be 0.
     selection: entries of each query; `Selection.all` for every visible one.

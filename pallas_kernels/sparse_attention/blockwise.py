@@ -1,7 +1,7 @@
-"""The same attention, one block of queries at a time, with a written gradient: linear memory on any backend.
+"""The same attention (report 2.3), one block of queries at a time, with a written gradient: linear memory on any backend.
 
 A block reads its queries, the window keys around it and either all entries or the gathered picks of its queries. The
-backward pass recomputes the probabilities from lse, so nothing of size [S, T] is kept.
+backward pass recomputes the probabilities from lse, so nothing of size [S, T] is kept (Dao et al. 2022).
 
 Axis letters: B batch   S queries   H heads   T entries   K picks   d head width
               N blocks of all rows   C queries of a block   W window keys that a block reads
@@ -26,7 +26,7 @@ def attend(q_BSHd: jax.Array, window_kv_BXd: jax.Array, entries_BTd: jax.Array, 
            *, positions: jax.Array, segment_ids: jax.Array, key_segment: jax.Array, entry_last: jax.Array,
            entry_segment: jax.Array, window: int, scale: float, unpack: Callable[[Any], jax.Array] | None = None
            ) -> tuple[jax.Array, jax.Array]:
-  """See `pallas_kernels.sparse_attention.attend`; of the window keys the last S are the queries' own."""
+  """See `pallas_kernels.sparse_attention.attend`, for dtypes too; of the window keys the last S are the queries' own."""
   kind, selection = selection.kind, selection.listed()
   places = (positions, segment_ids, entry_last, entry_segment, key_segment)
   if unpack is not None and kind != "all":

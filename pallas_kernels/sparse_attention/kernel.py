@@ -1,4 +1,4 @@
-"""The masked form as TPU kernels: tiles of entries that somebody selected, the selection as rows of bits.
+"""The masked form (report 2.3) as TPU kernels: tiles of entries that somebody selected, the selection as rows of bits.
 
 A grid step is one block of queries against one tile of entries; the first step of a block does its window as well. Softmax
 runs in base 2: log2(e) and the scale are folded into q once per block. A tile is one straight line of code over all rows:
@@ -32,8 +32,8 @@ def attend(q_BSHd: jax.Array, window_kv_BXd: jax.Array, entries_BTd: jax.Array, 
            *, positions: jax.Array, segment_ids: jax.Array, entry_last: jax.Array, entry_segment: jax.Array,
            window: int, scale: float, interpret: bool, key_segment: jax.Array | None = None
            ) -> tuple[jax.Array, jax.Array]:
-  """See `pallas_kernels.sparse_attention.attend`; of the window keys the last S are the queries' own, which are all if there
-  is no `key_segment` [B, X].
+  """See `pallas_kernels.sparse_attention.attend`, for dtypes too; of the window keys the last S are the queries' own, which
+  are all if there is no `key_segment`, int32 [B, X].
 
   Raises:
     ValueError: a window that is too long.

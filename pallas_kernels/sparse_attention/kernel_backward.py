@@ -1,7 +1,8 @@
 """Backward pass of the masked form: one pass, five matmuls a tile; the gradient of all entries stays in VMEM.
 
-With logits s and probabilities p = exp(s - lse), recomputed: dp = d_out . key, ds = p (dp - delta) where
-delta = sum(out * d_out) - d_lse. A key's gradient is its part as value (p . d_out) and as key (ds . q).
+Of the attention of report 2.3, with logits s and probabilities p = exp(s - lse), recomputed (Dao et al. 2022):
+dp = d_out . key, ds = p (dp - delta) where delta = sum(out * d_out) - d_lse. A key's gradient is its part as value
+(p . d_out) and as key (ds . q).
 
 Axis letters: B batch   S queries   H heads   T entries   d head width   W words   R rows of a block   U keys of a tile
               P parts of the grid's parallel axis   V blocks of window keys
@@ -28,7 +29,7 @@ TILE = {"v5p": (1024, 1024), "v6e": (2048, 512), "tpu7x": (1024, 512)}  # rows, 
 def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, words: Any,
              segments: tuple[jax.Array, jax.Array], out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array,
              options: Any) -> Any:
-  """-> gradients of q, window_kv, entries and sink, in the shapes of `attend`'s arguments."""
+  """-> gradients of q, window_kv, entries and sink, in the shapes and dtypes of `attend`'s arguments."""
   past = window_kv.shape[1] - q.shape[1]
   plan = _plan(q, entries, options, past)
   counts, *operands = tiles.operands(q, window_kv, entries, sink, words, segments, options.window, plan)

@@ -1,4 +1,5 @@
-"""Attention over window, entries and sink as the formula stands (report 2.3.1, 2.3.2): dense, quadratic memory.
+"""Attention over window, entries and sink as the formula stands (report 2.3.1 to 2.3.3, eqs. 19, 26, 27): dense,
+quadratic memory.
 
 Axis letters: B batch   S queries   H heads   T entries   d head width   X window keys   U all keys
 """
@@ -15,7 +16,7 @@ from pallas_kernels.selection import Selection
 def attend(q_BSHd: jax.Array, window_kv_BXd: jax.Array, entries_BTd: jax.Array, selection: Selection, sink_H: jax.Array,
            *, positions: jax.Array, segment_ids: jax.Array, key_segment: jax.Array, entry_last: jax.Array,
            entry_segment: jax.Array, window: int, scale: float) -> tuple[jax.Array, jax.Array]:
-  """See `pallas_kernels.sparse_attention.attend`; of the window keys the last S are the queries' own."""
+  """See `pallas_kernels.sparse_attention.attend`, for dtypes too; of the window keys the last S are the queries' own."""
   exact = jnp.promote_types(q_BSHd.dtype, jnp.float32)
   q, kv, entries, sink = (x.astype(exact) for x in (q_BSHd, window_kv_BXd, entries_BTd, sink_H))
   length, keys = q.shape[1], kv.shape[1]

@@ -4,7 +4,7 @@ The entries become a table of packed rows (`sparse_table`). Queries go by chunks
 are lists of its queries' entries (`sparse_lists`), their rows gathered by the SparseCore (`sparse_rows`), and attention over
 these rows and those that the kernel copies by itself (`sparse_forward`, `sparse_copies`). The backward pass gathers
 again, makes a gradient per gathered row (`sparse_backward`), and the SparseCore sums them by entry. Nothing held grows with
-queries x entries but the selection itself.
+queries x entries but the selection itself (formulas: report 2.3, eqs. 19 and 27).
 
 The rows of a chunk are gathered while the chunk before is attended to. With one chunk a turn XLA would keep the rows of all
 turns in the same memory, which it can only do by ending the attention before the gather starts; two chunks a turn have two.
@@ -199,7 +199,7 @@ def forward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, c
 def backward(q: jax.Array, window_kv: jax.Array, entries: Any, sink: jax.Array, chosen: Any,
              segments: tuple[jax.Array, jax.Array], out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array,
              static: Any) -> Any:
-  """-> gradients of q, window_kv, entries and sink, in the shapes of `attend`'s arguments."""
+  """-> gradients of q, window_kv, entries and sink, in the shapes and dtypes of `attend`'s arguments."""
   options, past = static[0], window_kv.shape[1] - q.shape[1]
   plan = _plan(q, entries, static, BACKWARD_STEP, _backward_rows(entries.shape[1]), past=past)
   statistics = jnp.stack([tiles.as_statistics(x, plan) for x in (lse, d_lse)])

@@ -1,7 +1,7 @@
 """The sparse form's backward kernel: gradients of the queries, of the window keys, and of each gathered row by itself.
 
-The formulas are those of `kernel_backward`. A row's gradient leaves in float32: an entry's is the sum over all queries that
-selected it, which `sparse_rows.add_rows` makes.
+The formulas are those of `kernel_backward` (report 2.3.1). A row's gradient leaves in float32: an entry's is the sum over
+all queries that selected it, which `sparse_rows.add_rows` makes.
 
 Axis letters: N all steps   H heads   d head width   R rows of a step   U keys of a tile   w words of a packed row
               B batch   V blocks of window keys

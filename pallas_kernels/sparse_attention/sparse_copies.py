@@ -54,7 +54,7 @@ class NoCopies:
     """Starts one of `PARTS` parts of the copies for a query of the next step."""
 
   def join(self, staged_Kw: jax.Array, query: Any) -> jax.Array:
-    """Staged rows [K, w] and those of the copies behind them."""
+    """Staged rows [K, w], of the table's dtype, and those of the copies behind them."""
     return staged_Kw
 
   def end(self) -> None:
@@ -95,7 +95,7 @@ class Copies(NoCopies):
     self._start(jnp.minimum(self.step + 1, self.plan.run - 1), 1 - self.slot, query, part, PARTS)
 
   def join(self, staged_Kw: jax.Array, query: Any) -> jax.Array:
-    """Staged rows [K, w] and those that were copied behind them."""
+    """Staged rows [K, w], of the table's dtype, and those that were copied behind them."""
     columns = [self.landing[self.slot, query, :, column] for column in range(self.landing.shape[3])]
     return jnp.concatenate([staged_Kw, jnp.concatenate([x.reshape(-1, LANES) for x in columns], 1)], 0)
 

@@ -1,7 +1,7 @@
 """The sparse form's forward kernel: each query meets its own gathered rows, all queries of a step the same window keys.
 
-Softmax runs in base 2 as in the masked form. The queries of a step are independent straight-line code: the compiler overlaps
-the softmax of one with the matmuls of another.
+Softmax (report 2.3, eqs. 19 and 27) runs in base 2 as in the masked form. The queries of a step are independent
+straight-line code: the compiler overlaps the softmax of one with the matmuls of another.
 
 Axis letters: N all steps   H heads   d head width   R rows of a step   U places of a tile   w words of a packed row
 """

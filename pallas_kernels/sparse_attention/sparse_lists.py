@@ -53,7 +53,8 @@ def from_words(words_CW: jax.Array, places: int, options: Any, source: Any = (No
 
 
 def as_table(words_RW: jax.Array) -> jax.Array | None:
-  """All words [R, W] in one row, in the order in which their tiles lie in HBM: nothing moves. None = too many to count."""
+  """All words, int32 [R, W], in one row, in the order in which their tiles lie in HBM: nothing moves. None = too
+  many to count."""
   words_RW = tpu.pad_axis(tpu.pad_axis(words_RW, 0, tpu.round_up(words_RW.shape[0], SUBLANES)), 1,
                           tpu.round_up(words_RW.shape[1], LANES))
   if words_RW.size >= 2**31:

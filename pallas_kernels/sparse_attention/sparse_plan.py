@@ -145,30 +145,30 @@ def _direct(wanted: int, run: int, queries: int, places: int) -> int:
 
 # ---- arrays as the kernels read them -----------------------------------------------------------------------------------
 def by_query(x_BS: jax.Array, plan: Plan, value: int = 0) -> jax.Array:
-  """[B, S, ...] -> [chunks, C, ...], `value` in the padding."""
+  """[B, S, ...] -> [chunks, C, ...], dtype kept, `value` in the padding."""
   x_BS = tpu.pad_axis(x_BS, 1, plan.blocks * plan.queries, value)
   return x_BS.reshape(plan.chunks, plan.chunk_queries, *x_BS.shape[2:])
 
 
 def as_steps(x_BSHd: jax.Array, plan: Plan) -> jax.Array:
-  """[B, S, H, d] -> [N, R, d], zeros in the padding."""
+  """[B, S, H, d] -> [N, R, d], dtype kept, zeros in the padding."""
   return tiles.as_rows(x_BSHd, plan).reshape(plan.steps, plan.rows, plan.width)
 
 
 def from_steps(x_NRd: jax.Array, shape: tuple[int, ...], plan: Plan) -> jax.Array:
-  """The inverse of `as_steps`, without the padding."""
+  """The inverse of `as_steps`, dtype kept, without the padding."""
   return tiles.from_rows(x_NRd, shape, plan)
 
 
 def near(window_kv: jax.Array, segments: tuple[jax.Array, jax.Array], window: int, plan: Plan
          ) -> tuple[jax.Array, jax.Array]:
-  """Window keys [B, V, 2 * reach, d], and who sees which of them: int32 [B, steps, queries, 128]."""
+  """Window keys [B, V, 2 * reach, d], dtype kept, and who sees which of them: int32 [B, steps, queries, 128]."""
   words = tiles.near_words(*segments, window, plan)[:, :plan.blocks * plan.queries]
   return tiles.near_keys(window_kv, segments[0].shape[1], plan), words.reshape(plan.batch, plan.blocks, plan.queries, LANES)
 
 
 def sink_logits(sink_H: jax.Array, plan: Plan) -> jax.Array:
-  """[H, 128] in base 2."""
+  """float32 [H, 128] in base 2."""
   logit_H = jnp.maximum(tpu.pad_axis(sink_H.astype(jnp.float32), 0, plan.heads) * tpu.LOG2E, tiles.LOWEST)
   return jnp.broadcast_to(logit_H[:, None], (plan.heads, LANES))
 

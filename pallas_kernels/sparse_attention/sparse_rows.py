@@ -32,7 +32,7 @@ _PARAMS = dict(compiler_params=pltpu.CompilerParams(needs_layout_passes=False))
 
 # ---- gather ------------------------------------------------------------------------------------------------------------
 def gather(table_Tw: jax.Array, index_n: jax.Array, interpret: bool) -> jax.Array:
-  """Rows [n, w] of a table [T, w] (or numbers [n] of [T]) of 32-bit numbers; all of `index_n` must be rows."""
+  """Rows [n, w] of a table [T, w] (or numbers [n] of [T]) of int32 or float32; all of `index_n`, int32, must be rows."""
   if interpret:
     return jnp.take(table_Tw, index_n, axis=0)
   padded, out, body, scratch = _gather_job(table_Tw, index_n, _BUFFER_BYTES)
@@ -117,12 +117,13 @@ class Units:
     return jnp.zeros((self.number, self.rows, width), jnp.float32)
 
   def table(self, sums_UEd: jax.Array, num_rows: int) -> jax.Array:
-    """-> [T, d]."""
+    """float32 [U, E, d] -> float32 [T, d]."""
     return sums_UEd.swapaxes(0, 1).reshape(-1, sums_UEd.shape[2])[:num_rows]
 
 
 def add_rows(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, chip: tpu.Chip, interpret: bool) -> jax.Array:
-  """Sums [U, E, d] and float32 rows [n, d] -> the sums with each row added to table row `index_n`, in place; -1 = nowhere.
+  """Sums [U, E, d] and float32 rows [n, d] -> the sums with each row added to table row `index_n` (int32), in place; -1 =
+  nowhere.
 
   A core takes its units into shared memory in turn. For each, its subcores pick those places of their share whose row
   belongs to the unit, fetch just these rows and add them there by streams, which are atomic; so every row is read once.
@@ -139,8 +140,8 @@ def add_rows(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, chip: 
 
 def add_rows_and_gather(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Array, table_Tw: jax.Array,
                         wanted_m: jax.Array, chip: tpu.Chip, interpret: bool) -> Any:
-  """`add_rows` of the first three and `gather` of the next two in one call, shapes as there: two calls would not both run
-  beside a kernel."""
+  """`add_rows` of the first three and `gather` of the next two in one call, shapes and dtypes as there: two calls would not
+  both run beside a kernel."""
   if interpret:
     return add_rows(sums_UEd, index_n, rows_nd, chip, True), gather(table_Tw, wanted_m, True)
   wanted, out, get, get_scratch = _gather_job(table_Tw, wanted_m, _UNIT_BYTES[chip.name] // 128)

@@ -68,7 +68,7 @@ def _body(entries, seen, table, *pieces, packed):
 
 
 def unpack(x_Kw: jax.Array) -> jax.Array:
-  """Rows of a table [K, w] -> the numbers [K, d], inside a kernel."""
+  """Rows of a table [K, w] -> the numbers [K, d], inside a kernel: int32 words -> bfloat16, float32 as it is."""
   if x_Kw.dtype == jnp.float32:
     return x_Kw
   halves = (x_Kw << 16, x_Kw & jnp.int32(-65536))

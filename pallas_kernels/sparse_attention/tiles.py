@@ -7,6 +7,7 @@ that the number of heads need not be 128.
 Axis letters: B batch   S queries   H heads   T entries   d head width   W words   N blocks of a batch row
               X window keys of a row: P past ones and the queries' own S   V blocks of the latter
               C queries of a block   U keys of a tile   R rows of a block, C * H
+Dtypes: a layout keeps its array's; logits and statistics of rows float32; words, documents and numbers of tiles int32.
 """
 
 from __future__ import annotations
@@ -301,7 +302,8 @@ def key_mask(words_CL: jax.Array, tile: int | jax.Array, keys: int) -> jax.Array
 
 def first_keys(words: Any, entries: Any, near_words: Any, near_keys: Any, window: int, plan: Plan
                ) -> tuple[jax.Array, jax.Array] | None:
-  """Keys [U, d] and their mask [C, U] of a block's first step: its window, and the entries behind it if they are merged."""
+  """Keys [U, d] and their mask, bool [C, U], of a block's first step: its window, and the entries behind it if they are
+  merged."""
   pairs = [(near_keys[...], key_mask(near_words[...], 0, 2 * plan.reach))] if window else []
   if plan.merged:
     pairs.append((entries[...], key_mask(words[...], 0, plan.entries)))

@@ -221,6 +221,7 @@ def test_the_prediction_block_reads_the_next_token_and_predicts_the_one_after():
 
 
 # ---- without jit ------------------------------------------------------------------------------------------------------
+@pytest.mark.long  # every operation is compiled by itself
 def test_the_same_without_jit():
   """Op by op: causality, packing and the losses are not a gift of the compiler, and NumPy weights are welcome."""
   tokens, segments = pack(random_tokens(9, seed=1), random_tokens(5, seed=2), length=16)

@@ -119,6 +119,7 @@ def test_meshes_whose_copies_cannot_run_alone_are_refused(mesh):
 
 
 # ---- the whole step ----------------------------------------------------------------------------------------------------
+@pytest.mark.long  # its program takes longer to compile than any other's; the sums alone and exact steps are in the suite
 def test_a_step_over_two_slices_with_rounded_sums():
   """Like the step of one device but for the rounding: two of at most 2^-7 of each number, on average a third of that."""
   run = dataclasses.replace(RUN, training=dataclasses.replace(RUN.training, gradient_reduction="bfloat16"),
