@@ -6,7 +6,7 @@ python -m launch.bench memory --topology v5p:2x2x2 [--lengths 65536] [--noothers
 python -m launch.bench exchange --topology v5p:2x2x2 [--lengths 4096] [--models pro] [--json FILE]
 python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
 python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
-python -m launch.bench plan [--against maxtext --maxtext_python FILE] [--optimizers adamw,muon] [--json FILE]
+python -m launch.bench plan [--against maxtext --maxtext_python FILE] [--optimizers adamw,muon] [--json FILE [--resume]]
 python -m launch.bench start [--repeats 3] [--json FILE]
 python -m launch.bench all [--parts forward,decode] [--json FILE]
 python -m launch.bench tables FILE...
@@ -21,7 +21,8 @@ exchange: what a layer's experts take that are spread over the slice, tokens gat
 overlap: of a trained run, how much of its selection a query shares with its neighbours.
 context: a context of a million tokens read and gone on with by a small model; what a token costs along it.
 plan: Flash's whole train step compiled for 128 and 256 v5p, beside MaxText's by the same libtpu if its Python is given:
-python3.12 -m venv FOLDER && FOLDER/bin/pip install 'maxtext[tpu]==0.2.5', then --maxtext_python FOLDER/bin/python.
+python3.12 -m venv FOLDER && FOLDER/bin/pip install 'maxtext[tpu]==0.2.5', then --maxtext_python FOLDER/bin/python. A
+compilation takes ten minutes on two cores; the file of --json is written after each, and --resume goes on from it.
 start: seconds from nothing to the import, the first forward pass and the first training step of configs/tiny.py.
 all: every one of them one after another, and a plan; beside transformers if it is installed (pip install -e '.[test]' with
 Python 3.11 brings it). Hours; a part that fails does not stop the others.
@@ -75,6 +76,7 @@ def define_flags() -> None:
   flags.DEFINE_string("maxtext_python", None, f"Of plan: the Python of an environment with MaxText: {plan_run.INSTALL}")
   flags.DEFINE_list("optimizers", [], "Of plan: which ones; all if not given.")
   flags.DEFINE_integer("minutes", 30, "Of plan: the most that one compilation may take.", lower_bound=1)
+  flags.DEFINE_bool("resume", False, "Of plan: what the file of --json says already is not compiled again.")
   flags.DEFINE_list("parts", [], "Of all: which ones; all if not given.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
@@ -182,18 +184,23 @@ def bench_context(tokens: int, chunks: list[str], path: str | None) -> None:
     report.write_json(path, rows, found)
 
 
-def bench_plan(against: str | None, python: str | None, optimizers: list[str], minutes: int, path: str | None) -> None:
+def bench_plan(against: str | None, python: str | None, optimizers: list[str], minutes: int, path: str | None,
+               resume: bool) -> None:
   """Compiles, prints and writes Flash's step beside MaxText's; ends the program if ours did not compile."""
   if (against is None) != (python is None):
     raise ValueError(f"--maxtext_python = {python!r}: expected a Python with --against {MAXTEXT} and nothing without it; "
                      f"its environment: {plan_run.INSTALL}")
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError("plan: libtpu is not installed, expected what pip install -e '.[aot]' brings")
-  rows = plan_run.measure(python, plan_cases.of_optimizers(optimizers), say, minutes)
-  found = plan_run.targets(rows)
-  print("", plan_run.table(rows), report.target_lines(found), sep="\n")
-  if path is not None:
-    report.write_json(path, rows, found)
+  if resume and path is None:
+    raise ValueError("--resume = True: expected --json, the file to go on from")
+  known = json.loads(Path(path).read_text(encoding="utf-8"))["rows"] if resume and Path(path).exists() else []
+
+  def keep(rows: list[dict]) -> None:
+    if path is not None:
+      report.write_json(path, rows, plan_run.targets(rows))
+  rows = plan_run.measure(python, plan_cases.of_optimizers(optimizers), say, minutes, known, keep)
+  print("", plan_run.table(rows), report.target_lines(plan_run.targets(rows)), sep="\n")
   if any(row["ours"] and "all" not in row for row in rows):
     sys.exit("error: a program of ours did not compile")
 
@@ -234,7 +241,7 @@ def bench_all(names: list[str], against: str | None, path: str | None) -> None:
 
 def main(argv: list[str]) -> None:
   names = ("against", "json", "lengths", "topology", "ops", "models", "others", "repeats", "checkpoint", "tokens",
-           "chunks", "parts", "maxtext_python", "optimizers", "minutes")
+           "chunks", "parts", "maxtext_python", "optimizers", "minutes", "resume")
   value = {name: flags.FLAGS[name].value for name in names}
   try:
     kind, lengths = check(argv[1:], value["lengths"], value["against"], value["json"])
@@ -247,7 +254,8 @@ def main(argv: list[str]) -> None:
     elif kind == CONTEXT:
       bench_context(value["tokens"], value["chunks"], value["json"])
     elif kind == PLAN:
-      bench_plan(value["against"], value["maxtext_python"], value["optimizers"], value["minutes"], value["json"])
+      bench_plan(value["against"], value["maxtext_python"], value["optimizers"], value["minutes"], value["json"],
+                 value["resume"])
     elif kind == START:
       bench_start(value["repeats"], value["json"])
     elif kind == ALL:
