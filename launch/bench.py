@@ -42,7 +42,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Collection
+from typing import Any, Mapping
 
 from absl import app, flags
 
@@ -131,15 +131,15 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
   return kind, cases.lengths_from(lengths or [str(length) for length in known], room)
 
 
-def refuse(kind: str, given: Collection[str]) -> None:
-  """Refuses flags that a measurement does not know, which would do nothing.
+def refuse(kind: str, given: Mapping[str, Any]) -> None:
+  """Refuses flags, given with their values, that a measurement does not know: they would do nothing.
 
   Raises:
     ValueError: one of them is given.
   """
-  for name in given:
+  for name, value in given.items():
     if kind not in KNOWN_BY.get(name, KINDS):
-      raise ValueError(f"--{name}: {kind} knows no such flag, expected it with {', '.join(KNOWN_BY[name])} only")
+      raise ValueError(f"--{name} = {value!r}: {kind} knows no such flag, expected it with {', '.join(KNOWN_BY[name])} only")
 
 
 def check_kernels(topology: str | None, ops: list[str], models: list[str]) -> tuple[chips.Chip, tuple[str, ...], list[str]]:
@@ -289,7 +289,7 @@ def main(argv: list[str]) -> None:
   value = {name: flags.FLAGS[name].value for name in names}
   try:
     kind, lengths = check(argv[1:], value["lengths"], value["against"], value["json"])
-    refuse(kind, [name for name in names if flags.FLAGS[name].present])
+    refuse(kind, {name: value[name] for name in names if flags.FLAGS[name].present})
     if kind == CONTEXT:
       use_huge_pages()  # this program begins again
     if kind != TABLES:

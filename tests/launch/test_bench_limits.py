@@ -128,7 +128,7 @@ def test_every_part_is_understood_by_its_command():
       rest = main.flags.FLAGS([module, *arguments, *more, "--json", "x.json"])[1:]
       if module == "launch.bench":
         kind, _ = bench.check(rest, main.flags.FLAGS["lengths"].value, None, "x.json")
-        bench.refuse(kind, [name for name in bench.KNOWN_BY if main.flags.FLAGS[name].present])
+        bench.refuse(kind, {name: None for name in bench.KNOWN_BY if main.flags.FLAGS[name].present})
 
 
 @pytest.mark.parametrize("kind, name, others", [
@@ -136,8 +136,8 @@ def test_every_part_is_understood_by_its_command():
     ("start", "lengths", "forward, train, decode, remat"), ("forward", "topology", "kernels"), ("tables", "json", "forward"),
 ])
 def test_a_flag_that_would_do_nothing_is_refused(kind, name, others):
-  with pytest.raises(ValueError, match=f"--{name}: {kind} knows no such flag, expected it with {others}"):
-    bench.refuse(kind, [name])
+  with pytest.raises(ValueError, match=f"--{name} = 7: {kind} knows no such flag, expected it with {others}"):
+    bench.refuse(kind, {name: 7})
 
 
 def test_all_writes_machine_versions_and_date_and_ends_well_with_parts_left_out(monkeypatch, tmp_path, capsys):
