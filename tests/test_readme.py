@@ -169,7 +169,7 @@ SHORTER = {
   "bench kernels": ("--lengths", "512", "--models", "flash", "--ops", "select", "--noothers"),
   "bench memory": ("--lengths", "512", "--noothers"), "bench exchange": ("--lengths", "512"),
   "bench context": ("--tokens", "8192", "--chunks", "2048,1536"), "bench start": ("--repeats", "1"),
-  "bench plan": None, "bench all": None}
+  "bench plan": None}
 
 
 def shorter(command: Command) -> tuple[str, ...] | None:
