@@ -150,9 +150,14 @@ class Compiler:
     end = math.inf if minutes is None else start + 60 * minutes
     for number, request in enumerate(requests, 1):
       found.append(self.compile(request, end - time.monotonic()))
+      if "left_out" in found[-1]:
+        rest = len(requests) - number
+        if say is not None:
+          say(f"{request.name}: {missing.said(found[-1])}" + (f", and {rest} more" if rest else ""))
+        return found + [found[-1]] * rest
       if say is not None:
         left = (time.monotonic() - start) / number * (len(requests) - number)
-        text = f"{found[-1]['seconds']:.1f} s" if found[-1]["ok"] else missing.said(missing.of_answer(found[-1]))[:160]
+        text = f"{found[-1]['seconds']:.1f} s" if found[-1]["ok"] else found[-1]["error"].splitlines()[0][:160]
         remaining = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
         say(f"[{number:>{len(str(len(requests)))}}/{len(requests)}] {request.name}: {text}, about {remaining} left")
     return found
