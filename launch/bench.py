@@ -1,14 +1,15 @@
 """Measures this project's speed and memory, alone or beside another implementation on the same machine.
 
-python -m launch.bench forward|train|decode|remat [--against transformers] [--lengths 512,1024] [--repeats 3] [--json FILE]
-python -m launch.bench kernels --topology v5p:2x2x1 [--ops attention,select] [--models flash,pro] [--noothers] [...]
+python -m launch.bench forward|train|decode|remat [--against transformers] [--lengths 512,1024] [--repeats 3] [...]
+python -m launch.bench kernels --topology v5p:2x2x1 [--ops attention,select] [--models flash,pro] [--noothers]
+                            [--lengths 4096] [--minutes 60] [--json FILE]
 python -m launch.bench memory --topology v5p:2x2x2 [--lengths 65536] [--noothers] [--json FILE]
 python -m launch.bench exchange --topology v5p:2x2x2 [--lengths 4096] [--models pro] [--json FILE]
 python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512,2048] [--json FILE]
 python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
-python -m launch.bench plan [--against maxtext --maxtext_python FILE] [--optimizers adamw,muon] [--json FILE]
+python -m launch.bench plan [--against maxtext --maxtext_python FILE] [--optimizers adamw,muon] [--json FILE [--resume]]
 python -m launch.bench start [--repeats 3] [--json FILE]
-python -m launch.bench all [--parts forward,decode] [--json FILE]
+python -m launch.bench all [--parts forward,decode] [--minutes 60] [--lengths 512] [--repeats 1] [--noothers] [--json FILE]
 python -m launch.bench tables FILE...
 
 forward: logits of all places. train: next-token loss, gradient, AdamW; also the full step with Muon. decode: a prompt in
@@ -21,19 +22,27 @@ exchange: what a layer's experts take that are spread over the slice, tokens gat
 overlap: of a trained run, how much of its selection a query shares with its neighbours.
 context: a context of a million tokens read and gone on with by a small model; what a token costs along it.
 plan: Flash's whole train step compiled for 128 and 256 v5p, beside MaxText's by the same libtpu if its Python is given:
-python3.12 -m venv FOLDER && FOLDER/bin/pip install 'maxtext[tpu]==0.2.5', then --maxtext_python FOLDER/bin/python.
+python3.12 -m venv FOLDER && FOLDER/bin/pip install 'maxtext[tpu]==0.2.5', then --maxtext_python FOLDER/bin/python. A
+compilation takes ten minutes on two cores; the file of --json is written after each, and --resume goes on from it.
 start: seconds from nothing to the import, the first forward pass and the first training step of configs/tiny.py.
-all: every one of them one after another, and a plan; beside transformers if it is installed (pip install -e '.[test]' with
-Python 3.11 brings it). Hours; a part that fails does not stop the others.
-tables: README's tables of kernels and decoding, and tokens a second, from what kernels, forward, train and decode wrote.
+all: every one of them one after another but overlap, which needs a run's checkpoint, and launch.plan of a slice of Pro;
+beside transformers if it is installed (pip install -e '.[test]' with Python 3.11 brings it). Hours, unattended: what has not
+the time or the memory is left out, which is said, and a part that fails does not stop the others.
+To see it work in half an hour: --minutes 30 --lengths 512 --repeats 1 --noothers.
+tables: README's tables, from what kernels, forward, train, decode, remat, launch.plan and all wrote.
+
+--minutes: forward, train, decode, remat, kernels, memory and exchange write what they have when it is over; all gives each
+part its share; of plan it is for one compilation. What is printed begins with machine, versions and date.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
+from typing import Any, Mapping
 
 from absl import app, flags
 
@@ -50,8 +59,18 @@ from launch.benchmarks.memory import run as memory_run
 
 KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT = "kernels", "memory", "exchange", "overlap", "context"
 PLAN, START, ALL, TABLES = "plan", "start", "all", "tables"
+PLAN_MINUTES = 30  # of a compilation
 KINDS = (*cases.KINDS, KERNELS, MEMORY, EXCHANGE, OVERLAP, CONTEXT, PLAN, START, ALL, TABLES)
 MAXTEXT = "maxtext"
+
+# Which measurements know a flag; all others refuse it. Whom --against may name: see `check`.
+COMPILED = (KERNELS, MEMORY, EXCHANGE)
+KNOWN_BY = {
+    "lengths": (*cases.KINDS, *COMPILED, OVERLAP, ALL), "repeats": (*cases.KINDS, START, ALL), "topology": COMPILED,
+    "ops": (KERNELS,), "models": (KERNELS, EXCHANGE), "others": (KERNELS, MEMORY, ALL), "checkpoint": (OVERLAP,),
+    "tokens": (CONTEXT,), "chunks": (CONTEXT,), "maxtext_python": (PLAN,), "optimizers": (PLAN,), "resume": (PLAN,),
+    "minutes": (*cases.KINDS, *COMPILED, PLAN, ALL), "parts": (ALL,),
+    "json": tuple(kind for kind in KINDS if kind != TABLES)}
 
 
 def define_flags() -> None:
@@ -68,13 +87,15 @@ def define_flags() -> None:
                       f"{', '.join(chip.topology for chip in chips.CHIPS)}.")
   flags.DEFINE_list("ops", list(kernel_cases.BY_NAME), "Of kernels: which operations.")
   flags.DEFINE_list("models", list(kernel_cases.MODELS), "Of kernels and exchange: whose sizes.")
-  flags.DEFINE_bool("others", True, "Of kernels and memory: also what else a user could run; --noothers is faster.")
+  flags.DEFINE_bool("others", True, "Of kernels, memory and all: also what else a user could run; --noothers is faster.")
   flags.DEFINE_string("checkpoint", None, "Of overlap: the checkpoints of a run.")
   flags.DEFINE_integer("tokens", 1_048_576, "Of context: how long it is.")
   flags.DEFINE_list("chunks", ["4096", "3000"], "Of context: tokens fed at a time, in the first and the second run.")
   flags.DEFINE_string("maxtext_python", None, f"Of plan: the Python of an environment with MaxText: {plan_run.INSTALL}")
   flags.DEFINE_list("optimizers", [], "Of plan: which ones; all if not given.")
-  flags.DEFINE_integer("minutes", 30, "Of plan: the most that one compilation may take.", lower_bound=1)
+  flags.DEFINE_float("minutes", None, "The most that all of it may take; what is not measured then is left out. Of plan: "
+                     f"the most that one compilation may take, {PLAN_MINUTES} if not given.", lower_bound=0.1)
+  flags.DEFINE_bool("resume", False, "Of plan: what the file of --json says already is not compiled again.")
   flags.DEFINE_list("parts", [], "Of all: which ones; all if not given.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
@@ -100,12 +121,25 @@ def check(arguments: list[str], lengths: list[str] | None, against: str | None,
                      f"pip install -e '.[test]' brings (with Python 3.11)")
   if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
     raise ValueError(f"--json = {path!r}: expected a file in a folder that exists")
+  if kind == ALL:  # its parts have lengths of their own
+    return kind, ()
   if kind not in cases.KINDS:
     known = {MEMORY: (memory_cases.LENGTH,), EXCHANGE: (exchange.LENGTH,), OVERLAP: overlap.LENGTHS}.get(kind, ())
     return kind, kernel_cases.lengths_from(lengths or [str(length) for length in known])
   known, room = (cases.DECODE_LENGTHS, cases.NEW_TOKENS + 1) if kind == cases.DECODE else (cases.LENGTHS, 0)
   known = cases.REMAT_LENGTHS if kind == cases.REMAT else known
   return kind, cases.lengths_from(lengths or [str(length) for length in known], room)
+
+
+def refuse(kind: str, given: Mapping[str, Any]) -> None:
+  """Refuses flags, given with their values, that a measurement does not know: they would do nothing.
+
+  Raises:
+    ValueError: one of them is given.
+  """
+  for name, value in given.items():
+    if kind not in KNOWN_BY.get(name, KINDS):
+      raise ValueError(f"--{name} = {value!r}: {kind} knows no such flag, expected it with {', '.join(KNOWN_BY[name])} only")
 
 
 def check_kernels(topology: str | None, ops: list[str], models: list[str]) -> tuple[chips.Chip, tuple[str, ...], list[str]]:
@@ -125,11 +159,11 @@ def say(text: str) -> None:
 
 
 def bench_kernels(topology: str | None, ops: list[str], models: list[str], lengths: tuple[int, ...], others: bool,
-                  path: str | None) -> None:
+                  minutes: float | None, path: str | None) -> None:
   """Compiles, prints and writes the figures of the kernels; ends the program if one of ours did not compile."""
   chip, ops, models = check_kernels(topology, ops, models)
   wanted = [case for case in kernel_cases.all_cases(ops, lengths, models) if others or case.side == kernel_cases.OURS]
-  rows = kernel_run.measure(topology, wanted, say)
+  rows = kernel_run.measure(topology, wanted, say, minutes)
   found = kernel_report.targets(rows, chip)
   print("", kernel_report.text(rows, found), sep="\n")
   if path is not None:
@@ -138,10 +172,12 @@ def bench_kernels(topology: str | None, ops: list[str], models: list[str], lengt
     sys.exit("error: a program of ours did not compile")
 
 
-def bench_memory(topology: str | None, lengths: tuple[int, ...], others: bool, path: str | None) -> None:
+def bench_memory(topology: str | None, lengths: tuple[int, ...], others: bool, minutes: float | None,
+                 path: str | None) -> None:
   """Compiles, prints and writes what attention takes of the HBM; ends the program if ours did not compile."""
   check_kernels(topology, [], [])
-  rows = memory_run.measure(topology, lengths, memory_cases.SIDES if others else (memory_cases.OURS,), say)
+  sides = memory_cases.SIDES if others else (memory_cases.OURS,)
+  rows = memory_run.measure(topology, lengths, sides, say, minutes=minutes)
   found = memory_run.targets(rows)
   print("", memory_run.table(rows), report.target_lines(found), sep="\n")
   if path is not None:
@@ -150,10 +186,11 @@ def bench_memory(topology: str | None, lengths: tuple[int, ...], others: bool, p
     sys.exit("error: a program of ours did not compile")
 
 
-def bench_exchange(topology: str | None, lengths: tuple[int, ...], models: list[str], path: str | None) -> None:
+def bench_exchange(topology: str | None, lengths: tuple[int, ...], models: list[str], minutes: float | None,
+                   path: str | None) -> None:
   """Compiles, prints and writes what spread experts take; ends the program if one did not compile."""
   _, _, models = check_kernels(topology, [], models)
-  rows = exchange.measure(topology, lengths, models, say)
+  rows = exchange.measure(topology, lengths, models, say, minutes)
   print("", exchange.table(rows), sep="\n")
   if path is not None:
     report.write_json(path, rows, [])
@@ -173,7 +210,6 @@ def bench_context(tokens: int, chunks: list[str], path: str | None) -> None:
   """Prints and writes what a long context costs."""
   if not all(chunk.isdigit() for chunk in chunks):
     raise ValueError(f"--chunks = {','.join(chunks)}: expected two different numbers of tokens")
-  use_huge_pages()
   worker.pin(cases.THREADS)
   rows = context.measure(tokens, [int(chunk) for chunk in chunks], say)
   found = context_rows.targets(rows)
@@ -182,18 +218,24 @@ def bench_context(tokens: int, chunks: list[str], path: str | None) -> None:
     report.write_json(path, rows, found)
 
 
-def bench_plan(against: str | None, python: str | None, optimizers: list[str], minutes: int, path: str | None) -> None:
+def bench_plan(against: str | None, python: str | None, optimizers: list[str], minutes: float | None, path: str | None,
+               resume: bool) -> None:
   """Compiles, prints and writes Flash's step beside MaxText's; ends the program if ours did not compile."""
   if (against is None) != (python is None):
     raise ValueError(f"--maxtext_python = {python!r}: expected a Python with --against {MAXTEXT} and nothing without it; "
                      f"its environment: {plan_run.INSTALL}")
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError("plan: libtpu is not installed, expected what pip install -e '.[aot]' brings")
-  rows = plan_run.measure(python, plan_cases.of_optimizers(optimizers), say, minutes)
-  found = plan_run.targets(rows)
-  print("", plan_run.table(rows), report.target_lines(found), sep="\n")
-  if path is not None:
-    report.write_json(path, rows, found)
+  if resume and path is None:
+    raise ValueError("--resume = True: expected --json, the file to go on from")
+  known = json.loads(Path(path).read_text(encoding="utf-8"))["rows"] if resume and Path(path).exists() else []
+
+  def keep(rows: list[dict]) -> None:
+    if path is not None:
+      report.write_json(path, rows, plan_run.targets(rows))
+  rows = plan_run.measure(python, plan_cases.of_optimizers(optimizers), say, minutes or PLAN_MINUTES, known,
+                          keep)
+  print("", plan_run.table(rows), report.target_lines(plan_run.targets(rows)), sep="\n")
   if any(row["ours"] and "all" not in row for row in rows):
     sys.exit("error: a program of ours did not compile")
 
@@ -207,9 +249,10 @@ def bench_start(repeats: int, path: str | None) -> None:
     report.write_json(path, rows, found)
 
 
-def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeats: int, path: str | None) -> None:
+def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeats: int, minutes: float | None,
+                path: str | None) -> None:
   """Measures, prints and writes the figures of the model; ends the program if a measurement of ours failed."""
-  rows = run.measure(kind, lengths, against, repeats, say)
+  rows = run.measure(kind, lengths, against, repeats, say, minutes)
   found = report.targets(kind, rows)
   remarks = (report.losses(rows), report.disturbances(rows))
   explained = (report.EXPLANATION,) if kind != cases.DECODE else (report.EXPLANATION, report.DECODE_EXPLANATION)
@@ -221,12 +264,20 @@ def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeat
     sys.exit("error: a measurement of ours failed")
 
 
-def bench_all(names: list[str], against: str | None, path: str | None) -> None:
+def bench_all(names: list[str], against: str | None, repeats: int, lengths: list[str] | None, others: bool,
+              minutes: float | None, path: str | None) -> None:
   """Runs all parts, prints how each ended and writes their figures; ends the program if one failed."""
+  known = everything.parts(against or (everything.default_against() if others else None), repeats, lengths or (), others)
+  wanted = everything.chosen(names, known)
+  for part in wanted.values():
+    if "--lengths" in part.arguments:
+      check([part.arguments[1]], lengths, None, None)
+
   def keep(found: dict) -> None:
     if path is not None:
-      Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-  found = everything.measure(everything.chosen(names, against or everything.default_against()), say, keep=keep)
+      Path(path).write_text(json.dumps({**report.origin(), "parts": found}, indent=1) + "\n", encoding="utf-8")
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part in hand ends, too
+  found = everything.measure(wanted, say, keep=keep, minutes=minutes)
   print("", everything.summary(found), sep="\n")
   if any("failed" in part for part in found.values()):
     sys.exit("error: a part failed")
@@ -234,30 +285,38 @@ def bench_all(names: list[str], against: str | None, path: str | None) -> None:
 
 def main(argv: list[str]) -> None:
   names = ("against", "json", "lengths", "topology", "ops", "models", "others", "repeats", "checkpoint", "tokens",
-           "chunks", "parts", "maxtext_python", "optimizers", "minutes")
+           "chunks", "parts", "maxtext_python", "optimizers", "minutes", "resume")
   value = {name: flags.FLAGS[name].value for name in names}
   try:
     kind, lengths = check(argv[1:], value["lengths"], value["against"], value["json"])
+    refuse(kind, {name: value[name] for name in names if flags.FLAGS[name].present})
+    if kind == CONTEXT:
+      use_huge_pages()  # this program begins again
+    if kind != TABLES:
+      say(report.head())
     if kind == KERNELS:
-      bench_kernels(value["topology"], value["ops"], value["models"], lengths, value["others"], value["json"])
+      bench_kernels(value["topology"], value["ops"], value["models"], lengths, value["others"], value["minutes"],
+                    value["json"])
     elif kind == MEMORY:
-      bench_memory(value["topology"], lengths, value["others"], value["json"])
+      bench_memory(value["topology"], lengths, value["others"], value["minutes"], value["json"])
     elif kind == EXCHANGE:
-      bench_exchange(value["topology"], lengths, value["models"], value["json"])
+      bench_exchange(value["topology"], lengths, value["models"], value["minutes"], value["json"])
     elif kind == CONTEXT:
       bench_context(value["tokens"], value["chunks"], value["json"])
     elif kind == PLAN:
-      bench_plan(value["against"], value["maxtext_python"], value["optimizers"], value["minutes"], value["json"])
+      bench_plan(value["against"], value["maxtext_python"], value["optimizers"], value["minutes"], value["json"],
+                 value["resume"])
     elif kind == START:
       bench_start(value["repeats"], value["json"])
     elif kind == ALL:
-      bench_all(value["parts"], value["against"], value["json"])
+      bench_all(value["parts"], value["against"], value["repeats"], value["lengths"], value["others"], value["minutes"],
+                value["json"])
     elif kind == TABLES:
       print(tables.markdown(tables.read(argv[2:])))
     elif kind == OVERLAP:
       bench_overlap(value["checkpoint"], lengths, value["json"])
     else:
-      bench_model(kind, lengths, value["against"], value["repeats"], value["json"])
+      bench_model(kind, lengths, value["against"], value["repeats"], value["minutes"], value["json"])
   except (ValueError, FileNotFoundError, run.WorkerFailed) as error:
     sys.exit(f"error: {error}")
 

@@ -94,10 +94,12 @@ def main(argv: list[str]) -> None:
   from deepseek_v4 import config
   from deepseek_v4.planning import lower
   from deepseek_v4.training import stages
+  from launch.benchmarks.report import head
   from launch.plans import measure, report
   os.environ.update(lower.ENVIRONMENT)
   import jax
   say = lambda line: print(line, flush=True)
+  say(head())
   try:
     run_config = config.load(flags.FLAGS["config"].value, flags.FLAGS["set"].value)
     for line in stages.table(run_config):
@@ -106,7 +108,7 @@ def main(argv: list[str]) -> None:
     if flags.FLAGS["search"].value:
       figures = searched(run_config, wanted, say)
     else:
-      figures = measure.measured(wanted, say)
+      figures = {"config": flags.FLAGS["config"].value, **measure.measured(wanted, say)}
       say(report.text(figures))
   except (ValueError, FileNotFoundError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
     sys.exit(f"error: {error}")

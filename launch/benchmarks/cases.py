@@ -122,6 +122,11 @@ def expected_seconds(case: Case) -> tuple[float, float]:
   return 6.0, (1e-3 + 0.9e-6 * case.length) * work
 
 
+def longest_seconds(case: Case) -> float:
+  """What no single answer of a worker takes on any machine that one would measure on: then it hangs."""
+  return 600 + 10 * math.fsum(expected_seconds(case))
+
+
 def turn_seconds(case: Case, group: Sequence[Case]) -> float:
   """Expected seconds of a turn: one pass, and where `warms_up` one before it that does not count."""
   return expected_seconds(case)[1] * (1 + warms_up(group))

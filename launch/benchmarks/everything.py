@@ -1,9 +1,16 @@
-"""All benches one after another, each in a process of its own; one that fails does not stop the others."""
+"""All benches one after another, each in a process of its own and in limited time; one that fails stops no other.
+
+A part that is not finished in time, or that this machine cannot run, is left out: that is said, and is no failure.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,31 +22,66 @@ from launch.benchmarks import cases
 from launch.benchmarks.kernels.chips import CHIPS
 
 PLAN, SLICE = "configs/v4_pro_slice.py", "v5p:2x2x2"
+KERNELS = 90  # minutes for those of a chip
+MODEL = {"forward": 60, "train": 120, cases.DECODE: 60, cases.REMAT: 30}  # minutes
+GRACE = 20.0  # seconds that a part has to end by itself when its time is over
+SHORTEST = 1.0  # minutes of a part, as long as there are so many
+
+Run = Callable[[Sequence[str], float], int | None]
 
 
-def parts(against: str | None) -> dict[str, list[str]]:
-  """Arguments behind `python -m` of each part, by its name; a JSON file is added."""
-  beside = ["--against", against] if against else []
-  bench = lambda *arguments: ["launch.bench", *arguments]
-  model = {kind: bench(kind, *beside) for kind in cases.KINDS if kind != cases.REMAT}
-  kernels = {f"kernels_{chip.name}": bench("kernels", "--topology", chip.topology) for chip in CHIPS}
-  slices = {kind: bench(kind, "--topology", SLICE) for kind in ("memory", "exchange")}
-  return {"start": bench("start"), **model, "remat": bench("remat"),
-          "context": bench("context", "--tokens", "65536", "--chunks", "1024,750"),
-          "plan": ["launch.plan", "--config", PLAN, "--topology", CHIPS[0].topology], **slices, **kernels}
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A bench.
+
+  Attributes:
+    arguments: behind `python -m`; a JSON file is added.
+    minutes: it may take at most.
+    watches: whether it takes --minutes, and then writes what it has when they are over.
+    gigabytes: of free memory that it needs, GiB.
+    compiler: whether it needs libtpu.
+  """
+
+  arguments: tuple[str, ...]
+  minutes: float
+  watches: bool = False
+  gigabytes: int = 0
+  compiler: bool = False
 
 
-def chosen(names: Sequence[str], against: str | None) -> dict[str, list[str]]:
-  """Those of the parts that are asked for; no name = all.
+def parts(against: str | None, repeats: int | None = None, lengths: Sequence[str] = (),
+          others: bool = True) -> dict[str, Part]:
+  """All parts by name; `repeats`, `lengths` and `others` go to those that know them."""
+  flags = {"against": ("--against", against) if against else (), "repeats": ("--repeats", str(repeats)) if repeats else (),
+           "lengths": ("--lengths", ",".join(lengths)) if lengths else (), "others": () if others else ("--noothers",)}
+
+  def bench(minutes: float, kind: str, *arguments: str, takes: Sequence[str] = (), **more: Any) -> Part:
+    given = [word for name in takes for word in flags[name]]
+    return Part(("launch.bench", kind, *arguments, *given), minutes, **more)
+  model = {kind: bench(minutes, kind, takes=("against",) * (kind != cases.REMAT) + ("repeats", "lengths"), watches=True)
+           for kind, minutes in MODEL.items()}
+  compiled = {"watches": True, "compiler": True}
+  kernels = {f"kernels_{chip.name}": bench(KERNELS, "kernels", "--topology", chip.topology, takes=("lengths", "others"),
+                                           **compiled) for chip in CHIPS}
+  plan = ("launch.plan", "--config", PLAN, "--topology", CHIPS[0].topology)
+  return {"start": bench(15, "start", takes=("repeats",)), **model,
+          "context": bench(30, "context", "--tokens", "65536", "--chunks", "1024,750"),
+          "plan": Part(plan, 45, gigabytes=12, compiler=True),
+          "memory": bench(60, "memory", "--topology", SLICE, takes=("lengths", "others"), **compiled),
+          "exchange": bench(45, "exchange", "--topology", SLICE, takes=("lengths",), **compiled), **kernels,
+          "flash_plan": bench(100, "plan", gigabytes=18, compiler=True)}
+
+
+def chosen(names: Sequence[str], known: dict[str, Part]) -> dict[str, Part]:
+  """Those of the parts that are asked for, in their own order; no name = all.
 
   Raises:
     ValueError: there is none of that name.
   """
-  known = parts(against)
   for name in names:
     if name not in known:
       raise ValueError(f"--parts = {name!r}: expected some of {', '.join(known)}")
-  return {name: known[name] for name in names or known}
+  return {name: part for name, part in known.items() if name in (names or known)}
 
 
 def default_against() -> str | None:
@@ -48,34 +90,100 @@ def default_against() -> str | None:
   return cases.TRANSFORMERS if installed else None
 
 
-def measure(wanted: dict[str, list[str]], say: Callable[[str], None], run: Callable[..., Any] = subprocess.run,
-            keep: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, Any]:
-  """{part: what it wrote, or {"failed": how it ended}}; every part's own lines are printed as they come.
+# ---- one part ---------------------------------------------------------------------------------------------------------
+def run_for(command: Sequence[str], seconds: float, grace: float = GRACE) -> int | None:
+  """The exit code of a command; None if it had to be ended after so many seconds, with all processes that it started."""
+  process = subprocess.Popen(command, start_new_session=True)  # a group of its own, which can be ended as one
+  try:
+    return process.wait(seconds)
+  except subprocess.TimeoutExpired:
+    return None
+  finally:
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGTERM)
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)  # those of the group that outlive their parent
+    process.wait()
+
+
+def free_gigabytes() -> float | None:
+  """GiB of memory that programs can still get; None where the system does not say."""
+  with contextlib.suppress(OSError):
+    for line in Path("/proc/meminfo").read_text().splitlines():
+      if line.startswith("MemAvailable:"):
+        return int(line.split()[1]) / 2**20
+  return None
+
+
+def obstacle(part: Part) -> str | None:
+  """Why this machine cannot run a part now; None if it can."""
+  if part.compiler and importlib.util.find_spec("libtpu") is None:
+    return "libtpu is not installed"
+  free = free_gigabytes() if part.gigabytes else None
+  return f"needs {part.gigabytes} GiB, {free:.0f} free" if free is not None and free < part.gigabytes else None
+
+
+def limit_of(left: Sequence[Part], minutes: float | None) -> float:
+  """Minutes of the first of the parts that are left: its share of what is left of all, but not more than its own."""
+  own = left[0].minutes
+  if minutes is None:
+    return own
+  return max(0.0, min(own, minutes, max(SHORTEST, minutes * own / sum(part.minutes for part in left))))
+
+
+def _measured(part: Part, limit: float, run: Run) -> dict[str, Any]:
+  with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "part.json"
+    inside = max(0.05, limit - max(0.25, limit / 20))  # the rest is for its start and its last lines
+    minutes = ("--minutes", f"{inside:.3g}") if part.watches else ()
+    code = run([sys.executable, "-m", *part.arguments, *minutes, "--json", str(file)], 60 * limit)
+    try:
+      found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # never written, or stopped while it was
+      found = {}
+  if code is None:
+    return found | {"left_out": f"stopped after {limit:.3g} minutes"}
+  return found | {"failed": f"exit code {code}"} if code else found
+
+
+# ---- all --------------------------------------------------------------------------------------------------------------
+def measure(wanted: dict[str, Part], say: Callable[[str], None], run: Run = run_for,
+            keep: Callable[[dict[str, Any]], None] = lambda found: None, minutes: float | None = None) -> dict[str, Any]:
+  """{part: what it wrote, with "failed": how it ended, or "left_out": why}; its own lines are printed as they come.
 
   Args:
     wanted: see `parts`.
-    run: starts a process and waits for it.
+    run: runs a command for at most so many seconds, see `run_for`.
     keep: is given what was found so far after each part.
+    minutes: for all of them together; each gets its share.
   """
   found, start = {}, time.monotonic()
-  for number, (name, arguments) in enumerate(wanted.items(), 1):
-    minutes = (time.monotonic() - start) / 60
-    say(f"\n==== {number}/{len(wanted)} {name}, {minutes:.0f} min so far: python -m {' '.join(arguments)}")
-    with tempfile.TemporaryDirectory() as folder:
-      file = Path(folder) / "part.json"
-      done = run([sys.executable, "-m", *arguments, "--json", str(file)])
-      found[name] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-      if done.returncode:
-        found[name] |= {"failed": f"exit code {done.returncode}"}
+  for number, (name, part) in enumerate(wanted.items()):
+    spent = (time.monotonic() - start) / 60
+    limit = limit_of(list(wanted.values())[number:], None if minutes is None else minutes - spent)
+    reason = obstacle(part) or (None if limit else f"the {minutes:g} minutes of all are over")
+    say(f"\n==== {number + 1}/{len(wanted)} {name}, {spent:.0f} min so far, at most {limit:.3g} more: "
+        f"python -m {' '.join(part.arguments)}" + (f"\nleft out: {reason}" if reason else ""))
+    found[name] = {"left_out": reason} if reason else _measured(part, limit, run)
     keep(found)
   return found
 
 
 def summary(found: dict[str, Any]) -> str:
-  """A line for each part: rows, targets reached, or how it failed."""
-  lines = []
-  for name, part in found.items():
-    targets = [target["reached"] for target in part.get("targets", ()) if target["reached"] is not None]
-    said = part.get("failed") or (f"{len(part['rows'])} rows" if "rows" in part else "done")
-    lines.append(f"{name:16}{said}" + (f", {sum(targets)} of {len(targets)} targets reached" if targets else ""))
-  return "\n".join(lines)
+  """A line for each part: rows, whether a plan fits, targets reached, and how it failed or why it was left out."""
+  return "\n".join(f"{name:16}{', '.join(_words(part))}" for name, part in found.items())
+
+
+def _words(part: dict[str, Any]) -> list[str]:
+  words = []
+  if "rows" in part:
+    left = sum("left_out" in row for row in part["rows"])
+    words.append(f"{len(part['rows'])} rows" + (f", {left} of them left out" if left else ""))
+  elif "fits" in part:
+    words.append("fits" if part["fits"] else f"does not fit, {part['memory']['all'] / part['hbm_bytes']:.0%}")
+  targets = [target["reached"] for target in part.get("targets", ()) if target["reached"] is not None]
+  words += [f"{sum(targets)} of {len(targets)} targets reached"] if targets else []
+  words += [part["failed"]] if "failed" in part else []
+  return words + ([f"left out: {part['left_out']}"] if "left_out" in part else []) or ["done"]

@@ -19,6 +19,7 @@ from deepseek_v4 import sharding
 from deepseek_v4.model import exchange
 from deepseek_v4.model.experts import GATHERED, SENT, num_waves, routed
 from deepseek_v4.training.step import COMPILER_OPTIONS
+from launch.benchmarks import missing
 from launch.benchmarks.kernels.compile import Compiler, Request
 from launch.benchmarks.memory.run import AXES, devices_of
 from pallas_kernels.grouped_matmul import padded_rows, row_tile
@@ -39,6 +40,10 @@ class Case:
   tokens: int
   devices: int
   model: str = "pro"
+
+  @property
+  def name(self) -> str:
+    return f"{self.model} {self.tokens:,}, {self.form}"
 
   @property
   def rows(self) -> int:
@@ -78,21 +83,22 @@ def program(**fields: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Any, An
 
 def row_of(case: Case, answer: Mapping[str, Any]) -> Row:
   """Figures of one device, bytes; a ragged exchange counts as if its room were filled."""
-  row = dataclasses.asdict(case) | {"rows": case.rows}
+  row = {"case": case.name, **dataclasses.asdict(case), "rows": case.rows}
   if not answer["ok"]:
-    return row | {"failed": answer["error"]}
+    return row | missing.of_answer(answer)
   return row | {"temporaries": answer["memory"]["temp"], "traffic": answer["traffic"], "seconds": answer["seconds"]}
 
 
-def measure(topology: str, lengths: Sequence[int], models: Sequence[str], say: Callable[[str], None]) -> list[Row]:
-  """Rows of both forms at each length, experts over all devices of the topology."""
+def measure(topology: str, lengths: Sequence[int], models: Sequence[str], say: Callable[[str], None],
+            minutes: float | None = None) -> list[Row]:
+  """Rows of both forms at each length, experts over all devices of the topology; `minutes`: see `Compiler.compile_all`."""
   devices = devices_of(topology)
   wanted = [Case(form, length, devices, model) for model in models for length in lengths for form in FORMS]
   mesh = dict.fromkeys(AXES, 1) | {"expert": devices}
-  requests = [Request(f"{case.model} {case.tokens:,}, {case.form}", f"{__name__}:program", dataclasses.asdict(case), mesh,
-                      COMPILER_OPTIONS["tpu"]) for case in wanted]
+  requests = [Request(case.name, f"{__name__}:program", dataclasses.asdict(case), mesh, COMPILER_OPTIONS["tpu"])
+              for case in wanted]
   with Compiler(topology, schedules=False) as compiler:
-    return [row_of(case, answer) for case, answer in zip(wanted, compiler.compile_all(requests, say))]
+    return [row_of(case, answer) for case, answer in zip(wanted, compiler.compile_all(requests, say, minutes))]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -100,8 +106,8 @@ def table(rows: Sequence[Row]) -> str:
   lines = [["experts of", "tokens", "devices", "form", "rows' room", "temporaries", "moved (+ by each further pass)"]]
   for row in rows:
     head = [row["model"], f"{row['tokens']:,}", str(row["devices"]), row["form"], f"{row['rows']:,}"]
-    if "failed" in row:
-      lines.append([*head, row["failed"].splitlines()[0][:160], ""])
+    if not missing.measured(row):
+      lines.append([*head, missing.said(row)[:160], ""])
       continue
     gib = lambda size: f"{size / 2**30:.2f}"
     moved = ", ".join(f"{kind} {gib(found['bytes'])} GiB" + f" (+ {gib(found['more'])})" * bool(found["more"]) +

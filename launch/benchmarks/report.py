@@ -15,6 +15,7 @@ from typing import Any, Sequence
 
 from launch.benchmarks import flops
 from launch.benchmarks.cases import DECODE, NEW_TOKENS, OURS, PREFILL, THREADS, Case, Target, model_config, targets_of
+from launch.benchmarks.missing import measured, said
 
 Row = dict[str, Any]
 _UNDISTURBED = 0.75  # matmul rates of a quiet machine stay above this share of the best
@@ -30,6 +31,11 @@ def _head(case: Case) -> Row:
 def failed_row(case: Case, reason: str) -> Row:
   """The row of a case that could not be measured."""
   return _head(case) | {"failed": reason}
+
+
+def left_out_row(case: Case, reason: str) -> Row:
+  """The row of a case that nobody waited for."""
+  return _head(case) | {"left_out": reason}
 
 
 def speed(case: Case, sample: dict[str, Any]) -> str:
@@ -85,9 +91,9 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
   """
   theirs = collections.defaultdict(list)
   for row in rows:
-    if not row["ours"] and "failed" not in row:
+    if not row["ours"] and measured(row):
       theirs[row["case"]].append(row["seconds_median"])
-  comparable = lambda row: row["ours"] and "failed" not in row and row["variant"] != "muon" and theirs[row["case"]]
+  comparable = lambda row: row["ours"] and measured(row) and row["variant"] != "muon" and theirs[row["case"]]
   return [row | {"ratio": min(theirs[row["case"]]) / row["seconds_median"]} if comparable(row) else row for row in rows]
 
 
@@ -107,9 +113,9 @@ def table(rows: Sequence[Row]) -> str:
   lines = [["case", "side", *(title for title, *_ in columns)]]
   for row in rows:
     cells = ["-" if row.get(figure) is None else format(row[figure] * factor, form) for _, figure, factor, form in columns]
-    lines.append([row["case"], row["side"], *cells] if "failed" not in row else [row["case"], row["side"], row["failed"]])
-  measured = [line for line in lines if len(line) > 3]
-  widths = [max(len(line[i]) for line in measured) for i in range(len(lines[0]))]
+    lines.append([row["case"], row["side"], *cells] if measured(row) else [row["case"], row["side"], said(row)])
+  whole = [line for line in lines if len(line) > 3] or lines
+  widths = [max(len(line[i]) for line in whole) for i in range(len(lines[0]))]
   widths[:2] = [max(len(line[i]) for line in lines) for i in range(2)]
   text = []
   for line in lines:
@@ -134,7 +140,7 @@ layers read of the cache for a token, by the formula: keys of windows, entries, 
 def _value(target: Target, kind: str, rows: Sequence[Row]) -> float | None:
   """What was reached. A growth compares rows of the same variant: a longer row is not excused by recomputing less, nor
   blamed for recomputing more."""
-  ours = [row for row in rows if row["ours"] and "failed" not in row and row["variant"] != "muon"]
+  ours = [row for row in rows if row["ours"] and measured(row) and row["variant"] != "muon"]
   at = {(row["length"], row["variant"]): row.get(target.figure) for row in ours if row["kind"] == (target.kind or kind)}
   if not target.base_length:
     found = [value for (length, _), value in at.items() if length == target.length and value is not None]
@@ -174,10 +180,10 @@ def disturbances(rows: Sequence[Row]) -> str:
 
   The matmul rate behind some pass was then well below the best median of the same library.
   """
-  measured = [row for row in rows if "failed" not in row]
-  best = {ours: max((row["matmul_flops_per_second"] for row in measured if row["ours"] == ours), default=0)
+  rows = [row for row in rows if measured(row)]
+  best = {ours: max((row["matmul_flops_per_second"] for row in rows if row["ours"] == ours), default=0)
           for ours in (True, False)}
-  slow = [f"{row['case']} {row['side']}" for row in measured
+  slow = [f"{row['case']} {row['side']}" for row in rows
           if row["matmul_flops_per_second_min"] < _UNDISTURBED * best[row["ours"]]]
   return f"The machine was busy otherwise, measure again: {', '.join(slow)}." if slow else ""
 
@@ -208,8 +214,20 @@ def versions() -> dict[str, str]:
   return found
 
 
+def origin() -> Row:
+  """{"machine", "versions", "date"}: where figures come from."""
+  date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+  return {"machine": machine(), "versions": versions(), "date": date}
+
+
+def head() -> str:
+  """The same in a line, for the top of whatever is printed."""
+  found = origin()
+  known = [f"{name} {version}" for name, version in found["versions"].items()]
+  return ", ".join([found["machine"]["processor"], f"{found['machine']['cores']} cores", *known, found["date"]])
+
+
 def write_json(path: str | Path, rows: Sequence[Row], found: Sequence[Row]) -> None:
   """{"machine", "versions", "date", "rows", "targets"}; the folder must exist."""
-  date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-  content = {"machine": machine(), "versions": versions(), "date": date, "rows": list(rows), "targets": list(found)}
+  content = {**origin(), "rows": list(rows), "targets": list(found)}
   Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Starts the workers of a length, lets the sides take turns, stops who needs too much memory, shows progress."""
+"""Starts the workers of a length, lets the sides take turns, stops who needs too much memory or time, shows progress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import queue
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 
-from launch.benchmarks import report
+from launch.benchmarks import missing, report
 from launch.benchmarks.cases import (
   DECODE,
   ENVIRONMENT,
@@ -29,6 +30,7 @@ from launch.benchmarks.cases import (
   Case,
   cases_of,
   expected_seconds,
+  longest_seconds,
   seconds_of,
   turn_seconds,
   turns_of,
@@ -46,10 +48,10 @@ class WorkerFailed(Exception):
 
 
 class Worker:
-  """A process that measures one side of one case."""
+  """A process that measures one side of one case; no answer is waited for beyond `end`, seconds of `time.monotonic`."""
 
-  def __init__(self, case: Case, folder: Path):
-    self.case = case
+  def __init__(self, case: Case, folder: Path, end: float = math.inf):
+    self.case, self._end = case, end
     self._errors = (folder / f"errors {time.monotonic_ns()}.txt").open("w+", encoding="utf-8", errors="replace")
     arguments = [json.dumps(dataclasses.asdict(case)), str(folder)]
     self._process = subprocess.Popen([*PROGRAM, *arguments], cwd=ROOT, env=os.environ | ENVIRONMENT[case.side], text=True,
@@ -67,8 +69,9 @@ class Worker:
     """The worker's next message; its memory is watched while it works.
 
     Raises:
-      WorkerFailed: it died, or was stopped because it needs more than MEMORY_LIMIT.
+      WorkerFailed: it died, or was stopped because it needs more than MEMORY_LIMIT or `cases.longest_seconds`.
     """
+    limit, start = longest_seconds(self.case), time.monotonic()
     while True:
       with contextlib.suppress(queue.Empty):
         line = self._lines.get(timeout=0.05)
@@ -78,6 +81,9 @@ class Worker:
       if (memory("VmRSS", self._process.pid) or 0) > MEMORY_LIMIT:
         self._process.kill()
         raise WorkerFailed(f"stopped: needs more than {MEMORY_LIMIT // 2**30} GiB")
+      if time.monotonic() > min(start + limit, self._end):
+        self._process.kill()
+        raise WorkerFailed(missing.NO_TIME if time.monotonic() > self._end else f"took more than {limit:.0f} s")
 
   def _last_words(self) -> str:
     code = self._process.wait()
@@ -153,8 +159,9 @@ def agreement(ours: np.ndarray, theirs: np.ndarray, against: str) -> str:
   return text
 
 
-def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: Progress) -> list[dict[str, Any]]:
-  """Rows of the cases of one length.
+def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: Progress,
+                  end: float = math.inf) -> list[dict[str, Any]]:
+  """Rows of the cases of one length; those that were not measured when `time.monotonic` came to `end` are left out.
 
   All workers get ready first, then they take turns, so that a slow phase of the machine hits every side; a worker that
   waits does nothing. A turn begins with a pass that does not count: in a virtual machine the memory that another process
@@ -168,14 +175,16 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
     try:
       return question()
     except WorkerFailed as failure:
-      rows[case] = report.failed_row(case, str(failure))
+      if time.monotonic() > end and samples[case]:
+        return {}  # the passes before this one are a row
+      rows[case] = (report.left_out_row if time.monotonic() > end else report.failed_row)(case, str(failure))
       count = turns - len(samples[case]) + (case not in ready)  # this measurement and those that will not come
       progress.done(case, str(failure), seconds + (count - 1) * turn_seconds(case, group), count)
       return {}
 
   with contextlib.ExitStack() as stack:
     for case in group:
-      workers[case] = Worker(case, folder)
+      workers[case] = Worker(case, folder, end)
       stack.callback(workers[case].close)
       expected = sum(expected_seconds(case))
       if answer := ask(case, workers[case].reply, expected):
@@ -184,7 +193,7 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
         progress.done(case, f"ready{compiled}", expected)
     check_losses(ready)
     for turn in range(turns):
-      for case in [case for case in group if case not in rows]:
+      for case in [case for case in group if case not in rows and not (samples[case] and time.monotonic() > end)]:
         expected = turn_seconds(case, group)
         if answer := ask(case, functools.partial(workers[case].measure, warm), expected):
           samples[case].append(answer)
@@ -232,14 +241,15 @@ def compare_tokens(passes: dict[Case, dict[str, Any]]) -> list[str]:
 
 
 def measure(kind: str, lengths: Sequence[int], against: str | None, repeats: int,
-            say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-  """Measures one kind at all lengths and returns its rows, with ratios.
+            say: Callable[[str], None] = print, minutes: float | None = None) -> list[dict[str, Any]]:
+  """Measures one kind at all lengths and returns its rows, with ratios; what takes longer than `minutes` is left out.
 
   Raises:
     WorkerFailed: weights could not be made, or the two sides do not compute the same.
   """
   groups = cases_of(kind, lengths, against)
   rows: list[dict[str, Any]] = []
+  end = math.inf if minutes is None else time.monotonic() + 60 * minutes
   with tempfile.TemporaryDirectory() as folder:
     with contextlib.closing(Worker(Case("weights", OURS, 0), Path(folder))) as worker:
       worker.reply()
@@ -247,5 +257,8 @@ def measure(kind: str, lengths: Sequence[int], against: str | None, repeats: int
       say(check_logits(Path(folder), against, kind))
     progress = Progress(groups, repeats, say)
     for group in groups:
-      rows += report.with_ratios(measure_group(group, Path(folder), repeats, progress))
+      if time.monotonic() > end:
+        rows += [report.left_out_row(case, missing.NO_TIME) for case in group]
+        continue
+      rows += report.with_ratios(measure_group(group, Path(folder), repeats, progress, end))
   return rows

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Callable, Sequence
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/tiny.py"
 TOKENS = 128  # of the first forward pass
+LONGEST = 300.0  # seconds until a process is stopped
 DONE = "done"  # what a process says; it waits for nothing afterwards
 
 Row = dict[str, Any]
@@ -62,23 +64,27 @@ FIRSTS: dict[str, tuple[Callable[[], None], float]] = {  # what is waited for, a
   "import": (load_library, 3.0), "forward": (forward, 10.0), "train": (train, 30.0)}
 
 
-def seconds_of(name: str) -> float:
+def seconds_of(name: str, longest: float = LONGEST) -> float:
   """From the start of a fresh process to what is waited for.
 
   Raises:
-    ValueError: the process failed; the message ends with its last words.
+    ValueError: the process failed, or was stopped after the longest time; the message ends with its last words.
   """
   environment = {key: value for key, value in os.environ.items() if key not in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")}
   with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
     begin = time.perf_counter()
     with subprocess.Popen([sys.executable, "-m", "launch.benchmarks.start", name], cwd=ROOT, text=True, env=environment,
                           stdout=subprocess.PIPE, stderr=errors) as process:
+      alarm = threading.Timer(longest, process.kill)
+      alarm.start()
       said = process.stdout.readline().strip()
       seconds = time.perf_counter() - begin
+      alarm.cancel()
     errors.seek(0)
     last = " ".join(errors.read().strip().splitlines()[-1:])
   if said != DONE:
-    raise ValueError(f"start {name}: the process ended with code {process.returncode}: {last}")
+    ended = f"took more than {longest:g} s" if seconds >= longest else f"ended with code {process.returncode}"
+    raise ValueError(f"start {name}: the process {ended}: {last}")
   return seconds
 
 

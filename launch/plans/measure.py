@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import importlib.metadata
 import resource
 import threading
 import time
@@ -18,6 +17,7 @@ from deepseek_v4.config import RunConfig
 from deepseek_v4.planning import bound, collectives, dots, lower, read, state
 from deepseek_v4.training.state import abstract_state
 from launch.benchmarks.kernels import chips, program
+from launch.benchmarks.report import origin
 from launch.plans import bundles, kernels
 
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
@@ -90,10 +90,11 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
 
 def _head(wanted: Wanted, mesh: jax.sharding.Mesh) -> Figures:
   data, training = wanted.run_config.data, wanted.run_config.training
-  versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-  return {"step": wanted.step, "topology": wanted.topology, "devices": mesh.size, "mesh": dict(mesh.shape),
+  where = origin()
+  del where["machine"]["threads"]  # the compiler takes what there are
+  return {**where, "step": wanted.step, "topology": wanted.topology, "devices": mesh.size, "mesh": dict(mesh.shape),
           "sequence_length": data.sequence_length, "batch_size": data.batch_size, "accumulation": data.accumulation,
-          "remat": wanted.run_config.model.remat, "attention_mode": training.attention_mode, "versions": versions}
+          "remat": wanted.run_config.model.remat, "attention_mode": training.attention_mode}
 
 
 def traced_of(wanted: Wanted) -> tuple[jax.sharding.Mesh, jax.stages.Traced]:

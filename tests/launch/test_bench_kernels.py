@@ -54,7 +54,7 @@ def test_a_compiler_that_aborts_raises_or_hangs_is_told_and_replaced(answers):
 def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
   wanted = [Case("attention", "pro", 65536, GRADIENT), Case("expand", "pro", 4096, FORWARD)]
   lines = []
-  monkeypatch.setattr(compile.Compiler, "compile", lambda self, request: {"ok": False, "error": "fake"})
+  monkeypatch.setattr(compile.Compiler, "compile", lambda self, request, left: {"ok": False, "error": "fake"})
   found = run.measure("v6e:2x2", wanted, lines.append)
   assert [row["case"] for row in found] == ["expand forward pro 4,096"]
   assert lines[0] == "left out, more than the HBM of one v6e device: attention gradient pro 65,536"

@@ -100,6 +100,19 @@ def test_sides_are_compiled_in_processes_of_their_own(fake):
   assert all(one["matmuls"] == 1024 for one in rows) and said[0].startswith("1/3 ") and json.dumps(rows)
 
 
+def test_a_bench_goes_on_from_what_the_same_compiler_said(fake):
+  """Rows of the same libtpu are not compiled again, unless they failed; those of other cases stay in the file."""
+  fake("import sys\nsys.exit('compiled')")
+  known = run.measure(None, CASES[:2], lambda text: None, 1)
+  done = known[0] | {"refused": "too large"}
+  del done["failed"]
+  other, older = done | {"case": CASES[3].name}, done | {"case": CASES[1].name, "libtpu_sha256": "another"}
+  kept = []
+  rows = run.measure(None, CASES[:2], lambda text: None, 1, [done, known[1], other, older], kept.append)
+  assert rows == [done, known[1]]  # the second one was compiled again, and died again
+  assert kept == [[done, other], [done, known[1], other]]
+
+
 def test_a_side_that_dies_is_a_row(fake):
   fake("import sys\nprint('first', file=sys.stderr)\nsys.exit('there is no MaxText')")
   rows = run.measure(None, CASES[:1], lambda text: None, 1)

@@ -6,7 +6,8 @@ is the process; it reads one JSON request a line on stdin, {"builder": "module:f
 function with the arguments, which returns (fn, operands of jax.ShapeDtypeStruct), and answers with one JSON line on stdout.
 A request with "mesh": {axis: size, ...} is compiled for such a mesh instead of one device; its function also returns the
 PartitionSpecs of operands and results. "options" go to the compiler.
-With a folder the compiler's schedules are read, too. `Compiler` starts it, gives it time, and turns its end into an answer.
+With a folder the compiler's schedules are read, too. `Compiler` starts it, gives it time, turns its end into an answer, and
+starts another one before it has grown too large.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
+from launch.benchmarks import missing
 from launch.benchmarks.kernels import chips
+from launch.benchmarks.worker import memory
 
 ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT = 600  # seconds for one program
+OTHERS_TIMEOUT = 180  # for one of another side: what takes longer costs a bench its own rows
+MOST_PROGRAMS, MOST_MEMORY = 25, 8 * 2**30  # of a process, which keeps something of each: bytes behind one
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
                "JAX_ENABLE_COMPILATION_CACHE": "false"}
 _NOISE = re.compile(r"TPU_ACCELERATOR_TYPE|TPU_WORKER_HOSTNAMES|InitGoogle|Source Location Trace|tfrc/runtime|^\s*@|"
@@ -43,7 +48,7 @@ class Request:
   """A program to compile: `builder` = "module:function", called with `arguments`, returns (fn, operands).
 
   `mesh`: sizes by axis; the function then returns (fn, operands, their PartitionSpecs, those of the results).
-  `options`: of the compiler.
+  `options`: of the compiler. `seconds`: how long it may take; None = as long as the `Compiler` says.
   """
 
   name: str
@@ -51,10 +56,12 @@ class Request:
   arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  seconds: float | None = None
 
 
 class Compiler:
-  """A process that compiles for one topology, started again after it died.
+  """A process that compiles for one topology, started again after it died, after `MOST_PROGRAMS` programs and beyond
+  `MOST_MEMORY`.
 
   Raises:
     ValueError: an unknown topology.
@@ -65,6 +72,7 @@ class Compiler:
     self._topology, self._schedules, self.timeout = topology, schedules, timeout
     self._folder = tempfile.TemporaryDirectory()
     self._process: subprocess.Popen | None = None
+    self._compiled = 0  # by this process
 
   def __enter__(self) -> "Compiler":
     return self
@@ -83,6 +91,7 @@ class Compiler:
       command.append(str(dumps))
     self._process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, stdin=subprocess.PIPE,
                                      stdout=subprocess.PIPE, stderr=self._errors)
+    self._compiled = 0
     self._lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()
 
@@ -95,8 +104,16 @@ class Compiler:
     self._errors.close()
     self._process = None
 
-  def compile(self, request: Request) -> dict[str, Any]:
-    """The process's answer (see `answer`); if it died or took too long, {"ok": False, "error"} with the compiler's words."""
+  def compile(self, request: Request, left: float = math.inf) -> dict[str, Any]:
+    """The process's answer (see `answer`); if it died or took too long, {"ok": False, "error"} with the compiler's words.
+
+    Args:
+      left: seconds until all should be over; a program that is not finished then is {"ok": False, "left_out"}, nobody's
+        failure.
+    """
+    limit = self.timeout if request.seconds is None else min(self.timeout, request.seconds)
+    if left <= 0:
+      return {"ok": False, "left_out": missing.NO_TIME}
     if self._process is None:
       self._start()
     with contextlib.suppress(BrokenPipeError):
@@ -104,12 +121,18 @@ class Compiler:
                                             "mesh": dict(request.mesh), "options": dict(request.options)}) + "\n")
       self._process.stdin.flush()
     try:
-      line = self._lines.get(timeout=self.timeout)
+      line = self._lines.get(timeout=min(limit, left))
     except queue.Empty:
-      line, reason = "", f"took more than {self.timeout:g} s"
+      if left < limit:
+        self._stop()
+        return {"ok": False, "left_out": missing.NO_TIME}
+      line, reason = "", f"took more than {limit:g} s"
     else:
       reason = "" if line else "the compiler ended the process {ended}"
     if line:
+      self._compiled += 1
+      if self._compiled >= MOST_PROGRAMS or (memory("VmRSS", self._process.pid) or 0) > MOST_MEMORY:
+        self._stop()
       return json.loads(line)
     if reason.startswith("took"):
       self._process.kill()
@@ -120,16 +143,23 @@ class Compiler:
     self._stop()
     return {"ok": False, "error": reason.format(ended=ended) + (f": {said}" if said else "")}
 
-  def compile_all(self, requests: Sequence[Request], say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-    """The answers in order; one line of progress each, with the time left."""
+  def compile_all(self, requests: Sequence[Request], say: Callable[[str], None] | None = None,
+                  minutes: float | None = None) -> list[dict[str, Any]]:
+    """The answers in order; one line of progress each, with the time left. After `minutes` nothing more is compiled."""
     found, start = [], time.monotonic()
+    end = math.inf if minutes is None else start + 60 * minutes
     for number, request in enumerate(requests, 1):
-      found.append(self.compile(request))
+      found.append(self.compile(request, end - time.monotonic()))
+      if "left_out" in found[-1]:
+        rest = len(requests) - number
+        if say is not None:
+          say(f"{request.name}: {missing.said(found[-1])}" + (f", and {rest} more" if rest else ""))
+        return found + [found[-1]] * rest
       if say is not None:
         left = (time.monotonic() - start) / number * (len(requests) - number)
         text = f"{found[-1]['seconds']:.1f} s" if found[-1]["ok"] else found[-1]["error"].splitlines()[0][:160]
-        minutes = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
-        say(f"[{number:>{len(str(len(requests)))}}/{len(requests)}] {request.name}: {text}, about {minutes} left")
+        remaining = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        say(f"[{number:>{len(str(len(requests)))}}/{len(requests)}] {request.name}: {text}, about {remaining} left")
     return found
 
 

@@ -19,8 +19,8 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # of the others the name says it
-_SHAPE = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
+from launch.benchmarks.kernels.sizes import SHAPE, array_bytes, hbm_bytes, in_hbm
+
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-<>]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-<>]+)")
 _NOTHING = re.compile(r'^\w+\[\]|custom_call_target="AllocateBuffer"')  # a scalar, or memory only
@@ -78,30 +78,11 @@ class _Instruction:
 _Computations = Mapping[str, list[_Instruction]]
 
 
-def hbm_bytes(type_text: str) -> int:
-  """Bytes in HBM of all arrays of an HLO type, tiles padded; scalars, and what the layout puts elsewhere, S(1), are free."""
-  return sum(_array_bytes(*match) for match in _SHAPE.findall(type_text))
-
-
 def _near(instruction: _Instruction, types: Mapping[str, str]) -> tuple[int, ...]:
   """See `Part.near`."""
-  operands, results = [types.get(name, "") for name in instruction.operands], _SHAPE.findall(instruction.type)
+  operands, results = [types.get(name, "") for name in instruction.operands], SHAPE.findall(instruction.type)
   return (*(number for number, text in enumerate(operands) if "S(1)" in text),
           *(number - len(results) for number, (*_, layout) in enumerate(results) if "S(1)" in layout))
-
-
-def _array_bytes(kind: str, dims_text: str, layout: str) -> int:
-  dims = [int(d) for d in dims_text.split(",") if d]
-  if not dims or re.search(r"S\([1-9]\)", layout):
-    return 0
-  order, _, tiling = layout.partition(":")
-  physical = [dims[int(axis)] for axis in order.split(",") if axis] if order else dims[::-1]  # minor axis first
-  if tile := re.match(r"T\(([\d,]+)\)", tiling):
-    for axis, size in enumerate(reversed([int(s) for s in tile[1].split(",")])):
-      if axis < len(physical):
-        physical[axis] = -(-physical[axis] // size) * size
-  bits = _BITS[kind] if kind in _BITS else int(re.search(r"\d+", kind)[0])
-  return math.prod(physical) * bits // 8
 
 
 # ---- computations -----------------------------------------------------------------------------------------------------
@@ -141,7 +122,7 @@ def _operand_bytes(computations: _Computations, name: str, number: int, type_tex
     if places == [0] and user.opcode in _VIEWS:
       own.add(user.name)
     elif places == [0] and user.opcode in _SLICES:
-      read += hbm_bytes(_in_hbm(user.type))
+      read += hbm_bytes(in_hbm(user.type))
     elif places and user.opcode == "fusion":
       read += sum(_operand_bytes(computations, _called(user)[0], place, type_text) for place in places)
     elif places and not (places == [0] and user.opcode == "dynamic-update-slice"):
@@ -163,15 +144,11 @@ def _result_bytes(computations: _Computations, name: str, type_text: str) -> int
     while result.opcode in _VIEWS and result.operands and result.operands[0] in by_name:
       result = by_name[result.operands[0]]
     if result.opcode == "dynamic-update-slice" and result.operands[1] in by_name:
-      size = min(size, hbm_bytes(_in_hbm(by_name[result.operands[1]].type)))
+      size = min(size, hbm_bytes(in_hbm(by_name[result.operands[1]].type)))
     elif result.opcode == "fusion":
       size = min(size, _result_bytes(computations, _called(result)[0], result.type))
     written += size
   return written
-
-
-def _in_hbm(type_text: str) -> str:
-  return re.sub(r"S\(\d\)", "", type_text)
 
 
 def _moved(instruction: _Instruction, types: Mapping[str, str], computations: _Computations) -> int:
@@ -185,7 +162,7 @@ def _moved(instruction: _Instruction, types: Mapping[str, str], computations: _C
   if instruction.opcode == "dynamic-update-slice":
     return 2 * hbm_bytes(operands[1])
   if _on_sparse_core(instruction) and "gather" in instruction.name:  # of the table, a row for each int32 number
-    table, numbers, *others = [_array_bytes(*array) for array in _SHAPE.findall(instruction.type) if array[1]]
+    table, numbers, *others = [array_bytes(*array) for array in SHAPE.findall(instruction.type) if array[1]]
     return max(_gathered(instruction.type, others), numbers // 4 * GRANULE) + numbers + sum(others)
   if instruction.opcode.endswith("-start") or _on_sparse_core(instruction):  # the type holds source and target
     return hbm_bytes(instruction.type)
@@ -194,14 +171,14 @@ def _moved(instruction: _Instruction, types: Mapping[str, str], computations: _C
 
 def _on_sparse_core(instruction: _Instruction) -> bool:
   """The start of a call there; newer compilers start it empty and hand over its arrays in an update."""
-  arrays = sum(bool(dims) for _, dims, _ in _SHAPE.findall(instruction.type))
+  arrays = sum(bool(dims) for _, dims, _ in SHAPE.findall(instruction.type))
   return instruction.opcode in ("call-start", "call-update") and arrays > 2
 
 
 def _gathered(type_text: str, others: Sequence[int]) -> int:
   """Bytes that a call took out of its first operand: those of the result with rows like the operand's; where it took single
   numbers, of its last result."""
-  arrays = [array for array in _SHAPE.findall(type_text) if array[1]]
+  arrays = [array for array in SHAPE.findall(type_text) if array[1]]
   kind = lambda array: (array[0], array[1].split(",")[1:])
   return next((size for array, size in zip(arrays[:1:-1], reversed(others)) if kind(array) == kind(arrays[0])), others[-1])
 
@@ -239,7 +216,7 @@ def arrays(text: str) -> list[str]:
   found, waiting, known = set(), [entry], {entry}
   while waiting:
     for instruction in computations.get(waiting.pop(), ()):
-      found |= {f"{kind}[{dims}]" for kind, dims, _ in _SHAPE.findall(instruction.type) if dims}
+      found |= {f"{kind}[{dims}]" for kind, dims, _ in SHAPE.findall(instruction.type) if dims}
       inner = set() if instruction.opcode == "fusion" else set(_called(instruction)) - known
       waiting, known = [*waiting, *inner], known | inner
   return sorted(found)

@@ -7,6 +7,7 @@ from typing import Any, Callable, Sequence
 
 from launch.benchmarks.kernels.cases import DECODE, FORWARD
 from launch.benchmarks.kernels.chips import Chip
+from launch.benchmarks.missing import measured, said
 
 Row = dict[str, Any]
 
@@ -92,7 +93,7 @@ TARGETS = (
 def targets(rows: Sequence[Row], chip: Chip) -> list[Row]:
   """Each target with its `value` and whether it is `reached`; None where the rows do not say."""
   found = []
-  ours = [row for row in rows if row["ours"] and "failed" not in row]
+  ours = [row for row in rows if row["ours"] and measured(row)]
   for target in TARGETS:
     values = [value for value in target.values(ours) if value is not None]
     value, bound = max(values, default=None), target.bounds[chip.name]
@@ -107,8 +108,8 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
   found = []
   for row in rows:
     others = [other["time_cycles"] for other in rows
-              if other["case"] == row["case"] and not other["ours"] and "failed" not in other]
-    compared = row["ours"] and "failed" not in row and others
+              if other["case"] == row["case"] and not other["ours"] and measured(other)]
+    compared = row["ours"] and measured(row) and others
     found.append(row | {"others": min(others) / row["time_cycles"]} if compared else row)
   return found
 
@@ -147,8 +148,8 @@ def table(rows: Sequence[Row]) -> str:
   """The rows as text, cycles per token of one device; a figure that does not exist is a dash."""
   lines = [["case", "side", *(title for title, *_ in _COLUMNS)]]
   for row in rows:
-    if "failed" in row:
-      lines.append([row["case"], row["side"], row["failed"].splitlines()[0][:200]])
+    if not measured(row):
+      lines.append([row["case"], row["side"], said(row)[:200]])
       continue
     lines.append([row["case"], row["side"], *(_cell(row, *column[1:]) for column in _COLUMNS)])
   return _aligned(lines)

@@ -15,6 +15,7 @@ import math
 import re
 from typing import Any, Mapping, Sequence
 
+from launch.benchmarks import missing
 from launch.benchmarks.kernels import bounds, plans, program, schedule
 from launch.benchmarks.kernels.cases import OURS, Case
 from launch.benchmarks.kernels.chips import Chip
@@ -88,7 +89,7 @@ def row_of(case: Case, answer: Mapping[str, Any], chip: Chip) -> Row:
   head = {"case": case.name, "side": case.side, "chip": chip.name, "op": case.op, "model": case.model,
           "length": case.length, "direction": case.direction, "ours": case.side == OURS, "taken": taken(case, chip)}
   if not answer["ok"]:
-    return head | {"failed": answer["error"]}
+    return head | missing.of_answer(answer)
   kernels = []
   sums = dict.fromkeys(("kernels", "others", "schedule", "vector", "hbm_bytes", "beside", "alone", "alone_bytes"), 0.0)
   schedules, parts = _schedules(answer), []

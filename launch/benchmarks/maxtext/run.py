@@ -48,12 +48,15 @@ def library_of(python: str | None) -> str:
   return str(Path(done.stdout.strip().splitlines()[-1]).with_name("libtpu.so"))
 
 
-def measure(python: str | None, wanted: Sequence[Case], say: Callable[[str], None], minutes: float) -> list[Row]:
+def measure(python: str | None, wanted: Sequence[Case], say: Callable[[str], None], minutes: float,
+            known: Sequence[Row] = (), keep: Callable[[list[Row]], None] = lambda rows: None) -> list[Row]:
   """A row for each side of each case.
 
   Args:
     python: of MaxText's environment, whose libtpu both sides then use; None: our side alone, with its own.
     minutes: the most that one compilation may take.
+    known: rows of an earlier call; what the compiler said of the same libtpu is not asked again.
+    keep: is given all rows so far after each compilation, and those of `known` that are not wanted here.
 
   Raises:
     ValueError: as `library_of`.
@@ -62,11 +65,15 @@ def measure(python: str | None, wanted: Sequence[Case], say: Callable[[str], Non
   digest = hashlib.sha256(Path(library).read_bytes()).hexdigest()[:12]
   sides = (OURS,) if python is None else (OURS, THEIRS)
   jobs = [(case, side) for case in wanted for side in sides if (case.optimizer, side) != (cases.DEFAULT_MUON, OURS)]
+  found = {(row["case"], row["side"]): row for row in known if row["libtpu_sha256"] == digest and "failed" not in row}
   for number, (case, side) in enumerate(jobs, 1):
     say(f"{number}/{len(jobs)} {case.name}, {side}")
-    rows.append({"case": case.name, "side": side, "ours": side == OURS, "optimizer": case.optimizer, "tokens": case.tokens,
-                 "chips": case.chips, "libtpu_sha256": digest, **_compiled(case, side, python, library, say, minutes)})
-    say("  " + line(rows[-1]))
+    if (row := found.pop((case.name, side), None)) is None:
+      row = {"case": case.name, "side": side, "ours": side == OURS, "optimizer": case.optimizer, "tokens": case.tokens,
+             "chips": case.chips, "libtpu_sha256": digest, **_compiled(case, side, python, library, say, minutes)}
+    rows.append(row)
+    keep([*rows, *found.values()])
+    say("  " + line(row))
   return rows
 
 

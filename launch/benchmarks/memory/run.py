@@ -8,7 +8,8 @@ import re
 from typing import Any, Callable, Mapping, Sequence
 
 from deepseek_v4.config import MeshConfig
-from launch.benchmarks.kernels.compile import Compiler, Request
+from launch.benchmarks import missing
+from launch.benchmarks.kernels.compile import OTHERS_TIMEOUT, Compiler, Request
 from launch.benchmarks.memory.cases import KINDS, LIMIT, OURS, Case, all_cases
 
 BUILDER = "launch.benchmarks.memory.build:program"
@@ -32,6 +33,8 @@ def row_of(case: Case, answer: Mapping[str, Any]) -> Row:
   Of a program that does not fit `needed` is what the compiler says that it needs.
   """
   row = {"case": case.name, "side": case.side, "ours": case.side == OURS, "operand_bytes": case.operand_bytes}
+  if "left_out" in answer:
+    return row | missing.of_answer(answer)
   if answer["ok"]:
     memory = answer["memory"]
     return row | {"beside": memory["temp"], "total": memory["total"], "compile_seconds": answer["seconds"]}
@@ -40,20 +43,26 @@ def row_of(case: Case, answer: Mapping[str, Any]) -> Row:
 
 
 def compiled(topology: str, lengths: Sequence[int], sides: Sequence[str], say: Callable[[str], None],
-             kinds: Sequence[str] = KINDS) -> list[tuple[Case, dict[str, Any]]]:
-  """The cases of these kinds of layers and sides, heads over all devices of the topology, with the compiler's answers."""
+             kinds: Sequence[str] = KINDS, minutes: float | None = None) -> list[tuple[Case, dict[str, Any]]]:
+  """The cases of these kinds of layers and sides, heads over all devices of the topology, with the compiler's answers.
+
+  Ours are compiled first; after `minutes` nothing more is.
+  """
   devices = devices_of(topology)
   wanted = [case for case in all_cases(lengths, devices) if case.side in sides and case.kind in kinds]
   mesh = dict.fromkeys(AXES, 1) | {"tensor": devices}
-  requests = [Request(f"{case.name}, {case.side}", BUILDER, dataclasses.asdict(case), mesh) for case in wanted]
+  ordered = sorted(wanted, key=lambda case: case.side != OURS)
+  requests = [Request(f"{case.name}, {case.side}", BUILDER, dataclasses.asdict(case), mesh,
+                      seconds=None if case.side == OURS else OTHERS_TIMEOUT) for case in ordered]
   with Compiler(topology, schedules=False) as compiler:
-    return list(zip(wanted, compiler.compile_all(requests, say)))
+    answers = dict(zip(ordered, compiler.compile_all(requests, say, minutes)))
+  return [(case, answers[case]) for case in wanted]
 
 
 def measure(topology: str, lengths: Sequence[int], sides: Sequence[str], say: Callable[[str], None],
-            kinds: Sequence[str] = KINDS) -> list[Row]:
+            kinds: Sequence[str] = KINDS, minutes: float | None = None) -> list[Row]:
   """The rows of what `compiled` compiles."""
-  return [row_of(*pair) for pair in compiled(topology, lengths, sides, say, kinds)]
+  return [row_of(*pair) for pair in compiled(topology, lengths, sides, say, kinds, minutes)]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -65,7 +74,7 @@ def table(rows: Sequence[Row]) -> str:
     elif "needed" in row:
       beside = f"does not fit: {row['needed'] / 2**30:,.0f}"
     else:
-      beside = row["failed"].splitlines()[0][:160]
+      beside = missing.said(row)[:160]
     lines.append([row["case"], row["side"], f"{row['operand_bytes'] / 2**30:.2f}", beside])
   widths = [max(len(line[column]) for line in lines) for column in range(4)]
   return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
