@@ -25,9 +25,9 @@ from pallas_kernels import bits, tpu
 from pallas_kernels.selection import Selection
 
 _DENSE = splash.BlockSizes(*[SPLASH_BLOCK] * 8)
-# Small ones multiply less that a window of 128 hides: all three kernels on v5p take 8,280 cycles per token of Pro's sliding
-# layer with 512 x 512, 7,300 with 512 x 128, 5,740 with these.
-RULE_BLOCKS = splash.BlockSizes(*(256, 128, 128, 256, 128, 128, 256, 128))
+# Queries and keys of a step, of all three kernels: the fastest from 128 x 128 to 512 x 512 tried on Pro's sliding layer,
+# forward; small ones multiply less that the window hides (v5p, both ways: 8,280 cycles per token at 512 x 512, 5,740 so).
+RULE_BLOCKS = {"v5p": (256, 128), "v6e": (512, 256), "tpu7x": (512, 512)}
 
 
 def attend(q_1SHd: jax.Array, window_kv_1Sd: jax.Array, entries_1Td: jax.Array, selection: Selection, sink_H: jax.Array,
@@ -49,7 +49,9 @@ def attend_by_rule(q_1SHd: jax.Array, window_kv_1Sd: jax.Array, entries_1Td: jax
   length, num_entries = window_kv_1Sd.shape[1], entries_1Td.shape[1]
   keys = _whole(length + num_entries)
   static = splash_mask.MultiHeadMask([rule(length, keys, num_entries, window, rate)])
-  run = splash.make_splash_mqa_single_device(static, block_sizes=RULE_BLOCKS)
+  of_queries, of_keys = RULE_BLOCKS[tpu.current_chip(interpret=False).name]
+  blocks = splash.BlockSizes(*[of_queries, of_keys, of_keys] * 2, of_queries, of_keys)
+  run = splash.make_splash_mqa_single_device(static, block_sizes=blocks)
   segment_S, segment_T = places["segment_ids"][0], places["entry_segment"][0]
   segment_K = jnp.concatenate([segment_S, segment_T])
   segment_K = tpu.pad_axis(jnp.where(segment_K > 0, segment_K, -1), 0, keys, -1)  # padding is nobody's, not its own
