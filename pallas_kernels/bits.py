@@ -8,6 +8,7 @@ Axis letters: B batch   S queries   T entries   K picks per query   W words   C 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -28,12 +29,13 @@ def num_words(num_entries: int) -> int:
 
 def pack(mask: jax.Array) -> jax.Array:
   """bool [..., T] -> int32 [..., W]."""
-  num_entries = mask.shape[-1]
-  groups = num_words(num_entries) // LANES
-  mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, groups * GROUP - num_entries)])
-  fields = mask.reshape(*mask.shape[:-1], groups, 32, LANES).astype(jnp.int32)
-  shifts = jnp.arange(32, dtype=jnp.int32)[:, None]
-  return (fields << shifts).sum(-2, dtype=jnp.int32).reshape(*mask.shape[:-1], groups * LANES)
+  fields = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % LANES)]).astype(jnp.int32)
+  # A slice per bit: of a sum over an axis of 32 bits XLA makes all terms first, 32 times the result.
+  words = [jnp.zeros((*mask.shape[:-1], 0), jnp.int32)]
+  for first in range(0, fields.shape[-1], GROUP):
+    places = range(first, min(first + GROUP, fields.shape[-1]), LANES)
+    words.append(functools.reduce(jnp.bitwise_or, [fields[..., at:at + LANES] << bit for bit, at in enumerate(places)]))
+  return jnp.concatenate(words, -1)
 
 
 def unpack(words: jax.Array, num_entries: int) -> jax.Array:

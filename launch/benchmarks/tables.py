@@ -19,7 +19,8 @@ OPS = {"attention": "CSA attention", "attention_sparse": "CSA attention, picks a
        "attention_window": "window attention", "select": "selection", "kl_loss": "indexer's loss",
        "collapse": "collapse", "expand": "expand", "expand_collapse": "expand + collapse", "experts": "experts"}
 MODELS = {"pro": "V4-Pro", "flash": "V4-Flash"}
-SIDES = {kernel_cases.BLOCKWISE: "plain XLA", kernel_cases.SPLASH: "splash, dense mask", kernel_cases.RAGGED: "`ragged_dot`"}
+SIDES = {kernel_cases.BLOCKWISE: "plain XLA", kernel_cases.SPLASH: "splash, dense mask",
+         kernel_cases.SPLASH_RULE: "splash, rule", kernel_cases.RAGGED: "`ragged_dot`"}
 
 KEPT = {"none": "everything", "mhc": "sublayers' outputs and what is expensive in them",
         "block": "streams in front of each layer", "offload": "the same, in the host's memory",

@@ -208,7 +208,8 @@ def cost(traced: Traced, local: Local | None, chip: Chip, bundles: float = 0.0) 
     steps = float(plans.grid_steps(traced.call))
     plan = plans.Plan((), "", steps, steps)
   flops = plan.flops or traced.flops
-  size = program.window_bytes(traced.call, plan.steps, plan.visits) + plan.copied
+  cores = min(chip.cores, traced.call.parallel)
+  size = program.window_bytes(traced.call, plan.steps, plan.visits, cores=cores) + plan.copied
   vector = bounds.least(local).vector / chip.cores if local and local.op == "select" else 0.0
   return Cost(flops, size, max(flops / chip.flops_per_cycle, size / chip.bytes_per_cycle, vector, bundles) / chip.clock)
 

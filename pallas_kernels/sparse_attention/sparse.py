@@ -124,13 +124,13 @@ def _readers(entries, chosen, plan, static):
     chunks = [jnp.minimum(chunk, plan.chunks - 1) for chunk in chunks]
     if not plan.entries:
       return [jnp.full((plan.chunk_queries, plan.places), -1, jnp.int32) for _ in chunks]
-    index = jnp.concatenate([lax.dynamic_index_in_dim(chosen, chunk, keepdims=False) for chunk in chunks])
+    parts = [lax.dynamic_index_in_dim(chosen, chunk, keepdims=False) for chunk in chunks]
     if kind == "indices":
-      index = tpu.pad_axis(index, 1, plan.places, -1)
+      index = tpu.pad_axis(jnp.concatenate(parts), 1, plan.places, -1)
     else:
       query = jnp.arange(plan.chunk_queries, dtype=jnp.int32)
       row = jnp.concatenate([chunk * plan.chunk_queries + query for chunk in chunks])
-      index = sparse_lists.from_words(index, plan.places, options, (all_words, row))
+      index = sparse_lists.from_words(parts, plan.places, options, (all_words, row))
     return [jnp.where(x_CK < 0, -1, x_CK + sparse_plan.row_offsets(chunk, plan))
             for x_CK, chunk in zip(jnp.split(index, len(chunks)), chunks)]
 

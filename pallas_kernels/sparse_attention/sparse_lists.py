@@ -14,7 +14,7 @@ Axis letters: C queries   W words of a query   K places of a list   J words that
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,26 +30,34 @@ DIRECT_WORDS = 1024  # of a query, that are listed in one level
 _BLOCK = 64  # rows at a time
 
 
-def from_words(words_CW: jax.Array, places: int, options: Any, source: Any = (None, None)) -> jax.Array:
-  """Rows of bits int32 [C, W] with at most `places` bits each -> entries int32 [C, places], -1 in the places behind them.
+def from_words(parts: Sequence[jax.Array], places: int, options: Any, source: Any = (None, None)) -> jax.Array:
+  """Rows of bits with at most `places` bits each -> entries int32 [C, places], -1 in the places behind them.
 
   The order of a query's entries is that of words, and of bits inside a word; in two levels the words' order is that of their
-  own words and bits. `source`: a table (see `as_table`) in which these rows are those with the numbers int32 [C]; without
-  it they are copied into one.
+  own words and bits.
+
+  Args:
+    parts: int32 [some of C, W], behind each other; where they are listed in two levels each is read where it lies.
+    source: a table (see `as_table`) in which these rows are those with the numbers int32 [C]; without it they are copied
+      into one.
   """
-  queries, words = words_CW.shape
-  words_CW = tpu.pad_axis(words_CW, 1, max(words, LANES))
+  words = parts[0].shape[1]
+  parts = [tpu.pad_axis(part, 1, max(words, LANES)) for part in parts]
   if words <= DIRECT_WORDS:
-    return _list(words_CW, None, places, options)
-  number_CJ = from_words(bits.pack(words_CW != 0), places, options)
+    return _list(_joined(parts), None, places, options)
+  number_CJ = from_words([_joined([bits.pack(part != 0) for part in parts])], places, options)
   place = lax.broadcasted_iota(jnp.int32, number_CJ.shape, 1)
   safe_CJ = jnp.where(number_CJ < 0, place % words, number_CJ)
   table, row_C = source
   if table is None:
-    table, row_C = as_table(words_CW), jnp.arange(queries, dtype=jnp.int32)
+    table, row_C = as_table(_joined(parts)), jnp.arange(number_CJ.shape[0], dtype=jnp.int32)
   at_CJ = _place(row_C[:, None], safe_CJ, words)
-  value_CJ = sparse_rows.gather(table, at_CJ.reshape(-1), options.interpret).reshape(queries, places)
+  value_CJ = sparse_rows.gather(table, at_CJ.reshape(-1), options.interpret).reshape(number_CJ.shape)
   return _list(jnp.where(number_CJ < 0, 0, value_CJ), safe_CJ, places, options)
+
+
+def _joined(parts):
+  return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def as_table(words_RW: jax.Array) -> jax.Array | None:

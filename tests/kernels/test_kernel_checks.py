@@ -181,7 +181,7 @@ def test_a_prefix_gives_the_prefix_of_the_outputs(kind, length):
   np.testing.assert_allclose(layer(cut, kind)[0], want[:, :length], atol=1e-5)
 
 
-@pytest.mark.parametrize("entries", [100, 9000])
+@pytest.mark.parametrize("entries", [100, 4096, 9000])
 def test_picks_and_words_say_the_same(entries):
   """From bits to numbers and back: rows that are empty, nearly empty, half full and full."""
   share = np.array([0, 0.001, 0.1, 0.5, 1])[:, None]

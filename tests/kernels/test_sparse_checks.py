@@ -297,7 +297,7 @@ def test_lists_of_three_and_five_groups_of_words(monkeypatch, num_entries, top_k
   words = bits.pack(jnp.asarray(mask))
   assert words.shape[1] == 128 * -(-num_entries // 4096)
   places, options = tpu.round_up(top_k, 128), tiles.Options(128, SCALE, tpu.V5P, True)
-  got = np.asarray(jax.jit(lambda words: sparse_lists.from_words(words, places, options))(words))
+  got = np.asarray(jax.jit(lambda words: sparse_lists.from_words([words], places, options))(words))
   for row, chosen in zip(got, mask):
     want, count = in_order_of_words(chosen), chosen.sum()
     if words.shape[1] > direct:  # the words come in the order of words that have a bit for each of them

@@ -148,7 +148,7 @@ def test_lists_name_every_entry_once(direct, monkeypatch):
   monkeypatch.setattr(sparse_lists, "DIRECT_WORDS", direct)
   options = tiles.Options(128, SCALE, tpu.V5P, True)
   masks = np.concatenate([chosen(kind, 50, 9000, 200) for kind in ("scattered", "neighbours", "words")])
-  got = np.asarray(jax.jit(lambda words: sparse_lists.from_words(words, 256, options))(bits.pack(jnp.asarray(masks))))
+  got = np.asarray(jax.jit(lambda words: sparse_lists.from_words([words], 256, options))(bits.pack(jnp.asarray(masks))))
   for mask, row in zip(masks, got):
     count = mask.sum()
     np.testing.assert_array_equal(np.sort(row[:count]), np.flatnonzero(mask))

@@ -130,6 +130,9 @@ def test_pallas_calls_say_what_their_pipeline_moves():
   # Behind the prefetched numbers: x is operand 1, y operand 2, and the only result is the last one.
   assert [program.window_bytes(call, 24, 10, near=[number]) for number in (1, 2, -1)] == [
       block * 12, block * 6, block * 14]
+  # Two cores: a block that stays the same for all steps goes to each of them.
+  whole = dataclasses.replace(call, windows=(window(0, 1), *call.windows[1:]))
+  assert [program.window_bytes(x, 24, 10, cores=2) for x in (call, whole)] == [block * 16, block * (2 + 10 + 2)]
   assert program.call_from_json(json.loads(json.dumps(dataclasses.asdict(call)))) == call
 
 

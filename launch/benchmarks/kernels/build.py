@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from launch.benchmarks import splash
-from launch.benchmarks.kernels.cases import BLOCKWISE, GRADIENT, OURS, RAGGED, SPLASH, Case
+from launch.benchmarks.kernels.cases import BLOCKWISE, GRADIENT, OURS, RAGGED, SPLASH, SPLASH_RULE, Case
 from pallas_kernels import bits, grouped_matmul, hyper_connections, indexer, sparse_attention
 from pallas_kernels.selection import Selection
 
@@ -80,6 +80,8 @@ def _attention(case: Case):
   def run(q, window_kv, entries, sink, words=None, picks=None, **places):
     if case.side == SPLASH:
       return splash.attend(q, window_kv, entries, _select(case, words, picks), sink, places, s.window, s.width**-0.5)
+    if case.side == SPLASH_RULE:
+      return splash.attend_by_rule(q, window_kv, entries, sink, places, s.window, case.rate, s.width**-0.5)
     ours = "sparse" if case.op == "attention_sparse" else "masked"
     form = sparse_attention.form(ours if case.side == OURS else BLOCKWISE, interpret=False)
     return sparse_attention.attend_with(

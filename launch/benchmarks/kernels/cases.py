@@ -13,11 +13,12 @@ from typing import Sequence
 from pallas_kernels.shapes import DECODE_BATCH, DECODE_ENTRIES, LENGTHS, MODELS, Shapes
 
 OURS, BLOCKWISE, SPLASH, RAGGED = "ours", "blockwise", "splash, dense mask", "ragged_dot"
+SPLASH_RULE = "splash, rule"  # who sees which key is known when the program is traced; see `launch.benchmarks.splash`
 FORWARD, GRADIENT = "forward", "gradient"  # the latter is forward and backward in one program
 DECODE = 0  # in place of a length
 EXPERT_PARALLEL = 64  # devices over which the experts of a layer are spread
 SHARE = 16384  # queries of a sparse case, the last ones of its context: all of a million have no room on one device
-SPLASH_BLOCK = 512  # queries, keys of a step
+SPLASH_BLOCK = 512  # queries, keys of a step with a dense mask
 SPLASH_LENGTHS = (4096, 16384)  # the dense mask [S, 1.25 S] of longer rows takes gigabytes
 
 
@@ -45,8 +46,8 @@ class Op:
 OPS = (
     Op("attention", (OURS, BLOCKWISE, SPLASH), decode=True),  # selected entries, one per 4 tokens
     Op("attention_sparse", (OURS,), lengths=(2**16, 2**20), fixed=True),  # the same, each query reads its entries alone
-    Op("attention_heavy", (OURS, BLOCKWISE), decode=True),  # every entry, one per 128 tokens
-    Op("attention_window", (OURS, BLOCKWISE), lengths=(4096,)),  # no entries
+    Op("attention_heavy", (OURS, BLOCKWISE, SPLASH, SPLASH_RULE), decode=True),  # every entry, one per 128 tokens
+    Op("attention_window", (OURS, BLOCKWISE, SPLASH, SPLASH_RULE), lengths=(4096,)),  # no entries
     Op("select", (OURS, BLOCKWISE), directions=(FORWARD,), decode=True),
     Op("kl_loss", (OURS, BLOCKWISE)),
     Op("collapse", (OURS, BLOCKWISE), lengths=(4096,), decode=True),
@@ -134,7 +135,7 @@ def all_cases(ops: Sequence[str], lengths: Sequence[int], models: Sequence[str] 
     for model in models:
       for direction in op.directions:
         for length in wanted + [DECODE] * (op.decode and direction == FORWARD):
-          sides = [side for side in op.sides if side != SPLASH or length in SPLASH_LENGTHS]
+          sides = [side for side in op.sides if side not in (SPLASH, SPLASH_RULE) or length in SPLASH_LENGTHS]
           found += [Case(op.name, model, length, direction, side) for side in sides]
   return [case for case in found if case.op != "select" or case.entries > case.shapes.top_k]  # else nothing is selected
 

@@ -361,18 +361,20 @@ def call_from_json(content: Mapping[str, Any]) -> Call:
               content["numbers"])
 
 
-def window_bytes(call: Call, steps: float, visits: float | Sequence[float], near: Sequence[int] = ()) -> float:
-  """HBM bytes that a call's pipeline moves: a block goes over whenever its number changes.
+def window_bytes(call: Call, steps: float, visits: float | Sequence[float], near: Sequence[int] = (),
+                 cores: int = 1) -> float:
+  """HBM bytes that a call's pipeline moves: a block goes over whenever its number changes, and once for each core at least.
 
   Args:
     steps: of the whole grid.
     visits: how often a block whose number is prefetched changes; one number, or one for each such window.
     near: operands and results that do not lie in HBM, see `Part`.
+    cores: that share the grid.
   """
   skipped = call.blocks_of(near)
   listed = iter(visits) if isinstance(visits, Sequence) else itertools.repeat(visits)
   moved = 0.0
   for window in call.windows:
-    times = min(next(listed), steps) if window.listed else window.moves or steps
+    times = min(next(listed), steps) if window.listed else max(window.moves or steps, cores)
     moved += 0 if window.block in skipped else window.bytes * times
   return moved

@@ -62,9 +62,10 @@ def kernel_figures(case: Case, found: schedule.Schedule, call: program.Call, chi
   regions = {name: schedule.body(region, counted) | {"count": count} for (name, count), region in zip(plan.counts, counted)}
   inside = sum(region["bundles"] * region["count"] for region in regions.values())
   uneven = math.ceil(call.parallel / cores) * cores / call.parallel  # what the busiest core does over the mean
+  size = program.window_bytes(call, plan.steps, plan.visits, near, cores) + plan.copied
   return KernelFigures(
-      call.name, sums["bundles"] / cores * uneven, program.window_bytes(call, plan.steps, plan.visits, near) + plan.copied,
-      plan.flops / chip.flops_per_cycle, sums[schedule.VECTOR] / cores / found.capacity[schedule.VECTOR], regions,
+      call.name, sums["bundles"] / cores * uneven, size, plan.flops / chip.flops_per_cycle,
+      sums[schedule.VECTOR] / cores / found.capacity[schedule.VECTOR], regions,
       (sums["bundles"] - inside) / max(plan.steps, 1),
       {figure: sums[figure] / max(plan.steps, 1) for figure in ("bundles", "spills", "fills")}, plan)
 
