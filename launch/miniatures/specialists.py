@@ -40,9 +40,10 @@ DESCRIPTION = "three specialists on Python, C and English, and one student disti
 PICTURE = "specialists.png"
 LENGTH = 256
 ROWS = 48  # of a step of start and specialists
-# Of a step of the student: 32 samples of each teacher, 16 to 96 tokens asked and 48 replied, fill a pass of 16 rows (in the
-# mean 14, and hardly ever more than 16). All replied tokens of a step count alike, as many as those of the others' rows.
-SAMPLES, PASS_ROWS, LONGEST_PROMPT, SHORTEST_PROMPT, REPLY = 96, 16, 96, 16, 48
+# Of a step of the student: 24 samples of each teacher, 16 to 128 tokens asked and 64 replied, so that places far from the
+# beginning of a row are met too. They fill about 15 rows; in small passes few rows hold nothing. All replied tokens count
+# alike, and they are as many as those of the rows of text that the other ways learn from.
+SAMPLES, PASS_ROWS, LONGEST_PROMPT, SHORTEST_PROMPT, REPLY = 72, 4, 128, 16, 64
 COMPARED_ROWS = SAMPLES * REPLY // LENGTH
 START_RATE, SPECIALIST_RATE, STUDENT_RATE = 6e-3, 4e-3, 4e-3
 # What a model of this size says turns to noise, and it is to learn what follows text: replies are drawn a little colder.
@@ -55,8 +56,9 @@ WANTED, HOPED_FOR, MINUTES = 0.8, 0.9, 15
 class Plan:
   """Optimizer steps of each part; those of the suite's short version are fewer.
 
-  The start reads its text nearly once. A specialist then reads a third as much of its own kind as the start did: what it
-  gains is partly more training and partly that it may forget the rest, which the student may not.
+  The start reads its text nearly once. A specialist then reads two fifths as much of its own kind as the start did: what
+  it gains is partly more training and partly that it may forget the rest, which the student may not. The student replies
+  less of each kind than its teacher read, but is told a whole distribution for every token.
   """
 
   start: int = 176
@@ -114,7 +116,7 @@ def distillation_run(folder: Path, teachers: Mapping[str, Path], steps: int, sam
                                  checkpoint_every=max(1, steps // 8)),
     distillation=c.DistillationConfig(
       teachers=asked, samples=samples, prompt_length=LONGEST_PROMPT, shortest_prompt=SHORTEST_PROMPT, reply_length=REPLY,
-      temperature=TEMPERATURE, steps_per_round=8, decode_batch=256, hidden_dtype="float32"))
+      temperature=TEMPERATURE, steps_per_round=8, decode_batch=192, hidden_dtype="float32"))
 
 
 # ---- running ----------------------------------------------------------------------------------------------------------
@@ -168,9 +170,9 @@ def scored(folder: Path, text: Path) -> dict[str, float]:
     return json.loads(file.read_text())
   variables, _, _ = restore_variables(folder / loop.CHECKPOINTS)
   state = TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["router"], (), jax.random.key(0))
-  runs = {kind: judged_run(text, kind) for kind in KINDS}
-  scorer, found = make_eval_step(runs[KINDS[0]]), {}
-  for kind, config in runs.items():
+  judged = {kind: judged_run(text, kind) for kind in KINDS}
+  scorer, found = make_eval_step(judged[KINDS[0]]), {}
+  for kind, config in judged.items():
     numbers = evaluate(scorer, dataset(config, "held_out"), functools.partial(to_device, config, None), Stopping(), state)
     found[kind] = numbers["bits_per_byte"]
   metrics.write_json(file, found)

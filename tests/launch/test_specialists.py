@@ -94,14 +94,17 @@ def test_every_machine_has_these_texts(kind):
   assert sum(sign in text for text in some) > 0.5 * len(some)
 
 
-def test_a_teacher_s_samples_of_a_step_fill_one_pass(tmp_path):
-  """Of 200 steps less than one in twenty takes a second pass, and a pass is more than 85% full."""
+def test_passes_are_nearly_full(tmp_path):
+  """Of the places that the passes of a step have over three quarters hold a token, and over a third is learnt from."""
   run = specialists.distillation_run(tmp_path, dict.fromkeys(KINDS, tmp_path), 40, c.STUDENT, 0, tmp_path)
   asked, rng = run.distillation, np.random.default_rng(0)
   each, size = run.data.batch_size // len(KINDS), run.data.batch_size // run.data.accumulation
   rows = [packing.pack(rng.integers(asked.shortest_prompt, asked.prompt_length + 1, each) + asked.reply_length,
                        specialists.LENGTH).rows for _ in range(200)]
-  assert np.mean(np.array(rows) > size) < 0.05 and np.mean(rows) > 0.85 * size
+  places = np.mean(-(-np.array(rows) // size) * size) * specialists.LENGTH
+  mean = (asked.shortest_prompt + asked.prompt_length) / 2 + asked.reply_length
+  assert each * mean > 0.75 * places and each * asked.reply_length > places / 3
+  assert mean < asked.prompt_length + asked.reply_length <= specialists.LENGTH
 
 
 def test_the_start_has_decayed_and_a_specialist_is_short(tmp_path):
