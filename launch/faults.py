@@ -16,6 +16,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from deepseek_v4.training.workdir import check_folder
 from launch.benchmarks import report
 from launch.fault_runs import run
 
@@ -45,8 +46,13 @@ def main(argv: list[str]) -> None:
     sys.exit(f"error: --json = {value['json']!r}: expected a file in a folder that exists")
   if not value["kills"] + value["stops"] + value["full_disks"]:
     sys.exit("error: --kills, --stops, --full_disks = 0: expected one of them above 0")
-  if value["workdir"] is not None and Path(value["workdir"]).exists():
-    sys.exit(f"error: --workdir = {value['workdir']!r}: expected a folder that does not exist yet")
+  if value["workdir"] is not None:
+    try:
+      check_folder(Path(value["workdir"]), "--workdir")
+    except ValueError as error:
+      sys.exit(f"error: {error} that does not exist yet")
+    if Path(value["workdir"]).exists():
+      sys.exit(f"error: --workdir = {value['workdir']!r}: expected a folder that does not exist yet")
   with tempfile.TemporaryDirectory(prefix="faults_") as scratch:
     settings = run.Settings(value["config"], (*OVERRIDES, *value["set"]), Path(value["workdir"] or scratch).absolute(),
                             value["seed"])

@@ -35,14 +35,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                              for cell, width, to_left in zip(line, widths, left)).rstrip() for line in cells)
 
 
-def check(arguments: Sequence[str], path: str | None) -> str:
+def check(arguments: Sequence[str], workdir: Path, path: str | None) -> str:
   """The miniature's name.
 
   Raises:
-    ValueError: there is none of that name, or the JSON file cannot be written.
+    ValueError: there is none of that name, the workdir is a file, or the JSON file cannot be written.
   """
+  from deepseek_v4.training.workdir import check_folder
   if len(arguments) != 1 or arguments[0] not in miniatures.NAMES:
     raise ValueError(f"miniature = {' '.join(arguments)!r}: expected one of {', '.join(miniatures.NAMES)}")
+  check_folder(workdir, "--workdir")
   if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
     raise ValueError(f"--json = {path!r}: expected a file in a folder that exists")
   return arguments[0]
@@ -53,10 +55,10 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells at INFO level how it saves
   path = flags.FLAGS["json"].value
   try:
-    name = check(argv[1:], path)
+    workdir = Path(flags.FLAGS["workdir"].value).absolute()  # settings of runs name files in it
+    name = check(argv[1:], workdir, path)
     use_huge_pages()
     module = importlib.import_module(f"launch.miniatures.{name}")
-    workdir = Path(flags.FLAGS["workdir"].value)
     result = module.run(workdir, flags.FLAGS["seeds"].value, lambda text: print(text, flush=True))
   except (ValueError, FileNotFoundError) as error:
     sys.exit(f"error: {error}")

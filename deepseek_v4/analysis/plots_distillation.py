@@ -56,10 +56,11 @@ def shares(lines: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str,
   figure = Figure(figsize=(11, 4), dpi=160, layout="constrained")
   left, right = figure.subplots(1, 2)
   for i, (name, title) in enumerate(methods.items()):
-    height = [(scores["start"][kind] - scores[name][kind]) / (scores["start"][kind] - scores[kind][kind]) for kind in kinds]
+    gains = [scores["start"][kind] - scores[kind][kind] for kind in kinds]
+    height = [(scores["start"][kind] - scores[name][kind]) / gain if gain > 0 else 0 for kind, gain in zip(kinds, gains)]
     places = [k + 0.27 * (i - 1) for k in range(len(kinds))]
     bars = left.bar(places, height, 0.25, label=title, color=str(0.2 + 0.3 * i), edgecolor="black")
-    left.bar_label(bars, [f"{100 * h:.0f}%" for h in height], fontsize=8)
+    left.bar_label(bars, [f"{100 * h:.0f}%" if gain > 0 else "no gain" for h, gain in zip(height, gains)], fontsize=8)
   left.axhline(0.8, color="tab:red", linestyle="--", linewidth=1, label="80%")
   left.axhline(1.0, color="black", linewidth=0.8)
   left.set(title="share of the specialist's gain over the start", xticks=range(len(kinds)), xticklabels=kinds,

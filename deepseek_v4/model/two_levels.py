@@ -5,16 +5,21 @@ each of its layers. `jax.checkpoint` in two nested scans would do the same where
 times, and a shorter scan and the rest would need copies of all weights. So the gradient is written here: weights are read by
 number from the stack that they lie in, and the last group's missing repeats are run in vain.
 
+What no gradient is asked of costs none: frozen parameters are read but get no gradient, and where nothing that trains moves
+the streams, as in the indexer's warm-up, no gradient goes through the layers at all, only from each layer's report.
+
 Axis letters: B batch   S sequence   N streams   D hidden size   R repeats   G groups
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_v4 import sharding
 
@@ -38,7 +43,7 @@ def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_
 
   Args:
     layers: of the unit.
-    params: for each of them a tree of arrays [R, ...]; these and the streams get gradients.
+    params: for each of them a tree of arrays [R, ...]; these and the streams get gradients, where one is asked for.
     fixed: the same of what has none.
     context: for all of them; without gradient.
   """
@@ -62,6 +67,11 @@ def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_
     return jax.lax.scan(step, x, jnp.arange(repeats))
 
   def forward(params, fixed, context, x):
+    trained, frozen = _parted(params)
+    x_moves = x.perturbed
+    params, fixed, context, x = jax.tree.map(lambda primal: primal.value, (params, fixed, context, x))
+    through = x_moves or _moves_streams(layers, trained, frozen, fixed, context, x)
+
     def step(carry, number):
       x, kept = carry
       group = number // length
@@ -71,11 +81,14 @@ def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_
       return (x, kept), reports
     kept = sharding.constrain(jnp.zeros((-(-repeats // length), *x.shape), x.dtype), (None, "batch", "sequence", None, None))
     (x, kept), reports = jax.lax.scan(step, (x, kept), jnp.arange(repeats))
-    return (x, reports), (params, fixed, context, kept)
+    # What is saved may only be arrays, so the answer is told by the form of a tree.
+    return (x, reports), (trained, frozen, fixed, context, kept, () if through else None)
 
   def backward(saved, cotangents):
-    params, fixed, context, kept = saved
-    d_x, d_reports = cotangents
+    trained, frozen, fixed, context, kept, through = saved
+    d_x, d_reports = jax.tree.map(_instantiated, cotangents)
+    d_x = None if through is None else d_x
+    params = _joined(trained, frozen)
 
     def again(carry, number):
       inputs, x, _ = unit(*_read(params, fixed, jnp.minimum(number, repeats - 1), carry), context, carry)
@@ -88,12 +101,12 @@ def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_
       now, new = d_x, [None] * len(layers)
       for j in reversed(range(len(layers))):
         # Else a layer could be recomputed while another one's arrays still live.
-        x, now = jax.lax.optimization_barrier((inputs[j], now))
-        own_params, own_fixed = _read(params[j], fixed[j], own, now)
-        new[j], now = _layer_gradient(layers[j], own_params, own_fixed, context, x, now, _at(d_reports[j], own))
+        x, now, _ = jax.lax.optimization_barrier((inputs[j], now, new if now is None else None))
+        (own_trained, own_frozen), own_fixed = _read((trained[j], frozen[j]), fixed[j], own, x if now is None else now)
+        new[j], now = _layer_gradient(layers[j], own_trained, own_frozen, own_fixed, context, x, now, _at(d_reports[j], own))
       # What a missing repeat wrote is overwritten by the last one, which comes after it here.
       d_params = jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, own, 0), d_params, tuple(new))
-      return (jnp.where(number < repeats, now, d_x), d_params), None
+      return (None if now is None else jnp.where(number < repeats, now, d_x), d_params), None
 
     def group(carry, item):
       first, start = item
@@ -102,13 +115,59 @@ def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_
       return jax.lax.scan(back, carry, (numbers, inputs), reverse=True)[0], None
 
     firsts = jnp.arange(kept.shape[0]) * length
-    (d_x, d_params), _ = jax.lax.scan(group, (d_x, jax.tree.map(jnp.zeros_like, params)), (firsts, kept), reverse=True)
-    return d_params, None, None, d_x
+    (d_x, d_params), _ = jax.lax.scan(group, (d_x, jax.tree.map(jnp.zeros_like, trained)), (firsts, kept), reverse=True)
+    # Nobody reads these zeros.
+    d_params = _joined(d_params, jax.tree.map(jnp.zeros_like, frozen))
+    return d_params, None, None, jnp.zeros_like(kept[0]) if d_x is None else d_x
 
-  loop.defvjp(forward, backward)
+  loop.defvjp(forward, backward, symbolic_zeros=True)
   return loop(params, fixed, context, streams_BSND)
 
 
+# ---- what a gradient is asked of ------------------------------------------------------------------------------------------
+def _parted(primals: Any) -> tuple[Any, Any]:
+  """(arrays of which gradients are asked, the others), each with None in the place of what is in the other tree."""
+  part = lambda moves: jax.tree.map(lambda primal: primal.value if primal.perturbed == moves else None, primals)
+  return part(True), part(False)
+
+
+def _joined(one: Any, other: Any) -> Any:
+  """The inverse of `_parted`."""
+  return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda x: x is None)
+
+
+def _instantiated(cotangent: Any) -> Any:
+  """An array in the place of a zero that is only known to be one."""
+  if not isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+    return cotangent
+  if cotangent.dtype == jax.dtypes.float0:
+    return np.zeros(cotangent.shape, jax.dtypes.float0)
+  return jnp.zeros(cotangent.shape, cotangent.dtype)
+
+
+def _moves_streams(layers: Sequence[Layer], trained: Any, frozen: Any, fixed: Any, context: Any, x: jax.Array) -> bool:
+  """Whether a gradient of the streams behind a layer would reach what trains in it; nothing is computed."""
+  reached = []
+
+  @jax.custom_vjp
+  def look(x):
+    return x
+
+  def forward(x):  # called while a gradient's program is traced, and only if there is one
+    reached.append(x.perturbed)
+    return x.value, None
+  look.defvjp(forward, lambda _, d_x: (_instantiated(d_x),), symbolic_zeros=True)
+
+  def gradient(j, number, trained, frozen, fixed, context, x):
+    trained, frozen, fixed = _at((trained, frozen, fixed), number)
+    streams = lambda own: look(layers[j](_joined(own, frozen), fixed, context, x)[0])
+    return jax.vjp(streams, trained)[0]
+  for j in range(len(layers)):
+    jax.eval_shape(functools.partial(gradient, j), jnp.zeros((), jnp.int32), trained[j], frozen[j], fixed[j], context, x)
+  return any(reached)
+
+
+# ---- parts of the loop ----------------------------------------------------------------------------------------------------
 def _at(tree: Any, number: jax.Array) -> Any:
   """What belongs to one repeat; cotangents of integers have no numbers."""
   return jax.tree.map(lambda x: x if x.dtype == jax.dtypes.float0
@@ -121,16 +180,17 @@ def _read(params: Any, fixed: Any, number: jax.Array, now: jax.Array) -> tuple[A
   return _at((params, fixed), number)
 
 
-def _layer_gradient(layer: Layer, params, fixed, context, x, d_x, d_report):
-  """Gradients of one layer's parameters and of its input."""
+def _layer_gradient(layer: Layer, trained, frozen, fixed, context, x, d_x, d_report):
+  """Gradients of what trains in a layer and of its input; without `d_x` of the former alone, from the report."""
   differentiable = lambda report: [leaf for leaf in jax.tree.leaves(report) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
-  def value(params, x):
-    x, report = layer(params, fixed, context, x)
+  def value(trained, x):
+    x, report = layer(_joined(trained, frozen), fixed, context, x)
     return x, differentiable(report)
 
-  _, pull = jax.vjp(value, params, x)
-  return pull((d_x, differentiable(d_report)))
+  if d_x is None:
+    return *jax.vjp(lambda own: value(own, x)[1], trained)[1](differentiable(d_report)), None
+  return jax.vjp(value, trained, x)[1]((d_x, differentiable(d_report)))
 
 
 def lone_length(layers: int) -> int:

@@ -22,10 +22,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_v4 import optim, sharding
 from deepseek_v4.config import CSA, RunConfig
 from deepseek_v4.model.compression import sees_an_entry
-from deepseek_v4.training.state import TrainState, optimizer_of
+from deepseek_v4.training import trainable
+from deepseek_v4.training.state import TrainState
 from deepseek_v4.training.step import compiler_options, update_router
 
 LAYER_LOSSES = ("balance", "indexer")
+RESTING = ("mtp",)  # parts of the model that no pass runs
 Rows = Mapping[str, jax.Array]
 
 
@@ -88,22 +90,35 @@ def add_pass(weights: Mapping[str, float], places: Any, state: TrainState, sums:
 
 def updated(run_config: RunConfig, mesh: Mesh | None, weights: Mapping[str, float], state: Any,
             sums: Sums) -> tuple[Any, dict[str, Any]]:
-  """(the state after a step, or as it was if something is not finite; metrics)."""
-  loss = sum(weight * sums.values[name] for name, weight in weights.items())
-  optimizer = optimizer_of(run_config, state.params, mesh)
-  updates, opt_state = optimizer.update(sums.grads, state.opt_state, state.params)
-  resting = lambda tree: {name: tree[name] for name in ("mtp",) if name in tree}
-  params = optax.apply_updates(state.params, updates) | resting(state.params)
-  learnt = {name: tree for name, tree in state.router.items() if name != "mtp"}
+  """(the state after a step, or as it was if something is not finite; metrics).
+
+  As in training nothing is made beside the state: whether all new numbers are finite is asked first, and then each one is
+  overwritten, or stays. Of the prediction block, which rests, neither weights nor moments change.
+  """
+  loss, norm = sum(weight * sums.values[name] for name, weight in weights.items()), optax.tree.norm(sums.grads)
+  params, grads, shardings = (_without_resting(tree) for tree in (
+    state.params, sums.grads, None if mesh is None else sharding.parameter_shardings(state.params, mesh)))
+  optimizer, steps = run_config.optimizer, run_config.training.steps
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm) & optim.stays_finite(
+    optimizer, grads, state.opt_state, params, norm=norm, steps=steps)
+  # Behind a barrier, so that the update shares no array of the parameters' size with the question.
+  norm, decided = jax.lax.optimization_barrier((norm, finite))
+  keep = lambda new, old: jax.lax.select(decided, new, old)
+  params, opt_state = optim.update_in_place(optimizer, grads, state.opt_state, params, norm=norm, keep=keep, steps=steps,
+                                            shardings=shardings)
+  learnt = {name: tree for name, tree in state.router.items() if name not in RESTING}
   router = update_router(run_config.model, learnt, {"layers": sums.load}, run_config.loss.bias_update_speed)
-  new = {"step": state.step + 1, "params": params, "router": router | resting(state.router), "opt_state": opt_state}
-  grad_norm = optax.tree.norm(sums.grads)
-  finite = jnp.stack([jnp.isfinite(x).all() for x in (loss, grad_norm, *jax.tree.leaves(params))]).all()
-  kept = {name: jax.tree.map(lambda a, b: jax.lax.select(finite, a, b), tree, getattr(state, name))
-          for name, tree in new.items()}
-  rate = optim.make_schedule(run_config.optimizer, run_config.training.steps)(state.step)
-  return state.replace(**kept), {"loss": loss, **sums.values, "grad_norm": grad_norm, "learning_rate": rate,
-                                 "finite": finite, "tokens": sums.tokens}
+  new = state.replace(step=keep(state.step + 1, state.step), params=trainable.with_frozen(params, state.params),
+                      router=state.router | jax.tree.map(keep, router, learnt), opt_state=opt_state)
+  rate = optim.make_schedule(optimizer, steps)(state.step)
+  return new, {"loss": loss, **sums.values, "grad_norm": norm, "learning_rate": rate, "finite": finite,
+               "tokens": sums.tokens}
+
+
+def _without_resting(tree: Any) -> Any:
+  """The tree with None for every leaf that rests."""
+  return None if tree is None else {name: jax.tree.map(lambda x: None, part) if name in RESTING else part
+                                    for name, part in tree.items()}
 
 
 def not_finite(what: str, numbers: Mapping[str, Any]) -> str:

@@ -14,6 +14,13 @@ from deepseek_v4.training import metrics
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 
 
+def check_folder(path: Path, field: str) -> None:
+  """Raises ValueError, in words that name the field, if a path is no folder and cannot become one."""
+  first = next(part for part in (path, *path.absolute().parents) if part.exists())
+  if not first.is_dir():
+    raise ValueError(f"{field} = {str(path)!r}: expected a folder" + ("" if first == path else f"; {first} is a file"))
+
+
 def check_workdir(workdir: Path, config_dict: Mapping[str, Any]) -> dict[str, Any]:
   """The settings of the last start in `workdir`; none if it is new or empty.
 
@@ -23,8 +30,7 @@ def check_workdir(workdir: Path, config_dict: Mapping[str, Any]) -> dict[str, An
   Raises:
     ValueError: the folder holds files, but no run, or a run of another kind (on text, from teachers, from rewards).
   """
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f"workdir = {str(workdir)!r}: expected a folder")
+  check_folder(workdir, "workdir")
   content = sorted(path.name for path in workdir.iterdir()) if workdir.is_dir() else []
   if content and not {CONFIG, CHECKPOINTS} & set(content):
     raise ValueError(f"workdir = {str(workdir)!r}: expected a new or an empty folder, or one that holds a run ({CONFIG}, "

@@ -2,8 +2,8 @@
 
 With Muon the matrices follow Muon and the rest AdamW, as in V4 (report 2.4); against it everything follows AdamW, with the
 report's settings (4.2.2) in both. The learning rate is constant after a short warm-up, so that a curve at any step is what
-training to there would have given. A sweep whose best rate lies at its edge goes on in that direction. What is compared is
-the loss on held-out text that no run trains on.
+training to there would have given. A sweep whose best rate lies at its edge goes on in that direction. Rates are chosen by
+the loss on one share of the held-out text, and compared by that on the other, whose documents chose nothing.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from deepseek_v4.config import (
 from deepseek_v4.training import feed, metrics
 from deepseek_v4.training.state import init_state
 from deepseek_v4.training.step import compiler_options, make_eval_step, train_step
-from launch.miniatures import Result
+from launch.miniatures import Result, runs
 
 DESCRIPTION = "Muon against AdamW, each at its own best learning rate"
 STEPS, EVERY = 200, 10  # of a training, and between scores
-SCORED = 16  # batches of held-out text
+SCORED = 16  # batches of each share of the held-out text
 FACTOR = 2.0  # between neighbouring learning rates
 SWEEPS = {"muon": (4e-3, 8e-3, 16e-3), "adamw": (2e-3, 4e-3, 8e-3)}
 LONGEST = 6  # learning rates of a sweep that goes on
@@ -58,12 +58,14 @@ class Curve:
   """What one training gave.
 
   Attributes:
-    steps: after which the held-out text was scored.
+    steps: after which the text that judges was scored.
     losses: nats per token there; infinite where it was no number any more.
+    choosing: the same at the end, on the text by which a learning rate is chosen.
   """
 
   steps: tuple[int, ...]
   losses: tuple[float, ...]
+  choosing: float
 
 
 def run_config(optimizer: str, rate: float, seed: int) -> RunConfig:
@@ -78,7 +80,7 @@ def run_config(optimizer: str, rate: float, seed: int) -> RunConfig:
     model=model,
     optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=20, matrix_owner=optimizer),
     data=DataConfig(source="text", path=str(Path(sysconfig.get_paths()["stdlib"]) / "*.py"), sequence_length=256,
-                    batch_size=4, held_out_percent=1),
+                    batch_size=4, held_out_percent=2),
     training=TrainingConfig(steps=STEPS, seed=seed))
 
 
@@ -90,11 +92,11 @@ class Bench:
   and goes a part of the way.
   """
 
-  def __init__(self, optimizer: str):
+  def __init__(self, optimizer: str, folder: Path):
+    """`folder`: for the two shares of the held-out text."""
     self.run = run_config(optimizer, 1.0, 0)
-    self.texts = {split: feed.dataset(self.run, split) for split in ("train", "held_out")}
-    with contextlib.closing(iter(self.texts["held_out"])) as batches:
-      self.held_out = [feed.to_device(self.run, None, batch) for batch in itertools.islice(batches, SCORED)]
+    self.text = feed.dataset(self.run, "train")
+    self.held_out = {name: self._batches(data) for name, data in runs.shares(self.run.data, folder).items()}
     self._score = make_eval_step(self.run)
 
     def step(state, batch, rate):
@@ -104,21 +106,25 @@ class Bench:
 
     self._step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(None))
 
-  def score(self, state: Any) -> float:
-    """Loss on the held-out batches, nats per token; infinite if it is no number."""
-    found = [self._score(state, batch) for batch in self.held_out]
+  def _batches(self, data: DataConfig) -> list[Any]:
+    with contextlib.closing(iter(feed.dataset(dataclasses.replace(self.run, data=data), "held_out"))) as batches:
+      return [feed.to_device(self.run, None, batch) for batch in itertools.islice(batches, SCORED)]
+
+  def score(self, state: Any, share: str) -> float:
+    """Loss on a share of the held-out text, nats per token; infinite if it is no number."""
+    found = [self._score(state, batch) for batch in self.held_out[share]]
     total, count = (sum(float(x[name]) for x in found) for name in ("next_token_sum", "next_token_count"))
     return total / count if math.isfinite(total) else math.inf
 
   def train(self, rate: float, seed: int) -> Curve:
     """A whole training from scratch."""
     state, points = init_state(self.run, jax.random.key(seed)), []
-    with contextlib.closing(iter(self.texts["train"])) as batches:
+    with contextlib.closing(iter(self.text)) as batches:
       for n, batch in enumerate(itertools.islice(batches, STEPS), start=1):
         state, _ = self._step(state, feed.to_device(self.run, None, batch), rate)
         if n % EVERY == 0:
-          points.append((n, self.score(state)))
-    return Curve(*zip(*points))
+          points.append((n, self.score(state, runs.JUDGING)))
+    return Curve(*zip(*points), self.score(state, runs.CHOOSING))
 
 
 def trained(workdir: Path, say: Say, bench: Callable[[str], Bench], optimizer: str, rate: float, seed: int) -> Curve:
@@ -126,7 +132,8 @@ def trained(workdir: Path, say: Say, bench: Callable[[str], Bench], optimizer: s
   file = workdir / f"{optimizer}_{rate:g}_{seed}.json"
   settings = json.loads(json.dumps(to_dict(run_config(optimizer, rate, seed))))  # lists for tuples, as in the file
   if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["settings"] == settings:
-    return Curve(tuple(found["steps"]), tuple(math.inf if loss is None else loss for loss in found["losses"]))
+    number = lambda loss: math.inf if loss is None else loss
+    return Curve(tuple(found["steps"]), tuple(map(number, found["losses"])), number(found["choosing"]))
   started = time.perf_counter()
   curve = bench(optimizer).train(rate, seed)
   say(f"{optimizer}, learning rate {rate:g}, seed {seed}: loss {final(curve):.3f} in {time.perf_counter() - started:.0f} s")
@@ -140,8 +147,8 @@ def final(curve: Curve) -> float:
 
 
 def best(sweep: Mapping[float, Curve]) -> float:
-  """The learning rate with the lowest loss at the end."""
-  return min(sweep, key=lambda rate: final(sweep[rate]))
+  """The learning rate with the lowest loss on the text that chooses."""
+  return min(sweep, key=lambda rate: sweep[rate].choosing)
 
 
 def swept(train: Callable[[float], Curve], rates: Sequence[float]) -> dict[float, Curve]:
@@ -170,7 +177,8 @@ def row(optimizer: str, rate: float, curves: Sequence[Curve], loss: float) -> di
   ends = [final(curve) for curve in curves]
   steps = [steps_to(curve, loss) for curve in curves]
   return {"optimizer": optimizer, "learning rate": f"{rate:g}", "seeds": len(curves),
-          "loss at the end": statistics.fmean(ends), "range": max(ends) - min(ends) if len(ends) > 1 else None,
+          "loss that chooses": curves[0].choosing, "loss at the end": statistics.fmean(ends),
+          "range": max(ends) - min(ends) if len(ends) > 1 else None,
           "steps to the same loss": None if None in steps else statistics.fmean(steps)}
 
 
@@ -180,24 +188,24 @@ def run(workdir: Path, seeds: int, say: Say) -> Result:
   The same loss is the highest that any of the best rate's runs of either optimizer ends with, so that all of them reach it.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  bench = functools.cache(Bench)  # if all is trained, nothing is compiled
-  runs: dict[str, dict[float, list[Curve]]] = {}
+  bench = functools.cache(lambda optimizer: Bench(optimizer, workdir / "text"))  # if all is trained, nothing is compiled
+  done: dict[str, dict[float, list[Curve]]] = {}
   for optimizer, rates in SWEEPS.items():
     train = functools.partial(trained, workdir, say, bench, optimizer)
     sweep = swept(functools.partial(train, seed=0), rates)
-    runs[optimizer] = {rate: [curve] for rate, curve in sweep.items()}
-    runs[optimizer][best(sweep)] += [train(best(sweep), seed) for seed in range(1, seeds)]
-  chosen = {optimizer: best({rate: curves[0] for rate, curves in by_rate.items()}) for optimizer, by_rate in runs.items()}
-  raced = {optimizer: runs[optimizer][rate] for optimizer, rate in chosen.items()}
+    done[optimizer] = {rate: [curve] for rate, curve in sweep.items()}
+    done[optimizer][best(sweep)] += [train(best(sweep), seed) for seed in range(1, seeds)]
+  chosen = {optimizer: best({rate: curves[0] for rate, curves in by_rate.items()}) for optimizer, by_rate in done.items()}
+  raced = {optimizer: done[optimizer][rate] for optimizer, rate in chosen.items()}
   loss = max(final(curve) for curves in raced.values() for curve in curves)
-  rows = [row(optimizer, rate, curves, loss) for optimizer, by_rate in runs.items() for rate, curves in by_rate.items()]
+  rows = [row(optimizer, rate, curves, loss) for optimizer, by_rate in done.items() for rate, curves in by_rate.items()]
   steps = {optimizer: np.mean([steps_to(curve, loss) for curve in curves]) for optimizer, curves in raced.items()}
   say(f"the same loss: {loss:.3f} nats; best learning rates: "
       f"{', '.join(f'{optimizer} {rate:g}' for optimizer, rate in chosen.items())}")
-  at_edge = sum(rate in (min(runs[optimizer]), max(runs[optimizer])) for optimizer, rate in chosen.items())
+  at_edge = sum(rate in (min(done[optimizer]), max(done[optimizer])) for optimizer, rate in chosen.items())
   ratio = float(steps["muon"] / steps["adamw"])
   plots_optimizers.race(raced, {name: {rate: [final(c) for c in curves] for rate, curves in by_rate.items()}
-                                for name, by_rate in runs.items()}, loss, workdir / PICTURE)
+                                for name, by_rate in done.items()}, loss, workdir / PICTURE)
   return Result(rows, [
     {"target": "best learning rates at an edge of their sweep: none", "bound": 0, "value": at_edge, "reached": not at_edge},
     {"target": "Muon's steps to the same loss / AdamW's: at most 1", "bound": 1, "value": ratio, "reached": ratio <= 1},

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import statistics
 import sysconfig
 from pathlib import Path
@@ -37,12 +36,10 @@ from deepseek_v4.config import (
   OptimizerConfig,
   RunConfig,
   TrainingConfig,
-  to_dict,
 )
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.training import feed, loop, metrics
-from deepseek_v4.training.workdir import CONFIG
-from launch.miniatures import Result
+from launch.miniatures import Result, runs
 from pallas_kernels.hyper_connections import reference
 
 DESCRIPTION = "rollback and anticipatory routing after a spike; mHC against free hyper-connections at 60 sublayers"
@@ -80,12 +77,12 @@ def run(workdir: Path, seeds: int, say: Say) -> Result:
 
 
 def trained(run_config: RunConfig, folder: Path, say: Say) -> Lines:
-  """The lines of metrics.jsonl of a run, which is trained, or goes on, unless it is finished."""
-  stored = folder / CONFIG
-  same = stored.is_file() and json.loads(stored.read_text()) == json.loads(json.dumps(to_dict(run_config)))
-  if not (same and (folder / metrics.SUMMARY).is_file()):
-    say(f"training {folder}")
-    loop.train(run_config, folder)
+  """The lines of metrics.jsonl of a run, which is trained, or goes on, unless it is finished.
+
+  Raises:
+    ValueError: a run with other settings is in the folder.
+  """
+  runs.trained(run_config, folder, loop.train, say)
   return metrics.read_lines(folder / metrics.LINES)
 
 

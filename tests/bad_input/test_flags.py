@@ -83,6 +83,17 @@ WRONG = table(
   ("--json", "'no/such/x.json'", "a file in a folder that exists", command("bench", "train", "--json", "no/such/x.json")),
   ("repeats", "0", "a positive integer", command("bench", "forward", "--repeats", "0")),
   ("miniature", "'hanoi'", "one of", command("miniature", "hanoi", *WORKDIR)),
+  ("--workdir", "config_checks.py'", "a folder", command("miniature", "depth", "--workdir", NO_RUN_FILE)),
+  ("--workdir", "config_checks.py/a'", "a folder", command("miniature", "depth", "--workdir", f"{NO_RUN_FILE}/a")),
+  ("workdir", "config_checks.py'", "a folder", command("train", *CONFIG, "--workdir", NO_RUN_FILE)),
+  ("workdir", "config_checks.py/a'", "a folder", command("train", *CONFIG, "--workdir", f"{NO_RUN_FILE}/a")),
+  ("workdir", "config_checks.py/a'", "a folder", command(
+    "distill", "--config", str(ROOT / "configs/tiny_distill.py"), "--workdir", f"{NO_RUN_FILE}/a",
+    "--set", "mesh.data=-1")),
+  ("--workdir", "config_checks.py'", "a folder that does not exist yet", command("faults", "--workdir", NO_RUN_FILE)),
+  ("--workdir", "config_checks.py/a'", "a folder", command("faults", "--workdir", f"{NO_RUN_FILE}/a")),
+  ("config_checks.py/checkpoints", "config_checks.py", "no checkpoint there", command(
+    "generate", "--checkpoint", NO_RUN_FILE, "--prompt", "a")),
   ("--kills, --stops, --full_disks", "0", "one of them above 0", command(
     "faults", "--kills", "0", "--stops", "0", "--full_disks", "0")),
   ("--workdir", "tests'", "a folder that does not exist yet", command("faults", "--workdir", str(ROOT / "tests"))),

@@ -92,6 +92,8 @@ def test_figures_and_the_picture(tmp_path):
   targets = depth.targets_of([SCORES, worse])
   assert [target["reached"] for target in targets] == [True, False, True, True]
   assert targets[0]["value"] == pytest.approx(0.65) and targets[1]["value"] == pytest.approx(-0.01)
+  same = {effort: {"accuracy": 0.5, "tokens": 7.0} for effort in EFFORTS}  # none < high is strict, high <= max is not
+  assert [target["reached"] for target in depth.targets_of([{**SCORES, "student": same}])] == [False, True, False, False]
   plots_reinforcement.depth([SCORES, worse], EFFORTS, depth.MODELS, tmp_path / "a.png")
   assert (tmp_path / "a.png").stat().st_size > 10_000
   assert "depth" in miniatures.NAMES and depth.DESCRIPTION

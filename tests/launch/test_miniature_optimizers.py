@@ -10,7 +10,7 @@ from deepseek_v4.config import to_dict
 from deepseek_v4.training.state import init_state
 from deepseek_v4.training.step import make_train_step
 from launch import miniature
-from launch.miniatures import NAMES, optimizers
+from launch.miniatures import NAMES, optimizers, runs
 from launch.miniatures.optimizers import STEPS, Curve, best, final, steps_to, swept
 
 STEP_LIST = range(10, STEPS + 1, 10)
@@ -30,12 +30,13 @@ def pretended(monkeypatch):
   asked = []
 
   class Pretended:
-    def __init__(self, optimizer):
+    def __init__(self, optimizer, folder):
       self.optimizer = optimizer
 
     def train(self, rate, seed):
       asked.append((self.optimizer, rate, seed))
-      return Curve(tuple(STEP_LIST), tuple(loss_at(self.optimizer, rate, seed, n) for n in STEP_LIST))
+      return Curve(tuple(STEP_LIST), tuple(loss_at(self.optimizer, rate, seed, n) for n in STEP_LIST),
+                   1 + loss_at(self.optimizer, rate, seed, STEPS))
 
   monkeypatch.setattr(optimizers, "Bench", Pretended)
   return asked
@@ -67,16 +68,28 @@ def test_each_optimizer_races_at_its_own_best_rate(pretended, tmp_path, monkeypa
 
 
 def test_steps_between_scores():
-  curve = Curve((10, 20, 30, 40), (5.0, 3.0, 3.5, 1.0))
+  curve = Curve((10, 20, 30, 40), (5.0, 3.0, 3.5, 1.0), 0.0)
   assert [steps_to(curve, x) for x in (6.0, 5.0, 4.0, 3.0, 2.0, 0.9)] == [10, 10, 15, 20, 36, None]
-  assert final(curve) == 1 and steps_to(Curve((10, 20), (math.inf, 1.0)), 2.0) == 20
+  assert final(curve) == 1 and steps_to(Curve((10, 20), (math.inf, 1.0), 1.0), 2.0) == 20
 
 
 def test_a_sweep_ends():
   """One whose loss falls with every step outwards stops at the longest; a rate that leads nowhere is never the best."""
-  found = swept(lambda rate: Curve((1, 2), (1 / rate, 1 / rate)), (1.0, 2.0))
+  ends_at = lambda loss: Curve((1, 2), (3.0, 3.0), loss)
+  found = swept(lambda rate: ends_at(1 / rate), (1.0, 2.0))
   assert list(found) == [1, 2, 4, 8, 16, 32] and best(found) == 32
-  assert best({1.0: Curve((1, 2), (1.0, 1.0)), 2.0: Curve((1, 2), (1.0, math.inf))}) == 1
+  assert best({1.0: ends_at(1.0), 2.0: ends_at(math.inf)}) == 1
+
+
+def test_what_judges_chooses_nothing(pretended, tmp_path, monkeypatch):
+  """The rate that is best on the text that chooses races, though another one is better on the text that judges."""
+  monkeypatch.setattr(optimizers, "LONGEST", 2)
+  monkeypatch.setattr(optimizers, "SWEEPS", {"muon": (1e-3, 2e-3), "adamw": (1e-3, 2e-3)})
+  monkeypatch.setattr(optimizers.Bench, "train", lambda self, rate, seed: Curve(
+    tuple(STEP_LIST), tuple(2 + 100 * rate for _ in STEP_LIST), -rate))
+  result = optimizers.run(tmp_path, 2, print)
+  assert [(row["learning rate"], row["seeds"]) for row in result.rows] == 2 * [("0.001", 1), ("0.002", 2)]
+  assert [row["loss that chooses"] for row in result.rows] == 2 * [-0.001, -0.002]
 
 
 @pytest.mark.parametrize("optimizer", BEST)
@@ -88,13 +101,13 @@ def test_runs_differ_in_the_optimizer_alone(optimizer):
 
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", BEST)
-def test_a_rate_as_an_argument_is_the_rate_of_a_run(optimizer):
+def test_a_rate_as_an_argument_is_the_rate_of_a_run(optimizer, tmp_path):
   """Two steps with the learning rate handed in, against those of the run that has it in its settings."""
-  bench = optimizers.Bench(optimizer)
+  bench = optimizers.Bench(optimizer, tmp_path)
   run = optimizers.run_config(optimizer, 4e-3, 0)
   step = make_train_step(run)
   found, want = (init_state(r, jax.random.key(0)) for r in (bench.run, run))
-  for batch in bench.held_out[:2]:
+  for batch in bench.held_out[runs.JUDGING][:2]:
     found, _ = bench._step(found, batch, 4e-3)
     want, _ = step(want, batch)
   before = init_state(run, jax.random.key(0)).params

@@ -14,7 +14,8 @@ from launch.miniatures import stages as miniature
 
 def found(trained, sparse):
   mass = lambda held: Mass(held, 0.95, 0.3, 100)
-  return miniature.Found({1: mass(0.4), 3: mass(0.5)}, {1: mass(trained), 3: mass(0.9)}, 1.5, sparse, 1.9)
+  return miniature.Found({32: 0.7, 48: 0.81}, 48, {1: mass(0.4), 3: mass(0.5)}, {1: mass(trained), 3: mass(0.9)}, 1.5,
+                         sparse, 1.9)
 
 
 def test_goals_are_for_the_worst_layer_and_seed():
@@ -22,12 +23,21 @@ def test_goals_are_for_the_worst_layer_and_seed():
   assert mass["value"] == 0.81 and mass["reached"] and cost["value"] == pytest.approx(0.015) and cost["reached"]
   mass, cost = miniature.targets([found(0.85, 1.51), found(0.79, 1.52001)])
   assert not mass["reached"] and not cost["reached"]
+  assert "untrained 40%" in mass["target"] and "with the untrained indexer 0.400" in cost["target"]  # 1.9 - 1.5
+
+
+def test_the_fewest_picks_that_hold_enough_are_chosen():
+  assert miniature.chosen({64: 0.85, 32: 0.79, 48: 0.8}) == 48
+  assert miniature.chosen({32: 0.5, 64: 0.7}) == 64
+  run = miniature.settings(0)
+  assert set(miniature.PICKS) >= {run.model.index_topk}
+  assert max(miniature.PICKS) < stages.of_stage(run, miniature.WARM_UP).data.sequence_length // run.model.csa_compress_rate
 
 
 def test_the_table_has_the_untrained_indexer_beside_the_trained_one():
   rows = miniature.rows_of(2, found(0.85, 1.51))
-  assert [row["what"] for row in rows] == ["layer 1: mass on the picks", "layer 3: mass on the picks", "held-out loss, nats"]
-  assert list(rows[0].values()) == [2, "layer 1: mass on the picks", 0.4, 0.85, 0.95, 0.3]
+  assert [row["what"] for row in rows] == ["layer 1: mass on 48 picks", "layer 3: mass on 48 picks", "held-out loss, nats"]
+  assert list(rows[0].values()) == [2, "layer 1: mass on 48 picks", 0.4, 0.85, 0.95, 0.3]
   assert list(rows[2].values())[2:] == [1.9, 1.51, 1.5, None]
   assert len({tuple(row) for row in rows}) == 1
 
@@ -68,8 +78,9 @@ def test_a_short_one_learns_and_goes_on(tmp_path, monkeypatch):
            "stages.indexer_warm_up.decay_steps=20", "stages.sparse.steps=3", "stages.sparse.sequence_length=128",
            "optimizer.decay_steps=2", "training.eval_every=1000"]
   monkeypatch.setattr(miniature, "settings", lambda seed: override(settings(seed), short))
-  for name in ("MASS_BATCHES", "LOSS_BATCHES"):
+  for name in ("CHOOSING_BATCHES", "MASS_BATCHES", "LOSS_BATCHES"):
     monkeypatch.setattr(miniature, name, 2)
+  monkeypatch.setattr(miniature, "PICKS", (4, 8, 16))
   result = miniature.run(tmp_path, 1, print)
   lines = metrics.read_lines(tmp_path / "seed0" / metrics.LINES)
   kl = [line["indexer"] for line in lines if line.get("stage") == "indexer_warm_up" and line["split"] == "train"]

@@ -12,6 +12,7 @@ import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, REMAT_POLICIES, SLIDING
 from deepseek_v4.model import two_levels
 from deepseek_v4.model.losses import next_token_targets
+from deepseek_v4.training import trainable
 from deepseek_v4.training.step import compiler_options
 from tests.model.small import T0, abstract_variables, equations, pack, random_tokens, random_variables
 
@@ -103,6 +104,92 @@ def test_groups_keep_the_fewest_streams(repeats, unit, length):
   """Flash repeats two layers 20 times and Pro 29 times; 13 and 16 streams at a time, not 40 and 58."""
   assert two_levels.group_length(repeats, unit) == length
   assert two_levels.lone_length(repeats) == int(np.ceil(np.sqrt(repeats)))
+
+
+# ---- what is frozen under `full` ----------------------------------------------------------------------------------------
+WIDTH, REPEATS = 6, 7
+
+
+def toy(name):
+  """A layer as `two_levels` has them: a matrix and, squared in its report, what a vector sees of the detached streams."""
+  def layer(params, fixed, context, x):
+    seen = jax.lax.stop_gradient(x) @ params["seen_by"]
+    return x + jnp.tanh(x @ params[name]) * fixed["scale"] + context, {"loss": (seen**2).sum(), "count": jnp.int32(3)}
+  return layer
+
+
+def toy_loss(loop, params, x):
+  """From the reports, weighted by repeat, and with all that reaches them from the streams."""
+  fixed = ({"scale": jnp.linspace(0.5, 1, REPEATS)},) * 2
+  x, reports = loop([toy("first"), toy("second")], params, fixed, jnp.float32(0.1), x)
+  return sum((jnp.arange(1, REPEATS + 1) * report["loss"]).sum() for report in reports), x
+
+
+def one_by_one(layers, params, fixed, context, x):
+  found = [[] for _ in layers]
+  for r in range(REPEATS):
+    for j, layer in enumerate(layers):
+      x, report = layer(*jax.tree.map(lambda leaf, r=r: leaf[r], (params[j], fixed[j])), context, x)
+      found[j].append(report)
+  return x, [jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports) for reports in found]
+
+
+def toy_gradient(loop, trained, with_streams):
+  """(loss of the named leaves, the leaves); the loss is of the reports, and maybe of the streams behind the loop."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32) / 3
+  params = [{name: normal(REPEATS, WIDTH, WIDTH), "seen_by": normal(REPEATS, WIDTH)} for name in ("first", "second")]
+  x = normal(1, 5, 2, WIDTH)
+
+  def loss(leaves):
+    own = tuple({name: leaves.get((j, name), leaf) for name, leaf in tree.items()} for j, tree in enumerate(params))
+    total, out = toy_loss(loop, own, leaves.get((0, "x"), x))
+    return total + (out**2).sum() if with_streams else total
+  everything = {(j, name): leaf for j, tree in enumerate(params) for name, leaf in tree.items()} | {(0, "x"): x}
+  return loss, {name: everything[name] for name in trained}
+
+
+VECTORS = ((0, "seen_by"), (1, "seen_by"))
+TRAINED = {"vectors": VECTORS, "one vector": VECTORS[:1], "a matrix": ((1, "second"),), "streams": ((0, "x"),),
+           "all": (*VECTORS, (0, "first"), (1, "second"), (0, "x"))}
+
+
+@pytest.mark.parametrize("trained, with_streams", [(name, s) for name in TRAINED for s in (True, False)
+                                                   if s or name not in ("a matrix", "streams")])
+def test_whatever_trains_gets_its_gradient(trained, with_streams):
+  """Against autodiff through the layers one by one; float32 in another order of summation."""
+  loss, leaves = toy_gradient(two_levels.run, TRAINED[trained], with_streams)
+  wanted, _ = toy_gradient(one_by_one, TRAINED[trained], with_streams)
+  found, want = jax.jit(jax.grad(loss))(leaves), jax.jit(jax.grad(wanted))(leaves)
+  for name, g in want.items():
+    np.testing.assert_allclose(found[name], g, rtol=1e-4, atol=1e-5 * np.abs(g).max(), err_msg=str(name))
+    assert np.abs(g).max() > 0.1 or not (with_streams or name in VECTORS)  # reports see the streams detached
+
+
+@pytest.mark.parametrize("trained, products", [("all", 5), ("a matrix", 4.5), ("vectors", 3)])
+def test_no_gradient_is_made_of_what_is_frozen(trained, products):
+  """Products with or for a layer's matrix in the traced program: forward, again for the group, again for the layer, and,
+  where they are asked for, the gradients of the streams (of each of two layers) and of the matrix (of one or both)."""
+  loss, leaves = toy_gradient(two_levels.run, TRAINED[trained], trained != "vectors")
+  program = jax.make_jaxpr(jax.grad(loss))(leaves).jaxpr
+  shapes = [{v.aval.shape for v in (*e.invars, *e.outvars)} for e in equations(program) if e.primitive.name == "dot_general"]
+  assert sum((WIDTH, WIDTH) in found for found in shapes) == 2 * products
+
+
+def test_the_indexer_s_warm_up_has_no_backward_pass_through_the_layers():
+  """Of the model itself: attention is dense, all but the indexer is frozen."""
+  config = dataclasses.replace(UNIT, remat="full")
+  model, abstract = dsv4.DeepseekV4(config, "blockwise"), abstract_variables(config)
+
+  def count(what, mode):
+    def loss(trained, variables):
+      params = trainable.with_frozen(trained, variables["params"])
+      targets = jnp.zeros((1, LENGTH), jnp.int32)
+      out = model.apply({"params": params, "router": variables["router"]}, targets, targets=targets, attention_mode=mode)
+      return out.losses["indexer"][0] + (out.losses["next_token"][0] if what == "all" else 0)
+    program = jax.make_jaxpr(jax.grad(loss))(trainable.trained_part(what, abstract["params"]), abstract)
+    return sum(e.primitive.name == "dot_general" for e in equations(program.jaxpr))
+  assert count("indexer", "dense") < 0.7 * count("all", "dense")
 
 
 @pytest.mark.parametrize("layers, blocks", [("unit", 1), pytest.param("lone", 7, marks=pytest.mark.long)])
