@@ -4,11 +4,11 @@ command   python -m launch.train --config configs/pod_flash_4k.py --workdir FOLD
 plan      python -m launch.plan --config configs/pod_flash_4k.py --topology v5p:4x4x8
 hardware  128 TPU v5p; twice as many: mesh.fsdp=4, data.accumulation=72
 duration  none: nobody has trained this file
-result    compiled on 2026-11-26 (jax 0.10.2, libtpu 0.0.42.1; 6 min with 15 GiB), before updates were made in place:
-          fits, 85.5 of 95.7 GiB a device (89%), arguments 17.0, temporaries 67.7, held at one time 59.6;
-          a step of 75.5M tokens takes at least 210.7 s: compute 180.8 (kernels 106.8, by the compiler's schedule),
-          HBM 150.0, collectives 29.9 alone and 7.7 beside other work; so model FLOPs utilisation is at most 52%.
-          As it is now only its update was compiled, alone: temporaries 2.4 GiB beside the gradients
+result    compiled on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1; 27 min on two shared cores with 14.6 GiB), before weights were
+          rounded by their bits and a unit's layers made again one by one, which takes less:
+          fits, 81.9 of 95.7 GiB a device (86%), arguments 17.0, temporaries 64.1, held at one time 55.9;
+          a step of 75.5M tokens takes at least 208.5 s: compute 178.3 (kernels 104.1), HBM 140.6, collectives 30.2 alone and
+          9.0 beside other work; so model FLOPs utilisation is at most 53%
 
 Weights are split over all chips; an expert's over two, so that little of them is gathered.
 """

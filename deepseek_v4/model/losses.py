@@ -90,7 +90,8 @@ def _sum_forward(hidden_TD, head_DV, targets_T, chunk_size, axis):
   zeros = (jnp.zeros((), exact), jnp.zeros(head_DV.shape, exact))
   (total, d_head), d_hidden = jax.lax.scan(step, zeros, _chunks(hidden_TD, targets_T, chunk_size))
   d_hidden = d_hidden.reshape(-1, hidden_TD.shape[1])[:hidden_TD.shape[0]]
-  return total, (d_hidden, d_head.astype(head_DV.dtype))
+  # Else the head's gradient, which is wanted last, could stay in float32 through the whole backward pass.
+  return total, jax.lax.optimization_barrier((d_hidden, d_head.astype(head_DV.dtype)))
 
 
 def weighed(gradients: tuple[jax.Array, ...], g: jax.Array, axis: str | None) -> tuple[jax.Array, ...]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_v4.config import ModelConfig
+from deepseek_v4.model import weights
 from deepseek_v4.model.formats import (
   E2M1,
   E4M3,
@@ -206,7 +207,7 @@ def expert_weights(config: ModelConfig, weight: jax.Array) -> jax.Array:
   The gradient goes straight through to the parameters. Already rounded weights stay what they are.
   """
   weight = weight if config.qat is None else straight_through(weight, EXPERTS, -2)
-  return jnp.asarray(weight, config.compute_dtype)
+  return weights.cast(weight, config.compute_dtype)
 
 
 def linear_input(config: ModelConfig, x: jax.Array) -> jax.Array:

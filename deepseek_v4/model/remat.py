@@ -43,11 +43,11 @@ def _kept() -> list[str]:
   return [SUBLAYER, names.ATTENTION, names.INDEX_LOSS, *rows]
 
 
-def recomputed(module: type[nn.Module], config: ModelConfig, *, in_loop: bool = False) -> type[nn.Module]:
+def recomputed(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
   """A module, of one layer or of the scan's unit, as the policy wants it in the backward pass.
 
-  Args:
-    in_loop: of a scan, whose body already keeps XLA from merging the recomputation with the forward pass.
+  A layer is made again when the gradient of what comes out of it is there (`prevent_cse`), also in a scan's body, which
+  needs nothing else to keep XLA from merging it with the forward pass: layers of a unit would be made again at once.
   """
   if config.remat == "none":
     return module
@@ -58,4 +58,4 @@ def recomputed(module: type[nn.Module], config: ModelConfig, *, in_loop: bool = 
   elif config.remat == "offload":
     policy = policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[STREAMS], offload_src="device", offload_dst="pinned_host")
-  return nn.remat(module, prevent_cse=not in_loop, policy=policy)
+  return nn.remat(module, policy=policy)

@@ -144,7 +144,7 @@ class Stack(nn.Module):
             given: list[Choice]):
     """The streams, the reports of each layer of the unit, stacked over the repeats, and the caches."""
     # mhc recomputes a unit's streams from its first ones, the other policies each layer from its own.
-    again = functools.partial(remat.recomputed, config=self.config, in_loop=True)
+    again = functools.partial(remat.recomputed, config=self.config)
     kind, unit = (Block, again(_Unit)) if self.config.remat == "mhc" else (again(Block), _Unit)
     specs = self.config.layer_specs[groups.prefix:]
     blocks = tuple(self._block(specs[j], f"unit_{j}", kind) for j in range(groups.unit))

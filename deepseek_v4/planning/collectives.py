@@ -14,6 +14,7 @@ from deepseek_v4.planning import hlo
 KINDS = ("all-reduce", "all-gather", "all-to-all", "ragged-all-to-all", "reduce-scatter", "collective-permute")
 _LINE = re.compile(rf"= (\(*\w+\[.*?) ({'|'.join(sorted(KINDS, key=len, reverse=True))})(-start)?\(")
 _BITS = re.compile(r"[a-z]+(\d+)")
+_SCATTERED = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +67,27 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def collectives(text: str) -> list[Collective]:
-  """All collectives of a compiled program's text that more than one device takes part in."""
+  """All collectives of a compiled program's text that more than one device takes part in.
+
+  A TPU's reduce-scatter is written as a fusion of its own, of an all-reduce and the slice that a device keeps.
+  """
   parts, found = hlo.computations(text), []
   runs = hlo.runs(parts)
   for name, lines in parts.items():
     for line in lines:
       if match := _LINE.search(line):
-        arrays = tuple((dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape in re.findall(
-          r"(\w+)\[([\d,]*)\]", match[1]))
-        devices = tuple(_groups_of(line)[0].tolist())
+        kind, arrays, devices = match[2], _arrays(match[1]), tuple(_groups_of(line)[0].tolist())
+        if kind == "all-reduce" and name.startswith(_SCATTERED):
+          kind, arrays = "reduce-scatter", _arrays(lines[0].rsplit("->", 1)[-1])
         if len(set(devices)) > 1:
-          found.append(Collective(match[2], arrays, devices, match[3] is not None, runs.get(name, 1)))
+          found.append(Collective(kind, arrays, devices, match[3] is not None, runs.get(name, 1)))
   return found
+
+
+def _arrays(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+  """(dtype, shape) of each array that a text names."""
+  return tuple((dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape in re.findall(
+    r"(\w+)\[([\d,]*)\]", text))
 
 
 def traffic(found: Sequence[Collective]) -> dict[str, dict[str, int]]:

@@ -39,6 +39,25 @@ def test_one_instruction(line):
   assert (found.kind, found.devices, found.bytes, found.starts) == LINES[line]
 
 
+def test_a_fused_all_reduce_and_slice_is_a_reduce_scatter():
+  """As libtpu 0.0.42 writes it: each of 4 devices receives three quarters of what all of them add."""
+  text = """HloModule step
+
+%all-reduce-scatter.1.clone (input.3: bf16[3,64,32]) -> bf16[3,16,32] {
+  %input.3 = bf16[3,64,32]{2,1,0} parameter(0)
+  %all-reduce.7 = bf16[3,64,32]{2,1,0} all-reduce(%input.3), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %dynamic-slice.2 = bf16[3,16,32]{2,1,0} dynamic-slice(%all-reduce.7, %zero, %start, %zero)
+}
+
+ENTRY %main (p: bf16[3,64,32]) -> bf16[3,16,32] {
+  %p = bf16[3,64,32]{2,1,0} parameter(0)
+  ROOT %fusion.1 = bf16[3,16,32]{2,1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1.clone
+}
+"""
+  (found,) = collectives(text)
+  assert (found.kind, found.bytes, found.runs) == ("reduce-scatter", 3 * 64 * 32 * 2 * 3 // 4, 1)
+
+
 def test_traffic_by_kind():
   alone = f"%b = {ARRAY} all-reduce(%x), replica_groups={{{{0}},{{1}}}}, to_apply=%add"
   done = f"%c = {ARRAY} all-gather-done(%a.6)"
