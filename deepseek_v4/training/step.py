@@ -40,7 +40,7 @@ def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
   return COMPILER_OPTIONS.get(platform, {})
 
 
-def check_batch(batch: Batch) -> None:
+def check_batch(batch: Mapping[str, jax.Array | np.ndarray]) -> None:
   """Refuses a batch that is not as `make_train_step` says. Of its numbers the documents' are looked at, where they are
   NumPy's: to look at a device's would mean to wait for it.
 
