@@ -124,7 +124,8 @@ class Bench:
         state, _ = self._step(state, feed.to_device(self.run, None, batch), rate)
         if n % EVERY == 0:
           points.append((n, self.score(state, runs.JUDGING)))
-    return Curve(*zip(*points), self.score(state, runs.CHOOSING))
+    steps, losses = zip(*points)
+    return Curve(steps, losses, self.score(state, runs.CHOOSING))
 
 
 def trained(workdir: Path, say: Say, bench: Callable[[str], Bench], optimizer: str, rate: float, seed: int) -> Curve:
