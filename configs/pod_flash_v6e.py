@@ -4,9 +4,10 @@ command   python -m launch.train --config configs/pod_flash_v6e.py --workdir FOL
 plan      python -m launch.plan --config configs/pod_flash_v6e.py --topology v6e:16x16
 hardware  256 TPU v6e, all of a pod
 duration  none: nobody has trained this file
-result    not compiled as it is, and perhaps it does not fit. On 2026-11-26, before updates were made in place, the compiler
-          refused the step, whose temporaries alone wanted 34.6 of 31.2 GiB. Estimated from shapes now: 22 GiB held at
-          one time, state 8.5; temporaries as the compiler reports them may be half as much again
+result    does not fit: on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1) the compiler laid out its memory and did not refuse it,
+          held at one time 28.8 of 31.2 GiB (92%), arguments 8.5; but that is more than nine tenths, and its temporaries
+          count a part of the rest twice; machine code was not waited for. Not tried: half of the tokens a chip
+          (mesh.fsdp=2, mesh.context=2, data.accumulation=144), optimizer.momentum_dtype=bfloat16
 
 A third of a v5p's memory for each chip, so that the streams are recomputed, too.
 """
