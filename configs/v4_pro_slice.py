@@ -3,7 +3,8 @@
 command   python -m launch.train --config configs/v4_pro_slice.py --workdir FOLDER --set data.path=GLOB
 plan      python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1
 hardware  64 TPU v5p with all experts: --topology v5p:4x4x4 and --set model.n_routed_experts=384 --set mesh.expert=64
-          --set data.batch_size=64; as it is, with 8 of them on one chip, the step compiles but does not fit the memory
+          --set data.batch_size=64; as it is, with 8 of them on one chip, the step compiled but did not fit the memory
+          before updates were made in place; not compiled since
 duration  none: nobody has trained this file
 result    the compiler accepts both steps, kernels and Muon included (tests/planning/test_aot.py)
 """

@@ -25,8 +25,10 @@ from pallas_kernels import bits, tpu
 from pallas_kernels.selection import Selection
 
 _DENSE = splash.BlockSizes(*[SPLASH_BLOCK] * 8)
-# Queries and keys of a step, of all three kernels: the fastest from 128 x 128 to 512 x 512 tried on Pro's sliding layer,
-# forward; small ones multiply less that the window hides (v5p, both ways: 8,280 cycles per token at 512 x 512, 5,740 so).
+# Queries and keys of a step, of all three kernels. Tried on V4-Pro's sliding layer, forward: 256 x 128, 256 x 256, and v5p
+# 128 x 128, the others 512 x 256 and 512 x 512; the fastest is taken, v5p's of both ways (256 x 256 is 0.2% faster forward).
+# Small ones multiply less that the window hides: both ways on v5p 8,280 cycles per token at 512 x 512, 7,300 at 512 x 128,
+# 5,740 so.
 RULE_BLOCKS = {"v5p": (256, 128), "v6e": (512, 256), "tpu7x": (512, 512)}
 
 
@@ -52,10 +54,14 @@ def attend_by_rule(q_1SHd: jax.Array, window_kv_1Sd: jax.Array, entries_1Td: jax
   of_queries, of_keys = RULE_BLOCKS[tpu.current_chip(interpret=False).name]
   blocks = splash.BlockSizes(*[of_queries, of_keys, of_keys] * 2, of_queries, of_keys)
   run = splash.make_splash_mqa_single_device(static, block_sizes=blocks)
-  segment_S, segment_T = places["segment_ids"][0], places["entry_segment"][0]
+  segments = documents(places["segment_ids"][0], places["entry_segment"][0], keys)
+  return _run(run, False, q_1SHd, window_kv_1Sd, entries_1Td, sink_H, segments, scale)
+
+
+def documents(segment_S: jax.Array, segment_T: jax.Array, keys: int) -> splash.SegmentIds:
+  """int32 [S], [T] -> numbers of the documents of queries [S] and of K `keys`: padding is nobody's, not its own."""
   segment_K = jnp.concatenate([segment_S, segment_T])
-  segment_K = tpu.pad_axis(jnp.where(segment_K > 0, segment_K, -1), 0, keys, -1)  # padding is nobody's, not its own
-  return _run(run, False, q_1SHd, window_kv_1Sd, entries_1Td, sink_H, splash.SegmentIds(segment_S, segment_K), scale)
+  return splash.SegmentIds(segment_S, tpu.pad_axis(jnp.where(segment_K > 0, segment_K, -1), 0, keys, -1))
 
 
 def rule(length: int, keys: int, num_entries: int, window: int, rate: int) -> splash_mask.Mask:

@@ -37,7 +37,8 @@ def from_words(parts: Sequence[jax.Array], places: int, options: Any, source: An
   own words and bits.
 
   Args:
-    parts: int32 [some of C, W], behind each other; where they are listed in two levels each is read where it lies.
+    parts: int32 [some of C, W], behind each other; where they are listed in two levels, with `source` each is read where it
+      lies.
     source: a table (see `as_table`) in which these rows are those with the numbers int32 [C]; without it they are copied
       into one.
   """

@@ -308,10 +308,11 @@ def test_lists_of_three_and_five_groups_of_words(monkeypatch, num_entries, top_k
 @pytest.mark.parametrize("num_entries, top_k, direct", long(
     *((*case, direct) for case in ((12000, 256), (20000, 256), (20000, 600)) for direct in (128, 1024))))
 def test_attention_over_three_and_five_groups_of_words(monkeypatch, num_entries, top_k, direct):
-  """The last tokens of a long context, the last of whose entries are hidden or unused memory; full lists among them."""
+  """The last tokens of a long context, the last of whose entries are hidden or unused memory; full lists among them. Two
+  runs, each a chunk of its own, so that the lists of two chunks are made together."""
   monkeypatch.setattr(sparse_lists, "DIRECT_WORDS", direct)
   monkeypatch.setattr(sparse, "ROWS", 2**12)
-  queries = 16
+  queries = LENGTH
   entry = np.arange(num_entries, dtype=np.int32)
   arrays = normals(jax.random.key(0), q=(1, queries, 4, WIDTH), window_kv=(1, queries, WIDTH),
                    entries=(1, num_entries, WIDTH), sink=(4,))
@@ -325,4 +326,6 @@ def test_attention_over_three_and_five_groups_of_words(monkeypatch, num_entries,
   arrays = with_kind(arrays | {"selection": Selection.from_indices(jnp.asarray(picks[None]))}, "bits")
   chosen = arrays["selection"]
   assert chosen.words.shape[2] == 128 * -(-num_entries // 4096) and chosen.mask(num_entries)[0, 1].sum() == top_k
+  plan = sparse_plan.make_plan(arrays["q"].shape, num_entries, top_k, 4, 20, 1, 128, sparse.ROWS)
+  assert plan.chunks > 1
   same(run(arrays, ours), run(arrays, formula))  # the formula's mask of as many picks would fill the memory

@@ -155,6 +155,27 @@ def test_lists_name_every_entry_once(direct, monkeypatch):
     assert (row[count:] == -1).all()
 
 
+def test_lists_of_two_chunks_read_words_where_they_lie(monkeypatch):
+  """In two levels, as attention asks for them: chunks in another order than in the table of all queries' words."""
+  monkeypatch.setattr(sparse_lists, "DIRECT_WORDS", 128)
+  options, size = tiles.Options(128, SCALE, tpu.V5P, True), 50
+  masks = np.stack([chosen(kind, size, 9000, 200) for kind in ("scattered", "neighbours", "words")])
+
+  @jax.jit
+  def lists(masks):
+    words = bits.pack(masks)
+    row = jnp.concatenate([chunk * size + jnp.arange(size, dtype=jnp.int32) for chunk in (2, 0)])
+    table = sparse_lists.as_table(words.reshape(-1, words.shape[2]))
+    return sparse_lists.from_words([words[2], words[0]], 256, options, (table, row))
+
+  got = np.asarray(lists(jnp.asarray(masks)))
+  assert got.shape == (2 * size, 256)
+  for mask, row in zip(np.concatenate([masks[2], masks[0]]), got):
+    count = mask.sum()
+    np.testing.assert_array_equal(np.sort(row[:count]), np.flatnonzero(mask))
+    assert (row[count:] == -1).all()
+
+
 def test_bits_by_rank():
   """Every rank of random words, of one bit, and of all bits."""
   words = np.random.default_rng(1).integers(-2**31, 2**31, 40).astype(np.int32)

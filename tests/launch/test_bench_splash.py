@@ -30,14 +30,16 @@ def test_the_mask_holds_the_window_and_the_selected_visible_entries(entries, pic
     assert got[i].tolist() == near + far
 
 
-@pytest.mark.parametrize("rows, entries", [((24,), 12), ((24,), 0), ((9, 4, 8), 0)], ids=["HCA", "sliding", "documents"])
+@pytest.mark.parametrize("rows, entries", [((24,), 12), ((21,), 12), ((24,), 0), ((9, 4, 8), 0)],
+                         ids=["HCA", "HCA and padding", "sliding", "documents"])
 def test_the_rule_says_what_the_dense_mask_says(rows, entries):
   """Of one document, or without entries; documents come as numbers beside the rule, padding is nobody's."""
   places = packed([rows], 24, 2, entries) if entries else packed([rows], 24, 99, 0)
   want = np.asarray(splash.mask(Selection.all(1, 24), places, window=3))
-  segment = np.asarray(places["segment_ids"])[0]
-  of_keys = np.concatenate([segment, np.asarray(places["entry_segment"])[0], np.full(4, -1)])
-  got = splash.rule(24, len(of_keys), entries, 3, 2)[:, :] & (segment[:, None] == of_keys) & (segment[:, None] > 0)
+  segments = splash.documents(places["segment_ids"][0], places["entry_segment"][0], 24 + entries + 4)
+  of_queries, of_keys = np.asarray(segments.q), np.asarray(segments.kv)
+  assert (0 in of_queries) == (sum(rows) < 24) and of_keys.shape == (24 + entries + 4,)
+  got = splash.rule(24, len(of_keys), entries, 3, 2)[:, :] & (of_queries[:, None] == of_keys)  # as the kernel compares
   np.testing.assert_array_equal(got[:, :24 + entries], want)
   assert not got[:, 24 + entries:].any()
 
