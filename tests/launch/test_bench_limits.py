@@ -184,17 +184,22 @@ def test_all_writes_machine_versions_and_date_and_ends_well_with_parts_left_out(
   monkeypatch.setattr(everything, "run_for", None)
   monkeypatch.setattr(everything, "measure", lambda wanted, say, keep, minutes: keep(
     {name: {"left_out": "time"} for name in wanted}) or {name: {"left_out": "time"} for name in wanted})
-  before = signal.getsignal(signal.SIGTERM)
   with program("bench") as main:
     main.main(main.flags.FLAGS(["bench", "all", "--parts", "start,decode", "--json", str(tmp_path / "all.json")]))
     with pytest.raises(SystemExit, match="error: --lengths = '1000': expected multiples of 128"):
       main.main(main.flags.FLAGS(["bench", "all", "--parts", "memory", "--lengths", "1000"]))
-  assert signal.getsignal(signal.SIGTERM) == before
   content = json.loads((tmp_path / "all.json").read_text())
   assert list(content) == ["machine", "versions", "date", "parts"] and list(content["parts"]) == ["start", "decode"]
   first, *_, last = capsys.readouterr().out.split("error")[0].splitlines()[:4]
   assert content["versions"]["jax"] in first and content["date"][:10] in first and f"{os.cpu_count()} cores" in first
   assert last == "decode          left out: time"
+
+
+def test_all_listens_to_a_signal_only_while_it_measures(monkeypatch):
+  before, during = signal.getsignal(signal.SIGTERM), []
+  monkeypatch.setattr(everything, "measure", lambda *_, **__: during.append(signal.getsignal(signal.SIGTERM)) or {})
+  bench.bench_all([], None, 1, None, False, None, None)
+  assert during != [before] and signal.getsignal(signal.SIGTERM) == before
 
 
 # ---- workers and fresh processes --------------------------------------------------------------------------------------
