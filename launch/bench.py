@@ -94,8 +94,10 @@ def define_flags() -> None:
   flags.DEFINE_string("maxtext_python", None, f"Of plan: the Python of an environment with MaxText: {plan_run.INSTALL}")
   flags.DEFINE_list("optimizers", [], "Of plan: which ones; all if not given.")
   flags.DEFINE_float("minutes", None, "The most that all of it may take; what is not measured then is left out. Of plan: "
-                     f"the most that one compilation may take, {PLAN_MINUTES} if not given.", lower_bound=0.1)
-  flags.DEFINE_bool("resume", False, "Of plan: what the file of --json says already is not compiled again.")
+                     f"the most that one compilation may take, {PLAN_MINUTES} if not given.",
+                     lower_bound=everything.LEAST_MINUTES)
+  flags.DEFINE_bool("resume", False, "Of plan: what the file of --json says already, by the same code, is not compiled "
+                    "again.")
   flags.DEFINE_list("parts", [], "Of all: which ones; all if not given.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
@@ -228,7 +230,7 @@ def bench_plan(against: str | None, python: str | None, optimizers: list[str], m
     raise ValueError("plan: libtpu is not installed, expected what pip install -e '.[aot]' brings")
   if resume and path is None:
     raise ValueError("--resume = True: expected --json, the file to go on from")
-  known = json.loads(Path(path).read_text(encoding="utf-8"))["rows"] if resume and Path(path).exists() else []
+  known = plan_run.read_rows(path) if resume and Path(path).exists() else []
 
   def keep(rows: list[dict]) -> None:
     if path is not None:
@@ -276,8 +278,11 @@ def bench_all(names: list[str], against: str | None, repeats: int, lengths: list
   def keep(found: dict) -> None:
     if path is not None:
       Path(path).write_text(json.dumps({**report.origin(), "parts": found}, indent=1) + "\n", encoding="utf-8")
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part in hand ends, too
-  found = everything.measure(wanted, say, keep=keep, minutes=minutes)
+  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part in hand ends, too
+  try:
+    found = everything.measure(wanted, say, keep=keep, minutes=minutes)
+  finally:
+    signal.signal(signal.SIGTERM, before)
   print("", everything.summary(found), sep="\n")
   if any("failed" in part for part in found.values()):
     sys.exit("error: a part failed")

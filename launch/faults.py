@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     try:
       check_folder(Path(value["workdir"]), "--workdir")
     except ValueError as error:
-      sys.exit(f"error: {error} that does not exist yet")
+      sys.exit(f"error: {error}")
     if Path(value["workdir"]).exists():
       sys.exit(f"error: --workdir = {value['workdir']!r}: expected a folder that does not exist yet")
   with tempfile.TemporaryDirectory(prefix="faults_") as scratch:

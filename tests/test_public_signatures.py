@@ -200,6 +200,15 @@ def test_errors_are_documented():
   assert not found
 
 
+MAY_NOT = "What may not live here:"
+OWN_WORDS = {  # of packages that say it otherwise
+  "deepseek_v4": "Nothing else lives here.", "deepseek_v4/analysis": "neither training nor checkpoints.",
+  "deepseek_v4/checkpoint": "No step and no loop:", "deepseek_v4/generation": "Nothing here learns:",
+  "deepseek_v4/model": "No optimizer, no data, no files,", "deepseek_v4/optim": "neither losses nor data nor a model",
+  "deepseek_v4/planning": "It builds nothing of its own:", "deepseek_v4/posttraining": "neither knows it.",
+  "pallas_kernels": "What may not: configs, parameters, flax,",
+  "deepseek_v4/text": "It imports no JAX and knows no model:", "deepseek_v4/training": "No kernels and no model code here.",
+  "launch/fault_runs": "nothing of the library is called or patched here."}
 PACKAGES = sorted(path for folder in ("deepseek_v4", "pallas_kernels", "launch")
                   for path in (ROOT / folder).rglob("__init__.py"))
 
@@ -207,5 +216,6 @@ PACKAGES = sorted(path for folder in ("deepseek_v4", "pallas_kernels", "launch")
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.parent.relative_to(ROOT).as_posix())
 def test_a_package_says_what_lives_in_it_and_what_may_not(package):
   said = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
-  assert len(said) > 40
-  assert re.search(r"\b(no|not|neither|nothing|only)\b", said.lower())
+  words = OWN_WORDS.get(package.parent.relative_to(ROOT).as_posix(), MAY_NOT)
+  before, found, after = " ".join(said.split()).partition(words)
+  assert found and len(before) > 30 and (words != MAY_NOT or len(after) > 20)

@@ -41,6 +41,9 @@ def group_length(repeats: int, unit: int) -> int:
 def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_BSND: jax.Array) -> tuple[jax.Array, Any]:
   """The streams, floating, after all repeats of a unit, dtype kept, and for each of its layers the reports, stacked over R.
 
+  Where the streams in front of the loop have no gradient, each layer's is traced once more in the forward pass, to learn
+  whether one of the streams behind it reaches anything (`_moves_streams`).
+
   Args:
     layers: of the unit.
     params: for each of them a tree of arrays [R, ...]; these and the streams get gradients, where one is asked for.
@@ -50,19 +53,10 @@ def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_
   repeats = jax.tree.leaves(params)[0].shape[0]
   length = group_length(repeats, len(layers))
 
-  def unit(params, fixed, context, x):
-    """The inputs of each layer, what comes out of the last one, the reports."""
-    inputs, reports = [], []
-    for layer, own_params, own_fixed in zip(layers, params, fixed):
-      inputs.append(x)
-      x, report = layer(own_params, own_fixed, context, x)
-      reports.append(report)
-    return tuple(inputs), x, tuple(reports)
-
   @jax.custom_vjp
   def loop(params, fixed, context, x):
     def step(x, number):
-      _, x, reports = unit(*_read(params, fixed, number, x), context, x)
+      _, x, reports = _unit(layers, *_read(params, fixed, number, x), context, x)
       return x, reports
     return jax.lax.scan(step, x, jnp.arange(repeats))
 
@@ -77,51 +71,65 @@ def run(layers: Sequence[Layer], params: Any, fixed: Any, context: Any, streams_
       group = number // length
       old = jax.lax.dynamic_index_in_dim(kept, group, keepdims=False)
       kept = jax.lax.dynamic_update_index_in_dim(kept, jnp.where(number % length == 0, x, old), group, 0)
-      _, x, reports = unit(*_read(params, fixed, number, x), context, x)
+      _, x, reports = _unit(layers, *_read(params, fixed, number, x), context, x)
       return (x, kept), reports
     kept = sharding.constrain(jnp.zeros((-(-repeats // length), *x.shape), x.dtype), (None, "batch", "sequence", None, None))
     (x, kept), reports = jax.lax.scan(step, (x, kept), jnp.arange(repeats))
     # What is saved may only be arrays, so the answer is told by the form of a tree.
     return (x, reports), (trained, frozen, fixed, context, kept, () if through else None)
 
-  def backward(saved, cotangents):
-    trained, frozen, fixed, context, kept, through = saved
-    d_x, d_reports = jax.tree.map(_instantiated, cotangents)
-    d_x = None if through is None else d_x
-    params = _joined(trained, frozen)
-
-    def again(carry, number):
-      inputs, x, _ = unit(*_read(params, fixed, jnp.minimum(number, repeats - 1), carry), context, carry)
-      return x, inputs
-
-    def back(carry, item):
-      d_x, d_params = carry
-      number, inputs = item
-      own = jnp.minimum(number, repeats - 1)
-      now, new = d_x, [None] * len(layers)
-      for j in reversed(range(len(layers))):
-        # Else a layer could be recomputed while another one's arrays still live.
-        x, now, _ = jax.lax.optimization_barrier((inputs[j], now, new if now is None else None))
-        (own_trained, own_frozen), own_fixed = _read((trained[j], frozen[j]), fixed[j], own, x if now is None else now)
-        new[j], now = _layer_gradient(layers[j], own_trained, own_frozen, own_fixed, context, x, now, _at(d_reports[j], own))
-      # What a missing repeat wrote is overwritten by the last one, which comes after it here.
-      d_params = jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, own, 0), d_params, tuple(new))
-      return (None if now is None else jnp.where(number < repeats, now, d_x), d_params), None
-
-    def group(carry, item):
-      first, start = item
-      numbers = first + jnp.arange(length)
-      _, inputs = jax.lax.scan(again, start, numbers)
-      return jax.lax.scan(back, carry, (numbers, inputs), reverse=True)[0], None
-
-    firsts = jnp.arange(kept.shape[0]) * length
-    (d_x, d_params), _ = jax.lax.scan(group, (d_x, jax.tree.map(jnp.zeros_like, trained)), (firsts, kept), reverse=True)
-    # Nobody reads these zeros.
-    d_params = _joined(d_params, jax.tree.map(jnp.zeros_like, frozen))
-    return d_params, None, None, jnp.zeros_like(kept[0]) if d_x is None else d_x
-
-  loop.defvjp(forward, backward, symbolic_zeros=True)
+  loop.defvjp(forward, functools.partial(_backward, layers), symbolic_zeros=True)
   return loop(params, fixed, context, streams_BSND)
+
+
+def _unit(layers: Sequence[Layer], params, fixed, context, x):
+  """The inputs of each layer, what comes out of the last one, the reports."""
+  inputs, reports = [], []
+  for layer, own_params, own_fixed in zip(layers, params, fixed):
+    inputs.append(x)
+    x, report = layer(own_params, own_fixed, context, x)
+    reports.append(report)
+  return tuple(inputs), x, tuple(reports)
+
+
+def _backward(layers: Sequence[Layer], saved, cotangents):
+  """The gradients of `run`'s loop: group by group, of each its repeats' streams again, then layer by layer."""
+  trained, frozen, fixed, context, kept, through = saved
+  d_x, d_reports = jax.tree.map(_instantiated, cotangents)
+  d_x = None if through is None else d_x
+  params = _joined(trained, frozen)
+  repeats = jax.tree.leaves(params)[0].shape[0]
+  length = group_length(repeats, len(layers))
+
+  def again(carry, number):
+    inputs, x, _ = _unit(layers, *_read(params, fixed, jnp.minimum(number, repeats - 1), carry), context, carry)
+    return x, inputs
+
+  def back(carry, item):
+    d_x, d_params = carry
+    number, inputs = item
+    own = jnp.minimum(number, repeats - 1)
+    now, new = d_x, [None] * len(layers)
+    for j in reversed(range(len(layers))):
+      # Else a layer could be recomputed while another one's arrays still live.
+      x, now, _ = jax.lax.optimization_barrier((inputs[j], now, new if now is None else None))
+      (own_trained, own_frozen), own_fixed = _read((trained[j], frozen[j]), fixed[j], own, x if now is None else now)
+      new[j], now = _layer_gradient(layers[j], own_trained, own_frozen, own_fixed, context, x, now, _at(d_reports[j], own))
+    # What a missing repeat wrote is overwritten by the last one, which comes after it here.
+    d_params = jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, own, 0), d_params, tuple(new))
+    return (None if now is None else jnp.where(number < repeats, now, d_x), d_params), None
+
+  def group(carry, item):
+    first, start = item
+    numbers = first + jnp.arange(length)
+    _, inputs = jax.lax.scan(again, start, numbers)
+    return jax.lax.scan(back, carry, (numbers, inputs), reverse=True)[0], None
+
+  firsts = jnp.arange(kept.shape[0]) * length
+  (d_x, d_params), _ = jax.lax.scan(group, (d_x, jax.tree.map(jnp.zeros_like, trained)), (firsts, kept), reverse=True)
+  # Nobody reads these zeros.
+  d_params = _joined(d_params, jax.tree.map(jnp.zeros_like, frozen))
+  return d_params, None, None, jnp.zeros_like(kept[0]) if d_x is None else d_x
 
 
 # ---- what a gradient is asked of ------------------------------------------------------------------------------------------

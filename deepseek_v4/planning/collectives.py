@@ -77,11 +77,19 @@ def collectives(text: str) -> list[Collective]:
     for line in lines:
       if match := _LINE.search(line):
         kind, arrays, devices = match[2], _arrays(match[1]), tuple(_groups_of(line)[0].tolist())
-        if kind == "all-reduce" and name.startswith(_SCATTERED):
-          kind, arrays = "reduce-scatter", _arrays(lines[0].rsplit("->", 1)[-1])
+        if kind == "all-reduce" and match[3] is None and name.startswith(_SCATTERED) and (kept := _kept(line, lines)):
+          kind, arrays = "reduce-scatter", kept
         if len(set(devices)) > 1:
           found.append(Collective(kind, arrays, devices, match[3] is not None, runs.get(name, 1)))
   return found
+
+
+def _kept(line: str, lines: Sequence[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+  """What a computation keeps of its only collective, if it ends with a slice of that; nothing if it ends otherwise."""
+  name = re.search(r"%?([\w.\-]+) = ", line)[1]
+  slices = rf"ROOT %?[\w.\-]+ = (\w+\[[\d,]*\])\S* dynamic-slice\([^%]*%?{re.escape(name)}[,)]"
+  (root,) = [found for one in lines if (found := re.search(slices, one))] or (None,)
+  return _arrays(root[1]) if root and sum(_LINE.search(one) is not None for one in lines) == 1 else ()
 
 
 def _arrays(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -25,9 +25,8 @@ from deepseek_v4.config import RunConfig, to_dict
 from deepseek_v4.sharding import batch_sharding, check_divides, local_rows
 from deepseek_v4.training import stages
 from deepseek_v4.training.data import Batches, make_dataset
-from deepseek_v4.training.step import check_batch
+from deepseek_v4.training.step import ARRAYS, check_batch
 
-BATCH_ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")
 SHARED = ".shared"  # a file of the workdir, for a moment
 _PATIENCE = 30.0  # seconds in which a new file has to be seen by all hosts
 
@@ -79,7 +78,7 @@ def batch_shape(run_config: RunConfig) -> tuple[int, int, int]:
 def abstract_batch(run_config: RunConfig, mesh: jax.sharding.Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes [A,B,S] of a batch over all processes, with its sharding."""
   sharding = None if mesh is None else batch_sharding(mesh)
-  return {name: jax.ShapeDtypeStruct(batch_shape(run_config), np.int32, sharding=sharding) for name in BATCH_ARRAYS}
+  return {name: jax.ShapeDtypeStruct(batch_shape(run_config), np.int32, sharding=sharding) for name in ARRAYS}
 
 
 def to_device(run_config: RunConfig, mesh: jax.sharding.Mesh | None,

@@ -26,6 +26,7 @@ KERNELS = 90  # minutes for those of a chip
 MODEL = {"forward": 60, "train": 120, cases.DECODE: 60, cases.REMAT: 30}  # minutes
 GRACE = 20.0  # seconds that a part has to end by itself when its time is over
 SHORTEST = 1.0  # minutes of a part, as long as there are so many
+LEAST_MINUTES = 0.1  # that --minutes of a bench may say
 
 Run = Callable[[Sequence[str], float], int | None]
 
@@ -91,21 +92,32 @@ def default_against() -> str | None:
 
 
 # ---- one part ---------------------------------------------------------------------------------------------------------
+def _ends(process: subprocess.Popen, seconds: float) -> bool:
+  """Whether a process ends within so many seconds. Nobody asks for its exit code here: until then its number, which is its
+  group's, is given to no other."""
+  end = time.monotonic() + seconds
+  while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.05)
+  return True
+
+
 def run_for(command: Sequence[str], seconds: float, grace: float = GRACE) -> int | None:
   """The exit code of a command; None if it had to be ended after so many seconds, with all processes that it started."""
   process = subprocess.Popen(command, start_new_session=True)  # a group of its own, which can be ended as one
+  in_time = False
   try:
-    return process.wait(seconds)
-  except subprocess.TimeoutExpired:
-    return None
+    in_time = _ends(process, seconds)
   finally:
-    if process.poll() is None:
-      os.killpg(process.pid, signal.SIGTERM)
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(grace)
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(process.pid, signal.SIGKILL)  # those of the group that outlive their parent
-    process.wait()
+    try:
+      if not in_time:
+        os.killpg(process.pid, signal.SIGTERM)
+        _ends(process, grace)
+    finally:  # also where a signal ends the wait
+      os.killpg(process.pid, signal.SIGKILL)  # with those of the group that outlive their parent
+      process.wait()
+  return process.returncode if in_time else None
 
 
 def free_gigabytes() -> float | None:
@@ -133,11 +145,20 @@ def limit_of(left: Sequence[Part], minutes: float | None) -> float:
   return max(0.0, min(own, minutes, max(SHORTEST, minutes * own / sum(part.minutes for part in left))))
 
 
+def _inside(limit: float) -> float:
+  """Minutes that a part which watches them is told; the rest of its limit is for its start and its last lines."""
+  return limit - max(0.25, limit / 20)
+
+
+def _over(part: Part, limit: float) -> bool:
+  """Whether a limit is too short to begin with the part."""
+  return _inside(limit) < LEAST_MINUTES if part.watches else not limit
+
+
 def _measured(part: Part, limit: float, run: Run) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "part.json"
-    inside = max(0.05, limit - max(0.25, limit / 20))  # the rest is for its start and its last lines
-    minutes = ("--minutes", f"{inside:.3g}") if part.watches else ()
+    minutes = ("--minutes", f"{_inside(limit):.3g}") if part.watches else ()
     code = run([sys.executable, "-m", *part.arguments, *minutes, "--json", str(file)], 60 * limit)
     try:
       found = json.loads(file.read_text(encoding="utf-8"))
@@ -163,7 +184,7 @@ def measure(wanted: dict[str, Part], say: Callable[[str], None], run: Run = run_
   for number, (name, part) in enumerate(wanted.items()):
     spent = (time.monotonic() - start) / 60
     limit = limit_of(list(wanted.values())[number:], None if minutes is None else minutes - spent)
-    reason = obstacle(part) or (None if limit else f"the {minutes:g} minutes of all are over")
+    reason = obstacle(part) or (f"the {minutes:g} minutes of all are over" if _over(part, limit) else None)
     say(f"\n==== {number + 1}/{len(wanted)} {name}, {spent:.0f} min so far, at most {limit:.3g} more: "
         f"python -m {' '.join(part.arguments)}" + (f"\nleft out: {reason}" if reason else ""))
     found[name] = {"left_out": reason} if reason else _measured(part, limit, run)

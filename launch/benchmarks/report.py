@@ -117,6 +117,7 @@ def table(rows: Sequence[Row]) -> str:
   whole = [line for line in lines if len(line) > 3] or lines
   widths = [max(len(line[i]) for line in whole) for i in range(len(lines[0]))]
   widths[:2] = [max(len(line[i]) for line in lines) for i in range(2)]
+  widths += [0] * (3 - len(widths))  # where no row has a figure, the reasons have no title
   text = []
   for line in lines:
     cells = [cell.ljust(width) if i < 2 or len(line) == 3 else cell.rjust(width)

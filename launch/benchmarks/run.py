@@ -47,6 +47,10 @@ class WorkerFailed(Exception):
   """A worker ended before it answered; the message says why."""
 
 
+class OutOfTime(WorkerFailed):
+  """It was stopped because the bench's time was over."""
+
+
 class Worker:
   """A process that measures one side of one case; no answer is waited for beyond `end`, seconds of `time.monotonic`."""
 
@@ -83,7 +87,9 @@ class Worker:
         raise WorkerFailed(f"stopped: needs more than {MEMORY_LIMIT // 2**30} GiB")
       if time.monotonic() > min(start + limit, self._end):
         self._process.kill()
-        raise WorkerFailed(missing.NO_TIME if time.monotonic() > self._end else f"took more than {limit:.0f} s")
+        if time.monotonic() > self._end:
+          raise OutOfTime(missing.NO_TIME)
+        raise WorkerFailed(f"took more than {limit:.0f} s")
 
   def _last_words(self) -> str:
     code = self._process.wait()
@@ -130,7 +136,7 @@ class Progress:
     self.say(f"{number} {case.name:13} {case.label}: {text}, about {minutes} left")
 
 
-def check_logits(folder: Path, against: str, kind: str) -> str:
+def check_logits(folder: Path, against: str, kind: str, end: float = math.inf) -> str:
   """Compares the logits of both sides on a few rows of random tokens, of decode through caches; returns what to print.
 
   The sides round differently. Once in some thousands of choices the fourth and the fifth expert are so close that they
@@ -138,11 +144,11 @@ def check_logits(folder: Path, against: str, kind: str) -> str:
   the sides agree if one whole row does.
 
   Raises:
-    WorkerFailed: the sides do not compute the same.
+    WorkerFailed: the sides do not compute the same; OutOfTime: `time.monotonic` came to `end` before.
   """
   for side in (OURS, against):
     case = Case("cached_logits" if kind == DECODE else "logits", side, LOGITS_LENGTH)
-    with contextlib.closing(Worker(case, folder)) as worker:
+    with contextlib.closing(Worker(case, folder, end)) as worker:
       worker.reply()
   ours, theirs = (np.load(folder / f"logits {side}.npy") for side in (OURS, against))
   return agreement(ours, theirs, against)
@@ -251,10 +257,13 @@ def measure(kind: str, lengths: Sequence[int], against: str | None, repeats: int
   rows: list[dict[str, Any]] = []
   end = math.inf if minutes is None else time.monotonic() + 60 * minutes
   with tempfile.TemporaryDirectory() as folder:
-    with contextlib.closing(Worker(Case("weights", OURS, 0), Path(folder))) as worker:
-      worker.reply()
-    if against:
-      say(check_logits(Path(folder), against, kind))
+    try:
+      with contextlib.closing(Worker(Case("weights", OURS, 0), Path(folder), end)) as worker:
+        worker.reply()
+      if against:
+        say(check_logits(Path(folder), against, kind, end))
+    except OutOfTime as late:
+      return [report.left_out_row(case, str(late)) for group in groups for case in group]
     progress = Progress(groups, repeats, say)
     for group in groups:
       if time.monotonic() > end:

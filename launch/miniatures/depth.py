@@ -110,29 +110,36 @@ def run(workdir: Path, seeds: int, say: Callable[[str], None], plan: Plan = Plan
   runs.refuse_other_plan(workdir, {"plan": dataclasses.asdict(plan), "digits": depth_task.DIGITS, "slips": depth_task.SLIPS})
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # the runs are much alike
   unseen = depth_task.write(workdir / "task", plan.talks, plan.problems)
+  runs.refuse_other_runs({workdir / f"seed_{seed}" / name: config for seed in range(seeds)
+                          for name, (config, _) in parts_of(workdir / f"seed_{seed}", workdir / "task", seed, plan).items()})
   found = [run_seed(workdir / f"seed_{seed}", workdir / "task", unseen, seed, say, plan) for seed in range(seeds)]
   plots_reinforcement.depth(found, EFFORTS, MODELS, workdir / PICTURE)
   return Result([row_of(found, name) for name in MODELS], targets_of(found), PICTURE)
 
 
-def run_seed(folder: Path, task: Path, unseen: Sequence[Sequence[int]], seed: int, say: Callable[[str], None],
-             plan: Plan) -> dict[str, Any]:
-  """{model: {effort: {"accuracy", "tokens"}}} of one repetition; of the specialists each one's own effort."""
+def parts_of(folder: Path, task: Path, seed: int, plan: Plan) -> dict[str, tuple[c.RunConfig, Callable[..., Any]]]:
+  """{name: (settings, what trains)} of one repetition, in the order in which they need each other."""
   start, specialists = folder / "start", {effort: folder / f"rewards_{effort}" for effort in EFFORTS}
   parts: dict[str, tuple[c.RunConfig, Callable[..., Any]]] = {
     "start": (start_run(task, plan.start, seed), loop.train)}
   for effort, path in specialists.items():
     parts[path.name] = specialist_run(task, effort, plan.specialist, seed, start), reinforcement.reinforce
   parts["student"] = student_run(task, specialists, plan.student, seed, start), distillation_loop.distill
+  return parts
+
+
+def run_seed(folder: Path, task: Path, unseen: Sequence[Sequence[int]], seed: int, say: Callable[[str], None],
+             plan: Plan) -> dict[str, Any]:
+  """{model: {effort: {"accuracy", "tokens"}}} of one repetition; of the specialists each one's own effort."""
   scores = {}
-  for name, (config, train) in parts.items():
+  for name, (config, train) in parts_of(folder, task, seed, plan).items():
     runs.trained(config, folder / name, train, say)
     efforts = [name.removeprefix("rewards_")] if name.startswith("rewards_") else EFFORTS
     scores[name] = scored(folder / name, task, unseen, efforts)
     say(f"{folder.name}: {name}: " + ", ".join(f"{effort} {x['accuracy']:.1%} in {x['tokens']:.1f} tokens"
                                                for effort, x in scores[name].items()))
   return {"conversations": scores["start"], "student": scores["student"],
-          "rewards": {effort: scores[path.name][effort] for effort, path in specialists.items()}}
+          "rewards": {effort: scores[f"rewards_{effort}"][effort] for effort in EFFORTS}}
 
 
 def scored(folder: Path, task: Path, unseen: Sequence[Sequence[int]], efforts: Sequence[str]) -> dict[str, dict[str, float]]:

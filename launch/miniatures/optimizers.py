@@ -129,10 +129,16 @@ class Bench:
 
 
 def trained(workdir: Path, say: Say, bench: Callable[[str], Bench], optimizer: str, rate: float, seed: int) -> Curve:
-  """The curve of one training: read from its file if it was finished with these settings, else trained and written."""
+  """The curve of one training: read from its file if it was finished, else trained and written.
+
+  Raises:
+    ValueError: it was finished with other settings.
+  """
   file = workdir / f"{optimizer}_{rate:g}_{seed}.json"
   settings = json.loads(json.dumps(to_dict(run_config(optimizer, rate, seed))))  # lists for tuples, as in the file
-  if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["settings"] == settings:
+  if file.is_file():
+    found = json.loads(file.read_text(encoding="utf-8"))
+    runs.refuse_changes(file, found["settings"], settings)
     number = lambda loss: math.inf if loss is None else loss
     return Curve(tuple(found["steps"]), tuple(map(number, found["losses"])), number(found["choosing"]))
   started = time.perf_counter()
@@ -188,7 +194,7 @@ def run(workdir: Path, seeds: int, say: Say) -> Result:
 
   The same loss is the highest that any of the best rate's runs of either optimizer ends with, so that all of them reach it.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
+  runs.refuse_other_plan(workdir, {"steps between scores": EVERY, "batches scored": SCORED})
   bench = functools.cache(lambda optimizer: Bench(optimizer, workdir / "text"))  # if all is trained, nothing is compiled
   done: dict[str, dict[float, list[Curve]]] = {}
   for optimizer, rates in SWEEPS.items():

@@ -14,6 +14,7 @@ from deepseek_v4.training.workdir import changes, check_folder, check_workdir
 
 PLAN, SECONDS = "plan.json", "seconds.json"
 CHOOSING, JUDGING = "choosing", "judging"
+ADVICE = "expected another --workdir, or the whole --workdir deleted: later runs may have been made from this one"
 
 
 # ---- what is there already ------------------------------------------------------------------------------------------------
@@ -29,7 +30,7 @@ def refuse_other_plan(workdir: Path, plan: Mapping[str, Any]) -> None:
   check_folder(workdir, "--workdir")
   file, now = workdir / PLAN, json.loads(json.dumps(plan))
   if file.is_file():
-    _refuse_changes(workdir, json.loads(file.read_text(encoding="utf-8")), now)
+    refuse_changes(workdir, json.loads(file.read_text(encoding="utf-8")), now)
   workdir.mkdir(parents=True, exist_ok=True)
   metrics.write_json(file, now)
 
@@ -43,14 +44,31 @@ def finished(run_config: RunConfig, folder: Path) -> bool:
   now = json.loads(json.dumps(to_dict(run_config)))  # lists for tuples, as in the file
   stored = check_workdir(folder, now)
   if stored:
-    _refuse_changes(folder, stored, now)
+    refuse_changes(folder, stored, now)
   return bool(stored) and (folder / metrics.SUMMARY).is_file()
 
 
-def _refuse_changes(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other_runs(run_configs: Mapping[Path, RunConfig]) -> None:
+  """Looks at all runs of a miniature before any is trained.
+
+  Args:
+    run_configs: {folder: settings} of runs of which later ones go on from earlier ones or have them as teachers.
+
+  Raises:
+    ValueError: see `finished`; or a run is done that was made from one which is not.
+  """
+  done = {folder: finished(run_config, folder) for folder, run_config in run_configs.items()}
+  for folder, run_config in run_configs.items():
+    teachers = run_config.distillation.teachers if run_config.distillation else ()
+    for needed in (run_config.training.init_from, *(teacher.checkpoint for teacher in teachers)):
+      if done[folder] and needed is not None and not done.get(Path(needed), True):
+        raise ValueError(f"--workdir: {folder} is finished, and was made from {needed}, which is not; {ADVICE}")
+
+
+def refuse_changes(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+  """Raises ValueError, in words that name each, if settings differ from those that something was made with."""
   if differing := changes(stored, now):
-    raise ValueError(f"--workdir: {folder} was made with other settings (there -> expected): {'; '.join(differing)}; "
-                     f"expected another --workdir, or this folder deleted so that it is made again")
+    raise ValueError(f"--workdir: {path} was made with other settings (there -> expected): {'; '.join(differing)}; {ADVICE}")
 
 
 def trained(run_config: RunConfig, folder: Path, train: Callable[..., Any], say: Callable[[str], None]) -> float | None:
@@ -78,14 +96,14 @@ def trained(run_config: RunConfig, folder: Path, train: Callable[..., Any], say:
 def shares(data: DataConfig, folder: Path) -> dict[str, DataConfig]:
   """Two parts of a source's held-out text, with no document in both: {CHOOSING, JUDGING: settings to read it with}.
 
-  The largest document first, each goes to the part that is smaller so far. Nearly all of a part is held out once more, so
-  that it is read as held-out text is.
+  The largest document first, each goes to the part that is smaller so far; one that is there twice counts once. Nearly all
+  of a part is held out once more, so that it is read as held-out text is.
 
   Args:
     data: of a run on text.
     folder: for the parts, as JSON lines.
   """
-  texts = sorted(sources.read_texts(data, "held_out").texts, key=lambda text: (-len(text), text))
+  texts = sorted(set(sources.read_texts(data, "held_out").texts), key=lambda text: (-len(text), text))
   parts: dict[str, list[bytes]] = {CHOOSING: [], JUDGING: []}
   for text in texts:
     min(parts.values(), key=lambda part: sum(map(len, part))).append(text)

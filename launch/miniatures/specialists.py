@@ -126,6 +126,8 @@ def run(workdir: Path, seeds: int, say: Callable[[str], None], plan: Plan = Plan
   runs.refuse_other_plan(workdir, {"plan": dataclasses.asdict(plan), "bytes": specialists_text.MAX_BYTES})
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # the runs are much alike
   specialists_text.write(text)
+  runs.refuse_other_runs({workdir / f"seed_{seed}" / name: config for seed in range(seeds)
+                          for name, (config, _) in parts_of(workdir / f"seed_{seed}", text, seed, plan).items()})
   made = [run_seed(workdir / f"seed_{seed}", text, seed, say, plan) for seed in range(seeds)]
   found, seconds = [scores for scores, _ in made], [took for _, took in made]
   rows = [row_of(found, name) for name in ("start", *KINDS, *METHODS)]

@@ -6,6 +6,7 @@ import pytest
 from absl import flags
 
 from launch import processes
+from launch.benchmarks.maxtext import run as plan_run
 from tests.bad_input.table import check, table
 from tests.launch.in_process import program
 
@@ -81,6 +82,8 @@ WRONG = table(
   ("--chunks", "a,b", "two different numbers of tokens", command("bench", "context", "--chunks", "a,b")),
   ("--checkpoint", "'runs/none'", "the checkpoints of a run", command("bench", "overlap", "--checkpoint", "runs/none")),
   ("--json", "'no/such/x.json'", "a file in a folder that exists", command("bench", "train", "--json", "no/such/x.json")),
+  ("--json", "bench_config.json'", "a file that launch.bench plan wrote", command(
+    "bench", "plan", "--json", str(ROOT / "launch/benchmarks/bench_config.json"), "--resume")),
   ("repeats", "0", "a positive integer", command("bench", "forward", "--repeats", "0")),
   ("miniature", "'hanoi'", "one of", command("miniature", "hanoi", *WORKDIR)),
   ("--workdir", "config_checks.py'", "a folder", command("miniature", "depth", "--workdir", NO_RUN_FILE)),
@@ -90,8 +93,7 @@ WRONG = table(
   ("workdir", "config_checks.py/a'", "a folder", command(
     "distill", "--config", str(ROOT / "configs/tiny_distill.py"), "--workdir", f"{NO_RUN_FILE}/a",
     "--set", "mesh.data=-1")),
-  ("--workdir", "config_checks.py'", "a folder that does not exist yet", command("faults", "--workdir", NO_RUN_FILE)),
-  ("--workdir", "config_checks.py/a'", "a folder", command("faults", "--workdir", f"{NO_RUN_FILE}/a")),
+  ("--workdir", "config_checks.py'", "a folder", command("faults", "--workdir", NO_RUN_FILE)),
   ("config_checks.py/checkpoints", "config_checks.py", "no checkpoint there", command(
     "generate", "--checkpoint", NO_RUN_FILE, "--prompt", "a")),
   ("--kills, --stops, --full_disks", "0", "one of them above 0", command(
@@ -100,6 +102,22 @@ WRONG = table(
   ("topology", "'v5p:0x0'", "a slice that libtpu knows", command("plan", *CONFIG, "--topology", "v5p:0x0")),
   ("stage", "'last'", "expected", command("plan", *CONFIG, "--topology", "v5p:2x2x1", "--stage", "last")),
 )
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_once():
+  """Nothing behind it: the folder may well exist, the file is what is in the way."""
+  with pytest.raises(SystemExit) as refused:
+    command("faults", "--workdir", f"{NO_RUN_FILE}/a")(None)
+  assert str(refused.value) == f"error: --workdir = '{NO_RUN_FILE}/a': expected a folder; {NO_RUN_FILE} is a file"
+
+
+@pytest.mark.parametrize("text", ['{"parts": {}}', '{"rows": [{"case": "a", "side": "ours"}]}', '{"rows": 3}', "[]", "no"])
+def test_a_file_of_another_bench_is_not_gone_on_from(text, tmp_path):
+  file = tmp_path / "bench.json"
+  file.write_text(text)
+  said = "--json = .*bench.json': expected, with --resume, a file that launch.bench plan wrote"
+  with pytest.raises(ValueError, match=said):
+    plan_run.read_rows(str(file))
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -55,6 +57,37 @@ def test_a_part_ends_at_its_limit_with_all_that_it_started(tmp_path):
     assert not alive(process)
 
 
+def test_a_second_signal_does_not_spare_a_part(tmp_path):
+  """One ends the part; one more, while it has its time to end by itself, ends that."""
+  class Signal(Exception):
+    pass
+
+  def raised(*_):
+    raise Signal
+
+  def send():
+    while not (pids.is_file() and len(pids.read_text().split()) >= 2):
+      time.sleep(0.05)
+    for _ in range(2):
+      os.kill(os.getpid(), signal.SIGUSR1)
+      time.sleep(0.5)
+  pids, begin = tmp_path / "pids", time.monotonic()
+  before, sender = signal.signal(signal.SIGUSR1, raised), threading.Thread(target=send, daemon=True)
+  try:
+    sender.start()
+    with pytest.raises(Signal):
+      everything.run_for([sys.executable, "-c", DEAF, str(pids)], 60, grace=60)
+    sender.join()
+  finally:
+    signal.signal(signal.SIGUSR1, before)
+  assert time.monotonic() - begin < 40
+  for _ in range(100):
+    if not any(alive(int(process)) for process in pids.read_text().split()):
+      break
+    time.sleep(0.05)
+  assert not any(alive(int(process)) for process in pids.read_text().split())
+
+
 def test_a_part_that_ends_says_how(tmp_path):
   assert everything.run_for([sys.executable, "-c", "raise SystemExit(3)"], 60) == 3
   assert everything.run_for([sys.executable, "-c", ""], 60) == 0
@@ -103,8 +136,10 @@ def test_minutes_of_all_are_shared_and_bound_the_whole():
   (first, command), (second, plain) = seconds
   assert first == pytest.approx(240, abs=5) and second == pytest.approx(480, abs=5)  # the first one took no time
   assert float(command[command.index("--minutes") + 1]) == pytest.approx(3.75, abs=0.1) and "--minutes" not in plain
-  found = everything.measure(wanted, lambda text: None, lambda command, limit: time.sleep(0.02) or 0, minutes=1e-4)
-  assert found["second"] == {"left_out": "the 0.0001 minutes of all are over"}
+  found = everything.measure(wanted, lambda text: None, lambda command, limit: 0, minutes=0.3)
+  assert found == {"first": {"left_out": "the 0.3 minutes of all are over"}, "second": {}}  # too few to say --minutes
+  found = everything.measure(wanted, lambda text: None, lambda command, limit: 0, minutes=1e-9)
+  assert found["second"] == {"left_out": "the 1e-09 minutes of all are over"}
 
 
 def test_flags_of_all_go_to_the_parts_that_know_them():
@@ -119,15 +154,20 @@ def test_flags_of_all_go_to_the_parts_that_know_them():
   assert limits["train"] == 120 and limits["start"] == 15 and limits["kernels_tpu7x"] == 90
 
 
-def test_every_part_is_understood_by_its_command():
-  """The flags that `all` adds included; each says no word that its command does not know."""
-  for part in everything.parts(None, 1, ["512"], others=False).values():
-    module, *arguments = part.arguments
+@pytest.mark.parametrize("minutes", [0.2, 0.35001, 150])
+def test_every_part_is_understood_by_its_command(monkeypatch, minutes):
+  """The flags that `all` adds included, --minutes from the fewest on; each says no word that its command does not know."""
+  monkeypatch.setattr(everything, "obstacle", lambda part: None)
+  parts, commands = everything.parts(None, 1, ["512"], others=False), []
+  for name, part in parts.items():
+    everything.measure({name: part}, lambda text: None, lambda command, _: commands.append(command) or 0, minutes=minutes)
+  watching = [command for command in commands if "--minutes" in command]
+  assert len(watching) == (0 if minutes == 0.2 else sum(part.watches for part in parts.values()))
+  for module, *arguments in (command[2:] for command in commands):
     with program(module.removeprefix("launch.")) as main:
-      more = ("--minutes", "7.5") if part.watches else ()
-      rest = main.flags.FLAGS([module, *arguments, *more, "--json", "x.json"])[1:]
+      rest = main.flags.FLAGS([module, *arguments])[1:]
       if module == "launch.bench":
-        kind, _ = bench.check(rest, main.flags.FLAGS["lengths"].value, None, "x.json")
+        kind, _ = bench.check(rest, main.flags.FLAGS["lengths"].value, None, None)
         bench.refuse(kind, {name: None for name in bench.KNOWN_BY if main.flags.FLAGS[name].present})
 
 
@@ -153,6 +193,13 @@ def test_all_writes_machine_versions_and_date_and_ends_well_with_parts_left_out(
   first, *_, last = capsys.readouterr().out.split("error")[0].splitlines()[:4]
   assert content["versions"]["jax"] in first and content["date"][:10] in first and f"{os.cpu_count()} cores" in first
   assert last == "decode          left out: time"
+
+
+def test_all_listens_to_a_signal_only_while_it_measures(monkeypatch):
+  before, during = signal.getsignal(signal.SIGTERM), []
+  monkeypatch.setattr(everything, "measure", lambda *_, **__: during.append(signal.getsignal(signal.SIGTERM)) or {})
+  bench.bench_all([], None, 1, None, False, None, None)
+  assert during != [before] and signal.getsignal(signal.SIGTERM) == before
 
 
 # ---- workers and fresh processes --------------------------------------------------------------------------------------
@@ -191,7 +238,7 @@ def test_what_is_not_measured_in_time_is_left_out(monkeypatch, tmp_path):
   rows = report.with_ratios(found)
   assert "ratio" not in rows[0] and report.table(rows).splitlines()[-1].endswith(f"left out: {missing.NO_TIME}")
   assert report.disturbances(rows) == "" and report.targets("forward", rows)[0]["value"] is None
-  assert report.table(found[1:])  # nothing at all was measured
+  assert report.table(found[1:]).splitlines()[-1].endswith(f"left out: {missing.NO_TIME}")  # nothing at all was measured
 
 
 def test_lengths_behind_the_time_are_left_out(monkeypatch):
@@ -208,6 +255,24 @@ def test_lengths_behind_the_time_are_left_out(monkeypatch):
   found = run.measure("train", (512, 1024), None, 1, lambda text: None, minutes=-1)
   assert [row["case"] for row in found] == ["train 512"] * 2 + ["train 1024"] * 2
   assert all(row["left_out"] == missing.NO_TIME for row in found)
+
+
+@pytest.mark.parametrize("against", [None, TRANSFORMERS])
+def test_weights_and_logits_are_in_the_time_too(monkeypatch, against):
+  """The first worker hangs, or the one that is asked for logits."""
+  script = FAKE.replace("say(ready", "if case['kind'] == 'weights': sys.exit(say(ready=True))\ntime.sleep(60)\nsay(ready", 1)
+  monkeypatch.setattr(run, "PROGRAM", SLEEPER if against is None else (sys.executable, "-c", script))
+  begin = time.monotonic()
+  found = run.measure("forward", (512, 1024), against, 1, lambda text: None, minutes=3 / 60)
+  assert time.monotonic() - begin < 25
+  groups = cases.cases_of("forward", (512, 1024), against)
+  assert found == [report.left_out_row(case, missing.NO_TIME) for group in groups for case in group]
+
+
+def test_a_worker_that_dies_is_no_matter_of_time(monkeypatch):
+  monkeypatch.setattr(run, "PROGRAM", (sys.executable, "-c", "raise SystemExit('no room')"))
+  with pytest.raises(run.WorkerFailed, match="no room"):
+    run.measure("forward", (512,), None, 1, lambda text: None, minutes=1)
 
 
 def test_a_fresh_process_that_hangs_is_stopped():

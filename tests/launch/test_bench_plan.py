@@ -1,6 +1,7 @@
 """The step beside MaxText's: what is told to either side, and how their programs are read and set side by side."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -84,7 +85,7 @@ def fake(tmp_path, monkeypatch):
     script = tmp_path / "side.py"
     script.write_text(text)
     (tmp_path / "libtpu.so").write_bytes(b"library")
-    monkeypatch.setattr(run, "library_of", lambda python: str(tmp_path / "libtpu.so"))
+    monkeypatch.setattr(run, "library_of", lambda python: (str(tmp_path / "libtpu.so"), {}))
     monkeypatch.setattr(run, "command_of", lambda case, side, python, folder: [sys.executable, str(script), folder, side])
   return with_script
 
@@ -101,16 +102,46 @@ def test_sides_are_compiled_in_processes_of_their_own(fake):
 
 
 def test_a_bench_goes_on_from_what_the_same_compiler_said(fake):
-  """Rows of the same libtpu are not compiled again, unless they failed; those of other cases stay in the file."""
+  """Rows of the same libtpu and the same code are not compiled again, unless they failed; those of other cases stay in the
+  file."""
   fake("import sys\nsys.exit('compiled')")
   known = run.measure(None, CASES[:2], lambda text: None, 1)
   done = known[0] | {"refused": "too large"}
   del done["failed"]
-  other, older = done | {"case": CASES[3].name}, done | {"case": CASES[1].name, "libtpu_sha256": "another"}
+  assert done["date"][:2] == "20" and done["digest"] == run.made_of(CASES[0], OURS, {})
+  other = done | {"case": CASES[3].name, "digest": run.made_of(CASES[3], OURS, {})}
+  older = known[1] | {"refused": "too large", "libtpu_sha256": "another"}
+  del older["failed"]
   kept = []
   rows = run.measure(None, CASES[:2], lambda text: None, 1, [done, known[1], other, older], kept.append)
+  known[1] |= {"date": rows[1]["date"]}
   assert rows == [done, known[1]]  # the second one was compiled again, and died again
   assert kept == [[done, other], [done, known[1], other]]
+  foreign = [done | {"digest": "another"}, {name: value for name, value in done.items() if name != "digest"},
+             done | {"case": "a case that is no more"}]
+  for one in foreign:
+    assert "failed" in run.measure(None, CASES[:1], lambda text: None, 1, [one], kept.append)[0] and len(kept[-1]) == 1
+
+
+def test_a_row_is_of_its_code_its_settings_and_its_versions(tmp_path, monkeypatch):
+  """A digest changes with each of what the figures follow from, and with nothing else."""
+  ours, theirs = (lambda versions={}, case=CASES[0], side=side: run.made_of(case, side, versions) for side in (OURS, THEIRS))
+  before = ours(), theirs({"maxtext": "1", "jax": "1"})
+  assert before == (ours({"maxtext": "2"}), theirs({"maxtext": "1", "jax": "1", "libtpu": "3"}))
+  assert len({*before, ours(case=CASES[1]), theirs({"maxtext": "2", "jax": "1"}), theirs({"maxtext": "1", "jax": "2"}),
+              theirs({"maxtext": "1", "jax": "1"}, CASES[1])}) == 6
+  for folder in (*run.LIBRARIES, "launch/benchmarks/maxtext", "configs"):
+    shutil.copytree(run.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+  monkeypatch.setattr(run, "ROOT", tmp_path)
+  now = lambda: (ours() == before[0], theirs({"maxtext": "1", "jax": "1"}) == before[1])
+  assert now() == (True, True)
+  for name, same in (("deepseek_v4/model/two_levels.py", (False, True)), ("pallas_kernels/selection.py", (False, True)),
+                     ("launch/benchmarks/maxtext/run.py", (True, True)),
+                     ("launch/benchmarks/maxtext/read.py", (False, False))):
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text + "# changed\n")
+    assert now() == same, name
+    (tmp_path / name).write_text(text)
 
 
 def test_a_side_that_dies_is_a_row(fake):

@@ -67,6 +67,21 @@ def test_each_optimizer_races_at_its_own_best_rate(pretended, tmp_path, monkeypa
   assert optimizers.run(tmp_path, 4, said.append) and len(pretended) == count + 2
 
 
+def test_a_race_with_other_settings_is_refused(pretended, tmp_path, monkeypatch):
+  """Of a training, or of how often and on how much it is scored: nothing is trained or written again."""
+  monkeypatch.setattr(optimizers, "SWEEPS", {"muon": (4e-3,), "adamw": (2e-3,)})
+  optimizers.run(tmp_path, 1, print)
+  files = {file: file.read_bytes() for file in tmp_path.glob("*.json")}
+  count = len(pretended)
+  for name, value, words in (("STEPS", 30, "training.steps: 200 -> 30"), ("EVERY", 5, "steps between scores: 10 -> 5"),
+                             ("SCORED", 8, "batches scored: 16 -> 8")):
+    with monkeypatch.context() as changed:
+      changed.setattr(optimizers, name, value)
+      with pytest.raises(ValueError, match=f"{words}; expected another --workdir"):
+        optimizers.run(tmp_path, 1, print)
+  assert len(pretended) == count and {file: file.read_bytes() for file in tmp_path.glob("*.json")} == files
+
+
 def test_steps_between_scores():
   curve = Curve((10, 20, 30, 40), (5.0, 3.0, 3.5, 1.0), 0.0)
   assert [steps_to(curve, x) for x in (6.0, 5.0, 4.0, 3.0, 2.0, 0.9)] == [10, 10, 15, 20, 36, None]

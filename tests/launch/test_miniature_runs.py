@@ -44,9 +44,31 @@ def test_a_run_with_other_settings_is_refused(tmp_path, done):
   train(RUN, tmp_path / "a")
   if not done:
     (tmp_path / "a" / metrics.SUMMARY).unlink()
-  said = r"a was made with other settings \(there -> expected\): optimizer.learning_rate: 0.00027 -> 0.5; expected another"
+  said = (r"a was made with other settings \(there -> expected\): optimizer.learning_rate: 0.00027 -> 0.5; expected another "
+          r"--workdir, or the whole --workdir deleted: later runs may have been made from this one")
   with pytest.raises(ValueError, match=said):
     runs.trained(changed(learning_rate=0.5), tmp_path / "a", lambda *_: pytest.fail("trained"), print)
+
+
+def test_all_runs_are_looked_at_before_one_is_trained(tmp_path):
+  """Other settings of the last one; and a finished run whose start or teacher is not."""
+  start, student = tmp_path / "start", tmp_path / "student"
+  of = lambda **training: dataclasses.replace(RUN, training=dataclasses.replace(RUN.training, **training))
+  wanted = {start: RUN, student: of(init_from=str(start))}
+  runs.refuse_other_runs(wanted)
+  train(RUN, start)
+  runs.refuse_other_runs(wanted)
+  train(wanted[student], student)
+  runs.refuse_other_runs(wanted)
+  with pytest.raises(ValueError, match="student was made with other settings .*training.seed: 0 -> 1"):
+    runs.refuse_other_runs({start: RUN, student: of(init_from=str(start), seed=1)})
+  (start / metrics.SUMMARY).unlink()
+  with pytest.raises(ValueError, match="student is finished, and was made from .*start, which is not; expected another"):
+    runs.refuse_other_runs(wanted)
+  taught = dataclasses.replace(RUN, distillation=c.DistillationConfig(teachers=(c.TeacherConfig("a", str(start)),)))
+  train(taught, tmp_path / "taught")
+  with pytest.raises(ValueError, match="taught is finished, and was made from .*start, which is not"):
+    runs.refuse_other_runs({start: RUN, tmp_path / "taught": taught})
 
 
 def test_a_plan_is_compared_before_anything_else(tmp_path):
@@ -77,3 +99,13 @@ def test_shares_of_held_out_text(tmp_path):
     assert len(sources.read_texts(found[name], "held_out").texts) > 0.9 * len(part)
     assert (found[name].sequence_length, found[name].batch_size) == (64, 2)
   assert runs.shares(data, tmp_path / "shares") == found
+
+
+def test_a_document_that_is_there_twice_is_in_one_share(tmp_path):
+  (tmp_path / "text").mkdir()
+  for name in ("one", "two"):
+    (tmp_path / "text" / f"{name}.txt").write_text("the same document")
+  data = c.DataConfig(source="text", path=str(tmp_path / "text"), held_out_percent=99, sequence_length=64, batch_size=2)
+  assert list(sources.read_texts(data, "held_out").texts) == 2 * [b"the same document"]
+  found = runs.shares(data, tmp_path / "shares")
+  assert sum(pathlib.Path(part.path).read_text().count("the same document") for part in found.values()) == 1

@@ -189,6 +189,7 @@ def test_the_indexer_s_warm_up_has_no_backward_pass_through_the_layers():
       return out.losses["indexer"][0] + (out.losses["next_token"][0] if what == "all" else 0)
     program = jax.make_jaxpr(jax.grad(loss))(trainable.trained_part(what, abstract["params"]), abstract)
     return sum(e.primitive.name == "dot_general" for e in equations(program.jaxpr))
+  # Of the 5 products with a matrix (see above) 3 are left; with gradients through the streams of frozen layers it were 4.
   assert count("indexer", "dense") < 0.7 * count("all", "dense")
 
 

@@ -39,14 +39,12 @@ def test_one_instruction(line):
   assert (found.kind, found.devices, found.bytes, found.starts) == LINES[line]
 
 
-def test_a_fused_all_reduce_and_slice_is_a_reduce_scatter():
-  """As libtpu 0.0.42 writes it: each of 4 devices receives three quarters of what all of them add."""
-  text = """HloModule step
+FUSED = """HloModule step
 
 %all-reduce-scatter.1.clone (input.3: bf16[3,64,32]) -> bf16[3,16,32] {
   %input.3 = bf16[3,64,32]{2,1,0} parameter(0)
   %all-reduce.7 = bf16[3,64,32]{2,1,0} all-reduce(%input.3), replica_groups={{0,1,2,3}}, to_apply=%add
-  ROOT %dynamic-slice.2 = bf16[3,16,32]{2,1,0} dynamic-slice(%all-reduce.7, %zero, %start, %zero)
+  ROOT %dynamic-slice.2 = bf16[3,16,32]{2,1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.7, %zero, %start, %zero)
 }
 
 ENTRY %main (p: bf16[3,64,32]) -> bf16[3,16,32] {
@@ -54,8 +52,30 @@ ENTRY %main (p: bf16[3,64,32]) -> bf16[3,16,32] {
   ROOT %fusion.1 = bf16[3,16,32]{2,1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1.clone
 }
 """
-  (found,) = collectives(text)
+OTHERWISE = {  # line by line: what stands there instead
+  "the sum itself is kept": (("%all-reduce.7 =", "ROOT %all-reduce.7 ="), ("ROOT %dynamic-slice.2", "%dynamic-slice.2")),
+  "something else is sliced": (("dynamic-slice(%all-reduce.7", "dynamic-slice(%input.3"),),
+  "another collective": (("%input.3 = bf16[3,64,32]{2,1,0} parameter(0)",
+                          "%p = bf16[3,64,32] parameter(0)\n"
+                          "  %input.3 = bf16[3,64,32] all-reduce(%p), replica_groups={{0,1,2,3}}"),),
+  "it is only started": (("all-reduce(%input", "all-reduce-start(%input"),),
+}
+
+
+def test_a_fused_all_reduce_and_slice_is_a_reduce_scatter():
+  """As libtpu 0.0.42 writes it: each of 4 devices receives three quarters of what all of them add."""
+  (found,) = collectives(FUSED)
   assert (found.kind, found.bytes, found.runs) == ("reduce-scatter", 3 * 64 * 32 * 2 * 3 // 4, 1)
+
+
+@pytest.mark.parametrize("changes", OTHERWISE.values(), ids=OTHERWISE)
+def test_a_computation_of_that_name_that_does_something_else_is_not(changes):
+  """All that is added arrives everywhere, twice three quarters of it."""
+  text = FUSED
+  for before, after in changes:
+    assert text.count(before) == 1
+    text = text.replace(before, after)
+  assert {(one.kind, one.bytes) for one in collectives(text)} == {("all-reduce", 3 * 64 * 32 * 2 * 3 // 2)}
 
 
 def test_traffic_by_kind():

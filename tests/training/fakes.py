@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from deepseek_v4.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from deepseek_v4.training import feed, loop, metrics, scoring, start
+from deepseek_v4.training import loop, metrics, scoring, start
+from deepseek_v4.training.step import ARRAYS
 
 RUN = RunConfig(
   model=ModelConfig(vocab_size=320, num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",)),
@@ -69,7 +70,7 @@ class FakeIterator:
     if self.world is not None:
       self.world.reading(self.place)
       self.place += self.place in self.world.without
-    return {name: np.full((2, 2, 4), self.place, np.int32) for name in feed.BATCH_ARRAYS}
+    return {name: np.full((2, 2, 4), self.place, np.int32) for name in ARRAYS}
 
   def get_state(self):
     return {"row": self.place, **self.shape}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -10,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
+from deepseek_v4 import config
 from deepseek_v4.planning.read import SHARE
 from launch.benchmarks.kernels.chips import chip_of
 from launch.benchmarks.maxtext import cases, read
@@ -24,19 +28,26 @@ GIB, GB, TERA = 2**30, 1e9, 1e12
 # Neither side looks for TPUs, nor for who else holds one, nor for its project in a cloud.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
                "DECOUPLE_GCLOUD": "TRUE"}
+# What our step is made of, and what reads either side's program.
+LIBRARIES = ("deepseek_v4", "pallas_kernels")
+READERS = (*(f"deepseek_v4/planning/{name}.py" for name in ("collectives", "dots", "hlo", "read")),
+           *(f"launch/benchmarks/maxtext/{name}.py" for name in ("read", "theirs")))
 
 Row = dict[str, Any]
 
 
-def library_of(python: str | None) -> str:
-  """The libtpu file of the environment of a Python that has MaxText; of our own if there is none.
+def library_of(python: str | None) -> tuple[str, dict[str, str]]:
+  """The libtpu file of the environment of a Python that has MaxText, and the versions there of MaxText and JAX; our own
+  file and no versions if there is none.
 
   Raises:
     ValueError: it does not exist, or has no MaxText.
   """
   if python is None:
-    return str(Path(importlib.util.find_spec("libtpu").origin).with_name("libtpu.so"))
-  script = "import importlib.util as u, importlib.metadata as m; m.version('maxtext'); print(u.find_spec('libtpu').origin)"
+    return str(Path(importlib.util.find_spec("libtpu").origin).with_name("libtpu.so")), {}
+  script = ("import importlib.util as u, importlib.metadata as m, json; "
+            "versions = {name: m.version(name) for name in ('maxtext', 'jax')}; "
+            "print(json.dumps([u.find_spec('libtpu').origin, versions]))")
   try:
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=120)
   except OSError as error:
@@ -45,7 +56,37 @@ def library_of(python: str | None) -> str:
   if done.returncode:
     raise ValueError(f"--maxtext_python = {python!r}: {done.stderr.strip().splitlines()[-1]}, expected the Python of an "
                      f"environment with MaxText: {INSTALL}")
-  return str(Path(done.stdout.strip().splitlines()[-1]).with_name("libtpu.so"))
+  origin, versions = json.loads(done.stdout.strip().splitlines()[-1])
+  return str(Path(origin).with_name("libtpu.so")), versions
+
+
+def made_of(case: Case, side: str, versions: Mapping[str, str]) -> str:
+  """Digest of what a side's row follows from beside libtpu: of ours both libraries' code, the run's settings and JAX's
+  version; of MaxText's its and its JAX's version, and what it is told; of either the code that reads its program."""
+  files = [ROOT / name for name in READERS]
+  if side == OURS:
+    files += [ROOT / "launch/benchmarks/maxtext/ours.py"]
+    files += sorted(path for folder in LIBRARIES for path in (ROOT / folder).rglob("*.py"))
+    told = [config.to_dict(config.load(ROOT / cases.CONFIG, case.ours)), importlib.metadata.version("jax")]
+  else:
+    told = [case.theirs, versions.get("maxtext"), versions.get("jax")]
+  found = hashlib.sha256(json.dumps(told).encode())
+  for path in files:
+    found.update(path.relative_to(ROOT).as_posix().encode() + b"\n" + path.read_bytes())
+  return found.hexdigest()[:12]
+
+
+def read_rows(path: str) -> list[Row]:
+  """The rows of a file that this bench wrote.
+
+  Raises:
+    ValueError: it is no such file.
+  """
+  with contextlib.suppress(ValueError, TypeError, KeyError):  # no JSON; or JSON of something else
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    if all({"case", "side", "libtpu_sha256"} <= set(row) for row in rows):
+      return rows
+  raise ValueError(f"--json = {path!r}: expected, with --resume, a file that launch.bench plan wrote")
 
 
 def measure(python: str | None, wanted: Sequence[Case], say: Callable[[str], None], minutes: float,
@@ -55,26 +96,36 @@ def measure(python: str | None, wanted: Sequence[Case], say: Callable[[str], Non
   Args:
     python: of MaxText's environment, whose libtpu both sides then use; None: our side alone, with its own.
     minutes: the most that one compilation may take.
-    known: rows of an earlier call; what the compiler said of the same libtpu is not asked again.
+    known: rows of an earlier call; what the same libtpu said of the same code and settings is not asked again.
     keep: is given all rows so far after each compilation, and those of `known` that are not wanted here.
 
   Raises:
     ValueError: as `library_of`.
   """
-  library, rows = library_of(python), []
+  (library, versions), rows = library_of(python), []
   digest = hashlib.sha256(Path(library).read_bytes()).hexdigest()[:12]
   sides = (OURS,) if python is None else (OURS, THEIRS)
   jobs = [(case, side) for case in wanted for side in sides if (case.optimizer, side) != (cases.DEFAULT_MUON, OURS)]
-  found = {(row["case"], row["side"]): row for row in known if row["libtpu_sha256"] == digest and "failed" not in row}
+  found = {(row["case"], row["side"]): row for row in known if row["libtpu_sha256"] == digest and _holds(row, versions)}
   for number, (case, side) in enumerate(jobs, 1):
     say(f"{number}/{len(jobs)} {case.name}, {side}")
     if (row := found.pop((case.name, side), None)) is None:
       row = {"case": case.name, "side": side, "ours": side == OURS, "optimizer": case.optimizer, "tokens": case.tokens,
-             "chips": case.chips, "libtpu_sha256": digest, **_compiled(case, side, python, library, say, minutes)}
+             "chips": case.chips, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+             "libtpu_sha256": digest, "digest": made_of(case, side, versions),
+             **_compiled(case, side, python, library, say, minutes)}
     rows.append(row)
     keep([*rows, *found.values()])
     say("  " + line(row))
   return rows
+
+
+def _holds(row: Row, versions: Mapping[str, str]) -> bool:
+  """Whether an earlier row says what the same libtpu would say now. Where MaxText's versions are not known now, because no
+  row of it is asked for, those in the row are taken."""
+  case = next((case for case in cases.CASES if case.name == row["case"]), None)
+  return case is not None and "failed" not in row and row.get("digest") == made_of(
+    case, row["side"], versions or row.get("versions", {}))
 
 
 def command_of(case: Case, side: str, python: str | None, folder: str) -> list[str]:
