@@ -190,16 +190,16 @@ def decode_table(rows: Sequence[Row]) -> str:
 
 # ---- plans ------------------------------------------------------------------------------------------------------------
 def plan_table(files: Sequence[dict[str, Any]], chip: Chip) -> str:
-  """Memory, least time and utilisation of each step that was compiled for such chips."""
+  """Memory of a chip (GiB), least time and utilisation of each step that was compiled for such chips."""
   lines, gib = [], chip.devices_per_chip / 2**30
   for file in files:
-    taken = file["memory"]["all"] * gib
-    verdict = f"{taken:.1f}, fits" if file["fits"] else f"**{taken:.1f}, does not fit**"
+    taken = f"{file['memory']['all'] * gib:.1f} of {file['hbm_bytes'] * gib:.1f}"
+    verdict = f"{taken}, fits" if file["fits"] else f"**{taken}, does not fit**"
     run = f"{Path(file['config']).stem}, {file['sequence_length']:,}" + f", {file['step']}" * (file["step"] != "train")
-    lines.append([run, f"{file['devices'] // chip.devices_per_chip:,}", verdict, f"{file['bounds']['step']:.3g} s",
-                  f"{file['utilization']:.0%}"])
-  room = f"memory of a chip (of {files[0]['hbm_bytes'] * gib:.1f} GiB)"
-  return _table(["run", "chips", room, "least step", "utilisation allowed"], lines)
+    lines.append([run, f"{file['devices'] // chip.devices_per_chip:,}", f"{file['memory']['peak'] * gib:.1f}", verdict,
+                  f"{file['bounds']['step']:.3g} s", f"{file['utilization']:.0%}"])
+  return _table(["run", "chips", "held at one time", "all, as the compiler counts", "least step", "utilisation allowed"],
+                lines)
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
