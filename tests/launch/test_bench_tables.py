@@ -67,8 +67,8 @@ def test_the_models_tables_are_those_of_the_readme(tmp_path):
   remat = [model_row("remat", 2048, policy, seconds_min=seconds, **speed(1, kib)) for policy, seconds, kib in (
     ("none", 2.0, 795), ("mhc", 2.1, 576), ("full", 2.54, 424))]
   plan = {"config": "configs/pod_flash_4k.py", "topology": "v5p:4x4x8", "devices": 128, "sequence_length": 4096,
-          "step": "train", "fits": True, "memory": {"all": 85.5 * 2**30, "peak": 59.6 * 2**30}, "hbm_bytes": int(95.74 * 2**30),
-          "bounds": {"step": 211.4}, "utilization": 0.52, **HEAD}
+          "step": "train", "fits": True, "memory": {"all": 85.5 * 2**30, "peak": 59.6 * 2**30},
+          "hbm_bytes": int(95.74 * 2**30), "bounds": {"step": 211.4}, "utilization": 0.52, **HEAD}
   files = [file_of(tmp_path / f"{name}.json", rows) for name, rows in (("f", forward), ("t", train), ("r", remat))]
   (tmp_path / "p.json").write_text(json.dumps(plan))
   text = tables.markdown(tables.read([*files, str(tmp_path / "p.json")]))
