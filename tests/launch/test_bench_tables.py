@@ -85,8 +85,9 @@ def test_the_models_tables_are_those_of_the_readme(tmp_path):
     assert line in lines, line
   assert lines[0] == "a processor, 2 cores, jax 1.2, torch 3, 2026-01-02"
   assert "v5p, jax 1.2, libtpu 0.1, 2026-01-02" in lines
-  large = plan | {"fits": False, "topology": "TPU7x:2x2x1", "devices": 8, "memory": {"all": 60 * 2**30}}
-  assert "| pod_flash_4k, 4,096 | 4 | **120.0, does not fit** | 211 s | 52% |" in tables.markdown([large])
+  large = plan | {"fits": False, "topology": "TPU7x:2x2x1", "devices": 8, "hbm_bytes": 50 * 2**30,
+                  "memory": {"all": 60 * 2**30, "peak": 40 * 2**30}}  # a chip is two devices
+  assert "| pod_flash_4k, 4,096 | 4 | 80.0 | **120.0 of 100.0, does not fit** | 211 s | 52% |" in tables.markdown([large])
 
 
 def test_a_decode_table_has_a_column_for_each_side(tmp_path):
