@@ -77,12 +77,12 @@ ON_64_CHIPS = ["model.n_routed_experts=384", "mesh.expert=64", "data.batch_size=
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("topology, settings, selects, fits", [
-  ("v5p:2x2x1", [], False, None),  # it did not fit before updates were made in place; not compiled since, so it is said
-  ("v5p:4x4x4", ON_64_CHIPS, False, True),
-  ("v5p:4x4x4", [*ON_64_CHIPS, "data.sequence_length=8192"], True, True),  # up to 4,096 tokens every entry is kept
+@pytest.mark.parametrize("topology, settings, selects", [
+  ("v5p:2x2x1", [], False),
+  ("v5p:4x4x4", ON_64_CHIPS, False),
+  ("v5p:4x4x4", [*ON_64_CHIPS, "data.sequence_length=8192"], True),  # up to 4,096 tokens every entry is kept
 ], ids=["8 experts on one chip", "384 experts on 64 chips", "8,192 tokens"])
-def test_the_step_of_four_layers_of_pro_compiles_with_all_kernels(topology, settings, selects, fits, tmp_path):
+def test_the_step_of_four_layers_of_pro_compiles_with_all_kernels(topology, settings, selects, tmp_path):
   path = tmp_path / "plan.json"
   result = plan("v4_pro_slice", "--topology", topology, "--json", str(path),
                 *(part for setting in settings for part in ("--set", setting)), timeout=3000)
@@ -93,7 +93,6 @@ def test_the_step_of_four_layers_of_pro_compiles_with_all_kernels(topology, sett
               "masked_attention", "index_loss", "hyper_collapse", "hyper_expand", "hyper_expand_collapse"))}
   wanted |= {"index_select"} if selects else set()
   assert wanted <= set(figures["kernels"]), wanted - set(figures["kernels"])
-  print(topology, *settings, "fits" if figures["fits"] else "does not fit", figures["memory"], figures["hbm_bytes"])
-  assert fits is None or figures["fits"] == fits
+  assert figures["fits"]
   assert figures["flops"]["hardware"] > figures["flops"]["model"] > 0 and 0 < figures["utilization"] < 1
   assert all(row["calls"] for row in figures["kernels"].values())
