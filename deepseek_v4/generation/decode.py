@@ -289,7 +289,8 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
     reply += first
   going = lambda: ~stopped & (lengths() < max_new_tokens)
   lengths = lambda: np.array([len(reply) for reply in tokens], np.int32)
-  stop = np.array(sorted(stop_tokens), np.int32)
+  stop = np.full(4 * max(1, -(-len(stop_tokens) // 4)), -1, np.int32)  # -1 is no token: few numbers of them occur
+  stop[:len(stop_tokens)] = sorted(stop_tokens)
 
   def take(new: dict[str, np.ndarray]) -> None:
     """The next token of each reply that goes on."""
