@@ -1,5 +1,7 @@
 """The bench of a long context: what it reads and predicts with known numbers, and a short one for real."""
 
+import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -9,7 +11,9 @@ import pytest
 
 import launch.bench
 from deepseek_v4.analysis.count import cache_bytes
+from deepseek_v4.config import CSA, HASH, HCA, LEARNED
 from launch.benchmarks import context, context_rows, report
+from tests.model.small import random_variables
 
 
 def test_what_a_token_reads():
@@ -93,8 +97,14 @@ def test_time_left_counts_that_tokens_get_dearer():
   assert clock.seconds_left() == pytest.approx(left, rel=0.12)
 
 
+@functools.cache
+def text():
+  """What the bench reads, which takes seconds to find."""
+  return context.text(5000)
+
+
 def test_text_is_the_standard_library():
-  ids = context.text(5000)
+  ids = text()
   assert ids.shape == (5000,) and ids.dtype == np.int32 and 0 <= ids.min() and ids.max() < context.CONFIG.vocab_size
   assert b"import" in bytes((ids[ids >= 3] - 3).astype(np.uint8))
 
@@ -110,24 +120,31 @@ def checked(rows, tokens):
   return whole
 
 
-def test_a_short_context(tmp_path):
-  """8,192 tokens, at once and in three chunks; then 32 more tokens one by one."""
+def test_a_short_context(tmp_path, monkeypatch):
+  """2,048 tokens, at once and in three chunks; then 32 more tokens one by one. A quarter of the shortest that a user may
+  ask for, with a quarter of the picks, and one layer of each kind that keeps entries."""
+  monkeypatch.setattr(context, "SHORTEST", 2048)
+  monkeypatch.setattr(context, "CONFIG", dataclasses.replace(
+    context.CONFIG, num_hidden_layers=2, layer_types=(CSA, HCA), mlp_layer_types=(HASH, LEARNED), index_topk=128))
+  ids = text()
+  monkeypatch.setattr(context, "text", lambda tokens: ids[:tokens])
+  monkeypatch.setattr(context.ours, "random_variables", random_variables)  # nothing to compile
   said = []
-  rows = context.measure(8192, (8160, 2720), said.append)
-  checked(rows, 8192)
-  assert "8,192 tokens, cache 0.5 MiB by the formula" in said[0]
-  assert said[-1].startswith("chunks of 2,720: 8,160/8,160 tokens  ") and said[-1].endswith(" left")
+  rows = context.measure(2048, (2016, 672), said.append)
+  checked(rows, 2048)
+  assert "2,048 tokens, cache 0.2 MiB by the formula" in said[0]
+  assert said[-1].startswith("chunks of 672: 2,016/2,016 tokens  ") and said[-1].endswith(" left")
   # The very first chunk of each run waited for no compilation, and of the three one more.
   assert [(row["case"], row["chunk_size"], row["chunks"], row["position"]) for row in rows[:-1]] == [
-      ("very first chunk", 8160, 1, 8160), ("first chunks", 8160, 1, 8160), ("last chunks", 8160, 1, 8160),
-      ("very first chunk", 2720, 1, 2720), ("first chunks", 2720, 2, 8160), ("at 0.5", 2720, 1, 2720),
-      ("at 0.75", 2720, 1, 2720), ("last chunks", 2720, 2, 8160)]
+      ("very first chunk", 2016, 1, 2016), ("first chunks", 2016, 1, 2016), ("last chunks", 2016, 1, 2016),
+      ("very first chunk", 672, 1, 672), ("first chunks", 672, 2, 2016), ("at 0.5", 672, 1, 672),
+      ("at 0.75", 672, 1, 672), ("last chunks", 672, 2, 2016)]
   assert all(row["processor_seconds_per_token"] > 0 and row["seconds_per_token"] > 0 for row in rows[:-1])
   assert rows[-1]["temporary_bytes_predicted"] > 2**20
   found = context_rows.targets(rows)
   assert found[0]["value"] is None  # two chunks are no line
   report.write_json(tmp_path / "figures.json", rows, found)
-  assert json.loads((tmp_path / "figures.json").read_text())["rows"][-1]["chunk_sizes"] == [8160, 2720]
+  assert json.loads((tmp_path / "figures.json").read_text())["rows"][-1]["chunk_sizes"] == [2016, 672]
   assert "logits at most" in context_rows.table(rows)
 
 
