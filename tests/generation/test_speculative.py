@@ -297,8 +297,8 @@ def test_a_thinking_budget_closes_the_thought_in_the_middle_of_a_step(weights):
 
 
 def test_budgets_of_each_request_and_stops_inside_thoughts():
-  """Every draft is accepted, so that closings and stops come in the middle of steps; the same without drafts, and of each row
-  where all have its budget."""
+  """Every draft is accepted, so that closings and stops come in the middle of steps; the same without drafts,
+  and each row as where all have its budget."""
   stop = plain("always")[3][2]
   budgets = [ThinkingBudget(0, (90, 91)), ThinkingBudget(3, (92,)), None, ThinkingBudget(7, (90, 91))]
   expected = generate("always", thinking_budget=budgets, stop_tokens=(stop,))
