@@ -15,7 +15,7 @@ from deepseek_v4 import config as config_lib
 from deepseek_v4 import sharding
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED
-from deepseek_v4.generation import drift
+from deepseek_v4.generation import decode, drift
 from deepseek_v4.generation.requests import ThinkingBudget
 from deepseek_v4.generation.stream import Stream, text_of
 from deepseek_v4.text import chat
@@ -27,7 +27,16 @@ from tests.model.small import T0, random_variables
 # The kinds of layers that keep entries: each layer more is a third more to compile.
 BYTES = dataclasses.replace(T0, vocab_size=262, num_hidden_layers=2, layer_types=(CSA, HCA), mlp_layer_types=(HASH, LEARNED))
 # Fed token by token, a prompt of any length needs one program; chunks have tests of their own (tests/generation).
+ROOM = 256
 OPTIONS = dict(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, chunk_size=1, cache_storage="compute")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_size_of_caches():
+  """Of prompts and conversations of any length here: each size would need programs of its own."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(decode, "room_for", lambda length, most, room_for=decode.room_for: max(ROOM, room_for(length, most)))
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +269,7 @@ def test_a_mixed_cache_and_its_drift(folder, speaker, monkeypatch):
   monkeypatch.setattr(drift, "storage_drift", lambda *args, **options: asked.append((args, options)) or drift.Drift(
     6, 0.0123, 0.5, 1.5, 0.9, 0.001))
   launch_generate.answer(mixed, ["hello"], None, shown.append)
-  text, size = "".join(shown), sum(dsv4.count(BYTES, 64).cache_bytes["mixed"].values()) / 2**20
+  text, size = "".join(shown), sum(dsv4.count(BYTES, ROOM).cache_bytes["mixed"].values()) / 2**20
   (((model, _, (ids,)), options),) = asked
   assert model is mixed.model and options == {"chunk_size": OPTIONS["chunk_size"]}
   assert ids[:5] == mixed.tokenizer.encode("hello")
