@@ -311,7 +311,8 @@ def test_passes_that_time_their_parts(monkeypatch, tmp_path):
 
 
 def test_a_pass_of_ours_decodes(monkeypatch, tmp_path):
-  small = dataclasses.replace(SMALL, hidden_size=12, vocab_size=50)
+  small = dataclasses.replace(SMALL, hidden_size=12, vocab_size=50, num_hidden_layers=1, layer_types=(HCA,),
+                              mlp_layer_types=(LEARNED,))
   for module in (cases, ours):
     monkeypatch.setattr(module, "model_config", lambda **changes: dataclasses.replace(small, **changes))
   ours.prepare(Case("weights", OURS, 0), tmp_path)
@@ -360,7 +361,7 @@ def test_the_peak_starts_again():
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("arguments, said", [
+MISTAKES = [
     ([], "error: measurement = '': expected one of forward, train"),
     (["sampling"], "error: measurement = 'sampling': expected one of forward, train, decode"),
     (["decode", "--lengths", "1048544"], "error: --lengths = '1048544': expected whole numbers from 1 to 1048543"),
@@ -372,10 +373,50 @@ def test_the_peak_starts_again():
     (["plan", "--against", "maxtext"], "error: --maxtext_python = None: expected a Python with --against maxtext"),
     (["plan", "--against", "maxtext", "--maxtext_python", "no/python"], "error: --maxtext_python = 'no/python': No such"),
     (["plan", "--optimizers", "sgd"], "error: --optimizers = 'sgd': expected some of ('adamw', 'muon', "),
-])
-def test_mistakes_are_told_without_a_traceback(arguments, said):
-  done = subprocess.run([sys.executable, "-m", "launch.bench", *arguments], cwd=ROOT, env=os.environ, capture_output=True,
-                        text=True, timeout=60)
+]
+# The command with one list of arguments after another: to start it takes seconds. What is not told as a mistake ends it.
+COMMANDS = """
+import contextlib, io, json, sys
+from absl import app, flags
+from launch import bench
+
+bench.define_flags()
+told = []
+for arguments in json.loads(sys.argv[1]):
+  flags.FLAGS.unparse_flags()
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+      app.run(bench.main, ["launch.bench", *arguments])
+  except SystemExit as end:
+    words = end.code if isinstance(end.code, str) else ""  # which Python prints, and ends with 1
+    told.append((1 if words else end.code, said.getvalue() + words))
+print(json.dumps(told))
+"""
+
+
+def ended(*command):
+  return subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def told():
+  """The exit code and the words of each of these commands."""
+  done = ended("-c", COMMANDS, json.dumps([arguments for arguments, _ in MISTAKES]))
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_mistakes_are_told_without_a_traceback(number, told):
+  code, words = told[number]
+  assert code and MISTAKES[number][1] in words and "Traceback" not in words
+
+
+def test_a_mistake_ends_the_program():
+  """One of them as a user makes it."""
+  arguments, said = MISTAKES[1]
+  done = ended("-m", "launch.bench", *arguments)
   assert done.returncode != 0
   assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
 

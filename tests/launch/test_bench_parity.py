@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from deepseek_v4.config import CSA, HCA, LEARNED
 from launch.benchmarks import cases, ours, run, theirs
 from launch.benchmarks.cases import DECODE, OURS, TRANSFORMERS, Case
 from pallas_kernels import grouped_matmul
@@ -14,17 +15,21 @@ LENGTH = 60
 SIDES = ((ours, OURS), (theirs, TRANSFORMERS))
 
 
-@pytest.fixture
-def weights(monkeypatch, tmp_path):
-  """The folder with the weights of a small model, which both sides then take for theirs; every entry is picked."""
-  config = dataclasses.replace(SMALL, hidden_size=12, vocab_size=50, index_topk=LENGTH)
-  for module in (cases, ours, theirs):
-    for name in ("model_config", "check_config"):
-      monkeypatch.setattr(module, name, lambda **changes: dataclasses.replace(config, **changes))
-    monkeypatch.setattr(module, "LOGITS_CHUNK", 17)
-    monkeypatch.setattr(module, "LOGITS_SINGLE", 9)
-  ours.prepare(Case("weights", OURS, 0), tmp_path)
-  return tmp_path
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+  """The folder with the weights of a small model, which both sides then take for theirs: one layer of each kind that keeps
+  entries, and every entry is picked."""
+  config = dataclasses.replace(SMALL, hidden_size=12, vocab_size=50, index_topk=LENGTH, num_hidden_layers=2,
+                               layer_types=(CSA, HCA), mlp_layer_types=(LEARNED,) * 2)
+  folder = tmp_path_factory.mktemp("weights")
+  with pytest.MonkeyPatch.context() as patch:
+    for module in (cases, ours, theirs):
+      for name in ("model_config", "check_config"):
+        patch.setattr(module, name, lambda **changes: dataclasses.replace(config, **changes))
+      patch.setattr(module, "LOGITS_CHUNK", 17)
+      patch.setattr(module, "LOGITS_SINGLE", 9)
+    ours.prepare(Case("weights", OURS, 0), folder)
+    yield folder
 
 
 def test_cached_logits_agree(weights, monkeypatch):
