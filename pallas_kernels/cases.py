@@ -9,12 +9,14 @@ Axis letters: B batch   S queries   T entries   K picks
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def _tolerances() -> dict[str, float]:
@@ -57,13 +59,10 @@ class Case:
     def cast(x, name):
       if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-      return x.astype(jnp.promote_types(dtype, jnp.float32) if name in self.wide else dtype)
+      return jnp.asarray(np.asarray(x).astype(jnp.promote_types(dtype, jnp.float32) if name in self.wide else dtype))
 
-    @jax.jit
-    def rounded(arrays):
-      return {name: jax.tree.map(lambda x, name=name: cast(x, name), value) for name, value in arrays.items()}
-
-    return rounded(jax.jit(self.inputs)(jax.random.key(seed)))
+    arrays = jax.jit(self.inputs)(jax.random.key(seed))
+    return {name: jax.tree.map(functools.partial(cast, name=name), value) for name, value in arrays.items()}
 
   def run(self, arrays: Mapping[str, Any], implementation: str) -> Any:
     """The op's result, undefined numbers as 0."""

@@ -12,9 +12,10 @@ import pytest
 
 from launch.benchmarks.kernels import program
 from pallas_kernels import bits, tpu
-from pallas_kernels.cases import normals, packed, unused_to_nan
+from pallas_kernels.cases import packed
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend, kernel, kernel_backward, tiles
+from tests.kernels.arrays import normals, unused_to_nan
 
 WIDTH, SCALE = 16, 0.25
 MOVING = ("q", "window_kv", "entries", "sink")
@@ -31,21 +32,31 @@ def inputs(rows, length, num_entries, *, heads=8, rate=1, seed=0):
   """Packed rows with NaN in unused entries; every visible entry is selected."""
   places = packed(rows, length, rate, num_entries)
   batch = len(rows)
-  arrays = normals(jax.random.key(seed), q=(batch, length, heads, WIDTH), window_kv=(batch, length, WIDTH),
+  arrays = normals(seed, q=(batch, length, heads, WIDTH), window_kv=(batch, length, WIDTH),
                    entries=(batch, num_entries, WIDTH), sink=(heads,))
   arrays["entries"] = unused_to_nan(arrays["entries"], places["entry_segment"])
   return {**arrays, "selection": Selection.all(batch, length), **places}
 
 
+def weights_of(arrays):
+  """Of the sum of (out, lse) whose gradients are taken."""
+  shape = arrays["q"].shape
+  return tuple(normals(1, out=shape, lse=shape[:3]).values())
+
+
+@functools.partial(jax.jit, static_argnames=("window", "implementation", "_sizes"))
+def _both(moving, fixed, weights, window, implementation, _sizes):
+  values, pull = jax.vjp(
+      lambda moving: attend(**moving, **fixed, window=window, scale=SCALE, implementation=implementation), moving)
+  return values, pull(weights)[0]
+
+
 def run(arrays, window, implementation):
-  """(out, lse) and the gradients of a fixed weighted sum of both."""
-  @jax.jit
-  def both(moving, fixed):
-    values, pull = jax.vjp(
-        lambda moving: attend(**moving, **fixed, window=window, scale=SCALE, implementation=implementation), moving)
-    weights = normals(jax.random.key(1), out=values[0].shape, lse=values[1].shape)
-    return values, pull((weights["out"].astype(values[0].dtype), weights["lse"]))[0]
-  return both({name: arrays[name] for name in MOVING}, {name: x for name, x in arrays.items() if name not in MOVING})
+  """(out, lse) and the gradients of a fixed weighted sum of both. Compiled once per shape and sizes that tests change."""
+  moving = {name: arrays[name] for name in MOVING}
+  fixed = {name: x for name, x in arrays.items() if name not in MOVING}
+  sizes = tiles._LIST_BYTES if implementation == "interpret" else None
+  return _both(moving, fixed, weights_of(arrays), window, implementation, sizes)
 
 
 def agree(arrays, window, tolerance=2e-5):
@@ -60,7 +71,8 @@ def agree(arrays, window, tolerance=2e-5):
 
 # 16 queries a block, 128 window keys a block, 128 (forward) and 256 (backward) entries a tile
 @pytest.mark.parametrize("length, num_entries, window", [
-    (15, 127, 1), (17, 129, 127), (128, 256, 128), (257, 300, 129)])
+    (15, 129, 127), (128, 256, 128), (257, 300, 129),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in ((15, 127, 1), (17, 129, 127)))])
 def test_lengths_around_the_tiles(length, num_entries, window):
   agree(inputs([(length,)], length, num_entries), window)
 
@@ -80,7 +92,7 @@ def test_a_document_begins_anywhere(offsets):
 def test_keys_of_earlier_tokens_bring_no_queries():
   """One token of each of two rows behind 127 others is one block of queries a row."""
   arrays = inputs([(1,), (1,)], 1, 40)
-  past = dict(past_kv=jnp.zeros((2, 127, WIDTH)), past_segment=jnp.ones((2, 127), jnp.int32))
+  past = dict(past_kv=np.zeros((2, 127, WIDTH), np.float32), past_segment=np.ones((2, 127), np.int32))
   run = lambda arrays: attend(**arrays, **past, window=128, scale=SCALE, implementation="interpret")
   (call,) = program.calls(jax.make_jaxpr(run)(arrays).jaxpr)
   assert call.name == "masked_attention" and call.grid[:2] == (2, 1)
@@ -95,7 +107,7 @@ def test_tiles_that_nobody_selects(window):
   chosen[:, 400:440] = False
   chosen[:, 420, 200] = True
   seen = np.tril(np.ones((520, 520), bool))
-  words = bits.pack(jnp.asarray(chosen & seen))
+  words = jax.jit(bits.pack)(chosen & seen)
   arrays["selection"] = Selection.from_words(words, 520, 64)
   (out, lse), gradients = agree(arrays, window)
   assert (np.asarray(gradients["entries"])[:, :128] == 0).all()
@@ -110,36 +122,36 @@ def test_tiles_that_nobody_selects(window):
 @pytest.mark.parametrize("sink", [-1e30, -3e38, -np.inf])
 def test_sinks_that_weigh_nothing(sink):
   arrays = inputs([(20, 13)], 40, 40)
-  arrays["sink"] = jnp.full(8, sink)
+  arrays["sink"] = np.full(8, sink, np.float32)
   (out, lse), gradients = run(arrays, 8, "interpret")
-  (want_out, want_lse), want = run({**arrays, "sink": jnp.full(8, -1e4)}, 8, "reference")
+  (want_out, want_lse), want = run({**arrays, "sink": np.full(8, -1e4, np.float32)}, 8, "reference")
   np.testing.assert_allclose(out, want_out, atol=1e-5)
   assert (np.asarray(out)[0, 33:] == 0).all()  # not a token: sees nothing
   np.testing.assert_allclose(lse[:, :33], want_lse[:, :33], atol=1e-5)
   for name in ("q", "window_kv", "entries"):
     np.testing.assert_allclose(gradients[name], want[name], atol=2e-5, err_msg=name)
   # Nothing from any token. What is none sees only the sink, which then is its lse.
-  weights = normals(jax.random.key(1), out=out.shape, lse=lse.shape)["lse"]
+  weights = weights_of(arrays)[1]
   np.testing.assert_allclose(gradients["sink"], weights[0, 33:].sum(0), atol=1e-6)
 
 
 def test_lists_that_blocks_share(monkeypatch):
   """Short of scalar memory, blocks read the union of their lists; with many tiles, numbers take 16 bits."""
-  monkeypatch.setattr(tiles, "_LIST_BYTES", 16)
+  monkeypatch.setattr(tiles, "_LIST_BYTES", 48)
   monkeypatch.setattr(tiles.Plan, "id_bits", property(lambda plan: 16))
-  arrays = inputs([(150, 140)], 300, 300)
-  plan = tiles.make_plan(arrays["q"].shape, 300, 4, tiles.Options(128, SCALE, tpu.V5P, True), *kernel.TILE["v5p"], False)
+  arrays = inputs([(150, 140), (320,), (1, 300)], 330, 320)  # the shape of `test_a_document_begins_anywhere`
+  plan = tiles.make_plan(arrays["q"].shape, 320, 4, tiles.Options(128, SCALE, tpu.V5P, True), *kernel.TILE["v5p"], False)
   assert 1 < plan.shared < plan.blocks and plan.tiles > 2
   agree(arrays, 128)
 
 
 def test_lists_name_every_selected_tile():
-  words = bits.pack(jnp.asarray(np.random.default_rng(0).random((1, 64, 70_000)) < 3e-5))
+  words = jax.jit(bits.pack)(np.random.default_rng(0).random((1, 64, 70_000)) < 3e-5)
   options = tiles.Options(128, SCALE, tpu.V5P, True)
   plan = dataclasses.replace(tiles.make_plan((1, 64, 8, WIDTH), 70_000, 2, options, 128, 128, False), shared=2)
   assert plan.tiles == 547 and plan.id_bits == 16
-  counts, ids = tiles.tile_lists(tpu.pad_axis(words, 2, bits.num_words(547 * 128)), plan)
-  selected = np.asarray(bits.unpack(words, 547 * 128)).reshape(2, 32, 547, 128).any((1, 3))
+  counts, ids = jax.jit(lambda words: tiles.tile_lists(tpu.pad_axis(words, 2, bits.num_words(547 * 128)), plan))(words)
+  selected = np.asarray(jax.jit(lambda words: bits.unpack(words, 547 * 128))(words)).reshape(2, 32, 547, 128).any((1, 3))
   for number, want in enumerate(selected):
     got = tiles.tile_id(counts, ids, number, jnp.arange(547), plan)
     np.testing.assert_array_equal(got[:counts[number]], np.flatnonzero(want))

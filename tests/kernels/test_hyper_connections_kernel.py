@@ -23,8 +23,8 @@ def inputs(batch, length, streams, hidden):
   columns = (2 + streams) * streams
   shapes = dict(streams=(batch, length, streams, hidden), update=(batch, length, hidden), post=(batch, length, streams),
                 comb=(batch, length, streams, streams), fn=(streams * hidden, columns), base=(columns,), scale=(3,))
-  arrays = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
-  return {**arrays, "fn": arrays["fn"] * (streams * hidden) ** -0.5}
+  arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+  return {**arrays, "fn": arrays["fn"] * np.float32((streams * hidden) ** -0.5)}
 
 
 @functools.partial(jax.jit, static_argnames=("op", "implementation"))
@@ -40,19 +40,20 @@ def same(arrays, dtype="float32"):
   """Streams and update in `dtype`; the formula gets the same numbers in float32."""
   op = functools.partial(expand_collapse, **STATIC)  # a new one each time: programs differ by chip
   narrow = {name: arrays[name].astype(dtype) for name in ("streams", "update")}
-  wide = {name: x.astype(jnp.float32) for name, x in narrow.items()}
+  wide = {name: x.astype(np.float32) for name, x in narrow.items()}
   (_, got), got_gradients = values_and_gradients({**arrays, **narrow}, op, "interpret")
   (_, want), want_gradients = values_and_gradients({**arrays, **wide}, op, "reference")
   for a, b in zip(jax.tree.leaves((got, got_gradients)), jax.tree.leaves((want, want_gradients)), strict=True):
     np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0, atol=TOLERANCE[dtype] * max(np.abs(b).max(), 1e-30))
 
 
-@pytest.mark.parametrize("batch, length, streams, hidden", [(1, 1, 4, 128), (3, 11, 2, 130), (5, 13, 3, 127)])
+@pytest.mark.parametrize("batch, length, streams, hidden", [
+  (3, 11, 2, 130), (5, 13, 3, 127), pytest.param(1, 1, 4, 128, marks=pytest.mark.long)])
 def test_blocks_end_anywhere(batch, length, streams, hidden):
   same(inputs(batch, length, streams, hidden))
 
 
-IN_SUITE = ("v6e", "bfloat16", 33), ("v5p", "bfloat16", 16)
+IN_SUITE = (("v6e", "bfloat16", 33),)  # the v5p's way is that of all other interpreted kernels
 
 
 @pytest.mark.parametrize("chip, dtype, tokens", [
@@ -70,9 +71,9 @@ def test_float32_weights_keep_their_bits_beside_bfloat16_streams(tokens):
   into parts, as for a few tokens, or XLA before it."""
   arrays = inputs(1, tokens, 4, 256)
   streams = arrays["streams"].astype(jnp.bfloat16)
+  run = lambda implementation: jax.jit(functools.partial(collapse, **STATIC, implementation=implementation))
   weights = {name: arrays[name] for name in ("fn", "base", "scale")}
-  got = collapse(streams, **weights, **STATIC, implementation="interpret")
-  want = collapse(streams.astype(jnp.float32), **weights, **STATIC, implementation="reference")
+  got, want = run("interpret")(streams, **weights), run("reference")(streams.astype(np.float32), **weights)
   for a, b in zip(got[1:], want[1:], strict=True):
     np.testing.assert_allclose(a, b, atol=3e-6)
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import bits
-from pallas_kernels.cases import normals, packed, unused_to_nan
+from pallas_kernels.cases import packed
 from pallas_kernels.indexer import select
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend
+from tests.kernels.arrays import normals, unused_to_nan
 
 HEADS, WIDTH, PICKS, ROW = 4, 16, 3, 64  # one length of a row, so that few programs are compiled
 CSA, HCA, SLIDING = "csa", "hca", "sliding"
@@ -30,35 +31,43 @@ def inputs(documents, kind=CSA):
   """Arguments of a layer for one row: attention's, and the indexer's by names with `index_` in front."""
   num_entries = entries_of(ROW, kind)
   places = packed([documents], ROW, RATES[kind], num_entries)
-  arrays = normals(jax.random.key(0), q=(1, ROW, HEADS, WIDTH), window_kv=(1, ROW, WIDTH), entries=(1, num_entries, WIDTH),
+  arrays = normals(q=(1, ROW, HEADS, WIDTH), window_kv=(1, ROW, WIDTH), entries=(1, num_entries, WIDTH),
                    sink=(HEADS,), index_queries=(1, ROW, 2, 8), index_weights=(1, ROW, 2), index_keys=(1, num_entries, 8))
   for name in ("entries", "index_keys"):
     arrays[name] = unused_to_nan(arrays[name], places["entry_segment"])
-  return arrays | places
+  return arrays | {name: np.asarray(x) for name, x in places.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "window", "implementation"))
-def layer(arrays, kind=CSA, window=8, implementation="interpret"):
+def layer(arrays, kind=CSA, window=8):
   """(out, words of the selection): the indexer of a CSA layer selects, attention reads."""
+  return _layer(arrays, kind, window)  # traced once, however the arguments are given
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _layer(arrays, kind, window):
   index = {name.removeprefix("index_"): x for name, x in arrays.items() if name.startswith("index_")}
   arrays = {name: x for name, x in arrays.items() if not name.startswith("index_")}
   places = {name: arrays[name] for name in ("positions", "segment_ids", "entry_last", "entry_segment")}
   chosen = Selection.all(*arrays["positions"].shape)
   if kind == CSA:
-    chosen = select(**index, top_k=PICKS, implementation=implementation, **places)
-  out, _ = attend(**arrays, selection=chosen, window=window, scale=0.25, implementation=implementation)
+    chosen = select(**index, top_k=PICKS, implementation="interpret", **places)
+  out, _ = attend(**arrays, selection=chosen, window=window, scale=0.25, implementation="interpret")
   return out, chosen.mask(arrays["entries"].shape[1])
+
+
+def negated(x, places):
+  """A copy of [1, n, ...] with the sign of these places turned."""
+  moved = x.copy()
+  moved[:, places] *= -1
+  return moved
 
 
 def changed_at(arrays, place, kind):
   """Everything that token `place` of row 0 brings in: its query, its key, and the entries of its window and the next."""
   entry = place // RATES[kind]
-  moved = dict(arrays)
-  for name in ("q", "window_kv", "index_queries", "index_weights"):
-    moved[name] = arrays[name].at[0, place].multiply(-1)
-  for name in ("entries", "index_keys"):
-    moved[name] = arrays[name].at[0, entry:entry + 2].multiply(-1)
-  return moved
+  return arrays | {name: negated(arrays[name], slice(place, place + 1)) for name in (
+    "q", "window_kv", "index_queries", "index_weights")} | {
+      name: negated(arrays[name], slice(entry, entry + 2)) for name in ("entries", "index_keys")}
 
 
 @all_kinds
@@ -80,7 +89,7 @@ def test_an_entry_is_seen_when_its_window_is_closed():
   arrays, rate = inputs((64,), HCA), RATES[HCA]
   base = np.asarray(layer(arrays, HCA)[0])
   for entry in (0, 1, 7):
-    moved = layer(arrays | {"entries": arrays["entries"].at[:, entry].multiply(-1)}, HCA)[0]
+    moved = layer(arrays | {"entries": negated(arrays["entries"], slice(entry, entry + 1))}, HCA)[0]
     assert (np.asarray(moved) != base).any((2, 3))[0].nonzero()[0].tolist() == list(range((entry + 1) * rate - 1, 64))
   chosen = np.asarray(layer(inputs((64,)))[1])[0]
   assert not chosen[2].any() and chosen[3].nonzero()[0].tolist() == [0] and chosen[7].nonzero()[0].tolist() == [0, 1]
@@ -98,9 +107,9 @@ def test_a_packed_row_equals_its_documents_alone(documents, kind):
   for length in documents:
     alone = dict(arrays, **packed([(length,)], ROW, RATES[kind], entries))
     for name in ("q", "window_kv", "index_queries", "index_weights"):
-      alone[name] = jnp.roll(arrays[name], -start, 1)
+      alone[name] = np.roll(arrays[name], -start, 1)
     for name in ("entries", "index_keys"):
-      alone[name] = unused_to_nan(jnp.roll(arrays[name], -first, 1), alone["entry_segment"])
+      alone[name] = unused_to_nan(np.roll(arrays[name], -first, 1), alone["entry_segment"])
     np.testing.assert_allclose(layer(alone, kind)[0][0, :length], together[0, start:start + length], atol=1e-5)
     start, first = start + length, first + length // RATES[kind]
 
@@ -111,9 +120,9 @@ def test_changing_a_document_moves_no_other(kind):
   arrays = inputs((14, 1, 16), kind)
   base = np.asarray(layer(arrays, kind)[0])
   for number in (1, 2, 3):
-    own = {name: (arrays["segment_ids" if x.shape[1] == ROW else "entry_segment"] == number).reshape(
+    own = {name: np.asarray(arrays["segment_ids" if x.shape[1] == ROW else "entry_segment"] == number).reshape(
         1, -1, *(1,) * (x.ndim - 2)) for name, x in arrays.items() if x.ndim > 2}
-    changed = {name: jnp.where(mask, -arrays[name], arrays[name]) for name, mask in own.items()}
+    changed = {name: np.where(mask, -arrays[name], arrays[name]) for name, mask in own.items()}
     moved = np.asarray(layer(arrays | changed, kind)[0])
     others = np.asarray(arrays["segment_ids"]) != number
     np.testing.assert_array_equal(moved[others], base[others])
@@ -129,9 +138,9 @@ def of_kinds(values, usual):
 def with_past(part, arrays, start, window):
   """The calls' arrays with the keys of the window - 1 tokens before `start`, as a cache hands them over: where the row has
   no such token the memory is NaN and belongs to no document."""
-  front = lambda x, value: jnp.pad(x, ((0, 0), (window - 1, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
+  front = lambda x, value: np.pad(x, ((0, 0), (window - 1, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
   past = slice(start, start + window - 1)
-  return part | {"past_kv": front(arrays["window_kv"], jnp.nan)[:, past],
+  return part | {"past_kv": front(arrays["window_kv"], np.nan)[:, past],
                  "past_segment": front(arrays["segment_ids"], 0)[:, past]}
 
 

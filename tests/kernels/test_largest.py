@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import blocks
-from pallas_kernels.cases import normals, packed, unused_to_nan
+from pallas_kernels.cases import packed
 from pallas_kernels.indexer import blockwise, reference
 from pallas_kernels.indexer.largest import group_maxima, largest
+from tests.kernels.arrays import normals, unused_to_nan
 
 
 def rows_of(kind, length, dtype):
@@ -59,8 +60,7 @@ def test_groups_with_a_maximum_of_minus_infinity_are_not_read(length, k):
 
 
 @pytest.mark.parametrize("rows, rate", [([(300,), (120, 1, 90, 60)], 1), ([(130, 150)], 2)], ids=str)
-@pytest.mark.parametrize("kind", ["normal", "equal"])
-def test_a_selection_in_many_tiles(monkeypatch, rows, rate, kind):
+def test_a_selection_in_many_tiles(monkeypatch, rows, rate):
   """Blocks of queries that see other tiles than the blocks before them, documents that begin inside a tile, entries that do
   not fill the last one, unused memory of NaN: the picks of the formula."""
   monkeypatch.setattr(blockwise, "_LARGEST_TILE", 16)
@@ -68,12 +68,11 @@ def test_a_selection_in_many_tiles(monkeypatch, rows, rate, kind):
   monkeypatch.setattr(blocks, "_BYTES_PER_BLOCK", 0)  # 16 queries a block
   length, entries, top_k = 300, 300 // rate + 3, 9
   places = packed(rows, length, rate, entries)
-  arrays = normals(jax.random.key(0), queries=(len(rows), length, 2, 4), weights=(len(rows), length, 2),
-                   keys=(len(rows), entries, 4))
-  if kind == "equal":
-    arrays = {name: jnp.round(x) for name, x in arrays.items()}
-  arrays["keys"] = unused_to_nan(arrays["keys"], places["entry_segment"])
-  found, want = (np.sort(jax.jit(lambda *index, run=run: run.select(*index, **places, top_k=top_k))(*arrays.values()))
-                 for run in (blockwise, reference))
-  np.testing.assert_array_equal(found, want)
-  assert (want >= 0).all(-1).any() and (want < 0).any()
+  normal = normals(queries=(len(rows), length, 2, 4), weights=(len(rows), length, 2), keys=(len(rows), entries, 4))
+  picks = [jax.jit(lambda *index, run=run: run.select(*index, **places, top_k=top_k)) for run in (blockwise, reference)]
+  for kind, change in (("normal", lambda x: x), ("equal", np.round)):
+    arrays = {name: change(x) for name, x in normal.items()}
+    arrays["keys"] = unused_to_nan(arrays["keys"], places["entry_segment"])
+    found, want = (np.sort(run(*arrays.values())) for run in picks)
+    np.testing.assert_array_equal(found, want, err_msg=kind)
+    assert (want >= 0).all(-1).any() and (want < 0).any()

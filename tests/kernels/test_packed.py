@@ -35,14 +35,14 @@ def places(rng, batch, length, entries):
 
 @pytest.mark.parametrize("num_entries", [7, 64, 100])
 def test_selection_from_packed_keys(num_entries, monkeypatch):
-  """Tiles of 32 keys: fewer than a tile, whole tiles, a last one that is filled up."""
+  """Tiles of 32 keys: fewer than a tile, whole tiles, a last one that is filled up. Only plain XLA unpacks by tiles."""
   monkeypatch.setattr(blockwise, "_LARGEST_TILE", 32)
   rng = np.random.default_rng(num_entries)
   keys, where = packed_like(rng, 2, num_entries, 16), places(rng, 2, 9, num_entries)
   queries, weights = rng.normal(size=(2, 9, 4, 16)).astype(np.float32), rng.normal(size=(2, 9, 4)).astype(np.float32)
   sets = lambda found: np.sort(np.asarray(found.indices()), -1)
   want = oracles.select(queries, weights, unpack(keys), top_k=5, **where)[0]
-  for kernels in ("blockwise", "reference", "interpret"):
+  for kernels in ("blockwise", "reference", "interpret") if num_entries == 100 else ("blockwise",):
     run = jax.jit(lambda keys, kernels=kernels: select(queries, weights, keys, top_k=5, unpack=unpack,
                                                        implementation=kernels, **where))
     np.testing.assert_array_equal(sets(run(keys)), want, err_msg=kernels)

@@ -7,21 +7,28 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from deepseek_v4.analysis.count import cache_bytes
 from deepseek_v4.config import load
+from tests.launch.in_process import program
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def plan(config, *arguments, timeout=120):
-  """Ends `python -m launch.plan`, without the flags that the tests give to XLA's CPU compiler."""
+def python(*arguments, timeout=120):
+  """Ends another Python, without the flags that the tests give to XLA's CPU compiler."""
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  command = [sys.executable, "-m", "launch.plan", "--config", f"configs/{config}.py", *arguments]
-  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
+  return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+                        check=False, timeout=timeout)
 
 
-@pytest.mark.parametrize("config, arguments, message", [
+def plan(config, *arguments, timeout=120):
+  """Ends `python -m launch.plan`."""
+  return python("-m", "launch.plan", "--config", f"configs/{config}.py", *arguments, timeout=timeout)
+
+
+MISTAKES = [
   ("none", ["--topology", "v5p:2x2x1"], "configs/none.py"),
   ("debug", ["--topology", "v9:2x2"], "topology = 'v9:2x2': expected a slice that libtpu knows, such as v5p:4x4x4"),
   ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.tensor=64"],
@@ -38,8 +45,37 @@ def plan(config, *arguments, timeout=120):
    "data.batch_size = 6: expected a multiple of dcn_data x data x fsdp x expert = 4"),
   ("debug", ["--topology", "v5p:2x2x1", "--search", "--step", "decode"],
    "--step = 'decode': expected 'train' with --search"),
-], ids=["config", "topology", "too many devices", "batch", "json", "stage", "cache on context", "chunk", "rows", "search"])
-def test_mistakes_are_named_before_anything_is_compiled(config, arguments, message):
+]
+IDS = ["config", "topology", "too many devices", "batch", "json", "stage", "cache on context", "chunk", "rows", "search"]
+ENDS = "what each main exited with: "
+
+
+def say_ends():
+  """Calls the command's main for all mistakes in turn; in a process of its own, which libtpu may end."""
+  said = []
+  for config, arguments, _ in MISTAKES:
+    with program("plan") as module, pytest.raises(SystemExit) as end:
+      flags.FLAGS(["plan", "--config", f"configs/{config}.py", *arguments])
+      module.main(["plan"])
+    said.append(end.value.code)
+  print(ENDS + json.dumps(said), flush=True)
+
+
+@pytest.fixture(scope="module")
+def ends():
+  """What the command exits with, of each mistake."""
+  result = python("-c", "from tests.planning.test_aot import say_ends; say_ends()")
+  assert result.returncode == 0, result.stderr[-3000:]
+  return dict(zip(IDS, json.loads(result.stdout.split(ENDS)[1]), strict=True))
+
+
+@pytest.mark.parametrize("name, message", [(name, message) for name, (_, _, message) in zip(IDS, MISTAKES)], ids=IDS)
+def test_mistakes_are_named_before_anything_is_compiled(name, message, ends):
+  assert isinstance(ends[name], str) and message in ends[name]  # Python prints a text and exits with 1
+
+
+def test_the_command_names_a_mistake_and_ends():
+  config, arguments, message = MISTAKES[0]
   result = plan(config, *arguments)
   assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
