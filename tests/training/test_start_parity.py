@@ -11,7 +11,7 @@ from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 import deepseek_v4 as dsv4
 from deepseek_v4.checkpoint.store import restore_variables
-from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig, load
+from deepseek_v4.config import CSA, HASH, HCA, LEARNED, ModelConfig, load
 from deepseek_v4.model.losses import next_token_targets
 from deepseek_v4.training import feed, loop, metrics
 from launch import convert, generate
@@ -19,9 +19,9 @@ from tests.checkpoint.releases import stored_bytes
 from tests.model.small import random_variables
 
 MODEL = ModelConfig(
-  vocab_size=320, hidden_size=32, num_hidden_layers=3, layer_types=(SLIDING, CSA, HCA),
-  mlp_layer_types=(HASH, LEARNED, LEARNED), csa_compress_rate=4, hca_compress_rate=8, num_attention_heads=4, head_dim=16,
-  qk_rope_head_dim=8, q_lora_rank=16, o_groups=2, o_lora_rank=8, sliding_window=8, index_n_heads=8, index_head_dim=8,
+  vocab_size=320, hidden_size=32, num_hidden_layers=2, layer_types=(CSA, HCA), mlp_layer_types=(HASH, LEARNED),
+  csa_compress_rate=4, hca_compress_rate=8, num_attention_heads=4, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16,
+  o_groups=2, o_lora_rank=8, sliding_window=8, index_n_heads=8, index_head_dim=8,
   index_topk=3, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, rope_scaling=None,
   max_position_embeddings=512, num_nextn_predict_layers=0)
 RUN_FILE = '''
