@@ -1,5 +1,6 @@
 """The step of a distillation against the formulas on whole logits, on one device and on meshes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,10 +17,11 @@ from deepseek_v4.sharding import make_mesh
 from deepseek_v4.training.state import optimizer_of
 from deepseek_v4.training.step import update_router
 from tests.model.small import equations
-from tests.posttraining.small import MODEL, random_rows, random_state, run_config
+from tests.posttraining.small import SHALLOW, random_rows, random_state, run_config
 from tests.training.small import at, differing, leaves, on_host, with_leaf
 
-RUN = run_config([("narrow", "a", "b", 0.5), ("wide", "a", "b", 2.0)])
+MODEL = dataclasses.replace(SHALLOW, num_nextn_predict_layers=1)
+RUN = run_config([("narrow", "a", "b", 0.5), ("wide", "a", "b", 2.0)], model=MODEL)
 # two passes of two rows: packed samples, one that is a whole row, and a row without any
 ROWS = [random_rows(MODEL, [[(5, 20), (3, 9)], [(8, 40)]], seed=1), random_rows(MODEL, [[(1, 30)], []], seed=2)]
 WIDTH, WEIGHTS, KNOWN = 24, (0.5, 2.0), 260  # teachers are wider, and know fewer ids
