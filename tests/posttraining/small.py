@@ -21,6 +21,7 @@ MODEL = c.ModelConfig(
 # one layer, with picked entries and learned experts; no prediction block
 SHALLOW = dataclasses.replace(MODEL, num_hidden_layers=1, layer_types=(c.CSA,), mlp_layer_types=(c.LEARNED,),
                               num_nextn_predict_layers=0)
+STUDENT = dataclasses.replace(SHALLOW, num_nextn_predict_layers=1)
 # another width, depth and vocabulary, and no prediction block
 TEACHER = dataclasses.replace(MODEL, hidden_size=24, num_hidden_layers=1, layer_types=(c.HCA,), mlp_layer_types=(c.LEARNED,),
                               vocab_size=260, num_nextn_predict_layers=0)
