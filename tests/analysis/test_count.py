@@ -1,6 +1,7 @@
 """Counts against the model's real shapes, part by part, and against the published numbers of the releases."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -34,10 +35,15 @@ PARTS = (("hash_table", "hash tables"), ("embedding", "embedding"), ("lm_head", 
          ("experts", "routed_experts"), ("shared", "shared_experts"), ("hc", "hyper_connections"), ("norm", "norms"))
 
 
+@functools.cache
+def shapes_of(config):
+  """Shapes of the model's variables."""
+  return jax.eval_shape(dsv4.DeepseekV4(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+
+
 def real_parts(config):
   """Numbers of parameters by part from the shapes of the model's variables: (main, prediction block)."""
-  shapes = jax.eval_shape(dsv4.DeepseekV4(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
-  found = ({}, {})
+  shapes, found = shapes_of(config), ({}, {})
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     name = "/".join(str(p.key) for p in path)
     part = next(part for word, part in PARTS if word in name)
@@ -113,7 +119,7 @@ def test_precisions():
   assert found.equivalent_flops == half / 2 + whole + 2 * (twice + found.flops_by_precision["FP32"])
 
 
-@pytest.mark.parametrize("width", [384, 512])
+@pytest.mark.parametrize("width", [384, pytest.param(512, marks=pytest.mark.long)])
 def test_operations_are_those_that_xla_counts(width):
   """Of the compiled forward pass, within 2%: elementwise work, which is not counted, comes on top, and is less the wider a
   model is. The formula's kernels multiply every pair of tokens and score every entry, so for every query it is what the last
@@ -140,7 +146,7 @@ def test_operations_are_those_that_xla_counts(width):
                          ids=["odd", "no_mtp", "flash"])
 def test_training_bytes_are_those_of_the_optimizer_s_table(config):
   """Owners of the model's real leaves by the optimizer's own table."""
-  shapes = jax.eval_shape(dsv4.DeepseekV4(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+  shapes = shapes_of(config)
   of = dict.fromkeys(("muon", "adamw", "frozen"), 0)
   for owner, leaf in zip(jax.tree.leaves(dsv4.optim.assign(shapes)), jax.tree.leaves(shapes)):
     of[owner] += int(np.prod(leaf.shape, dtype=np.int64)) if leaf.dtype == jnp.float32 else 0  # hash tables are integers

@@ -1,6 +1,7 @@
 """Traces: which names there are and their shapes, that they fit together, that nothing changes, from whatever variables."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -11,11 +12,14 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4 import config as c
 from deepseek_v4 import sharding
-from tests.model.small import ROW, T0, pack, plain_model, random_tokens, traced_model, variables
+from tests.compiling import jit
+from tests.model.small import ROW, T0, pack, random_tokens, variables
 
 TOKENS, SEGMENTS = pack(random_tokens(37, seed=1), random_tokens(20, seed=2))
-TWO = np.concatenate([TOKENS, TOKENS[:, ::-1]]), np.concatenate([SEGMENTS, np.where(SEGMENTS[:, ::-1] > 0, 1, 0)])
 ROWS = random_tokens(1, ROW, seed=3)
+# One document, packed ones, one behind padding, packed ones: what all traces here are of, so that one program makes them.
+FOUR = (np.concatenate([ROWS, TOKENS, TOKENS[:, ::-1], TOKENS]),
+        np.concatenate([np.ones_like(SEGMENTS), SEGMENTS, np.where(SEGMENTS[:, ::-1] > 0, 1, 0), SEGMENTS]))
 MODEL = dsv4.DeepseekV4(T0, "blockwise")
 N, D, H, d, K, E, k, h, i, A = 4, 32, 4, 16, 2, 4, 2, 8, 8, 16  # sizes of T0; A: entries of rate 4
 B, S = 1, ROW
@@ -36,9 +40,22 @@ EXPECTED = (
   SHAPES | of_entries(A // 2, 8))
 
 
+@functools.cache
+def traced():
+  """(variables, tokens, segment_ids) -> trace, jitted."""
+  return jit(lambda *arguments: dsv4.trace(MODEL, arguments[0], arguments[1], None, arguments[2]))
+
+
 @pytest.fixture(scope="module")
-def found():
-  return traced_model("blockwise")(ROWS)
+def plain():
+  """The trace of four rows on one device."""
+  return jax.device_get(traced()(variables(), *FOUR))
+
+
+@pytest.fixture(scope="module")
+def found(plain):
+  """The trace of the row that is one document."""
+  return {name: x[:1] for name, x in plain.items()}
 
 
 def test_every_name_is_there_with_its_shape_and_in_the_docstring(found):
@@ -51,12 +68,14 @@ def test_every_name_is_there_with_its_shape_and_in_the_docstring(found):
     assert words in text or words in ("mhc_attn/post", "mhc_ffn/post"), f"{name} is not in the docstring"
 
 
-def test_no_number_changes(found):
+def test_no_number_changes(plain):
   """The same compiled operations but for what XLA fuses otherwise: float32 roundings of a model of three layers."""
-  out = plain_model("blockwise")(ROWS)
-  np.testing.assert_allclose(found["final_norm"], out.hidden, atol=2e-5, rtol=2e-5)
+  run = jit(lambda variables, tokens, segment_ids: MODEL.apply(variables, tokens, None, segment_ids))
+  out = jax.device_get(run(variables(), *FOUR))
+  tokens = FOUR[1] > 0
+  np.testing.assert_allclose(plain["final_norm"][tokens], out.hidden[tokens], atol=2e-5, rtol=2e-5)
   for layer, experts in enumerate(out.routing["experts"]):
-    np.testing.assert_array_equal(found[f"layers/{layer:02d}/router/experts"], experts)
+    np.testing.assert_array_equal(plain[f"layers/{layer:02d}/router/experts"][tokens], experts[tokens])
 
 
 def test_layers_of_op_by_op_passes_are_the_same_bits():
@@ -127,17 +146,14 @@ def in_order(found, tokens):
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "context": 2, "tensor": 2},
                                    pytest.param({"fsdp": 2, "expert": 2}, marks=pytest.mark.long)], ids=str)
-def test_a_mesh_traces_the_same(sizes):
-  """Rows of packed documents; float32 sums in another order, and the same choices."""
-  run = lambda *arguments: dsv4.trace(MODEL, arguments[0], arguments[1], None, arguments[2])
-  rows = [np.concatenate([x, x]) for x in TWO]
-  plain = jax.device_get(jax.jit(run)(variables(), *rows))
+def test_a_mesh_traces_the_same(plain, sizes):
+  """Float32 sums in another order, and the same choices."""
   count = int(np.prod(list(sizes.values())))
   with jax.set_mesh(sharding.make_mesh(c.MeshConfig(**{"data": 1} | sizes), jax.devices()[:count])):
-    split = jax.device_get(jax.jit(run)(variables(), *rows))
+    split = jax.device_get(traced()(variables(), *FOUR))
   assert plain.keys() == split.keys()
-  got = in_order(split, rows[1] > 0)
-  for name, expected in in_order(plain, rows[1] > 0).items():
+  got = in_order(split, FOUR[1] > 0)
+  for name, expected in in_order(plain, FOUR[1] > 0).items():
     np.testing.assert_allclose(got[name], expected, atol=2e-4, rtol=2e-4, err_msg=name)
 
 
@@ -147,7 +163,7 @@ def test_of_a_release_folder_it_is_that_of_its_weights(tmp_path):
   loaded = dsv4.load_hf(tmp_path / "release", dsv4.ModelConfig.from_hf(tmp_path / "release"), dtype="float32")
   rounded = jax.tree.map(lambda x, y: x if np.array_equal(x, y) else x.astype(ml_dtypes.bfloat16).astype(x.dtype),
                          variables(), loaded)
-  expected, found = (traced_model("blockwise")(ROWS, tree) for tree in (rounded, loaded))
+  expected, found = (jax.device_get(traced()(tree, *FOUR)) for tree in (rounded, loaded))
   assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 

@@ -1,8 +1,10 @@
 """Bytes of a run's state, from its shapes."""
 
+import functools
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from deepseek_v4 import sharding
@@ -12,14 +14,19 @@ from deepseek_v4.training.state import abstract_state
 from tests.training.small import RUN
 
 
+@functools.cache
+def shapes_of(mesh=None):
+  return abstract_state(RUN, mesh)
+
+
 def kinds(mesh_config, devices):
   mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
-  return state.by_kind(state.placed(abstract_state(RUN), mesh)), state.by_kind(abstract_state(RUN, mesh))
+  return state.by_kind(state.placed(shapes_of(), mesh)), state.by_kind(shapes_of(mesh))
 
 
 def test_one_device_holds_every_number_once():
   found, of_run = kinds(MeshConfig(data=1), 1)
-  shapes = abstract_state(RUN)
+  shapes = shapes_of()
   numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
   assert found == of_run and found["parameters"] == 4 * numbers
   # Muon keeps a momentum of each of its numbers, AdamW two moments of the others; and counters.
@@ -32,9 +39,9 @@ def test_a_device_holds_its_part(axes):
   """What an array on the devices really takes is `shard_shape`'s, so this compares with the arrays' own shards."""
   devices = math.prod(axes.values())
   mesh = sharding.make_mesh(MeshConfig(**({"data": 1} | axes)), jax.devices()[:devices])
-  found = state.by_kind(state.placed(abstract_state(RUN), mesh))
-  shapes = abstract_state(RUN, mesh)
-  shards = [jax.device_put(jax.numpy.zeros(leaf.shape, leaf.dtype), leaf.sharding).addressable_shards[0].data.nbytes
+  found = state.by_kind(state.placed(shapes_of(), mesh))
+  shapes = shapes_of(mesh)
+  shards = [jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding).addressable_shards[0].data.nbytes
             for leaf in jax.tree.leaves(shapes.params)]
   assert found["parameters"] == sum(shards) and found == state.by_kind(shapes)
 

@@ -18,6 +18,10 @@ MODEL = c.ModelConfig(
   o_lora_rank=8, sliding_window=8, index_n_heads=2, index_head_dim=8, index_topk=2, n_routed_experts=4,
   num_experts_per_tok=2, moe_intermediate_size=8, hc_mult=2, max_position_embeddings=64, rope_scaling=None,
   loss_chunk_size=16, init_std=0.1)
+# one layer, with picked entries and learned experts; no prediction block
+SHALLOW = dataclasses.replace(MODEL, num_hidden_layers=1, layer_types=(c.CSA,), mlp_layer_types=(c.LEARNED,),
+                              num_nextn_predict_layers=0)
+STUDENT = dataclasses.replace(SHALLOW, num_nextn_predict_layers=1)
 # another width, depth and vocabulary, and no prediction block
 TEACHER = dataclasses.replace(MODEL, hidden_size=24, num_hidden_layers=1, layer_types=(c.HCA,), mlp_layer_types=(c.LEARNED,),
                               vocab_size=260, num_nextn_predict_layers=0)

@@ -110,7 +110,8 @@ def test_several_teachers_one_after_another_are_all_at_once():
     return weights[i] * total / count, counted
 
   with jax.enable_x64(True):
-    parts = jax.device_get([jax.value_and_grad(one, argnums=(0, 1), has_aux=True)(student, head, i) for i in (0, 1)])
+    run = jax.jit(jax.value_and_grad(one, argnums=(0, 1), has_aux=True), static_argnums=2)
+    parts = jax.device_get([run(student, head, i) for i in (0, 1)])
   # jointly: the rows' own heads in one formula
   ls = log_softmax(student @ head)
   lt = log_softmax(np.concatenate([of(teacher, i) @ heads[i] for i in (0, 1)]))

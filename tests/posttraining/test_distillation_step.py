@@ -16,12 +16,12 @@ from deepseek_v4.sharding import make_mesh
 from deepseek_v4.training.state import optimizer_of
 from deepseek_v4.training.step import update_router
 from tests.model.small import equations
-from tests.posttraining.small import MODEL, random_rows, random_state, run_config
+from tests.posttraining.small import STUDENT, random_rows, random_state, run_config
 from tests.training.small import at, differing, leaves, on_host, with_leaf
 
-RUN = run_config([("narrow", "a", "b", 0.5), ("wide", "a", "b", 2.0)])
+RUN = run_config([("narrow", "a", "b", 0.5), ("wide", "a", "b", 2.0)], model=STUDENT)
 # two passes of two rows: packed samples, one that is a whole row, and a row without any
-ROWS = [random_rows(MODEL, [[(5, 20), (3, 9)], [(8, 40)]], seed=1), random_rows(MODEL, [[(1, 30)], []], seed=2)]
+ROWS = [random_rows(STUDENT, [[(5, 20), (3, 9)], [(8, 40)]], seed=1), random_rows(STUDENT, [[(1, 30)], []], seed=2)]
 WIDTH, WEIGHTS, KNOWN = 24, (0.5, 2.0), 260  # teachers are wider, and know fewer ids
 
 
@@ -30,7 +30,7 @@ def heard():
   """(hidden states [2, S, E], head [E, V]) of the teacher of each pass."""
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  return [(normal(2, 48, WIDTH), normal(WIDTH, MODEL.vocab_size) / 3) for _ in WEIGHTS]
+  return [(normal(2, 48, WIDTH), normal(WIDTH, STUDENT.vocab_size) / 3) for _ in WEIGHTS]
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def single():
 @functools.cache
 def dense():
   """(loss, gradients, experts' load) of all rows together, the logits of every place and autodiff through the formula."""
-  state, model = random_state(RUN), dsv4.DeepseekV4(MODEL, "reference")
+  state, model = random_state(RUN), dsv4.DeepseekV4(STUDENT, "reference")
   rows = {name: jnp.concatenate([x[name] for x in ROWS]) for name in ROWS[0]}
   logits_t = [jnp.asarray(hidden) @ head for hidden, head in heard()]
   following = lambda x: np.concatenate([x[:, 1:], 0 * x[:, :1]], 1)
@@ -111,7 +111,7 @@ def test_the_prediction_block_rests_and_the_rest_learns():
   assert {name for name in leaves(before.params) if not name.startswith("mtp/")} - moved == set()
   assert differing(after.router["mtp"], before.router["mtp"]) == []
   without = {name: tree for name, tree in before.router.items() if name != "mtp"}
-  want = update_router(MODEL, without, {"layers": jnp.asarray(single()[0].load)}, RUN.loss.bias_update_speed)
+  want = update_router(STUDENT, without, {"layers": jnp.asarray(single()[0].load)}, RUN.loss.bias_update_speed)
   assert differing(after.router["layers"], want["layers"]) == []
   assert differing(after.router["layers"], before.router["layers"]) != []
   assert int(after.step) == 1
@@ -153,10 +153,10 @@ def test_nothing_holds_the_vocabulary_of_all_places():
   program = jax.make_jaxpr(lambda *args: distillation_step._add_pass(RUN, None, *args))(
     random_state(RUN), steps.start(), part, counts)
   shapes = {v.aval.shape for e in equations(program.jaxpr) for v in e.outvars}
-  wide = [shape for shape in shapes if {KNOWN, MODEL.vocab_size} & set(shape)]
-  rows = {shape: np.prod(shape) // max(n for n in shape if n in (KNOWN, MODEL.vocab_size)) for shape in wide}
-  both = 2 * MODEL.loss_chunk_size  # the student's and the teacher's logits of a chunk
-  assert max(rows.values()) <= max(WIDTH, MODEL.hidden_size, both) < 2 * 48, rows
+  wide = [shape for shape in shapes if {KNOWN, STUDENT.vocab_size} & set(shape)]
+  rows = {shape: np.prod(shape) // max(n for n in shape if n in (KNOWN, STUDENT.vocab_size)) for shape in wide}
+  both = 2 * STUDENT.loss_chunk_size  # the student's and the teacher's logits of a chunk
+  assert max(rows.values()) <= max(WIDTH, STUDENT.hidden_size, both) < 2 * 48, rows
   places = 2 * 48 * KNOWN
   assert not [shape for shape in shapes if np.prod(shape) >= places]  # nor under another shape
 

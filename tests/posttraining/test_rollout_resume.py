@@ -14,7 +14,7 @@ import deepseek_v4 as dsv4
 from deepseek_v4.generation.decode import generate
 from deepseek_v4.posttraining.journal import Journal, draw_missing, file_of
 from deepseek_v4.posttraining.rollout import Request, sample_replies
-from tests.posttraining.small import MODEL, random_state, run_config
+from tests.posttraining.small import SHALLOW, random_state, run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, STOP = 24, 7
@@ -33,13 +33,14 @@ test.draw(sys.argv[1], die)
 
 def draw(folder, on_saved=lambda: None):
   """(replies, log-probabilities, tokens drawn now) of six requests in batches of four."""
-  state = random_state(run_config([("t", "a", "b", 1.0)], model=MODEL))
+  state = random_state(run_config([("t", "a", "b", 1.0)], model=SHALLOW))
   rng = np.random.default_rng(0)
-  prompts = [tuple(rng.integers(8, MODEL.vocab_size, n).tolist()) for n in (3, 8, 1, 5, 2, 7)]
+  prompts = [tuple(rng.integers(8, SHALLOW.vocab_size, n).tolist()) for n in (3, 6, 1, 5, 2, 6)]
 
   def sample(requests, **given):
-    return sample_replies(dsv4.DeepseekV4(MODEL), {"params": state.params, "router": state.router}, requests, batch_size=4,
-                          temperature=1.5, **given)
+    # What was drawn is fed in chunks as wide as a prompt is filled up to: one width to compile.
+    return sample_replies(dsv4.DeepseekV4(SHALLOW), {"params": state.params, "router": state.router}, requests,
+                          batch_size=4, temperature=1.5, chunk_size=8, **given)
 
   with Journal(folder, 0, {"prompts": prompts}, len(prompts)) as journal:
     before = journal.count
@@ -91,9 +92,9 @@ def test_a_rollout_that_ends_in_the_middle_goes_on(tmp_path, end):
 
 
 def generated(prompts, **settings):
-  state = random_state(run_config([("t", "a", "b", 1.0)], model=MODEL))
+  state = random_state(run_config([("t", "a", "b", 1.0)], model=SHALLOW))
   keys = jax.random.split(jax.random.key(1), 4)[:len(prompts)]
-  return generate(dsv4.DeepseekV4(MODEL), {"params": state.params, "router": state.router}, prompts, keys=keys,
+  return generate(dsv4.DeepseekV4(SHALLOW), {"params": state.params, "router": state.router}, prompts, keys=keys,
                   max_new_tokens=24, temperature=1.5, **settings)
 
 

@@ -14,7 +14,7 @@ from deepseek_v4.posttraining.distillation_step import Pass, Steps
 from deepseek_v4.posttraining.prompts import in_passes
 from deepseek_v4.posttraining.teachers import Library, Resident, open_teacher
 from deepseek_v4.sharding import make_mesh
-from tests.posttraining.small import MODEL, TEACHER, random_rows, random_state, run_config, write_run
+from tests.posttraining.small import STUDENT, TEACHER, random_rows, random_state, run_config, write_run
 
 PASSES = in_passes(random_rows(TEACHER, [[(3, 20)], [(4, 30), (2, 8)], [(1, 47)]]), 2)
 
@@ -23,18 +23,18 @@ PASSES = in_passes(random_rows(TEACHER, [[(3, 20)], [(4, 30), (2, 8)], [(1, 47)]
 def folder(tmp_path_factory):
   """Folders of two runs, one of them of another architecture, and their states."""
   root = tmp_path_factory.mktemp("teachers")
-  return root, {"same": write_run(root / "same", MODEL, 1), "other": write_run(root / "other", TEACHER, 2)}
+  return root, {"same": write_run(root / "same", STUDENT, 1), "other": write_run(root / "other", TEACHER, 2)}
 
 
 def library(folder, tmp_path, **settings):
   root, _ = folder
-  run = run_config([(name, root / name, root, 1.0) for name in ("same", "other")], **settings)
+  run = run_config([(name, root / name, root, 1.0) for name in ("same", "other")], STUDENT, **settings)
   return run, Library(run, tmp_path / "cache"), [open_teacher(run, t) for t in run.distillation.teachers]
 
 
 @pytest.mark.parametrize("name, model, dtype", [
   ("other", TEACHER, "float32"), ("other", TEACHER, "bfloat16"),
-  pytest.param("same", MODEL, "float32", marks=pytest.mark.long)])
+  pytest.param("same", STUDENT, "float32", marks=pytest.mark.long)])
 def test_what_is_cached_is_what_the_head_multiplies(folder, tmp_path, name, model, dtype):
   """Hidden states times head are the teacher's own logits: exactly what its forward pass gives, or that in bfloat16, whose
   8 bits leave an error of 0.4% of each factor; a head has the student's number of columns."""
@@ -45,7 +45,7 @@ def test_what_is_cached_is_what_the_head_multiplies(folder, tmp_path, name, mode
   assert found.shape == (2, 2, 48, model.hidden_size) and found.dtype == jnp.dtype(dtype)
   state = folder[1][name]
   head = books.head(teacher)
-  assert head.shape == (model.hidden_size, MODEL.vocab_size) and not head[:, model.vocab_size:].any()
+  assert head.shape == (model.hidden_size, STUDENT.vocab_size) and not head[:, model.vocab_size:].any()
   variables = jax.tree.map(jnp.asarray, {"params": state.params, "router": state.router})
   run = jax.jit(lambda *rows: dsv4.DeepseekV4(model).apply(variables, *rows).logits)
   for rows, hidden in zip(PASSES, found):
@@ -78,7 +78,7 @@ def test_eleven_teachers_one_at_a_time(tmp_path):
   """One program for all of them, the weights of at most one and a single head on the devices."""
   for i in range(11):
     write_run(tmp_path / str(i), TEACHER, i)
-  run = run_config([(f"t{i}", tmp_path / str(i), tmp_path, 1.0) for i in range(11)], data=dataclasses.replace(
+  run = run_config([(f"t{i}", tmp_path / str(i), tmp_path, 1.0) for i in range(11)], STUDENT, data=dataclasses.replace(
     run_config([("a", "b", "c", 1.0)]).data, batch_size=22, accumulation=11))
   books = Library(run, tmp_path / "cache")
   steps = Steps(run)
