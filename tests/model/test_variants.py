@@ -74,7 +74,9 @@ def test_scanning_and_recomputation_change_nothing():
   same(other_gradients, gradients, 2e-4)
 
 
-@pytest.mark.parametrize("kernels, mode", [("reference", "sparse"), ("blockwise", "dense")])
+# Blockwise, of one layer and with the prediction block: test_isolation.py.
+@pytest.mark.parametrize("kernels, mode", [("reference", "sparse"),
+                                           pytest.param("blockwise", "dense", marks=pytest.mark.long)])
 def test_language_and_indexer_train_apart(kernels, mode):
   """The indexer's leaves get exactly nothing from the other losses, and its loss gives exactly nothing to other leaves."""
   run = compiled(remat="block") if mode == "sparse" else compiled(kernels, mode)
