@@ -10,7 +10,7 @@ import pytest
 
 import deepseek_v4 as dsv4
 from deepseek_v4.analysis.count import cache_bytes
-from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING
+from deepseek_v4.config import CSA, HCA, LEARNED, SLIDING
 from tests.compiling import jit
 from tests.model.small import T0, abstract_variables, random_tokens, random_variables, variables
 
@@ -19,19 +19,32 @@ IDS = random_tokens(1, LENGTH)
 TOLERANCE = 1e-4  # logits of these weights reach 10; the sums of a chunk run in another order
 
 
-@functools.cache
-def full(kernels="blockwise"):
-  """Logits [S, V] of the ids of any row without a cache: jitted for rows of 40."""
-  run = jit(lambda v, tokens: dsv4.DeepseekV4(T0, kernels).apply(v, tokens).logits)
-  return lambda ids: np.asarray(run(variables(), np.pad(ids, ((0, 0), (0, LENGTH - ids.shape[1])))))
+def full(config=T0):
+  """ids [1, S] -> logits [1, 40, V] without a cache: jitted for rows of 40."""
+  return _full(config)
 
 
 @functools.cache
-def cached(kernels="blockwise", config=T0, **arguments):
+def _full(config):
+  run = jit(lambda v, tokens: dsv4.DeepseekV4(config, "blockwise").apply(v, tokens).logits)
+  weights = weights_of(config)
+  return lambda ids: np.asarray(run(weights, np.pad(ids, ((0, 0), (0, LENGTH - ids.shape[1])))))
+
+
+def weights_of(config):
+  return variables() if config is T0 else random_variables(config)
+
+
+def cached(kernels="blockwise", config=T0, cache_reach=None):
   """(cache, tokens, segment_ids) -> (logits, cache), jitted once per width of tokens."""
+  return _cached(kernels, config, cache_reach)
+
+
+@functools.cache  # by arguments as they are written: here always so
+def _cached(kernels, config, cache_reach):
   run = jit(lambda v, cache, tokens, segments: dsv4.DeepseekV4(config, kernels).apply(
-    v, tokens, None, segments, cache, **arguments))
-  weights = variables() if config is T0 else random_variables(config)
+    v, tokens, None, segments, cache, cache_reach=cache_reach))
+  weights = weights_of(config)
 
   def step(cache, tokens, segments=None):
     out = run(weights, cache, tokens, segments)
@@ -87,12 +100,13 @@ def test_rows_in_chunks_of_any_size_in_one_batch():
   np.testing.assert_array_equal(dsv4.cache_lengths(cache), [LENGTH] * len(rows) + [0] * (BATCH - len(rows)))
 
 
-@pytest.mark.parametrize("kernels, width", [("blockwise", 1), ("blockwise", 7)])
-def test_plain_chunks(kernels, width):
-  """A3.5: without segment ids; entries are counted as they close, in attention and indexer alike."""
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.long), 7])
+def test_plain_chunks(width):
+  """A3.5: without segment ids; entries are counted as they close, in attention and indexer alike. Single tokens have a
+  program of their own in `test_any_prefill_then_token_by_token`, too."""
   cache, logits = dsv4.init_cache(T0, 1, ROOM), []
   for start in range(0, LENGTH - LENGTH % width, width):
-    out, cache = cached(kernels)(cache, IDS[:, start:start + width])
+    out, cache = cached()(cache, IDS[:, start:start + width])
     logits.append(out[0])
     counts, seen = dsv4.cache_entries(cache), start + width
     assert jax.tree.map(lambda x: x.tolist(), counts) == {
@@ -131,51 +145,63 @@ def test_rows_do_not_see_each_other():
     np.testing.assert_allclose(logits, full()(ids[None])[0, :len(ids)], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kernels", ["reference", "interpret"])
-def test_other_implementations(kernels):
-  found, _ = in_chunks(cached(kernels), empty(), [IDS[0, :27], IDS[0, :9]], (9, 4), 9)
-  np.testing.assert_allclose(found[0], full()(IDS)[0, :27], atol=TOLERANCE)
-  np.testing.assert_allclose(found[1], full()(IDS)[0, :9], atol=TOLERANCE)
+# A layer that has everything: window, entries, indexer.
+ONE_LAYER = dataclasses.replace(T0, num_hidden_layers=1, layer_types=(CSA,), mlp_layer_types=(LEARNED,),
+                                num_nextn_predict_layers=0)
+IMPLEMENTATIONS = [("blockwise", T0), ("reference", ONE_LAYER), ("interpret", ONE_LAYER),
+                   *(pytest.param(kernels, T0, marks=pytest.mark.long) for kernels in ("reference", "interpret"))]
+each_implementation = pytest.mark.parametrize(
+  "kernels, config", IMPLEMENTATIONS, ids=["blockwise", "reference", "interpret", "reference, all", "interpret, all"])
 
 
+def fed_in_chunks(kernels, config, cache):
+  """Two rows in chunks through a cache equal the full pass, blockwise."""
+  found, _ = in_chunks(cached(kernels, config), cache, [IDS[0, :27], IDS[0, :9]], (9, 4), 9)
+  for logits in found:
+    np.testing.assert_allclose(logits, full(config)(IDS)[0, :len(logits)], atol=TOLERANCE)
+
+
+@each_implementation
+def test_other_implementations(kernels, config):
+  fed_in_chunks(kernels, config, empty(config))
+
+
+# A lone layer and a scanned one.
 SCANNED = dataclasses.replace(
-  T0, num_hidden_layers=7, layer_types=(SLIDING, HCA, CSA, HCA, CSA, HCA, CSA),
-  mlp_layer_types=(HASH, *(LEARNED,) * 6), csa_compress_rate=3, hca_compress_rate=5, sliding_window=1)
+  T0, layer_types=(HCA, CSA, CSA), csa_compress_rate=3, hca_compress_rate=5, sliding_window=1, num_nextn_predict_layers=0)
 
 
 def test_scanned_layers_other_rates_and_a_window_of_one():
-  model, weights = dsv4.DeepseekV4(SCANNED, "blockwise"), random_variables(SCANNED)
-  want = jit(lambda v, ids: model.apply(v, ids))(weights, IDS)
+  want = full(SCANNED)(IDS)[0]
   found, cache = in_chunks(cached(config=SCANNED), empty(SCANNED), [IDS[0], IDS[0, :23]], (9, 2), 9)
-  np.testing.assert_allclose(found[0], want.logits[0], atol=3 * TOLERANCE)
-  np.testing.assert_allclose(found[1], want.logits[0, :23], atol=3 * TOLERANCE)
-  assert cache.layers["unit_0"].entries.shape[0] == 3
-  assert dsv4.cache_entries(cache)["layers/06"]["indexer"].tolist()[:3] == [13, 7, 0]
+  np.testing.assert_allclose(found[0], want, atol=3 * TOLERANCE)
+  np.testing.assert_allclose(found[1], want[:23], atol=3 * TOLERANCE)
+  assert cache.layers["unit_0"].entries.shape[0] == 2
+  assert dsv4.cache_entries(cache)["layers/02"]["indexer"].tolist()[:3] == [13, 7, 0]
 
 
 def test_last_logits_hidden_and_experts_lie_where_the_tokens_lie():
   segments = np.array([[0, 0, 1, 1], [1, 1, 1, 0]], np.int32)
   tokens = np.array([[9, 9, *IDS[0, :2]], [*IDS[0, :3], 9]], np.int32)
-  model = dsv4.DeepseekV4(T0, "reference")
-  plain = jit(lambda v: model.apply(v, IDS[:, :3]))(variables())
+  config = dataclasses.replace(T0, num_hidden_layers=2, layer_types=(SLIDING,) * 2, mlp_layer_types=(LEARNED,) * 2,
+                               num_nextn_predict_layers=0)
+  model, weights = dsv4.DeepseekV4(config, "reference"), random_variables(config)
+  plain = jit(lambda v: model.apply(v, IDS[:, :3]))(weights)
   out = jit(lambda v, cache: model.apply(v, tokens, None, segments, cache, logits="last"))(
-    variables(), dsv4.init_cache(T0, 2, ROOM))
+    weights, dsv4.init_cache(config, 2, ROOM))
   np.testing.assert_allclose(out.logits[:, 0], plain.logits[0, [1, 2]], atol=TOLERANCE)
   np.testing.assert_allclose(out.hidden[0, 2:], plain.hidden[0, :2], atol=TOLERANCE)
   np.testing.assert_array_equal(out.routing["experts"][:, 0, 2:], plain.routing["experts"][:, 0, :2])
   np.testing.assert_array_equal(out.routing["experts"][:, 1, :3], plain.routing["experts"][:, 0])
-  assert out.routing["load"].sum() == 5 * T0.num_experts_per_tok * T0.num_hidden_layers
+  assert out.routing["load"].sum() == 5 * config.num_experts_per_tok * config.num_hidden_layers
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------
-def test_unused_memory_is_never_read():
+@each_implementation
+def test_unused_memory_is_never_read(kernels, config):
   """A4.6: everything NaN before the first token, the same numbers, in every implementation that runs here."""
-  for kernels in ("blockwise", "reference", "interpret"):
-    clean = empty()
-    dirty = clean.replace(layers=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), clean.layers))
-    found, _ = in_chunks(cached(kernels), dirty, [IDS[0, :27], IDS[0, :9]], (9, 4), 9)
-    np.testing.assert_allclose(found[0], full()(IDS)[0, :27], atol=TOLERANCE)
-    np.testing.assert_allclose(found[1], full()(IDS)[0, :9], atol=TOLERANCE)
+  clean = empty(config)
+  fed_in_chunks(kernels, config, clean.replace(layers=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), clean.layers)))
 
 
 def test_a_row_without_tokens_keeps_its_bits():
@@ -214,9 +240,9 @@ def test_bytes_are_those_that_count_predicts(fields, dtype):
 
 def test_fewer_entries_are_read_within_reach():
   """The same numbers where fewer entries are read; NaN where a row has more tokens than the caller said."""
-  step = cached(cache_reach=16)
-  logits, cache = step(dsv4.init_cache(T0, 1, ROOM), IDS[:, :9])
-  np.testing.assert_allclose(logits[0], full()(IDS)[0, :9], atol=TOLERANCE)
+  step = cached(config=ONE_LAYER, cache_reach=16)
+  logits, cache = step(dsv4.init_cache(ONE_LAYER, 1, ROOM), IDS[:, :9])
+  np.testing.assert_allclose(logits[0], full(ONE_LAYER)(IDS)[0, :9], atol=TOLERANCE)
   logits, cache = step(cache, IDS[:, 9:18])
   assert np.isnan(logits).all()  # 18 tokens
 

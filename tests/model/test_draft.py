@@ -8,29 +8,41 @@ import numpy as np
 
 import deepseek_v4 as dsv4
 from deepseek_v4.model.draft import Drafter, init_draft_cache
-from tests.model.small import T0, logits, random_tokens, variables
+from tests.compiling import jit
+from tests.model.small import T0, random_tokens, random_variables
 
+CONFIG = T0.cut_layers(1)  # the block reads the streams behind the last layer, whatever the layers are
 LENGTH, REWIND = 24, 3  # three windows
 IDS = random_tokens(2, LENGTH + 1, seed=8)
 TOLERANCE = 1e-4  # of logits that reach 10
 
 
 @functools.cache
+def variables():
+  return random_variables(CONFIG)
+
+
+def logits(hidden):
+  """What the head makes of hidden states, in NumPy."""
+  return hidden @ variables()["params"]["lm_head"]["kernel"]
+
+
+@functools.cache
 def whole():
   """(streams [B, S, N, D], the block's hidden states [B, S, D]) of the rows without a cache."""
-  model = dsv4.DeepseekV4(T0, "reference")
+  model = dsv4.DeepseekV4(CONFIG, "reference")
 
-  @jax.jit
+  @jit
   def run(variables):
     out, found = model.apply(variables, IDS, mtp=True, mutable=["intermediates"])
-    return found["intermediates"]["layers"]["layer_02"]["streams"][0], out.mtp_hidden
+    return found["intermediates"]["layers"]["layer_00"]["streams"][0], out.mtp_hidden
   return jax.device_get(run(variables()))
 
 
 @functools.cache
 def step():
   """(streams, tokens, count, cache) -> what the drafter gives, jitted for chunks of eight."""
-  run = jax.jit(lambda v, *arguments: Drafter(T0, "reference").apply(v, *arguments))
+  run = jit(lambda v, *arguments: Drafter(CONFIG, "reference").apply(v, *arguments))
   return lambda *arguments: run(variables(), *arguments)
 
 
@@ -43,7 +55,7 @@ def feed(cache, start, counts):
 
 def test_chunks_equal_whole_rows():
   """Rows of different lengths, and one that gets nothing."""
-  cache = init_draft_cache(T0, 2, 64, rewind=REWIND)
+  cache = init_draft_cache(CONFIG, 2, 64, rewind=REWIND)
   start = np.zeros(2, int)
   for counts in ((8, 3), (5, 8), (1, 0), (1, 1), (8, 7)):
     guess, streams, cache = feed(cache, start, counts)
@@ -51,18 +63,18 @@ def test_chunks_equal_whole_rows():
     np.testing.assert_array_equal(dsv4.cache_lengths(cache), start)
     for i in np.flatnonzero(counts):
       np.testing.assert_allclose(guess[i], logits(whole()[1][i, start[i] - 1]), atol=TOLERANCE)
-  assert streams.shape == (2, 1, T0.hc_mult, T0.hidden_size)
+  assert streams.shape == (2, 1, CONFIG.hc_mult, CONFIG.hidden_size)
 
 
 def test_its_cache_is_one_window():
-  cache = init_draft_cache(T0, 2, 64, rewind=REWIND)
-  window = 2 * (T0.sliding_window + REWIND) * T0.head_dim * 4
+  cache = init_draft_cache(CONFIG, 2, 64, rewind=REWIND)
+  window = 2 * (CONFIG.sliding_window + REWIND) * CONFIG.head_dim * 4
   assert cache.bytes_by_kind == {"window": window, "entries": 0, "index_keys": 0, "scales": 0, "pending": 0}
 
 
 def test_guesses_of_its_own_are_taken_back():
   """Three positions fed with the block's own streams and then rewound leave no trace."""
-  cache = init_draft_cache(T0, 2, 64, rewind=REWIND)
+  cache = init_draft_cache(CONFIG, 2, 64, rewind=REWIND)
   _, streams, cache = feed(cache, (0, 0), (8, 8))
   settled = dsv4.cache_lengths(cache)
   for number in range(REWIND):

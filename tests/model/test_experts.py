@@ -12,6 +12,7 @@ from deepseek_v4 import sharding
 from deepseek_v4.config import MeshConfig
 from deepseek_v4.model.dispatch import dispatch
 from deepseek_v4.model.experts import num_waves, routed
+from tests.compiling import fast_options
 
 
 def by_hand(x, experts, weights, gate, up, down, limit, rounded=None):
@@ -81,7 +82,7 @@ def test_waves_equal_all_tokens_at_once():
   axes = (("batch", "sequence"),) * 3 + (("expert",),) * 3
   mesh = sharding.make_mesh(MeshConfig(data=1, expert=shards), jax.devices()[:shards])
 
-  @functools.partial(jax.jit, static_argnums=0)
+  @functools.partial(jax.jit, static_argnums=0, compiler_options=fast_options())
   def run(wave, x, weights, *matrices):
     def total(x, weights, *matrices):
       one = functools.partial(routed, limit=1.0, kernels="blockwise", expert_axis="expert", wave=wave)
@@ -147,7 +148,7 @@ def test_padding_costs_little_where_experts_are_spread(shards):
   experts, k, tokens = 16 // shards, 4, 64 * shards
   rng = np.random.default_rng(0)
   picks = np.stack([rng.permutation(16)[:k] for _ in range(tokens * 8)]).astype(np.int32)
-  plan = dispatch(jnp.asarray(picks.T), experts, grouped_matmul.row_tile(picks.size // shards, experts))
+  plan = jax.jit(dispatch, static_argnums=(1, 2))(picks.T, experts, grouped_matmul.row_tile(picks.size // shards, experts))
   sizes = np.asarray(plan.group_sizes)
   assert sizes.sum() == (picks < experts).sum()
   assert (-(-sizes // plan.tile)).sum() * plan.tile <= 1.3 * sizes.sum()

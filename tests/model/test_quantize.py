@@ -73,8 +73,13 @@ def test_borders_of_scales(kind):
   np.testing.assert_array_equal(scales, numpy_model.exponents(x, kind) + 127)
 
 
-@pytest.mark.parametrize("kind", RULES)
-@pytest.mark.parametrize("width", [1, 8, 31, 64, 128, 200, 448])
+# Of each kind: less than a block, whole blocks, and a part of one behind them.
+IN_THE_SUITE = {"kv": (8, 448, 200), "linear": (31, 128, 200), "index": (1, 64, 200)}
+
+
+@pytest.mark.parametrize("width, kind", [
+  pytest.param(width, kind, marks=[pytest.mark.long] * (width not in IN_THE_SUITE[kind]))
+  for width in (1, 8, 31, 64, 128, 200, 448) for kind in RULES])
 def test_widths_and_dtypes(kind, width):
   """The last block of a width may be smaller; blocks far apart in size; bfloat16 in, bfloat16 out, without a loss."""
   x = np.random.default_rng(width).normal(size=(3, 2, width)).astype(np.float32)
@@ -151,7 +156,8 @@ def test_rounding_has_no_gradient():
   x = np.random.default_rng(3).normal(size=(2, 16)).astype(np.float32)
   for function in (functools.partial(quantize.round_kv, rotary=8), functools.partial(quantize.rounded, rule=quantize.INDEX),
                    functools.partial(quantize.rounded, rule=quantize.LINEAR)):
-    np.testing.assert_array_equal(jax.grad(lambda x, f=function: (f(x) ** 2).sum())(x), np.zeros_like(x))
+    gradient = jax.jit(jax.grad(lambda x, f=function: (f(x) ** 2).sum()))
+    np.testing.assert_array_equal(gradient(x), np.zeros_like(x))
 
 
 # ---- settings ---------------------------------------------------------------------------------------------------------

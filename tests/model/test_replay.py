@@ -26,10 +26,14 @@ TOKENS, SEGMENTS = (np.concatenate(x) for x in zip(
   pack(random_tokens(21), random_tokens(6, seed=1), length=32), pack(random_tokens(32, seed=2), length=32)))
 
 
-@functools.cache
 def differentiated(given, mesh=None, form=PLAIN):
   """replay -> (output with losses, gradient of their means by the parameters), compiled; `given`: the replay is one of all
   choices, else None."""
+  return _differentiated(given, mesh, form)
+
+
+@functools.cache  # by arguments as they are written: here always so
+def _differentiated(given, mesh, form):
   model = dsv4.DeepseekV4(dataclasses.replace(CONFIG, remat=form[1]), form[0])
 
   def total(params, router, tokens, segment_ids, replay):

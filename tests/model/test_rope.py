@@ -70,7 +70,8 @@ def test_a_layer_reads_its_own_table_only_and_relative_positions_only(kind):
   tokens = jnp.ones((1, 41), jnp.int32)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 41, T0.hidden_size)), jnp.float32)
   place = jnp.arange(41)[None]
-  at = lambda positions: make_context(config, tokens, positions, jnp.ones_like(tokens), "sparse", with_losses=False)
+  at = jax.jit(lambda positions: make_context(
+    config, tokens, positions, jnp.ones_like(tokens), "sparse", with_losses=False))
   base = at(place)
   table = rope.frequencies(config, kind)
   np.testing.assert_allclose(base.phases[kind][0][0], np.cos(np.arange(41)[:, None] * table), atol=1e-5)

@@ -20,6 +20,7 @@ from deepseek_v4.model.compression import entry_layout, sees_an_entry
 from deepseek_v4.model.context import make_context
 from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from deepseek_v4.model.mtp import next_embeddings
+from tests.compiling import jit
 from tests.model.small import T0, abstract_variables, random_tokens
 
 # The rates and the window of the released models, in parts that are as short as they may be; everything else is tiny.
@@ -38,9 +39,9 @@ def mesh_of(**sizes):
 def on_mesh(fn, sizes, *arguments):
   """fn(*arguments) jitted on a mesh of these sizes (None: without one), as NumPy."""
   if sizes is None:
-    return jax.device_get(jax.jit(fn)(*arguments))
+    return jax.device_get(jit(fn)(*arguments))
   with jax.set_mesh(mesh_of(**sizes)):
-    return jax.device_get(jax.jit(fn)(*arguments))
+    return jax.device_get(jit(fn)(*arguments))
 
 
 def random_documents(rows, length, seed=0):
@@ -70,7 +71,8 @@ def cut_documents(offsets):
 
 
 # ---- what parts tell each other ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("sizes", [dict(context=2), dict(context=4), dict(context=8)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(context=2), pytest.param(dict(context=4), marks=pytest.mark.long), dict(context=8)],
+                         ids=str)
 def test_integers_are_the_same(sizes):
   """Targets, documents' sums, who sees an entry: bit for bit, for random rows, parts of 8, 16 and 32 places."""
   positions, segments = random_documents(64, 64)
@@ -92,8 +94,9 @@ def test_integers_are_the_same(sizes):
     assert np.unique(x).size > 1
 
 
-@pytest.mark.parametrize("context, length", [(2, 64), (4, 72), (8, 64)])
-@pytest.mark.parametrize("kind", [CSA, HCA])
+@pytest.mark.parametrize("kind, context, length", [
+  pytest.param(kind, context, length, marks=[pytest.mark.long] * ((kind, context) not in ((HCA, 2), (CSA, 4), (HCA, 8))))
+  for kind in (CSA, HCA) for context, length in ((2, 64), (4, 72), (8, 64))])
 def test_parts_find_the_entries_of_the_row(kind, context, length):
   """The same entries in the same order, with unused ones between them; each lies with the part of its last token."""
   positions, segments = random_documents(48, length)
@@ -141,12 +144,13 @@ class Layer(nn.Module):
 
 @functools.cache
 def attention_inputs(rows, config):
-  """(variables of the three kinds, x [B, S, D], cotangent of the outputs [3, B, S, D])."""
+  """(variables of the kinds, x [B, S, D], cotangent of the outputs [kinds, B, S, D])."""
   rng = np.random.default_rng(2)
   shapes = jax.eval_shape(lambda: dsv4.DeepseekV4(config, "reference").init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
   layers = {kind: shapes["params"]["layers"][f"layer_{i:02d}"]["attention"] for i, kind in enumerate(config.layer_types)}
   variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) * 0.5, layers)
-  inputs = variables, rng.normal(size=(rows, PART * PARTS, 8)), rng.normal(size=(3, rows, PART * PARTS, 8))
+  x, cotangents = (rng.normal(size=(*kinds, rows, PART * PARTS, 8)) for kinds in ((), (len(layers),)))
+  inputs = variables, x, cotangents
   return jax.tree.map(lambda x: x.astype(config.compute_dtype), inputs)
 
 

@@ -12,6 +12,7 @@ from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausa
 
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig, Yarn
+from tests.compiling import jit
 
 BASE = ModelConfig(
     vocab_size=97, hidden_size=32, num_hidden_layers=3, layer_types=(SLIDING, CSA, HCA),
@@ -20,20 +21,23 @@ BASE = ModelConfig(
     o_groups=2, o_lora_rank=8, sliding_window=8, index_n_heads=8, index_head_dim=8, index_topk=3, n_routed_experts=6,
     num_experts_per_tok=2, moe_intermediate_size=16, rope_scaling=None, max_position_embeddings=4096,
     num_nextn_predict_layers=0)
-REPEATED = dict(num_hidden_layers=7, layer_types=(HCA, HCA, CSA, HCA, CSA, HCA, CSA),
-                mlp_layer_types=(HASH, HASH, HASH, LEARNED, LEARNED, LEARNED, LEARNED))
+SLIDINGS = dict(num_hidden_layers=2, layer_types=(SLIDING,) * 2, mlp_layer_types=(HASH, LEARNED))
+# All kinds of layers, a lone one and a scanned unit of two.
+REPEATED = dict(num_hidden_layers=5, layer_types=(SLIDING, HCA, CSA, HCA, CSA), mlp_layer_types=(HASH, *(LEARNED,) * 4))
+COMPRESSED = dict(num_hidden_layers=2, layer_types=(CSA, HCA), mlp_layer_types=(HASH, LEARNED))
 # YaRN that bites at these lengths: with 32 original positions every pair is on or beyond the ramp.
 SHORT_YARN = Yarn(factor=16, original_max_position_embeddings=32, beta_fast=8, beta_slow=0.5)
 
 # name -> (fields beside BASE, batch, length)
 CASES = {
     "all_kinds_odd_length": (dict(), 2, 41),
-    "shorter_than_any_rate": (dict(), 2, 3),
+    "sigmoid_clamp_bites": (SLIDINGS | dict(scoring_func="sigmoid", swiglu_limit=0.4), 2, 41),
+    "two_streams_shorter_than_any_rate": (COMPRESSED | dict(hc_mult=2), 2, 3),
     "yarn_scanned_top_k_bites": (REPEATED | dict(rope_scaling=SHORT_YARN, index_topk=2), 1, 61),
-    "two_streams_sigmoid_clamp_bites": (dict(hc_mult=2, scoring_func="sigmoid", swiglu_limit=0.4), 2, 50),
-    "real_rates_window_inside": (dict(hca_compress_rate=128, sliding_window=16, index_topk=8, rope_scaling=Yarn()), 1, 263),
+    "real_rates_window_inside": (
+        COMPRESSED | dict(hca_compress_rate=128, sliding_window=16, index_topk=8, rope_scaling=Yarn()), 1, 263),
     "one_expert_per_token_other_rates": (
-        dict(csa_compress_rate=3, hca_compress_rate=5, num_experts_per_tok=1, hc_mult=3), 2, 29),
+        COMPRESSED | dict(csa_compress_rate=3, hca_compress_rate=5, num_experts_per_tok=1, hc_mult=3), 2, 29),
 }
 
 
@@ -78,14 +82,17 @@ def transformers_side(name):
   return config, model.state_dict(), tokens, direction, logits.detach().numpy(), streams, picks, experts, gradients
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = ("all_kinds_odd_length",)  # as the scanned layers and the pairs are: of odd length, and all kinds
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in CASES])
 def test_equals_transformers(name):
   config, state, tokens, direction, logits, streams, picks, experts, gradients = transformers_side(name)
   assert 0.5 < logits.std() < 5, "weights so small or large that a comparison says nothing"
   variables = dsv4.from_hf_names(state, config)
   model = dsv4.DeepseekV4(config)
 
-  @jax.jit
+  @jit
   def both(params, router, tokens, direction):
     def loss(params):
       found = dsv4.trace(model, {"params": params, "router": router}, tokens)

@@ -12,6 +12,7 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, LEARNED
 from deepseek_v4.model.losses import next_token_targets
+from tests.compiling import jit
 from tests.model.small import T0, abstract_variables, pack, random_tokens, random_variables
 
 # The parity with transformers has a scanned unit of two layers; here the unit is one layer that has every loss.
@@ -32,7 +33,7 @@ def compiled(kernels="reference", attention_mode="sparse", **fields):
   """(variables, weights of the losses) -> (gradients, output), jitted, for a variant of SCANNED."""
   model = dsv4.DeepseekV4(dataclasses.replace(SCANNED, **fields), kernels)
 
-  @jax.jit
+  @jit
   def run(variables, weights):
     def total(params):
       targets = next_token_targets(TOKENS, SEGMENTS, np.ones_like(TOKENS))
@@ -74,7 +75,9 @@ def test_scanning_and_recomputation_change_nothing():
   same(other_gradients, gradients, 2e-4)
 
 
-@pytest.mark.parametrize("kernels, mode", [("reference", "sparse"), ("blockwise", "dense")])
+# Blockwise, of one layer and with the prediction block: test_isolation.py.
+@pytest.mark.parametrize("kernels, mode", [("reference", "sparse"),
+                                           pytest.param("blockwise", "dense", marks=pytest.mark.long)])
 def test_language_and_indexer_train_apart(kernels, mode):
   """The indexer's leaves get exactly nothing from the other losses, and its loss gives exactly nothing to other leaves."""
   run = compiled(remat="block") if mode == "sparse" else compiled(kernels, mode)
