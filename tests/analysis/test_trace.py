@@ -12,7 +12,6 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4 import config as c
 from deepseek_v4 import sharding
-from tests.compiling import jit
 from tests.model.small import ROW, T0, pack, random_tokens, variables
 
 TOKENS, SEGMENTS = pack(random_tokens(37, seed=1), random_tokens(20, seed=2))
@@ -43,7 +42,7 @@ EXPECTED = (
 @functools.cache
 def traced():
   """(variables, tokens, segment_ids) -> trace, jitted."""
-  return jit(lambda *arguments: dsv4.trace(MODEL, arguments[0], arguments[1], None, arguments[2]))
+  return jax.jit(lambda *arguments: dsv4.trace(MODEL, arguments[0], arguments[1], None, arguments[2]))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_every_name_is_there_with_its_shape_and_in_the_docstring(found):
 
 def test_no_number_changes(plain):
   """The same compiled operations but for what XLA fuses otherwise: float32 roundings of a model of three layers."""
-  run = jit(lambda variables, tokens, segment_ids: MODEL.apply(variables, tokens, None, segment_ids))
+  run = jax.jit(lambda variables, tokens, segment_ids: MODEL.apply(variables, tokens, None, segment_ids))
   out = jax.device_get(run(variables(), *FOUR))
   tokens = FOUR[1] > 0
   np.testing.assert_allclose(plain["final_norm"][tokens], out.hidden[tokens], atol=2e-5, rtol=2e-5)

@@ -13,7 +13,6 @@ from deepseek_v4.config import CSA, HASH, HCA, LEARNED
 from deepseek_v4.generation import decode, sample
 from deepseek_v4.generation.requests import ThinkingBudget, Thought
 from deepseek_v4.model.cache import init_cache
-from tests.compiling import jit
 from tests.model.small import T0, random_tokens, random_variables
 
 # The kinds of layers that keep entries, one of each: a layer more is a third more to compile.
@@ -31,7 +30,7 @@ def variables():
 @functools.cache
 def full():
   """Ids -> logits [V] after the last one, without a cache."""
-  run = jit(lambda v, tokens: MODEL.apply(v, tokens).logits)
+  run = jax.jit(lambda v, tokens: MODEL.apply(v, tokens).logits)
   padded = lambda ids: np.pad(np.array([ids], np.int32), ((0, 0), (0, 40 - len(ids))))
   return lambda ids: np.asarray(run(variables(), padded(ids)))[0, len(ids) - 1]
 

@@ -10,7 +10,6 @@ import torch
 from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
 
 import deepseek_v4 as dsv4
-from tests.compiling import jit
 from tests.model.small import T0, random_tokens, random_variables
 
 PLAIN = dataclasses.replace(T0, index_topk=3, num_nextn_predict_layers=0)
@@ -36,7 +35,7 @@ def every_call_equals(widths):
   """A row fed by `widths` tokens at a time; the caches of both sides go the same way."""
   model, variables, theirs = sides()
   ids = random_tokens(1, sum(widths), seed=2)
-  step = jit(lambda v, tokens, cache: model.apply(v, tokens, None, None, cache))
+  step = jax.jit(lambda v, tokens, cache: model.apply(v, tokens, None, None, cache))
   cache, past, start = dsv4.init_cache(PLAIN, 1, 64), None, 0
   for width in widths:
     tokens = ids[:, start:start + width]

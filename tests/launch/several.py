@@ -11,8 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tests.training.small import fast_options
-
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "tests" / "launch" / "small_run.py"
 
@@ -33,11 +31,9 @@ def corpus(folder):
   return folder
 
 
-def compiling_fast():
-  """Environment: the cache of the tests, and XLA's older CPU emitter where there is one."""
-  options = "".join(f" --{name}={str(value).lower()}" for name, value in fast_options().items())
-  return {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + options,
-          "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+def cache_of_tests():
+  """Environment: the compilation cache of this process."""
+  return {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
@@ -54,7 +50,7 @@ class Processes:
     joined = lambda i: [] if count == 1 else [f"--coordinator=localhost:{free}", f"--num_processes={count}",
                                               f"--process_id={i}", "--initialization_timeout=60"]
     free = free_port()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), **compiling_fast()} | environment
+    environment = os.environ | {"PYTHONPATH": str(ROOT), **cache_of_tests()} | environment
     self.processes = []
     for i, path in enumerate(self.logs):
       parts = [f"--set={setting}" for setting in (settings(i) if callable(settings) else settings)]

@@ -11,7 +11,6 @@ import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig
 from deepseek_v4.model.losses import next_token_targets
 from deepseek_v4.model.router import hash_table
-from tests.compiling import jit
 
 # Eight index heads: with two, scores that are exactly zero tie, and comparing sets would say nothing.
 T0 = ModelConfig(
@@ -75,7 +74,7 @@ def packed_model(kernels):
   """(variables, tokens, segment_ids) -> output with all losses, jitted; rows may hold any documents."""
   model = dsv4.DeepseekV4(T0, kernels)
 
-  @jit
+  @jax.jit
   def run(variables, tokens, segment_ids):
     targets = next_token_targets(tokens, segment_ids, jnp.ones_like(tokens))
     return model.apply(variables, tokens, None, segment_ids, targets=targets)
@@ -88,7 +87,7 @@ def plain_model(kernels):
   """(variables, tokens) -> output with all losses of rows that are one document each, jitted."""
   model = dsv4.DeepseekV4(T0, kernels)
 
-  @jit
+  @jax.jit
   def run(variables, tokens):
     targets = next_token_targets(tokens, jnp.ones_like(tokens), jnp.ones_like(tokens))
     return model.apply(variables, tokens, targets=targets)
@@ -100,7 +99,7 @@ def plain_model(kernels):
 def traced_model(kernels):
   """(variables, tokens) -> trace, jitted."""
   model = dsv4.DeepseekV4(T0, kernels)
-  run = jit(lambda variables, tokens: dsv4.trace(model, variables, tokens))
+  run = jax.jit(lambda variables, tokens: dsv4.trace(model, variables, tokens))
   return lambda tokens, changed=None: jax.device_get(run(changed or variables(), tokens))
 
 

@@ -11,7 +11,6 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4.analysis.count import cache_bytes
 from deepseek_v4.config import CSA, HCA, LEARNED, SLIDING
-from tests.compiling import jit
 from tests.model.small import T0, abstract_variables, random_tokens, random_variables, variables
 
 LENGTH, ROOM, REWIND, BATCH = 40, 43, 5, 13  # one batch size, so that few programs are compiled
@@ -26,7 +25,7 @@ def full(config=T0):
 
 @functools.cache
 def _full(config):
-  run = jit(lambda v, tokens: dsv4.DeepseekV4(config, "blockwise").apply(v, tokens).logits)
+  run = jax.jit(lambda v, tokens: dsv4.DeepseekV4(config, "blockwise").apply(v, tokens).logits)
   weights = weights_of(config)
   return lambda ids: np.asarray(run(weights, np.pad(ids, ((0, 0), (0, LENGTH - ids.shape[1])))))
 
@@ -42,7 +41,7 @@ def cached(kernels="blockwise", config=T0, cache_reach=None):
 
 @functools.cache  # by arguments as they are written: here always so
 def _cached(kernels, config, cache_reach):
-  run = jit(lambda v, cache, tokens, segments: dsv4.DeepseekV4(config, kernels).apply(
+  run = jax.jit(lambda v, cache, tokens, segments: dsv4.DeepseekV4(config, kernels).apply(
     v, tokens, None, segments, cache, cache_reach=cache_reach))
   weights = weights_of(config)
 
@@ -186,8 +185,8 @@ def test_last_logits_hidden_and_experts_lie_where_the_tokens_lie():
   config = dataclasses.replace(T0, num_hidden_layers=2, layer_types=(SLIDING,) * 2, mlp_layer_types=(LEARNED,) * 2,
                                num_nextn_predict_layers=0)
   model, weights = dsv4.DeepseekV4(config, "reference"), random_variables(config)
-  plain = jit(lambda v: model.apply(v, IDS[:, :3]))(weights)
-  out = jit(lambda v, cache: model.apply(v, tokens, None, segments, cache, logits="last"))(
+  plain = jax.jit(lambda v: model.apply(v, IDS[:, :3]))(weights)
+  out = jax.jit(lambda v, cache: model.apply(v, tokens, None, segments, cache, logits="last"))(
     weights, dsv4.init_cache(config, 2, ROOM))
   np.testing.assert_allclose(out.logits[:, 0], plain.logits[0, [1, 2]], atol=TOLERANCE)
   np.testing.assert_allclose(out.hidden[0, 2:], plain.hidden[0, :2], atol=TOLERANCE)

@@ -11,7 +11,6 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, LEARNED
 from deepseek_v4.model.cache import write_entries, write_ring
-from tests.compiling import jit
 from tests.model.small import T0, random_tokens, random_variables, variables
 
 IDS = random_tokens(1, 40)
@@ -25,8 +24,8 @@ def test_chunks_of_any_size_where_top_k_cuts_nothing():
                                num_nextn_predict_layers=0, index_topk=64, compute_dtype="float64")
   with jax.enable_x64(True):
     model, weights = dsv4.DeepseekV4(config, "blockwise"), random_variables(config)
-    want = np.asarray(jit(lambda v: model.apply(v, IDS).logits)(weights))[0]
-    step = jit(lambda v, cache, tokens, segments: model.apply(v, tokens, None, segments, cache))
+    want = np.asarray(jax.jit(lambda v: model.apply(v, IDS).logits)(weights))[0]
+    step = jax.jit(lambda v, cache, tokens, segments: model.apply(v, tokens, None, segments, cache))
     cache, found = dsv4.init_cache(config, len(SIZES), 40), np.zeros((len(SIZES), *want.shape))
     done = np.zeros(len(SIZES), int)
     while (done < 40).any():
@@ -48,7 +47,7 @@ def test_chunks_of_any_size_where_top_k_cuts_nothing():
 def test_without_jit():
   """A3.2 and 3, operation by operation: a chunk, then a single token."""
   model = dsv4.DeepseekV4(T0, "blockwise")
-  want = np.asarray(jit(lambda v: model.apply(v, IDS).logits)(variables()))[0]
+  want = np.asarray(jax.jit(lambda v: model.apply(v, IDS).logits)(variables()))[0]
   cache, start = dsv4.init_cache(T0, 1, 40), 0
   for width in (9, 1):
     out = model.apply(variables(), IDS[:, start:start + width], cache=cache)

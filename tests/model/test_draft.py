@@ -8,7 +8,6 @@ import numpy as np
 
 import deepseek_v4 as dsv4
 from deepseek_v4.model.draft import Drafter, init_draft_cache
-from tests.compiling import jit
 from tests.model.small import T0, random_tokens, random_variables
 
 CONFIG = T0.cut_layers(1)  # the block reads the streams behind the last layer, whatever the layers are
@@ -32,7 +31,7 @@ def whole():
   """(streams [B, S, N, D], the block's hidden states [B, S, D]) of the rows without a cache."""
   model = dsv4.DeepseekV4(CONFIG, "reference")
 
-  @jit
+  @jax.jit
   def run(variables):
     out, found = model.apply(variables, IDS, mtp=True, mutable=["intermediates"])
     return found["intermediates"]["layers"]["layer_00"]["streams"][0], out.mtp_hidden
@@ -42,7 +41,7 @@ def whole():
 @functools.cache
 def step():
   """(streams, tokens, count, cache) -> what the drafter gives, jitted for chunks of eight."""
-  run = jit(lambda v, *arguments: Drafter(CONFIG, "reference").apply(v, *arguments))
+  run = jax.jit(lambda v, *arguments: Drafter(CONFIG, "reference").apply(v, *arguments))
   return lambda *arguments: run(variables(), *arguments)
 
 

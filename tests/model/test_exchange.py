@@ -12,7 +12,6 @@ from deepseek_v4.config import MeshConfig
 from deepseek_v4.model import exchange
 from deepseek_v4.model.experts import cheaper_exchange, routed
 from pallas_kernels.grouped_matmul import row_tile
-from tests.compiling import jit
 
 EXPERTS, TOP_K = 16, 3
 
@@ -122,7 +121,7 @@ def on_mesh(sizes, form, wave=None):
       y = sharding.per_shard(one, axes, tokens)(x, experts, weights, *matrices)
       return (y ** 2).sum(), y
     return jax.grad(total, argnums=range(5), has_aux=True)(x, weights, *matrices)
-  return sharding.OnMesh(jit(both), mesh)
+  return sharding.OnMesh(jax.jit(both), mesh)
 
 
 MESHES = [dict(data=1, expert=2), dict(data=1, expert=4), dict(data=1, expert=8), dict(data=2, expert=4),

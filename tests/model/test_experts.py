@@ -12,7 +12,6 @@ from deepseek_v4 import sharding
 from deepseek_v4.config import MeshConfig
 from deepseek_v4.model.dispatch import dispatch
 from deepseek_v4.model.experts import num_waves, routed
-from tests.compiling import fast_options
 
 
 def by_hand(x, experts, weights, gate, up, down, limit, rounded=None):
@@ -82,7 +81,7 @@ def test_waves_equal_all_tokens_at_once():
   axes = (("batch", "sequence"),) * 3 + (("expert",),) * 3
   mesh = sharding.make_mesh(MeshConfig(data=1, expert=shards), jax.devices()[:shards])
 
-  @functools.partial(jax.jit, static_argnums=0, compiler_options=fast_options())
+  @functools.partial(jax.jit, static_argnums=0)
   def run(wave, x, weights, *matrices):
     def total(x, weights, *matrices):
       one = functools.partial(routed, limit=1.0, kernels="blockwise", expert_axis="expert", wave=wave)

@@ -10,7 +10,6 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, LEARNED
 from deepseek_v4.model.losses import next_token_targets
-from tests.compiling import jit
 from tests.model.small import T0, random_tokens, random_variables
 from tests.training.small import leaves
 
@@ -33,7 +32,7 @@ def test_no_loss_trains_what_is_not_its_own(attention_mode):
     assert len(found) == 3 + config.num_nextn_predict_layers
     return of_indexer * found.pop("indexer")[0] + of_others * sum(pair[0] for pair in found.values())
 
-  gradient = jit(jax.grad(total))  # one program, in which a loss counts or does not
+  gradient = jax.jit(jax.grad(total))  # one program, in which a loss counts or does not
   of_indexer, of_others = (leaves(jax.device_get(gradient(variables["params"], *weights)))
                            for weights in ((1.0, 0.0), (0.0, 1.0)))
   belongs = {name: "indexer" in name.split("/") for name in of_indexer}

@@ -14,7 +14,6 @@ from deepseek_v4.model import two_levels
 from deepseek_v4.model.losses import next_token_targets
 from deepseek_v4.training import trainable
 from deepseek_v4.training.step import compiler_options
-from tests.compiling import fast_options
 from tests.model.small import T0, abstract_variables, equations, pack, random_tokens, random_variables
 
 # A unit repeated seven times: `full` makes groups of two repeats, the last of which lacks one. The streams of some hundred
@@ -58,7 +57,7 @@ def variables(config):
 def compiled(config, policy):
   """The gradient's program."""
   run = jax.value_and_grad(objective(dataclasses.replace(config, remat=policy)), has_aux=True)
-  jitted = jax.jit(run, compiler_options=compiler_options(None) | fast_options())
+  jitted = jax.jit(run, compiler_options=compiler_options(None))
   return jitted.lower(*map(abstract_variables(config).get, ("params", "router"))).compile()
 
 

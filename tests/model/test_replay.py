@@ -17,7 +17,6 @@ from deepseek_v4.model.losses import next_token_targets
 from deepseek_v4.model.replay import Replay
 from pallas_kernels.selection import Selection
 from tests.model.small import T0, abstract_variables, pack, random_tokens, random_variables
-from tests.training.small import fast_options
 
 # A hash layer, two learned ones with indexers in a scan, the prediction block.
 CONFIG = dataclasses.replace(T0, layer_types=(SLIDING, CSA, CSA), mlp_layer_types=(HASH, LEARNED, LEARNED))
@@ -45,7 +44,7 @@ def _differentiated(given, mesh, form):
   graded = jax.value_and_grad(total, has_aux=True)
   run = sharding.OnMesh(jax.jit(lambda v, replay: graded(v["params"], v["router"], TOKENS, SEGMENTS, replay)), mesh)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own(form)[2]) if given else None
-  compiled = run.lower(random_variables(CONFIG), shapes).compile(compiler_options=fast_options())
+  compiled = run.lower(random_variables(CONFIG), shapes).compile()
 
   def both(replay):
     (_, out), gradient = jax.device_get(compiled(random_variables(CONFIG), replay))
@@ -191,7 +190,7 @@ def test_chunks_with_a_cache_take_their_part_of_a_replay():
   want, _ = differentiated(True)(replay)
   model, width = dsv4.DeepseekV4(CONFIG, "reference"), 16
 
-  @functools.partial(jax.jit, compiler_options=fast_options())
+  @jax.jit
   def run(v, cache, tokens, segments, replay):
     return model.apply(v, tokens, None, segments, cache, replay=replay, keep_selection=True, logits="none")
 

@@ -20,7 +20,6 @@ from deepseek_v4.model.compression import entry_layout, sees_an_entry
 from deepseek_v4.model.context import make_context
 from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from deepseek_v4.model.mtp import next_embeddings
-from tests.compiling import jit
 from tests.model.small import T0, abstract_variables, random_tokens
 
 # The rates and the window of the released models, in parts that are as short as they may be; everything else is tiny.
@@ -39,9 +38,9 @@ def mesh_of(**sizes):
 def on_mesh(fn, sizes, *arguments):
   """fn(*arguments) jitted on a mesh of these sizes (None: without one), as NumPy."""
   if sizes is None:
-    return jax.device_get(jit(fn)(*arguments))
+    return jax.device_get(jax.jit(fn)(*arguments))
   with jax.set_mesh(mesh_of(**sizes)):
-    return jax.device_get(jit(fn)(*arguments))
+    return jax.device_get(jax.jit(fn)(*arguments))
 
 
 def random_documents(rows, length, seed=0):

@@ -12,7 +12,6 @@ from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausa
 
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig, Yarn
-from tests.compiling import jit
 
 BASE = ModelConfig(
     vocab_size=97, hidden_size=32, num_hidden_layers=3, layer_types=(SLIDING, CSA, HCA),
@@ -92,7 +91,7 @@ def test_equals_transformers(name):
   variables = dsv4.from_hf_names(state, config)
   model = dsv4.DeepseekV4(config)
 
-  @jit
+  @jax.jit
   def both(params, router, tokens, direction):
     def loss(params):
       found = dsv4.trace(model, {"params": params, "router": router}, tokens)

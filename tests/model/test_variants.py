@@ -12,7 +12,6 @@ import pytest
 import deepseek_v4 as dsv4
 from deepseek_v4.config import CSA, LEARNED
 from deepseek_v4.model.losses import next_token_targets
-from tests.compiling import jit
 from tests.model.small import T0, abstract_variables, pack, random_tokens, random_variables
 
 # The parity with transformers has a scanned unit of two layers; here the unit is one layer that has every loss.
@@ -33,7 +32,7 @@ def compiled(kernels="reference", attention_mode="sparse", **fields):
   """(variables, weights of the losses) -> (gradients, output), jitted, for a variant of SCANNED."""
   model = dsv4.DeepseekV4(dataclasses.replace(SCANNED, **fields), kernels)
 
-  @jit
+  @jax.jit
   def run(variables, weights):
     def total(params):
       targets = next_token_targets(TOKENS, SEGMENTS, np.ones_like(TOKENS))

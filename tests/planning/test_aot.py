@@ -117,7 +117,7 @@ ON_64_CHIPS = ["model.n_routed_experts=384", "mesh.expert=64", "data.batch_size=
   ("v5p:2x2x1", [], False),
   ("v5p:4x4x4", ON_64_CHIPS, False),
   ("v5p:4x4x4", [*ON_64_CHIPS, "data.sequence_length=8192"], True),  # up to 4,096 tokens every entry is kept
-], ids=["8 experts on one chip", "384 experts on 64 chips", "8,192 tokens"])
+], ids=["8 experts on one chip", "384 experts on 64 chips", "8192 tokens"])
 def test_the_step_of_four_layers_of_pro_compiles_with_all_kernels(topology, settings, selects, tmp_path):
   path = tmp_path / "plan.json"
   result = plan("v4_pro_slice", "--topology", topology, "--json", str(path),

@@ -17,7 +17,6 @@ from deepseek_v4 import config as c
 from deepseek_v4 import sharding
 from deepseek_v4.training.state import TrainState, abstract_state
 from deepseek_v4.training.step import make_train_step
-from tests.compiling import fast_options
 
 MODEL = c.ModelConfig(
   vocab_size=64, hidden_size=32, num_hidden_layers=4, layer_types=(c.CSA, c.HCA) * 2,
@@ -143,7 +142,7 @@ class Step:
     data = run.data
     shape = (data.accumulation, data.batch_size // data.accumulation, data.sequence_length)
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_place) for name in random_batch()}
-    self.compiled = make_train_step(run, mesh).lower(self.abstract, batch).compile(compiler_options=fast_options())
+    self.compiled = make_train_step(run, mesh).lower(self.abstract, batch).compile()
 
   def put(self, state):
     """A copy of the state on its devices."""

@@ -24,7 +24,7 @@ from deepseek_v4.training.stopping import Stopped, Stopping
 from tests.launch.small_run import get_config
 from tests.training.fakes import RUN, World, lines, without_times
 from tests.training.small import RUN as SMALL
-from tests.training.small import differing, fast_options, random_batch, random_state, single_step
+from tests.training.small import differing, random_batch, random_state, single_step
 from tests.training.test_anomalies import curve, noticed
 
 
@@ -209,10 +209,10 @@ def test_a_real_run_goes_on_in_a_period_bit_for_bit(tmp_path, monkeypatch):
 def with_choices(run, mesh=None):
   """(chooser, step of a batch with experts), compiled for the small run's shapes."""
   state, batch = abstract_state(run, mesh), abstract_batch(run, mesh)
-  choose = anticipation.make_routing_pass(run, mesh).lower(state, batch).compile(compiler_options=fast_options())
+  choose = anticipation.make_routing_pass(run, mesh).lower(state, batch).compile()
   place = None if mesh is None else sharding.batch_sharding(mesh)
   experts = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in choose.out_info.items()}
-  step = make_train_step(run, mesh).lower(state, {**batch, **experts}).compile(compiler_options=fast_options())
+  step = make_train_step(run, mesh).lower(state, {**batch, **experts}).compile()
   return choose, step
 
 

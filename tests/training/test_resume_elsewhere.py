@@ -9,7 +9,6 @@ from deepseek_v4 import sharding
 from deepseek_v4.training import loop, metrics
 from deepseek_v4.training.data import make_dataset
 from deepseek_v4.training.stopping import Stopped, Stopping
-from tests.training.small import fast_options
 
 DATA = dict(source="text", sequence_length=48, batch_size=8, held_out_percent=20, fim_rate=0.5)
 MODEL = c.ModelConfig(
@@ -53,7 +52,7 @@ class Watched:
     monkeypatch.setattr(loop, "make_train_step", watched)
 
   def compiled(self, lowered):
-    program = lowered.compile(compiler_options=fast_options())
+    program = lowered.compile()
 
     def step(state, batch):
       self.batches.append({name: np.asarray(x) for name, x in batch.items()})

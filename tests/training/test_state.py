@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_v4 import config as c
 from deepseek_v4 import sharding
 from deepseek_v4.training import state as state_lib
-from tests.training.small import MODEL, RUN, at, differing, fast_options, leaves, on_host, with_leaf
+from tests.training.small import MODEL, RUN, at, differing, leaves, on_host, with_leaf
 
 # Small to compile, with sizes that give themselves away in the compiled text: 24 experts of 40 x 48.
 LITTLE = dataclasses.replace(RUN, model=dataclasses.replace(
@@ -26,8 +26,8 @@ def born():
   """(the compiled initialisation on a mesh, its state, the state on one device)."""
   mesh, key = sharding.make_mesh(MESH), jax.random.key(5)
   with jax.set_mesh(mesh):  # as the loop does
-    compiled = state_lib.jit_init(LITTLE, mesh).lower(key).compile(compiler_options=fast_options())
-  alone = state_lib.jit_init(LITTLE).lower(key).compile(compiler_options=fast_options())
+    compiled = state_lib.jit_init(LITTLE, mesh).lower(key).compile()
+  alone = state_lib.jit_init(LITTLE).lower(key).compile()
   return compiled, compiled(key), alone(key)
 
 

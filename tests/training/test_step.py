@@ -20,7 +20,6 @@ from tests.training.small import (
   Step,
   at,
   differing,
-  fast_options,
   gradients_of,
   leaves,
   on_host,
@@ -220,9 +219,7 @@ def two_layers():
                               num_nextn_predict_layers=0)
   run = dataclasses.replace(RUN, model=model)
   mesh = sharding.make_mesh(c.MeshConfig(data=1, fsdp=2), jax.devices()[:2])
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(step_lib, "compiler_options", lambda mesh: fast_options())
-    find = step_lib.find_non_finite(run, mesh)
+  find = step_lib.find_non_finite(run, mesh)
   batch = jax.device_put(random_batch(), sharding.batch_sharding(mesh))
   places = jax.tree.map(lambda x: x.sharding, step_lib.abstract_state(run, mesh))
   return random_state(run), lambda state: find(jax.device_put(state, places), batch)
