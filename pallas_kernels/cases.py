@@ -16,7 +16,6 @@ from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def _tolerances() -> dict[str, float]:
@@ -59,7 +58,7 @@ class Case:
     def cast(x, name):
       if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-      return jnp.asarray(np.asarray(x).astype(jnp.promote_types(dtype, jnp.float32) if name in self.wide else dtype))
+      return jnp.asarray(jax.device_get(x).astype(jnp.promote_types(dtype, jnp.float32) if name in self.wide else dtype))
 
     arrays = jax.jit(self.inputs)(jax.random.key(seed))
     return {name: jax.tree.map(functools.partial(cast, name=name), value) for name, value in arrays.items()}

@@ -33,14 +33,12 @@ _WITHOUT_TORCH = importlib.util.find_spec("torch") is None or importlib.util.fin
 _WITHOUT_LIBTPU = importlib.util.find_spec("libtpu") is None
 collect_ignore_glob = ["*_parity.py"] * _WITHOUT_TORCH + ["*/test_aot.py"] * _WITHOUT_LIBTPU
 
-# Files that take a minute or more on one core. They come first: no process should be left alone with one of them at the end.
+# Files that take more than half a minute on one core come first: no process should be left alone with one at the end.
 LONGEST = (
-  "training/test_mesh.py", "training/test_step.py", "kernels/test_cases.py", "generation/test_decode.py",
-  "generation/test_speculative.py", "generation/test_decode_parity.py", "launch/test_generate.py",
-  "launch/test_processes.py", "kernels/test_attention_kernel.py", "kernels/test_indexer_kernel.py",
-  "kernels/test_aot.py", "planning/test_aot.py", "model/test_replay.py", "model/test_cache.py", "model/test_remat.py",
-  "training/test_anticipation.py", "training/test_start_parity.py", "posttraining/test_rollout.py",
-  "posttraining/test_distillation_step.py")
+  "training/test_mesh.py", "kernels/test_aot.py", "launch/test_processes.py", "training/test_resume.py",
+  "training/test_step.py", "checkpoint/test_convert.py", "kernels/test_sparse_checks.py", "model/test_cache.py",
+  "launch/test_generate.py", "kernels/test_cases.py", "model/test_transformers_parity.py", "launch/test_depth.py",
+  "kernels/test_sparse_form.py", "training/test_start_parity.py", "launch/test_bench_context.py", "model/test_replay.py")
 
 
 def pytest_collection_modifyitems(items):
