@@ -57,10 +57,11 @@ class Case:
     """The inputs with floats in `dtype` (`wide` ones in float32 where dtype is narrower)."""
     def cast(x, name):
       if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-      return jnp.asarray(jax.device_get(x).astype(jnp.promote_types(dtype, jnp.float32) if name in self.wide else dtype))
+        return jnp.asarray(x)
+      return jnp.asarray(x.astype(jnp.promote_types(dtype, jnp.float32) if name in self.wide else dtype))
 
-    arrays = jax.jit(self.inputs)(jax.random.key(seed))
+    # Rounded by NumPy: by JAX each shape and dtype would be a program to compile.
+    arrays = jax.device_get(jax.jit(self.inputs)(jax.random.key(seed)))
     return {name: jax.tree.map(functools.partial(cast, name=name), value) for name, value in arrays.items()}
 
   def run(self, arrays: Mapping[str, Any], implementation: str) -> Any:

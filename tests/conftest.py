@@ -69,6 +69,7 @@ def pytest_runtest_teardown():
     return
   if full:
     jax.clear_caches()
+    gc.collect()  # what closures and tracebacks hold in cycles
 
 
 def pytest_report_header(config):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from typing import Any, Callable, Iterator, Sequence
 
@@ -289,7 +290,8 @@ def _reply(model: DeepseekV4, variables: Any, cache: Cache, logits: jax.Array, k
     reply += first
   going = lambda: ~stopped & (lengths() < max_new_tokens)
   lengths = lambda: np.array([len(reply) for reply in tokens], np.int32)
-  stop = np.full(4 * max(1, -(-len(stop_tokens) // 4)), -1, np.int32)  # -1 is no token: few numbers of them occur
+  # Filled up with -1, which is no token, to a multiple of four: each length is a program of its own.
+  stop = np.full(4 * max(1, math.ceil(len(stop_tokens) / 4)), -1, np.int32)
   stop[:len(stop_tokens)] = sorted(stop_tokens)
 
   def take(new: dict[str, np.ndarray]) -> None:

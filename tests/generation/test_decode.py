@@ -186,15 +186,16 @@ def test_a_thought_ends_by_itself_by_its_budget_or_by_a_stop_token():
 
 def test_how_many_tokens_come_from_one_call_changes_nothing(monkeypatch):
   """One by one, as on a slow machine, and up to 16 at a time: stops and budgets in the middle of a call, replies that end
-  before the others, more tokens than a call gives."""
+  before the others, more tokens than a call gives, more stop tokens than fill one row of four."""
   arguments = dict(max_new_tokens=24, seeds=[3, 1, 4, 1], temperature=[0.0, 1.5, 0.0, 1.5], top_p=0.9)
   plain = generate(**arguments).tokens
   stop = {plain[0][9], plain[1][19]}
   own = {token for reply in plain for token in reply[:6]}
+  unused = sorted(set(range(97)).difference(*plain))[:4]
   close = tuple(sorted(set(range(97)) - own - stop)[:2])
   calls, go_on = [], decode._go_on
   monkeypatch.setattr(decode, "_go_on", lambda *args, **options: calls.append(int(args[9])) or go_on(*args, **options))
-  for extra in ({}, dict(stop_tokens=tuple(stop)), dict(thinking_budget=ThinkingBudget(6, close))):
+  for extra in ({}, dict(stop_tokens=(*unused, *stop)), dict(thinking_budget=ThinkingBudget(6, close))):
     results = []
     for patience in (1e-9, 1e9):
       monkeypatch.setattr(decode, "_PATIENCE", patience)
@@ -202,6 +203,9 @@ def test_how_many_tokens_come_from_one_call_changes_nothing(monkeypatch):
       found = generate(**arguments, **extra, on_token=lambda *token, seen=seen: seen.append(token))
       results.append((found.tokens, found.logprobs, found.finish, seen))
     assert results[0] == results[1]
+    if "stop_tokens" in extra:
+      until = lambda reply: reply[:next((i + 1 for i, token in enumerate(reply) if token in stop), len(reply))]
+      assert found.tokens == [until(reply) for reply in plain] and found.finish.count("stop") >= 2
   assert results[0][0][0][6:8] == list(close)
   assert 1 in calls and max(calls) == 16
 
@@ -211,6 +215,8 @@ def test_no_length_compiles_anything_and_the_cache_is_given_up():
   sizes = lambda: [program._cache_size() for program in (decode.advance, decode._go_on, decode._draw)]
   programs = sizes()
   generate([p[:n] for p, n in zip(PROMPTS, (1, 4, 11, 22))], max_new_tokens=12, temperature=0.7)
+  for stop_tokens in ((96,), (93, 94, 95, 96)):
+    generate(stop_tokens=stop_tokens)
   assert sizes() == programs
   cache = init_cache(CONFIG, 4, 64)
   arrays = jax.tree.leaves(cache)

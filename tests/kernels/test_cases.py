@@ -39,14 +39,15 @@ def walk():
 
 WALK = list(walk())
 SPARSE_IN_SUITE = ("picks scattered, two packed rows", "earlier keys, fewer than the window")
-# Cases of which the suite leaves out the kernels: no window is in `test_attention`, two streams of `expand_collapse` in
-# `test_hyper_connections_kernel`, and keys of earlier tokens are in another case.
-WITHOUT_KERNELS = ("no window", "two streams", "earlier keys, more than the window")
+# Cases of which the suite leaves out the kernels: two streams of `expand_collapse` are in `test_hyper_connections_kernel`,
+# and keys of earlier tokens in another case.
+WITHOUT_KERNELS = ("two streams", "earlier keys, more than the window")
 
 
 def in_suite(case, dtype, name):
-  """What the suite has time for: of every case plain JAX in float64, and the kernels of most; of every kernel bfloat16.
-  float32 of plain JAX is what the model's tests run."""
+  """What the suite has time for: of every case plain JAX in float64, and the kernels of most; bfloat16 of every kernel
+  but those of collapse and expand, which are joined in `expand_collapse`. float32 of plain JAX is what the model's tests
+  run."""
   if name == SPARSE:
     return case.name in SPARSE_IN_SUITE
   if dtype == "bfloat16":

@@ -116,7 +116,7 @@ def test_thinking_pays_after_a_few_conversations(tmp_path, monkeypatch):
   between steps 230 (0.32 right) and 250 (0.82) is over at 290 (all right).
   """
   small(monkeypatch, digits=3, sliding_window=16, hc_sinkhorn_iters=4)
-  monkeypatch.setattr(depth_task, "SLIPS", 0.0)
+  monkeypatch.setattr(depth_task, "SLIPS", 0.0)  # written sums are right, so that few steps show whether they are read
   unseen = depth_task.write(tmp_path / "task", talks=250, problems=100)
   run = depth.start_run(tmp_path / "task", 290, 0)
   run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=8),

@@ -144,10 +144,12 @@ def test_rows_do_not_see_each_other():
     np.testing.assert_allclose(logits, full()(ids[None])[0, :len(ids)], atol=TOLERANCE)
 
 
-# A layer that has everything: window, entries, indexer.
+# A layer that has everything: window, entries, indexer; and one that has other entries, all of them selected.
 ONE_LAYER = dataclasses.replace(T0, num_hidden_layers=1, layer_types=(CSA,), mlp_layer_types=(LEARNED,),
                                 num_nextn_predict_layers=0)
-IMPLEMENTATIONS = [("blockwise", T0), ("reference", ONE_LAYER), ("interpret", ONE_LAYER),
+COMPRESSED = dataclasses.replace(T0, num_hidden_layers=2, layer_types=(CSA, HCA), mlp_layer_types=(LEARNED,) * 2,
+                                 num_nextn_predict_layers=0)
+IMPLEMENTATIONS = [("blockwise", T0), ("reference", ONE_LAYER), ("interpret", COMPRESSED),
                    *(pytest.param(kernels, T0, marks=pytest.mark.long) for kernels in ("reference", "interpret"))]
 each_implementation = pytest.mark.parametrize(
   "kernels, config", IMPLEMENTATIONS, ids=["blockwise", "reference", "interpret", "reference, all", "interpret, all"])
@@ -165,9 +167,10 @@ def test_other_implementations(kernels, config):
   fed_in_chunks(kernels, config, empty(config))
 
 
-# A lone layer and a scanned one.
+# A scanned unit of two layers.
 SCANNED = dataclasses.replace(
-  T0, layer_types=(HCA, CSA, CSA), csa_compress_rate=3, hca_compress_rate=5, sliding_window=1, num_nextn_predict_layers=0)
+  T0, num_hidden_layers=4, layer_types=(HCA, CSA) * 2, mlp_layer_types=(LEARNED,) * 4, csa_compress_rate=3,
+  hca_compress_rate=5, sliding_window=1, num_nextn_predict_layers=0)
 
 
 def test_scanned_layers_other_rates_and_a_window_of_one():
@@ -175,8 +178,8 @@ def test_scanned_layers_other_rates_and_a_window_of_one():
   found, cache = in_chunks(cached(config=SCANNED), empty(SCANNED), [IDS[0], IDS[0, :23]], (9, 2), 9)
   np.testing.assert_allclose(found[0], want, atol=3 * TOLERANCE)
   np.testing.assert_allclose(found[1], want[:23], atol=3 * TOLERANCE)
-  assert cache.layers["unit_0"].entries.shape[0] == 2
-  assert dsv4.cache_entries(cache)["layers/02"]["indexer"].tolist()[:3] == [13, 7, 0]
+  assert [cache.layers[name].entries.shape[0] for name in ("unit_0", "unit_1")] == [2, 2]
+  assert dsv4.cache_entries(cache)["layers/03"]["indexer"].tolist()[:3] == [13, 7, 0]
 
 
 def test_last_logits_hidden_and_experts_lie_where_the_tokens_lie():

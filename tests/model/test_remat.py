@@ -29,8 +29,8 @@ LENGTH = 512
 TOKENS, SEGMENTS = pack(random_tokens(300, seed=1), random_tokens(150, seed=2), length=LENGTH)
 CONFIGS = {"unit": UNIT, "indexed": INDEXED, "scanned": SCANNED, "lone": LONE}
 LAYERS = ["unit", *(pytest.param(name, marks=pytest.mark.long) for name in ("indexed", "scanned", "lone"))]
-# Of the unit; `block` has tests elsewhere, and `offload` is `block` with a transfer. Compressed layers take part in the
-# suite where whole steps on meshes recompute by these policies (tests/training/test_mesh.py).
+# Of the unit; `offload` is `block` with a transfer. Compressed layers recompute in the suite elsewhere: `full` in
+# test_variants.py, `block` in training/test_step.py, `mhc` in training/test_mesh.py.
 IN_THE_SUITE = ("none", "mhc", "full")
 WEIGHTS = {"next_token": 1.0, "mtp": 0.3, "balance": 0.5, "indexer": 0.7}
 

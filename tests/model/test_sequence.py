@@ -148,8 +148,8 @@ def attention_inputs(rows, config):
   shapes = jax.eval_shape(lambda: dsv4.DeepseekV4(config, "reference").init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
   layers = {kind: shapes["params"]["layers"][f"layer_{i:02d}"]["attention"] for i, kind in enumerate(config.layer_types)}
   variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) * 0.5, layers)
-  x, cotangents = (rng.normal(size=(*kinds, rows, PART * PARTS, 8)) for kinds in ((), (len(layers),)))
-  inputs = variables, x, cotangents
+  shape = rows, PART * PARTS, 8
+  inputs = variables, rng.normal(size=shape), rng.normal(size=(len(layers), *shape))
   return jax.tree.map(lambda x: x.astype(config.compute_dtype), inputs)
 
 

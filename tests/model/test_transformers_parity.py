@@ -81,7 +81,7 @@ def transformers_side(name):
   return config, model.state_dict(), tokens, direction, logits.detach().numpy(), streams, picks, experts, gradients
 
 
-LONG = ("all_kinds_odd_length",)  # as the scanned layers and the pairs are: of odd length, and all kinds
+LONG = ("all_kinds_odd_length",)  # all kinds and an odd length are in yarn_scanned_top_k_bites, too
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in CASES])

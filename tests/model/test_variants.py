@@ -61,7 +61,7 @@ ALL = dict(next_token=1.0, balance=0.5, indexer=0.7)
 
 def test_scanning_and_recomputation_change_nothing():
   """Scanned and recomputed against neither."""
-  gradients, out = compiled(remat="block")(scanned_variables(), **ALL)
+  gradients, out = compiled(remat="full")(scanned_variables(), **ALL)
   variables = dsv4.restack(scanned_variables(), SCANNED, scan_layers=False)
   assert set(variables["params"]["layers"]) == {"layer_00", "layer_01"}
   other_gradients, other = compiled(scan_layers=False)(variables, **ALL)
@@ -79,7 +79,7 @@ def test_scanning_and_recomputation_change_nothing():
                                            pytest.param("blockwise", "dense", marks=pytest.mark.long)])
 def test_language_and_indexer_train_apart(kernels, mode):
   """The indexer's leaves get exactly nothing from the other losses, and its loss gives exactly nothing to other leaves."""
-  run = compiled(remat="block") if mode == "sparse" else compiled(kernels, mode)
+  run = compiled(remat="full") if mode == "sparse" else compiled(kernels, mode)
   language, out = run(scanned_variables(), next_token=1.0, balance=1.0)
   indexer, _ = run(scanned_variables(), indexer=1.0)
   assert all(np.isfinite(pair[0]) and pair[0] > 0 for pair in out.losses.values())

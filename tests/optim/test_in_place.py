@@ -63,7 +63,8 @@ def in_place(params, state, grads, keep=lambda new, old: new, shardings=None, **
 
 
 @pytest.fixture(scope="module")
-def whole(start):
+def want(start):
+  """The whole update by Optax."""
   return jax.jit(lambda *x: by_optax(CONFIG, *x))(*start)
 
 
@@ -79,9 +80,8 @@ def close(got, want):
 @pytest.mark.parametrize("devices, repeats, expected", [
   pytest.param(1, 1, (1, 5), marks=pytest.mark.long), (1, 2, (2, 4)), (1, 9, (0, 0)),
   pytest.param(8, 1, (1, 5), marks=pytest.mark.long), (8, 3, (3, 3))])
-def test_blocks_of_any_size_give_the_whole_update(start, whole, devices, repeats, expected):
+def test_blocks_of_any_size_give_the_whole_update(start, want, devices, repeats, expected):
   params, state, grads = start
-  want = whole
   bytes_of_block = repeats * 32 // devices * MATRIX_BYTES
   if devices == 1:
     assert block_of(CONFIG, params, None, bytes_of_block) == expected

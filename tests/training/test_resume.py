@@ -26,6 +26,7 @@ from deepseek_v4.checkpoint.trees import disk_parts, groups_of, named_leaves
 from deepseek_v4.optim import make_schedule
 from deepseek_v4.training import feed, loop, metrics
 from deepseek_v4.training.state import abstract_state
+from tests.launch.several import cache_of_tests
 from tests.training.small import differing, on_host
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,10 +68,7 @@ loop.train(run, workdir, sharding.make_mesh(run.mesh))
 
 def python(*arguments):
   """Runs Python with the compilation cache of this process: what the first run compiles, the others load."""
-  environment = os.environ | {"PYTHONPATH": str(ROOT),
-                              "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-                              "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                              "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+  environment = os.environ | {"PYTHONPATH": str(ROOT), **cache_of_tests()}
   return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
                         timeout=300)
 
