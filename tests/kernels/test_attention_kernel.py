@@ -15,7 +15,7 @@ from pallas_kernels import bits, tpu
 from pallas_kernels.cases import packed
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend, kernel, kernel_backward, tiles
-from tests.kernels.arrays import normals, unused_to_nan
+from tests.kernels.arrays import nan_where_unused, random_normals
 
 WIDTH, SCALE = 16, 0.25
 MOVING = ("q", "window_kv", "entries", "sink")
@@ -32,16 +32,16 @@ def inputs(rows, length, num_entries, *, heads=8, rate=1, seed=0):
   """Packed rows with NaN in unused entries; every visible entry is selected."""
   places = packed(rows, length, rate, num_entries)
   batch = len(rows)
-  arrays = normals(seed, q=(batch, length, heads, WIDTH), window_kv=(batch, length, WIDTH),
-                   entries=(batch, num_entries, WIDTH), sink=(heads,))
-  arrays["entries"] = unused_to_nan(arrays["entries"], places["entry_segment"])
+  arrays = random_normals(seed, q=(batch, length, heads, WIDTH), window_kv=(batch, length, WIDTH),
+                          entries=(batch, num_entries, WIDTH), sink=(heads,))
+  arrays["entries"] = nan_where_unused(arrays["entries"], places["entry_segment"])
   return {**arrays, "selection": Selection.all(batch, length), **places}
 
 
 def weights_of(arrays):
   """Of the sum of (out, lse) whose gradients are taken."""
   shape = arrays["q"].shape
-  return tuple(normals(1, out=shape, lse=shape[:3]).values())
+  return tuple(random_normals(1, out=shape, lse=shape[:3]).values())
 
 
 @functools.partial(jax.jit, static_argnames=("window", "implementation", "_sizes"))

@@ -17,7 +17,7 @@ from pallas_kernels.selection import Selection
 from pallas_kernels.shapes import FLASH, PRO
 from pallas_kernels.sparse_attention import attend, attend_with, form, kernel, kernel_backward, sparse, sparse_plan, tiles
 from tests.kernels import oracles
-from tests.kernels.arrays import normals, scattered_picks, unused_to_nan
+from tests.kernels.arrays import nan_where_unused, random_normals, random_picks
 
 HEADS, WIDTH, WINDOW = 8, 16, 20
 CHIPS = {chip.name: chip for chip in (tpu.V5P, tpu.V6E, tpu.TPU7X)}
@@ -31,9 +31,9 @@ MOVING = ("q", "window_kv", "entries", "sink")
 def inputs(queries, num_entries, *, heads=HEADS, width=WIDTH, dtype="float32", picks=0, edges=()):
   """The last tokens of a long document, of whose entries the last ten are later than the first of them, and the last three
   unused memory. Without picks everything visible is selected. Every query's logit of an entry of `edges` is about 6."""
-  arrays = normals(q=(1, queries, heads, width), window_kv=(1, queries, width), entries=(1, num_entries, width),
-                   sink=(heads,))
-  chosen = jnp.asarray(scattered_picks(num_entries, (1, queries, picks)))
+  arrays = random_normals(q=(1, queries, heads, width), window_kv=(1, queries, width), entries=(1, num_entries, width),
+                          sink=(heads,))
+  chosen = jnp.asarray(random_picks(num_entries, (1, queries, picks)))
   entry, query = (np.arange(n, dtype=np.int32)[None] for n in (num_entries, queries))
   segment = (entry < num_entries - 3).astype(np.int32)
   if edges:  # a channel each, 0 in all other keys
@@ -41,7 +41,7 @@ def inputs(queries, num_entries, *, heads=HEADS, width=WIDTH, dtype="float32", p
     for name, value in (("q", 8.0), ("window_kv", 0.0), ("entries", 0.0)):
       arrays[name][..., own] = value
     arrays["entries"][0, np.array(edges), np.arange(len(edges))] = 3.0
-  arrays["entries"] = unused_to_nan(arrays["entries"], segment)
+  arrays["entries"] = nan_where_unused(arrays["entries"], segment)
   arrays = {name: x if name == "sink" else x.astype(dtype) for name, x in arrays.items()}
   return arrays | dict(selection=Selection.from_indices(chosen) if picks else Selection.all(1, queries),
                        positions=query + max(num_entries - 10, 0), segment_ids=np.ones_like(query), entry_last=entry,

@@ -14,7 +14,7 @@ from pallas_kernels.cases import packed
 from pallas_kernels.indexer import select
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend
-from tests.kernels.arrays import normals, unused_to_nan
+from tests.kernels.arrays import nan_where_unused, random_normals
 
 HEADS, WIDTH, PICKS, ROW = 4, 16, 3, 64  # one length of a row, so that few programs are compiled
 CSA, HCA, SLIDING = "csa", "hca", "sliding"
@@ -31,10 +31,11 @@ def inputs(documents, kind=CSA):
   """Arguments of a layer for one row: attention's, and the indexer's by names with `index_` in front."""
   num_entries = entries_of(ROW, kind)
   places = packed([documents], ROW, RATES[kind], num_entries)
-  arrays = normals(q=(1, ROW, HEADS, WIDTH), window_kv=(1, ROW, WIDTH), entries=(1, num_entries, WIDTH),
-                   sink=(HEADS,), index_queries=(1, ROW, 2, 8), index_weights=(1, ROW, 2), index_keys=(1, num_entries, 8))
+  arrays = random_normals(q=(1, ROW, HEADS, WIDTH), window_kv=(1, ROW, WIDTH), entries=(1, num_entries, WIDTH),
+                          sink=(HEADS,), index_queries=(1, ROW, 2, 8), index_weights=(1, ROW, 2),
+                          index_keys=(1, num_entries, 8))
   for name in ("entries", "index_keys"):
-    arrays[name] = unused_to_nan(arrays[name], places["entry_segment"])
+    arrays[name] = nan_where_unused(arrays[name], places["entry_segment"])
   return arrays | {name: np.asarray(x) for name, x in places.items()}
 
 
@@ -109,7 +110,7 @@ def test_a_packed_row_equals_its_documents_alone(documents, kind):
     for name in ("q", "window_kv", "index_queries", "index_weights"):
       alone[name] = np.roll(arrays[name], -start, 1)
     for name in ("entries", "index_keys"):
-      alone[name] = unused_to_nan(np.roll(arrays[name], -first, 1), alone["entry_segment"])
+      alone[name] = nan_where_unused(np.roll(arrays[name], -first, 1), alone["entry_segment"])
     np.testing.assert_allclose(layer(alone, kind)[0][0, :length], together[0, start:start + length], atol=1e-5)
     start, first = start + length, first + length // RATES[kind]
 
@@ -186,7 +187,7 @@ def test_a_prefix_gives_the_prefix_of_the_outputs(kind, length):
   cut = {name: x if x.ndim == 1 else x[:, :entries if x.shape[1] == whole else length] for name, x in arrays.items()}
   cut |= packed([(length,)], length, RATES[kind], entries)
   for name in ("entries", "index_keys"):
-    cut[name] = unused_to_nan(cut[name], cut["entry_segment"])
+    cut[name] = nan_where_unused(cut[name], cut["entry_segment"])
   np.testing.assert_allclose(layer(cut, kind)[0], want[:, :length], atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from pallas_kernels import blocks
 from pallas_kernels.cases import packed
 from pallas_kernels.indexer import blockwise, reference
 from pallas_kernels.indexer.largest import group_maxima, largest
-from tests.kernels.arrays import normals, unused_to_nan
+from tests.kernels.arrays import nan_where_unused, random_normals
 
 
 def rows_of(kind, length, dtype):
@@ -68,11 +68,11 @@ def test_a_selection_in_many_tiles(monkeypatch, rows, rate):
   monkeypatch.setattr(blocks, "_BYTES_PER_BLOCK", 0)  # 16 queries a block
   length, entries, top_k = 300, 300 // rate + 3, 9
   places = packed(rows, length, rate, entries)
-  normal = normals(queries=(len(rows), length, 2, 4), weights=(len(rows), length, 2), keys=(len(rows), entries, 4))
+  normal = random_normals(queries=(len(rows), length, 2, 4), weights=(len(rows), length, 2), keys=(len(rows), entries, 4))
   picks = [jax.jit(lambda *index, run=run: run.select(*index, **places, top_k=top_k)) for run in (blockwise, reference)]
   for kind, change in (("normal", lambda x: x), ("equal", np.round)):
     arrays = {name: change(x) for name, x in normal.items()}
-    arrays["keys"] = unused_to_nan(arrays["keys"], places["entry_segment"])
+    arrays["keys"] = nan_where_unused(arrays["keys"], places["entry_segment"])
     found, want = (np.sort(run(*arrays.values())) for run in picks)
     np.testing.assert_array_equal(found, want, err_msg=kind)
     assert (want >= 0).all(-1).any() and (want < 0).any()

@@ -17,7 +17,7 @@ from pallas_kernels.indexer import select
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend, attend_with, form, sparse, sparse_lists, sparse_plan, tiles
 from tests.kernels import oracles, test_attention, test_kernel_checks, test_sparse_form
-from tests.kernels.arrays import normals, unused_to_nan
+from tests.kernels.arrays import nan_where_unused, random_normals
 from tests.kernels.test_kernel_checks import CSA
 
 WIDTH, SCALE = 128, 128**-0.5
@@ -82,7 +82,7 @@ def _both(moving, fixed, weights, op, window, _sizes):
 def random_weights(arrays):
   """Gradients that come back into (out, lse)."""
   shape = arrays["q"].shape
-  return tuple(normals(1, out=shape, lse=shape[:3]).values())
+  return tuple(random_normals(1, out=shape, lse=shape[:3]).values())
 
 
 def run(arrays, op, weights=None, window=20):
@@ -323,11 +323,12 @@ def test_attention_over_three_and_five_groups_of_words(monkeypatch, num_entries,
   monkeypatch.setattr(sparse, "ROWS", 2**12)
   queries = LENGTH
   entry = np.arange(num_entries, dtype=np.int32)
-  arrays = normals(q=(1, queries, 4, WIDTH), window_kv=(1, queries, WIDTH), entries=(1, num_entries, WIDTH), sink=(4,))
+  arrays = random_normals(q=(1, queries, 4, WIDTH), window_kv=(1, queries, WIDTH), entries=(1, num_entries, WIDTH),
+                          sink=(4,))
   arrays |= dict(positions=2 * num_entries - 300 + 2 * np.arange(queries, dtype=np.int32)[None],
                  segment_ids=np.ones((1, queries), np.int32), entry_last=2 * entry[None] + 1,
                  entry_segment=(entry[None] < num_entries - 100).astype(np.int32))
-  arrays["entries"] = unused_to_nan(arrays["entries"], arrays["entry_segment"])
+  arrays["entries"] = nan_where_unused(arrays["entries"], arrays["entry_segment"])
   rng = np.random.default_rng(0)
   picks = np.stack([rng.permutation(num_entries - (200 if number % 2 else 0))[:top_k] for number in range(queries)])
   picks[3, 5:] = -1

@@ -14,7 +14,7 @@ from pallas_kernels import bits, tpu
 from pallas_kernels.cases import packed
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend, sparse, sparse_lists, sparse_plan, sparse_rows, sparse_table, tiles
-from tests.kernels.arrays import normals, scattered_picks, unused_to_nan
+from tests.kernels.arrays import nan_where_unused, random_normals, random_picks
 
 WIDTH, SCALE = 16, 0.25
 MOVING = ("q", "window_kv", "entries", "sink")
@@ -36,10 +36,10 @@ def small_steps(monkeypatch):
 def inputs(rows, length, num_entries, picks, *, heads=32, rate=2, width=WIDTH, kind="indices", dtype=jnp.float32):
   """Packed rows with NaN in unused entries; picks in any order, visible or not, -1 among them."""
   places, batch = packed(rows, length, rate, num_entries), len(rows)
-  arrays = normals(q=(batch, length, heads, width), window_kv=(batch, length, width),
-                   entries=(batch, num_entries, width), sink=(heads,))
-  arrays["entries"] = unused_to_nan(arrays["entries"], places["entry_segment"])
-  chosen = Selection.from_indices(jnp.asarray(scattered_picks(num_entries, (batch, length, picks))))
+  arrays = random_normals(q=(batch, length, heads, width), window_kv=(batch, length, width),
+                          entries=(batch, num_entries, width), sink=(heads,))
+  arrays["entries"] = nan_where_unused(arrays["entries"], places["entry_segment"])
+  chosen = Selection.from_indices(jnp.asarray(random_picks(num_entries, (batch, length, picks))))
   if kind == "bits":
     words = jax.jit(lambda chosen: bits.words_of(chosen, num_entries, places))(chosen)
     chosen = Selection.from_words(words, num_entries, picks)
@@ -54,7 +54,7 @@ def run(arrays, window, op):
     values, pull = jax.vjp(lambda moving: op(**moving, **fixed, window=window, scale=SCALE), moving)
     return values, pull(weights)[0]
   shape = arrays["q"].shape
-  weights = normals(1, out=shape, lse=shape[:3])
+  weights = random_normals(1, out=shape, lse=shape[:3])
   return both({name: arrays[name] for name in MOVING}, {name: x for name, x in arrays.items() if name not in MOVING},
               (weights["out"].astype(arrays["q"].dtype), weights["lse"]))
 
@@ -208,7 +208,7 @@ def test_bits_by_rank():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_tables_keep_every_bit(dtype):
   """Two batch rows of 650 entries, more than one block; what nobody may see, NaN, becomes zero."""
-  x = normals(x=(2, 650, 512))["x"].astype(dtype)
+  x = random_normals(x=(2, 650, 512))["x"].astype(dtype)
   seen = np.random.default_rng(0).random((2, 650)) < 0.8
   options = tiles.Options(8, SCALE, tpu.V5P, True)
   table, pieces = sparse_table.make_tables(
