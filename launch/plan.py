@@ -1,7 +1,7 @@
 """Compiles the real step of a run for a slice of TPUs that need not be there, and says what it takes.
 
 python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--stage NAME] [--set KEY=VALUE]... [--json FILE]
-                      [--step train|prefill|decode] [--bundles]
+                      [--step train|prefill|decode] [--bundles] [--layout]
                       [--search [--compiles 4] [--jobs 1] [--remat NAMES] [--minutes 30]]
 
 Of a run with stages it is the step of one of them, with the batch that it ends with: the first unless --stage says another
@@ -11,6 +11,8 @@ the run says "auto". A step of four layers takes minutes.
 It fits if arguments, outputs, temporaries and code leave a tenth of what the compiler lets a program use. Bounds are least
 times by the chip's published rates (`deepseek_v4/planning/bound.py`, `launch/plans/kernels.py`); nothing is measured.
 --bundles bounds kernels by the bundles of the compiler's schedule, too: a second process compiles each of them alone.
+--layout leaves the compiler as soon as the program and its place in memory are settled, in a tenth of the time: a GiB is
+kept for the machine code that is not made, and what only its making would refuse is not seen.
 
 --step prefill and decode plan what `launch.generate` runs again and again: --chunk_size tokens more, or one, for each of
 data.batch_size rows, in a cache with room for data.sequence_length of them that is nearly full.
@@ -43,6 +45,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("chunk_size", 512, "Tokens of a row that a prefill step feeds.", lower_bound=1)
   flags.DEFINE_enum("storage", "compute", ["compute", "mixed"], "How the cache of a prefill or decode step is stored.")
   flags.DEFINE_bool("bundles", False, "Compile every kernel alone, too, and bound its time by the compiler's schedule.")
+  flags.DEFINE_bool("layout", False, "Leave the compiler before it makes machine code.")
   flags.DEFINE_bool("search", False, "Try meshes, accumulation and remat policies of a train step.")
   flags.DEFINE_integer("compiles", 4, "Of a search: how many candidates are compiled.", lower_bound=1)
   flags.DEFINE_integer("jobs", 1, "Of a search: how many are compiled at a time; each may take 10 GB.", lower_bound=1)
@@ -60,7 +63,7 @@ def wanted_of(run_config: Any) -> Any:
     training = dataclasses.replace(run_config.training, kernels="pallas")
     run_config = dataclasses.replace(run_config, training=training)
   return measure.Wanted(run_config, values["topology"].value, values["step"].value, values["chunk_size"].value,
-                        values["storage"].value, values["bundles"].value)
+                        values["storage"].value, values["bundles"].value, values["layout"].value)
 
 
 def accumulation_of(run_config: Any, stage: str) -> str:
@@ -77,7 +80,7 @@ def searched(run_config: Any, wanted: Any, say: Any) -> dict[str, Any]:
   values = flags.FLAGS
   command = ["--config", values["config"].value, "--topology", wanted.topology, "--stage", values["stage"].value]
   command += [part for text in values["set"].value for part in ("--set", text)]
-  command += ["--bundles"] if values["bundles"].value else []
+  command += [f"--{name}" for name in ("bundles", "layout") if values[name].value]
   found = search.search(wanted, command, accumulation_of(run_config, values["stage"].value), tuple(values["remat"].value),
                         values["compiles"].value, values["jobs"].value, 60 * values["minutes"].value, say)
   say(search.table(found))
@@ -114,6 +117,9 @@ def main(argv: list[str]) -> None:
     sys.exit(f"error: {error}")
   if path is not None:
     Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+  if flags.FLAGS["layout"].value:
+    sys.stdout.flush()
+    os._exit(0)  # the compiler still works and cannot be stopped
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ KINDS = ("all-reduce", "all-gather", "all-to-all", "ragged-all-to-all", "reduce-
 _LINE = re.compile(rf"= (\(*\w+\[.*?) ({'|'.join(sorted(KINDS, key=len, reverse=True))})(-start)?\(")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _SCATTERED = "all-reduce-scatter"
+_ASYNC = re.compile(r" async-start\(.*calls=%?([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,11 @@ class Collective:
 
   Attributes:
     kind: one of `KINDS`.
-    arrays: (dtype, shape) of each result; a start of an asynchronous one also names its operands.
+    arrays: (dtype, shape) of each result; behind the operands if they are `named`.
     devices: numbers of the devices that exchange with each other, of the first such group.
     starts: the program may go on while it runs.
     runs: how often it runs, loops multiplied out; None inside a loop whose length is known at run time only.
+    named: whether it is written as one instruction that starts it, which names operands and results.
   """
 
   kind: str
@@ -34,6 +36,7 @@ class Collective:
   devices: tuple[int, ...]
   starts: bool
   runs: int | None = 1
+  named: bool = False
 
   @property
   def bytes(self) -> int:
@@ -41,12 +44,12 @@ class Collective:
     text does not know how many rows will come."""
     n, sizes = len(self.devices), [_size(*array) for array in self.arrays]
     size = sum(sizes)
-    if self.starts:
+    if self.named:
       size = self._started(sizes)
     if self.kind == "collective-permute":
       return size
     # A started reduce-scatter's arrays are the operands, N times the results.
-    factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": (n - 1) / n if self.starts else n - 1}
+    factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": (n - 1) / n if self.named else n - 1}
     return round(size * factor.get(self.kind, (n - 1) / n))
 
   def _started(self, sizes: list[int]) -> int:
@@ -69,10 +72,11 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
 def collectives(text: str) -> list[Collective]:
   """All collectives of a compiled program's text that more than one device takes part in.
 
-  A TPU's reduce-scatter is written as a fusion of its own, of an all-reduce and the slice that a device keeps.
+  A TPU's reduce-scatter is written as a fusion of its own, of an all-reduce and the slice that a device keeps. Before code is
+  made, some are written as computations that another instruction starts.
   """
   parts, found = hlo.computations(text), []
-  runs = hlo.runs(parts)
+  runs, started = hlo.runs(parts), set(_ASYNC.findall(text))
   for name, lines in parts.items():
     for line in lines:
       if match := _LINE.search(line):
@@ -80,7 +84,8 @@ def collectives(text: str) -> list[Collective]:
         if kind == "all-reduce" and match[3] is None and name.startswith(_SCATTERED) and (kept := _kept(line, lines)):
           kind, arrays = "reduce-scatter", kept
         if len(set(devices)) > 1:
-          found.append(Collective(kind, arrays, devices, match[3] is not None, runs.get(name, 1)))
+          named = match[3] is not None
+          found.append(Collective(kind, arrays, devices, named or name in started, runs.get(name, 1), named))
   return found
 
 

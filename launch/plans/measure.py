@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import resource
+import tempfile
 import threading
 import time
 from typing import Any, Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ import jax
 
 from deepseek_v4.analysis.count import count
 from deepseek_v4.config import RunConfig
-from deepseek_v4.planning import bound, collectives, dots, lower, read, state
+from deepseek_v4.planning import bound, collectives, dots, layout, lower, read, state
 from deepseek_v4.training.state import abstract_state
 from launch.benchmarks.kernels import chips, program
 from launch.benchmarks.report import origin
@@ -37,6 +38,7 @@ class Wanted:
     chunk_size: tokens of a row that a prefill step feeds.
     storage: of the cache.
     bundles: whether kernels are compiled alone, too, for their schedules.
+    layout: whether the compiler is left when the program is laid out, before it makes code.
   """
 
   run_config: RunConfig
@@ -45,6 +47,7 @@ class Wanted:
   chunk_size: int = 512
   storage: str = "compute"
   bundles: bool = False
+  layout: bool = False
 
   @property
   def tokens(self) -> int:
@@ -62,7 +65,8 @@ class Wanted:
 
 
 def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
-  """The figures of the compiled step; says once a minute that the compiler still works.
+  """The figures of the compiled step; says once a minute that the compiler still works. Of one that is only laid out the
+  compiler still works when this returns (`layout.laid_out`).
 
   Raises:
     ValueError: what does not fit the mesh or the slice, before anything is compiled.
@@ -77,10 +81,9 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
     before = time.perf_counter() - clock
     say(f"lowered in {before:.0f} s; compiling for {mesh.size} x {mesh.devices.flat[0].device_kind}")
     with ticking(say):
-      compiled = lowered.compile()
+      memory, text = _compiled(lowered, wanted.layout)
     seconds = time.perf_counter() - clock
     by_signature = of_kernels.result() if of_kernels else {}
-  memory, text = read.memory(compiled), compiled.as_text()
   return _head(wanted, mesh) | {
       "seconds": seconds, "compile_seconds": seconds - before,
       "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "hbm_bytes": chip.hbm_bytes, "memory": memory,
@@ -88,11 +91,21 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
       **work_of(wanted, mesh, traced.jaxpr.jaxpr, text, chip, by_signature)}
 
 
+def _compiled(lowered: jax.stages.Lowered, layout_only: bool) -> tuple[dict[str, int], str]:
+  """The program's memory and its text."""
+  if layout_only:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+      return layout.laid_out(lowered, folder)
+  compiled = lowered.compile()
+  return read.memory(compiled), compiled.as_text()
+
+
 def _head(wanted: Wanted, mesh: jax.sharding.Mesh) -> Figures:
   data, training = wanted.run_config.data, wanted.run_config.training
   where = origin()
   del where["machine"]["threads"]  # the compiler takes what there are
-  return {**where, "step": wanted.step, "topology": wanted.topology, "devices": mesh.size, "mesh": dict(mesh.shape),
+  return {**where, "step": wanted.step, "layout": wanted.layout, "topology": wanted.topology, "devices": mesh.size,
+          "mesh": dict(mesh.shape),
           "sequence_length": data.sequence_length, "batch_size": data.batch_size, "accumulation": data.accumulation,
           "remat": wanted.run_config.model.remat, "attention_mode": training.attention_mode}
 

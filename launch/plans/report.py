@@ -16,7 +16,8 @@ def text(figures: Mapping[str, Any]) -> str:
 
 def _memory(figures: Mapping[str, Any]) -> list[str]:
   memory, room = figures["memory"], figures["hbm_bytes"]
-  lines = [f"compiled in {figures['compile_seconds']:.0f} s of {figures['seconds']:.0f} s, with at most "
+  done = "laid out, without its machine code (a guess stands for it)," if figures["layout"] else "compiled"
+  lines = [f"{done} in {figures['compile_seconds']:.0f} s of {figures['seconds']:.0f} s, with at most "
            f"{figures['host_bytes'] / GIB:.1f} GiB of this machine, for {figures['devices']} devices; GiB of one device:"]
   lines += [f"  {name:12}{size / GIB:8.2f}" for name, size in memory.items()]
   lines += ["of the arguments:"] + [f"  {name:12}{size / GIB:8.2f}" for name, size in figures["state"].items()]

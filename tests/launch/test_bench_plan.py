@@ -90,15 +90,39 @@ def fake(tmp_path, monkeypatch):
   return with_script
 
 
-def test_sides_are_compiled_in_processes_of_their_own(fake):
-  figures = {"memory": MEMORY, "seconds": 2.0, "versions": {"jax": "1"}}
-  fake(f"import sys, json, os, pathlib\nfolder = pathlib.Path(sys.argv[1])\n"
-       f"(folder / 'program.txt').write_text({TEXT!r})\nassert os.environ['TPU_LIBRARY_PATH'].endswith('libtpu.so')\n"
-       f"(folder / 'figures.json').write_text(json.dumps({figures!r}))")
+ASSIGNED = ("allocation 0: size 4096, parameter 0, shape |f32[8,4]| at ShapeIndex {}:\n"
+            "allocation 1: size 512, preallocated-temp:\n")
+SIDE = f"""
+import json, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+assert os.environ["TPU_LIBRARY_PATH"].endswith("libtpu.so")
+assert os.environ["XLA_FLAGS"] == f"--xla_dump_to={{folder}}/dump --xla_dump_hlo_as_text=true"
+(folder / "figures.json").write_text(json.dumps({{"versions": {{"jax": "1"}}}}))
+(folder / "dump").mkdir()
+write = lambda name, text: (folder / "dump" / f"module_1.{{name}}.txt").write_text(text)
+write("jit_seed.after_optimizations_after_buffer_assignment", "")
+write("jit_train_step.1.after_optimizations", {TEXT!r})
+write("jit_train_step.1.after_optimizations-buffer-assignment", {ASSIGNED!r})
+write("jit_train_step.1.after_optimizations_after_buffer_assignment", "")
+time.sleep(600)  # makes machine code
+"""
+
+
+def test_sides_are_compiled_in_processes_of_their_own_until_they_are_laid_out(fake):
+  fake(SIDE)
   said = []
   rows = run.measure("python", CASES[1:3], said.append, 1)
   assert [(one["optimizer"], one["side"]) for one in rows] == [(MUON, OURS), (MUON, THEIRS), (DEFAULT_MUON, THEIRS)]
-  assert all(one["matmuls"] == 1024 for one in rows) and said[0].startswith("1/3 ") and json.dumps(rows)
+  assert all(one["matmuls"] == 1024 and one["arguments"] == 4096 and one["temporaries"] == 512 for one in rows), rows
+  assert all(one["versions"] == {"jax": "1"} and 0 < one["seconds"] < 30 and one["host_bytes"] > 2**20 for one in rows)
+  assert said[0].startswith("1/3 ") and json.dumps(rows)
+
+
+def test_a_step_that_the_compiler_refuses_and_one_that_takes_too_long_are_rows(fake):
+  fake("import sys, pathlib\n(pathlib.Path(sys.argv[1]) / 'figures.json').write_text('{\"refused\": \"too large\"}')")
+  assert run.measure(None, CASES[:1], lambda text: None, 1)[0]["refused"] == "too large"
+  fake("import time\ntime.sleep(600)")
+  assert run.measure(None, CASES[:1], lambda text: None, 0.01)[0]["failed"] == "more than 0.01 minutes"
 
 
 def test_a_bench_goes_on_from_what_the_same_compiler_said(fake):

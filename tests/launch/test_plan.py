@@ -18,7 +18,8 @@ GIB = 2**30
 def figures(**changes):
   memory = {"arguments": 3 * GIB, "outputs": 3 * GIB, "aliased": 3 * GIB, "temporaries": 2 * GIB, "all": 5 * GIB,
             "peak": 4 * GIB}
-  return {"seconds": 61.2, "compile_seconds": 50.4, "host_bytes": 3 * GIB, "devices": 8, "hbm_bytes": 6 * GIB, "fits": True,
+  return {"layout": False,
+          "seconds": 61.2, "compile_seconds": 50.4, "host_bytes": 3 * GIB, "devices": 8, "hbm_bytes": 6 * GIB, "fits": True,
           "memory": memory, "state": {"parameters": GIB, "optimizer": 2 * GIB},
           "with_bundles": 0, "kernels": {"attend": {"calls": 12, "flops": 2e12, "bytes": 3e9, "seconds": 0.004}},
           "traffic": {
@@ -39,6 +40,7 @@ def test_everything_is_printed():
   assert text.endswith("this allows: 45.6%")
   assert "model 8.0, hardware 12.0, matmuls 10.0, kernels 2.0; + 1.0 for" in text
   assert "least ms by these, of 7 shapes also by the compiler's schedule" in report.text(figures(with_bundles=7))
+  assert report.text(figures(layout=True)).startswith("laid out, without its machine code (a guess stands for it), in 50 s")
   small = report.text(figures(fits=False, kernels={}, traffic={}))
   assert "DOES NOT FIT, expected at most 90%" in small and small.splitlines().count("  none") == 2
 

@@ -26,7 +26,7 @@ def once(case: Case, one: collectives.Collective) -> float:
   runs = one.runs or 0
   if one.kind != "ragged-all-to-all":
     return runs * one.bytes
-  shape = one.arrays[1 if one.starts else 0][1]
+  shape = one.arrays[1 if one.named else 0][1]
   return runs * one.bytes * min(1.0, rows_of(case, shape) / shape[0])
 
 

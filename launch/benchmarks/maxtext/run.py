@@ -12,14 +12,17 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 from deepseek_v4 import config
+from deepseek_v4.planning import layout
 from deepseek_v4.planning.read import SHARE
 from launch.benchmarks.kernels.chips import chip_of
 from launch.benchmarks.maxtext import cases, read
 from launch.benchmarks.maxtext.cases import ADAMW, MUON, OURS, THEIRS, Case
+from launch.benchmarks.worker import memory
 from launch.plans.measure import ticking
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,7 +33,8 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
                "DECOUPLE_GCLOUD": "TRUE"}
 # What our step is made of, and what reads either side's program.
 LIBRARIES = ("deepseek_v4", "pallas_kernels")
-READERS = (*(f"deepseek_v4/planning/{name}.py" for name in ("collectives", "dots", "hlo", "read")),
+PROGRAM = "train_step"  # of either side
+READERS = (*(f"deepseek_v4/planning/{name}.py" for name in ("collectives", "dots", "hlo", "layout", "read")),
            *(f"launch/benchmarks/maxtext/{name}.py" for name in ("read", "theirs")))
 
 Row = dict[str, Any]
@@ -137,23 +141,46 @@ def command_of(case: Case, side: str, python: str | None, folder: str) -> list[s
 
 
 def _compiled(case: Case, side: str, python: str | None, library: str, say: Callable[[str], None], minutes: float) -> Row:
-  environment = {**os.environ, **ENVIRONMENT, "TPU_LIBRARY_PATH": library}
-  if side == OURS:
-    environment["PYTHONPATH"] = str(ROOT)
-  with tempfile.TemporaryDirectory() as folder:
-    try:
-      with ticking(say):
-        done = subprocess.run(command_of(case, side, python, folder), env=environment, capture_output=True, text=True,
-                              timeout=60 * minutes)
-    except subprocess.TimeoutExpired:
+  """Figures of one side. Its compiler is left as soon as the program is laid out: code is not compared."""
+  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    dump, said = Path(folder) / "dump", Path(folder) / "said"
+    flags = " ".join(f"--{name}={str(value).lower() if value is True else value}"
+                     for name, value in layout.flags_for(dump).items())
+    environment = {**os.environ, **ENVIRONMENT, "TPU_LIBRARY_PATH": library, "XLA_FLAGS": flags}
+    if side == OURS:
+      environment["PYTHONPATH"] = str(ROOT)
+    started = time.monotonic()
+    with said.open("w", encoding="utf-8") as output, ticking(say):
+      process = subprocess.Popen(command_of(case, side, python, folder), env=environment, stdout=output, stderr=output)
+      try:
+        program, host_bytes = _program(process, dump, started + 60 * minutes)
+      finally:
+        process.kill()
+        process.wait()
+    took = {"seconds": time.monotonic() - started, "host_bytes": host_bytes}
+    path = Path(folder) / "figures.json"
+    figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if program is not None:
+      return took | figures | read.of_program(case, program[1], program[0], chip_of(case.topology).hbm_bytes)
+    if "refused" in figures:
+      return took | figures
+    if took["seconds"] >= 60 * minutes:
       return {"failed": f"more than {minutes:g} minutes"}
-    if not (Path(folder) / "figures.json").is_file():
-      return {"failed": f"exit code {done.returncode}: {' '.join(done.stderr.strip().splitlines()[-3:])[-400:]}"}
-    found = json.loads((Path(folder) / "figures.json").read_text(encoding="utf-8"))
-    if "memory" not in found:
-      return found
-    text = (Path(folder) / "program.txt").read_text(encoding="utf-8")
-    return found | read.of_program(case, text, found.pop("memory"), chip_of(case.topology).hbm_bytes)
+    lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return {"failed": f"exit code {process.returncode}: {' '.join(lines[-3:])[-400:]}"}
+
+
+def _program(process: subprocess.Popen, dump: Path, deadline: float) -> tuple[tuple[dict[str, int], str] | None, int]:
+  """The program that a process writes down, None if it ends or the deadline passes before; the most memory that it took."""
+  most = 0
+  while time.monotonic() < deadline:
+    ended = process.poll() is not None
+    if not ended:
+      most = memory("VmHWM", process.pid) or most
+    if (program := layout.found(dump, PROGRAM)) is not None or ended:
+      return program, most
+    time.sleep(0.2)
+  return None, most
 
 
 # ---- what is said of it -----------------------------------------------------------------------------------------------
