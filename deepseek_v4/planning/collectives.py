@@ -72,8 +72,8 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
 def collectives(text: str) -> list[Collective]:
   """All collectives of a compiled program's text that more than one device takes part in.
 
-  A TPU's reduce-scatter is written as a fusion of its own, of an all-reduce and the slice that a device keeps. Before code is
-  made, some are written as computations that another instruction starts.
+  A TPU's reduce-scatter is written as a fusion of its own, of an all-reduce and the slice that a device keeps. Before code
+  is made, some are written as computations that another instruction starts.
   """
   parts, found = hlo.computations(text), []
   runs, started = hlo.runs(parts), set(_ASYNC.findall(text))

@@ -81,11 +81,11 @@ def plans(chip, queries, num_entries, dtype):
 
 def edges():
   """(chip, dtype, tile, queries, entries): 127 to 129 queries, of which a block holds 128 with 8 heads; entries around whole
-  tiles. A tile of 1,024 bfloat16 entries is taken from 16,384 entries on."""
+  tiles. One of 1,024 bfloat16 or 512 float32 entries is taken from 16,384 entries on."""
   for chip, dtype in [(chip, dtype) for chip in CHIPS for dtype in TOLERANCE]:
     for widest in sorted({kernel.TILE[chip][1], kernel_backward.TILE[chip][1]}):
       tile = widest * 2 // jnp.dtype(dtype).itemsize
-      whole, middle = (17 * tile, 12) if widest == 1024 else (2 * tile, 128)
+      whole, middle = (17 * widest, 12) if widest == 1024 else (2 * tile, 128)
       yield from ((chip, dtype, tile, middle + more, whole + more) for more in (-1, 0, 1))
 
 

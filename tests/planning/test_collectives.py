@@ -89,14 +89,14 @@ STARTED = """HloModule step
 ENTRY %main (x: bf16[8,128], y: bf16[32,128]) -> bf16[32,128] {
   %x = bf16[8,128]{1,0} parameter(0)
   %y = bf16[32,128]{1,0} parameter(1)
-  %start.1 = ((bf16[8,128]{1,0}, bf16[32,128]{1,0}), bf16[32,128]{1,0}, u32[]) async-start(%x, %y), calls=%async_computation.3
+  %start.1 = ((bf16[8,128], bf16[32,128]), bf16[32,128], u32[]) async-start(%x, %y), calls=%async_computation.3
   ROOT %done.1 = bf16[32,128]{1,0} async-done(%start.1)
 }
 """
 
 
 def test_a_computation_that_is_started_may_run_beside_others():
-  """As libtpu 0.0.42 writes a ragged exchange before it makes code of it: half of the 32 rows that land come from elsewhere."""
+  """As libtpu 0.0.42 writes a ragged exchange before it makes code of it: half of the 32 rows come from elsewhere."""
   (found,) = collectives(STARTED)
   assert (found.kind, found.bytes, found.starts, found.runs) == ("ragged-all-to-all", 32 * 128 * 2 // 2, True, 1)
   (waited,) = collectives(STARTED.replace("async-start", "call").replace("async-done", "copy"))
