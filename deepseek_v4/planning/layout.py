@@ -22,13 +22,13 @@ CODE_BYTES = 2**30
 def memory(assignment: str) -> dict[str, int]:
   """Bytes of one device by the text of a buffer assignment, named as by `read.memory`.
 
-  "temporaries" is the region that all of them share; compilers that report them twice in part say more (`read.memory`).
-  "code" is `CODE_BYTES`.
+  "temporaries" is the region that all of them share, and constants; compilers that report them twice in part say more
+  (`read.memory`). What is "thread-local" lies inside of fusions and never in HBM. "code" is `CODE_BYTES`.
   """
   sizes = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries"), 0)
   for size, text in _ALLOCATION.findall(assignment):
     kinds = {part.strip().split(" ")[0] for part in text.split(",")}
-    if "color" in kinds:  # not HBM
+    if kinds & {"color", "thread-local"}:  # not HBM
       continue
     argument, output = "parameter" in kinds, bool(kinds & {"maybe-live-out", "output"})
     sizes["arguments"] += argument * int(size)

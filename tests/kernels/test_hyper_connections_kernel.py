@@ -37,14 +37,16 @@ def values_and_gradients(arrays, op, implementation):
 
 
 def same(arrays, dtype="float32"):
-  """Streams and update in `dtype`; the formula gets the same numbers in float32."""
+  """Streams and update in `dtype`, beside the formula with the same arrays. In float32 throughout the formula would be no
+  measure of what is rounded to bfloat16 and cancels then: d scale of 17 tokens differs by 5%, kernel's and formula's alike.
+  """
   op = functools.partial(expand_collapse, **STATIC)  # a new one each time: programs differ by chip
   narrow = {name: arrays[name].astype(dtype) for name in ("streams", "update")}
-  wide = {name: x.astype(np.float32) for name, x in narrow.items()}
   (_, got), got_gradients = values_and_gradients({**arrays, **narrow}, op, "interpret")
-  (_, want), want_gradients = values_and_gradients({**arrays, **wide}, op, "reference")
+  (_, want), want_gradients = values_and_gradients({**arrays, **narrow}, op, "reference")
   for a, b in zip(jax.tree.leaves((got, got_gradients)), jax.tree.leaves((want, want_gradients)), strict=True):
-    np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0, atol=TOLERANCE[dtype] * max(np.abs(b).max(), 1e-30))
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE[dtype] * max(np.abs(b).max(), 1e-30))
 
 
 @pytest.mark.parametrize("batch, length, streams, hidden", [
