@@ -32,6 +32,7 @@ def few_picks(x_TD: jax.Array, experts_Tk: jax.Array, weights_Tk: jax.Array, gat
               prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
   """See `pallas_kernels.grouped_matmul.few_picks`; dtypes as there, products at least in float32."""
   num_experts, top_k = gate_EDF.shape[0], experts_Tk.shape[1]
+  experts_Tk, weights_Tk = jnp.asarray(experts_Tk), jnp.asarray(weights_Tk)  # a traced number is no index of NumPy's
 
   def pick(i, out_TD):
     token, rank = i // top_k, i % top_k

@@ -5,6 +5,7 @@ whole grid of the bench. A gradient's program holds the kernels of both directio
 one chunk whole, which takes long, and of two chunks what is between their attentions.
 """
 
+import dataclasses
 import math
 import re
 
@@ -19,7 +20,7 @@ from launch.benchmarks.kernels.compile import Compiler, Request
 from launch.benchmarks.memory import cases as memory_cases
 from launch.benchmarks.memory import run as memory_run
 from pallas_kernels import bits, tpu
-from pallas_kernels.shapes import FLASH
+from pallas_kernels.shapes import FLASH, MODELS
 from pallas_kernels.sparse_attention import sparse, sparse_lists, sparse_rows, tiles
 
 # Lengths at which the indexer leaves entries out, with little memory to plan for.
@@ -200,11 +201,29 @@ def test_arrays_with_a_number_for_every_query_and_key_are_found():
   assert quadratic(dense + fine, 8192, 2048) == dense
 
 
+def grid(op):
+  """The bench's cases of an op, ours; of those that it measures at one length, since a token costs the same at all, also the
+  other lengths, and sliding layers in decoding."""
+  found = [case for case in cases.all_cases((op,), cases.LENGTHS) if case.side == OURS]
+  if cases.BY_NAME[op].lengths == (4096,):
+    found += [dataclasses.replace(case, length=length) for case in found if case.length for length in cases.LENGTHS[1:]]
+  if op == "attention_window":
+    found += [Case(op, model, DECODE, FORWARD) for model in MODELS]
+  return found
+
+
+def test_the_grid_has_every_op_at_every_length():
+  lengths = {op.name: {case.length for case in grid(op.name)} for op in cases.OPS if not op.fixed}
+  assert lengths.pop("select") == {*cases.LENGTHS[1:], DECODE} | {4096}
+  assert lengths.pop("kl_loss") == {*cases.LENGTHS}  # trains only
+  assert all(found == {*cases.LENGTHS, DECODE} for found in lengths.values()), lengths
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("op", cases.BY_NAME)
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
 def test_the_whole_grid_compiles(chip, op):
-  wanted = [case for case in cases.all_cases((op,), cases.LENGTHS) if case.side == OURS and bounds.fits(case, chip)]
+  wanted = [case for case in grid(op) if bounds.fits(case, chip)]
   assert not compile_for(chip, wanted)
 
 

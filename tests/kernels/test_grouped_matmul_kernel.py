@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import tpu
 from pallas_kernels.grouped_matmul import expert_mlp
 
+CHIPS = {chip.name: chip for chip in (tpu.V5P, tpu.V6E, tpu.TPU7X)}
 WEIGHTS = ("gate", "up", "down")
 
 
@@ -25,8 +27,9 @@ def inputs(sizes, tile, rows, hidden, width):
   return {**arrays, "group_sizes": jnp.array(sizes, jnp.int32)}, owned
 
 
-@functools.partial(jax.jit, static_argnames=("tile", "implementation"))
-def values_and_gradients(arrays, owned, tile, implementation):
+@functools.partial(jax.jit, static_argnames=("tile", "implementation", "chip"))
+def values_and_gradients(arrays, owned, tile, implementation, chip=""):
+  """`chip`: whose blocks are taken; a program of its own for each."""
   def run(moving):
     y = expert_mlp(**moving, group_sizes=arrays["group_sizes"], tile=tile, limit=0.7, implementation=implementation)
     y = jnp.where(owned[:, None], y, 0)
@@ -41,6 +44,24 @@ def test_tiles_end_anywhere(sizes, tile, rows, hidden, width):
   got, want = (values_and_gradients(arrays, owned, tile, name) for name in ("interpret", "reference"))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(np.abs(b).max(), 1e-30))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype, share", [("float32", 2e-5), ("bfloat16", 3e-2)])  # as in the walk of the cases
+@pytest.mark.parametrize("tile", [128, 256])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_tiles_of_training_end_anywhere(monkeypatch, chip, tile, dtype, share):
+  """One row less, as many and one more than a tile holds; widths of several inner steps."""
+  monkeypatch.setattr(tpu, "current_chip", lambda interpret: CHIPS[chip])
+  sizes = (tile - 1, 0, tile, tile + 1, 7)
+  arrays, owned = inputs(sizes, tile, 6 * tile, 384, 512)
+  narrow = {name: x if name == "group_sizes" else x.astype(dtype) for name, x in arrays.items()}
+  wide = {name: x if name == "group_sizes" else jnp.asarray(x, jnp.float32) for name, x in narrow.items()}
+  got = values_and_gradients(narrow, owned, tile, "interpret", chip)
+  want = values_and_gradients(wide, owned, tile, "reference")
+  for a, b in zip(jax.tree.leaves(got[0][1:] + got[1:]), jax.tree.leaves(want[0][1:] + want[1:]), strict=True):
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    np.testing.assert_allclose(a, b, rtol=0, atol=share * np.abs(b).max())
 
 
 def test_rows_of_no_expert_are_finite_and_leave_the_weights_alone():

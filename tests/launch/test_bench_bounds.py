@@ -73,8 +73,9 @@ def rounds_of(blocks, top_k):
 
 def test_rounds_of_the_threshold_search():
   """The plan takes as many for every block as those need that see all of 64K tokens: 7.66 in the mean of 32 of them, 7.0 to
-  7.5 where they see an eighth to a half; scores as the formula makes them, with weights of both signs or of one, need no
-  more. The mean of these eight blocks is 7.75 (7.25 for 512 entries); of any eight it scatters by a third of a round."""
+  7.5 where they see an eighth to a half; scores as the formula makes them, with weights of both signs or of one, need at
+  most 15% more. The mean of these eight blocks is 7.75 (7.25 for 512 entries); of any eight it scatters by a third of a
+  round."""
   rng, entries = np.random.default_rng(0), 16384
   normals = [rng.normal(size=(32, entries)) for _ in range(8)]
   q, k, w = (rng.normal(size=size).astype(np.float32) for size in ((32, 16, 16), (entries, 16), (32, 16)))

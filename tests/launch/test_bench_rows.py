@@ -21,6 +21,7 @@ def test_a_row_holds_schedule_bounds_and_their_ratio():
   assert (kernel["hot_bundles"], kernel["unit_bundles"], kernel["spills"], kernel["guessed"]) == (7, 7, 6, False)
   assert kernel["fixed_ratio"] == 6 / 4096
   assert kernel["step_bundles"] == pytest.approx(13, abs=0.01)
+  assert kernel["mean_step_bundles"] == bundles / plan.steps  # of both cores together
   assert row["time_cycles"] == max(bundles / 2, plan.flops / V5P.flops_per_cycle)
   assert row["ratio"] == row["time_cycles"] / row["matrix_cycles"] >= 1
   assert row["tokens_per_second_per_chip"] == pytest.approx(16384 / (row["time_cycles"] / 1.75e9))

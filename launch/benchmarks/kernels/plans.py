@@ -133,8 +133,8 @@ def _masked_attention_backward(case: Case, call: Call, chip: Chip) -> Plan:
 
 
 # ---- indexer ----------------------------------------------------------------------------------------------------------
-# Of two counting passes until every one of 32 queries has its threshold: normal scores of 16,384 entries need 7.7 (for 1,024
-# of them) to 8.0 (for 512), fewer entries 7.0 to 7.5; counted for all.
+# Of two counting passes until every one of 32 queries has its threshold: normal scores of 16,384 entries need 7.7 (for 512
+# of them 7.3), fewer entries 7.0 to 7.5, scores as the formula makes them up to 9; counted for all.
 ROUNDS = 7.8
 
 

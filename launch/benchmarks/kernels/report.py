@@ -141,7 +141,8 @@ _PER_TOKEN = {"matrix_cycles", "hbm_cycles", "vector_cycles", "vector_slot_cycle
 _KERNEL_COLUMNS = (
     ("hot bundles", "hot_bundles", ",.0f"), ("per unit", "unit_bundles", ",.0f"), ("spills", "spills", ",.0f"),
     ("fills", "fills", ",.0f"), ("fixed", "fixed_bundles", ",.0f"), ("x bound", "fixed_ratio", ".2f"),
-    ("step", "step_bundles", ",.0f"), ("bundles/token", "bundles_per_token", ",.0f"))
+    ("step", "mean_step_bundles", ",.0f"), ("empty step", "step_bundles", ",.0f"),
+    ("bundles/token", "bundles_per_token", ",.0f"))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -191,7 +192,7 @@ matmuls, summed; serial: the same where nothing overlaps. What the SparseCore do
 only its HBM bytes. ratio: time over the largest of the bounds. HBM MB: what the program moves; least: each
 operand and result once. others: time of the fastest other side over ours. per unit: bundles per 8 tokens x 128 heads x 512
 entries; fixed: what a block of queries costs before its tiles (all of it, where its entries are one tile or none), x bound:
-over its matmuls; step: an empty grid step."""
+over its matmuls; step: a grid step in the mean, and one that does nothing."""
 
 
 def text(rows: Sequence[Row], found: Sequence[Row]) -> str:

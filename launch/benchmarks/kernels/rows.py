@@ -178,6 +178,7 @@ def _kernel_row(kernel: KernelFigures, chip: Chip) -> Row:
   plan, hot = kernel.plan, kernel.regions.get(kernel.plan.hot) or kernel.whole_step
   row = {"guessed": not plan.fits, "bundles": kernel.bundles, "matrix_cycles": kernel.matrix,
          "vector_slot_cycles": kernel.vector, "hbm_bytes": kernel.hbm_bytes, "step_bundles": kernel.step,
+         "mean_step_bundles": kernel.whole_step["bundles"],
          "hot_bundles": hot["bundles"], "spills": hot["spills"], "fills": hot["fills"], "regions": kernel.regions}
   if plan.units:
     row["unit_bundles"] = hot["bundles"] / plan.units
