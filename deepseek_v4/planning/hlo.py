@@ -12,9 +12,10 @@ from typing import Mapping, Sequence
 
 
 def computations(text: str) -> dict[str, list[str]]:
-  """Lines of each computation by its name; the one that runs first is "ENTRY", and so is text that names none."""
+  """Lines of each computation by its name; the one that runs first is "ENTRY", and so is text that names none. Attributes of
+  a kernel may have lines of their own, which begin at the margin, too."""
   parts: dict[str, list[str]] = {}
-  for part in re.split(r"\n(?=\S)", text):
+  for part in re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ .*\{\s*$)", text, flags=re.MULTILINE):
     head = part.split("(", 1)[0].strip()
     named = re.match(r"%?([\w.\-]+)$", head) if part.split("\n", 1)[0].rstrip().endswith("{") else None
     parts.setdefault(named[1] if named else "ENTRY", []).extend(part.splitlines())

@@ -14,7 +14,8 @@ from launch.benchmarks.maxtext.cases import ADAMW, CASES, DEFAULT_MUON, MUON, OU
 CASE = Case(4, "v5p:2x2x1", 16, ADAMW)
 MEMORY = {"arguments": 10 * 2**30, "outputs": 10 * 2**30, "aliased": 10 * 2**30, "temporaries": 5 * 2**30, "code": 2**20}
 
-# A matmul [8, 4] x [4, 16]; an all-gather of 4 devices; a ragged exchange with room for 192 rows where 16 x 6 come.
+# A matmul [8, 4] x [4, 16]; an all-gather of 4 devices; a ragged exchange with room for 192 rows where 16 x 6 come, and rows
+# that the compiler has cut in two.
 TEXT = """HloModule step, is_scheduled=true
 
 ENTRY %main (a: f32[8,4], b: f32[4,16], c: bf16[96,4096]) -> f32[8,16] {
@@ -23,8 +24,8 @@ ENTRY %main (a: f32[8,4], b: f32[4,16], c: bf16[96,4096]) -> f32[8,16] {
   %c = bf16[96,4096]{1,0} parameter(2)
   %dot.1 = f32[8,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %all-gather.1 = f32[32,4]{1,0} all-gather(%a), replica_groups=[1,4]<=[4], dimensions={0}
-  %room = bf16[192,4096]{1,0} broadcast()
-  %ragged.1 = bf16[192,4096]{1,0} ragged-all-to-all(%c, %room, %s, %s, %s, %s), replica_groups={{0,1,2,3}}
+  %room = bf16[192,2,2048]{2,1,0} broadcast()
+  %ragged.1 = bf16[192,2,2048]{2,1,0} ragged-all-to-all(%c, %room, %s, %s, %s, %s), replica_groups={{0,1,2,3}}
   ROOT %out = f32[8,16]{1,0} copy(%dot.1)
 }
 """

@@ -30,6 +30,36 @@ def test_batch_axes_are_multiplied_out():
   assert flops(lambda x, y: jnp.einsum("bij,bjk->bik", x, y), (7, 32, 48), (7, 48, 40))["dots"] == 2 * 7 * 32 * 48 * 40
 
 
+IN_A_LOOP = """HloModule step
+
+%body (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %p = (s32[], f32[8,8]{1,0}) parameter(0)
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=1
+  %k = f32[8,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", kernel_metadata={
+"block_q": 128
+}, metadata={op_name="kernel"}
+  %y = f32[8,8]{1,0} dot(%k, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %out = (s32[], f32[8,8]{1,0}) tuple(%i, %y)
+}
+
+%condition (p: (s32[], f32[8,8])) -> pred[] {
+  %p = (s32[], f32[8,8]{1,0}) parameter(0)
+  %end = s32[]{:T(128)} constant(20)
+  ROOT %less = pred[] compare(%p#0, %end), direction=LT
+}
+
+ENTRY %main (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %p = (s32[], f32[8,8]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[8,8]{1,0}) while(%p), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_kernel_whose_attributes_have_lines_of_their_own_ends_no_loop():
+  """As libtpu 0.0.52 writes kernels with metadata: what stands behind one still runs 20 times."""
+  assert dots.flops(IN_A_LOOP) == {"dots": 20 * 2 * 8**3, "more": 0}
+
+
 HEAD = ["  %p.1 = bf16[{left}]{{1,0:T(8,128)(2,1)}} parameter(0)", "  %p.2 = bf16[{right}]{{1,0}} parameter(1)"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from deepseek_v4.planning import collectives, dots, read
@@ -31,5 +32,5 @@ def once(case: Case, one: collectives.Collective) -> float:
 
 
 def rows_of(case: Case, shape: tuple[int, ...]) -> float:
-  """Rows of a ragged exchange of a whole pass; what is not rows of the model counts in full."""
-  return case.tokens * PICKS if shape[-1] == HIDDEN and len(shape) == 2 else shape[0]
+  """Rows of a ragged exchange of a whole pass, however a row is cut; what is not rows of the model counts in full."""
+  return case.tokens * PICKS if math.prod(shape[1:]) == HIDDEN else shape[0]
