@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import bits
 from pallas_kernels.cases import packed
-from pallas_kernels.indexer import select
+from pallas_kernels.indexer import kl_loss, select
 from pallas_kernels.selection import Selection
 from pallas_kernels.sparse_attention import attend
 from tests.kernels.arrays import nan_where_unused, random_normals
@@ -173,6 +173,43 @@ def test_any_cut_of_the_queries_gives_the_same_rows(kind, chunk):
 @pytest.mark.parametrize("kind, first", of_kinds((1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33), {}))
 def test_tokens_one_by_one_behind_a_first_call(kind, first):
   agrees_with_one_call([first] + [1] * (40 - first), kind)
+
+
+@jax.jit
+def index_loss(arrays):
+  """[B, S]: what the indexer of a CSA layer loses, with attention's own log-sum-exp as the teacher's."""
+  index = {name: arrays[f"index_{name}"] for name in ("queries", "weights", "keys")}
+  places = {name: arrays[name] for name in ("positions", "segment_ids", "entry_last", "entry_segment")}
+  chosen = select(**index, top_k=PICKS, implementation="interpret", **places)
+  return kl_loss(**index, attention_queries=arrays["q"], entries=arrays["entries"], lse=arrays["lse"], selection=chosen,
+                 scale=0.25, implementation="interpret", **places)
+
+
+def with_lse(documents):
+  """`inputs` and any log-sum-exp."""
+  return inputs(documents) | {"lse": 3 + np.random.default_rng(1).normal(size=(1, ROW, HEADS)).astype(np.float32)}
+
+
+def test_what_an_indexer_loses_by_a_token_depends_on_no_later_one_and_no_other_document():
+  """Bit for bit; a token's own loss moves when it does."""
+  arrays = with_lse((30, 34))
+  base = np.asarray(index_loss(arrays))
+  assert (base > 1e-3).sum() > 40
+  for place in (8, 20, 40, 63):  # behind a document's first three tokens, which see no entry
+    moved = np.asarray(index_loss(changed_at(arrays, place, CSA)))
+    last = 29 if place < 30 else 63
+    np.testing.assert_array_equal(moved[0, :place], base[0, :place])
+    np.testing.assert_array_equal(moved[0, last + 1:], base[0, last + 1:])
+    assert moved[0, place] != base[0, place]
+
+
+def test_what_an_indexer_loses_does_not_depend_on_how_queries_are_cut():
+  arrays = with_lse((40,))
+  want = np.asarray(index_loss(arrays))
+  per_query = ("q", "lse", "index_queries", "index_weights", "positions", "segment_ids")
+  for start, end in ((0, 17), (17, 34)):  # one program for both
+    part = {name: x[:, start:end] if name in per_query else x for name, x in arrays.items()}
+    np.testing.assert_allclose(index_loss(part)[0], want[0, start:end], atol=1e-5)
 
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33)
