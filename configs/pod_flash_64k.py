@@ -4,11 +4,10 @@ command   python -m launch.train --config configs/pod_flash_64k.py --workdir FOL
 plan      python -m launch.plan --config configs/pod_flash_64k.py --topology v5p:4x8x8
 hardware  256 TPU v5p
 duration  none: nobody has trained this file
-result    on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1) the compiler laid out its memory; machine code was not waited for:
-          fits, held at one time 43.4 of 95.7 GiB a device, arguments 8.5; at most 79 (83%) if all else counts twice.
-          Its times were not read again. On 2026-11-26, with 53.4 GiB at one time: at least 298.3 s for a step of 75.5M
-          tokens: compute 285.6 (kernels 248.6), HBM 103.7, collectives 12.6 alone and 5.5 beside other work; so model
-          FLOPs utilisation at most 21%
+result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 3 min and 2.8 GiB here): fits, 44.4
+          of 95.7 GiB a device (46%), arguments 8.5, temporaries 34.9, a GiB kept for code; a step of 75.5M tokens takes at
+          least 295 s: compute 282 (kernels 245: masked attention multiplies what the selection leaves out), HBM 95,
+          collectives 12 alone and 5 beside other work; so model FLOPs utilisation is at most 21%
 
 Eight chips share a row, 8,192 tokens each.
 """

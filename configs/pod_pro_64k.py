@@ -4,10 +4,10 @@ command   python -m launch.train --config configs/pod_pro_64k.py --workdir FOLDE
 plan      python -m launch.plan --config configs/pod_pro_64k.py --topology v5p:8x16x16
 hardware  2,048 TPU v5p
 duration  none: nobody has trained this file
-result    on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1) the compiler laid out its memory; machine code was not waited for,
-          times were not read: fits, held at one time 36.3 of 95.7 GiB, arguments 8.9; at most 65 (67%) if all else counts
-          twice. On 1,024 chips (context=32) with six times the tokens a chip (accumulation=15) the bounds of 2026-11-26
-          allowed a model FLOPs utilisation of 22%: masked attention multiplies what the selection leaves out
+result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 3 min and 2.8 GiB here): fits, 37.3
+          of 95.7 GiB a device (39%), arguments 8.9, temporaries 27.3, a GiB kept for code; a step of 94.4M tokens takes at
+          least 170 s: compute 129 (kernels 108: masked attention multiplies what the selection leaves out), HBM 60,
+          collectives 41 alone and 2 beside other work; so model FLOPs utilisation is at most 20%
 
 64 chips share a row, 1,024 tokens each.
 """

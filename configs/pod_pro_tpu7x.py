@@ -4,9 +4,10 @@ command   python -m launch.train --config configs/pod_pro_tpu7x.py --workdir FOL
 plan      python -m launch.plan --config configs/pod_pro_tpu7x.py --topology TPU7x:8x8x8
 hardware  512 TPU7x, which are 1,024 devices
 duration  none: nobody has trained this file
-result    not planned as it is; estimated from shapes: 33 of 94.8 GiB a device held at one time. With twice the rows in a
-          pass (batch_size=23552, accumulation=23) the compiler accepted the step on 2026-11-26, before updates were made
-          in place; its figures were not read
+result    not laid out: after 40 minutes, beside other work, the compiler (libtpu 0.0.42.1) was still at its passes over the
+          program; estimated from shapes: 33 of 94.8 GiB a device held at one time. With twice the rows in a pass
+          (batch_size=23552, accumulation=23) the compiler accepted the step on 2026-11-26, before updates were made in
+          place; its figures were not read
 
 Two devices share a row, so that weights are split over all of them; 2,048 tokens each. A device is half a chip.
 """
