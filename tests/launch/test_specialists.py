@@ -107,14 +107,14 @@ def test_passes_are_nearly_full(tmp_path):
   assert mean < asked.prompt_length + asked.reply_length <= specialists.LENGTH
 
 
-def test_the_start_has_decayed_and_a_specialist_is_short(tmp_path):
-  plan, rates = specialists.Plan(), []
+def test_rates_decay_from_a_start_on_and_a_specialist_is_short(tmp_path):
+  plan = specialists.Plan()
   parts = specialists.parts_of(tmp_path, tmp_path / "text", 0, plan)
-  for name in ("start", "python"):
+  for name, share in (("start", 1.0), ("python", 0.15), ("student", 0.1)):  # of the rate at the third is left at the end
     run = parts[name][0]
-    rates.append([float(make_schedule(run.optimizer, run.training.steps)(n)) for n in (run.training.steps // 3,
-                                                                                    run.training.steps - 1)])
-    assert rates[-1][1] < 0.1 * rates[-1][0]
+    third, last = (float(make_schedule(run.optimizer, run.training.steps)(n)) for n in (run.training.steps // 3,
+                                                                                     run.training.steps - 1))
+    assert last == third if name == "start" else last < share * third
   assert [parts[name][0].training.steps for name in ("start", *KINDS)] == [plan.start, *3 * [plan.specialist]]
   assert {parts[name][0].training.steps for name in specialists.METHODS} == {plan.student}
   assert all(run.training.checkpoint_every <= run.training.steps / 4 for run, _ in parts.values())  # for who is killed
