@@ -46,8 +46,8 @@ ROWS = 48  # of a step of start and specialists
 SAMPLES, PASS_ROWS, LONGEST_PROMPT, SHORTEST_PROMPT, REPLY = 72, 4, 128, 16, 64
 COMPARED_ROWS = SAMPLES * REPLY // LENGTH
 START_RATE, SPECIALIST_RATE, STUDENT_RATE = 6e-3, 4e-3, 4e-3
-# What a model of this size says turns to noise, and it is to learn what follows text: replies are drawn a little colder.
-TEMPERATURE = 0.8
+# As the student would speak: with 0.8 and 128 updates it reached 68 to 78% of the gains, with 1.0 and 192 updates 81 to 85%.
+TEMPERATURE = 1.0
 METHODS = {"student": "on-policy distillation", "off_policy": "off-policy distillation", "mixed": "plain, mixed text"}
 WANTED, HOPED_FOR, MINUTES = 0.8, 0.9, 15
 
