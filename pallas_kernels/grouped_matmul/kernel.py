@@ -16,7 +16,6 @@ the larger of the two:
     dh with SwiGLU's gradient     0.89   1.23   0.79
     dx                            0.91   1.12   0.79
     d gate and d up               1.02   1.38   1.46
-    jax.lax.ragged_dot forward    0.86   1.08
     megablox gmm / tgmm                  1.15 / 1.60
 
 With 6 experts and 8,192 rows the forward and backward pass takes 2.89 TFLOP, as it must; through `ragged_dot` on v5p 8.30,
