@@ -1,10 +1,10 @@
 """V4-Flash at 4,096 tokens on 128 TPU v5p: the step with the batch of its recipe.
 
 command   python -m launch.train --config configs/pod_flash_4k.py --workdir FOLDER --set data.path=GLOB
-plan      python -m launch.plan --config configs/pod_flash_4k.py --topology v5p:4x4x8
+plan      python -m launch.plan --config configs/pod_flash_4k.py --topology v5p:4x4x8 --layout
 hardware  128 TPU v5p; twice as many: mesh.fsdp=4, data.accumulation=72
 duration  none: nobody has trained this file
-result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 3 min and 2.5 GiB here): fits, 50.2
+result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 6 min and 2.5 GiB here): fits, 50.2
           of 95.7 GiB a device (52%), arguments 17.0, temporaries 32.2, a GiB kept for code; a step of 75.5M tokens takes at
           least 207 s: compute 178 (kernels 104), HBM 144, collectives 29 alone and 9 beside other work; so model FLOPs
           utilisation is at most 53%. Compiled whole the same day (27 min, 14.6 GiB), before three changes that take less:

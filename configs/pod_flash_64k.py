@@ -1,7 +1,7 @@
 """V4-Flash at 65,536 tokens on 256 TPU v5p: the step with the batch of its recipe.
 
 command   python -m launch.train --config configs/pod_flash_64k.py --workdir FOLDER --set data.path=GLOB
-plan      python -m launch.plan --config configs/pod_flash_64k.py --topology v5p:4x8x8
+plan      python -m launch.plan --config configs/pod_flash_64k.py --topology v5p:4x8x8 --layout
 hardware  256 TPU v5p
 duration  none: nobody has trained this file
 result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 3 min and 2.8 GiB here): fits, 44.4

@@ -1,7 +1,7 @@
 """V4-Flash at 4,096 tokens on 128 TPU7x: the step with the batch of its recipe.
 
 command   python -m launch.train --config configs/pod_flash_tpu7x.py --workdir FOLDER --set data.path=GLOB
-plan      python -m launch.plan --config configs/pod_flash_tpu7x.py --topology TPU7x:4x4x8
+plan      python -m launch.plan --config configs/pod_flash_tpu7x.py --topology TPU7x:4x4x8 --layout
 hardware  128 TPU7x, which are 256 devices
 duration  none: nobody has trained this file
 result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 24 min beside other work): fits, 33.8 of

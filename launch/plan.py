@@ -12,7 +12,8 @@ It fits if arguments, outputs, temporaries and code leave a tenth of what the co
 times by the chip's published rates (`deepseek_v4/planning/bound.py`, `launch/plans/kernels.py`); nothing is measured.
 --bundles bounds kernels by the bundles of the compiler's schedule, too: a second process compiles each of them alone.
 --layout leaves the compiler as soon as the program and its place in memory are settled, in a tenth of the time: a GiB is
-kept for the machine code that is not made, and what only its making would refuse is not seen.
+kept for the machine code that is not made, and what only its making would refuse is not seen. Temporaries are then as laid
+out; of whole programs libtpu 0.0.42 reports about 1.5 times as many (`planning/read.py`), so that fewer fit.
 
 --step prefill and decode plan what `launch.generate` runs again and again: --chunk_size tokens more, or one, for each of
 data.batch_size rows, in a cache with room for data.sequence_length of them that is nearly full.
