@@ -23,7 +23,8 @@ overlap: of a trained run, how much of its selection a query shares with its nei
 context: a context of a million tokens read and gone on with by a small model; what a token costs along it.
 plan: Flash's whole train step compiled for 128 and 256 v5p, beside MaxText's by the same libtpu if its Python is given:
 python3.12 -m venv FOLDER && FOLDER/bin/pip install 'maxtext[tpu]==0.2.5', then --maxtext_python FOLDER/bin/python. A
-compilation takes ten minutes on two cores; the file of --json is written after each, and --resume goes on from it.
+compilation, up to its layout, takes three to seven minutes; the file of --json is written after each, and --resume goes on
+from it.
 start: seconds from nothing to the import, the first forward pass and the first training step of configs/tiny.py.
 all: every one of them one after another but overlap, which needs a run's checkpoint, and launch.plan of a slice of Pro;
 beside transformers if it is installed (pip install -e '.[test]' with Python 3.11 brings it). Hours, unattended: what has not

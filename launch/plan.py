@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     sys.exit(f"error: {error}")
   if path is not None:
     Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-  if flags.FLAGS["layout"].value:
+  if flags.FLAGS["layout"].value and not flags.FLAGS["search"].value:  # whose compilers are processes of their own
     sys.stdout.flush()
     os._exit(0)  # the compiler still works and cannot be stopped
 

@@ -18,12 +18,13 @@ def inputs():
               weights=rng.random((5, 3)), gate=normal(4, 6, 7), up=normal(4, 6, 7), down=normal(4, 7, 6))
 
 
-def loop(x, experts, weights, gate, up, down):
+def loop(x, experts, weights, gate, up, down, rounded=lambda x: x):
+  """`rounded`: of the hidden vector with its weight in it."""
   out = np.zeros_like(x)
   for row, rank in np.ndindex(*experts.shape):
     if 0 <= (e := experts[row, rank]) < len(gate):
       g, u = np.minimum(x[row] @ gate[e], LIMIT), np.clip(x[row] @ up[e], -LIMIT, LIMIT)
-      out[row] += weights[row, rank] * (g / (1 + np.exp(-g)) * u) @ down[e]
+      out[row] += rounded(weights[row, rank] * g / (1 + np.exp(-g)) * u) @ down[e]
   return out
 
 
@@ -41,11 +42,7 @@ def test_matrices_and_hidden_are_rounded_as_asked():
   arrays = {name: x if x.dtype == np.int32 else x.astype(np.float32) for name, x in inputs().items()}
   half = lambda x: jnp.round(2 * x) / 2
   got = few_picks(**arrays, limit=LIMIT, prepared=half, rounded=half)
+  half_64 = lambda x: np.round(2 * x.astype(np.float64)) / 2
   x, experts, weights, *matrices = (x if x.dtype == np.int32 else x.astype(np.float64) for x in arrays.values())
-  gate, up, down = (np.round(2 * x) / 2 for x in matrices)
-  want = np.zeros_like(x)
-  for row, rank in np.ndindex(*experts.shape):
-    if 0 <= (e := experts[row, rank]) < 4:
-      g, u = np.minimum(x[row] @ gate[e], LIMIT), np.clip(x[row] @ up[e], -LIMIT, LIMIT)
-      want[row] += np.round(2 * weights[row, rank] * g / (1 + np.exp(-g)) * u) / 2 @ down[e]
+  want = loop(x, experts, weights, *map(half_64, matrices), half_64)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
