@@ -40,14 +40,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any, Mapping
 
 from absl import app, flags
 
-from launch import use_huge_pages
+from launch import children, use_huge_pages
 from launch.benchmarks import cases, context, context_rows, everything, exchange, overlap, report, run, start, tables, worker
 from launch.benchmarks.kernels import cases as kernel_cases
 from launch.benchmarks.kernels import chips
@@ -236,8 +235,8 @@ def bench_plan(against: str | None, python: str | None, optimizers: list[str], m
   def keep(rows: list[dict]) -> None:
     if path is not None:
       report.write_json(path, rows, plan_run.targets(rows))
-  rows = plan_run.measure(python, plan_cases.of_optimizers(optimizers), say, minutes or PLAN_MINUTES, known,
-                          keep)
+  with children.ending_on_sigterm():
+    rows = plan_run.measure(python, plan_cases.of_optimizers(optimizers), say, minutes or PLAN_MINUTES, known, keep)
   print("", plan_run.table(rows), report.target_lines(plan_run.targets(rows)), sep="\n")
   if any(row["ours"] and "all" not in row for row in rows):
     sys.exit("error: a program of ours did not compile")
@@ -279,11 +278,8 @@ def bench_all(names: list[str], against: str | None, repeats: int, lengths: list
   def keep(found: dict) -> None:
     if path is not None:
       Path(path).write_text(json.dumps({**report.origin(), "parts": found}, indent=1) + "\n", encoding="utf-8")
-  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part in hand ends, too
-  try:
+  with children.ending_on_sigterm():
     found = everything.measure(wanted, say, keep=keep, minutes=minutes)
-  finally:
-    signal.signal(signal.SIGTERM, before)
   print("", everything.summary(found), sep="\n")
   if any("failed" in part for part in found.values()):
     sys.exit("error: a part failed")

@@ -33,7 +33,7 @@ from typing import Any
 
 from absl import app, flags
 
-from launch import use_huge_pages
+from launch import children, use_huge_pages
 
 
 def define_flags() -> None:
@@ -49,7 +49,8 @@ def define_flags() -> None:
   flags.DEFINE_bool("layout", False, "Leave the compiler before it makes machine code.")
   flags.DEFINE_bool("search", False, "Try meshes, accumulation and remat policies of a train step.")
   flags.DEFINE_integer("compiles", 4, "Of a search: how many candidates are compiled.", lower_bound=1)
-  flags.DEFINE_integer("jobs", 1, "Of a search: how many are compiled at a time; each may take 10 GB.", lower_bound=1)
+  flags.DEFINE_integer("jobs", 1, "Of a search: how many are compiled at a time; each may take 10 GB, 5 with --layout.",
+                       lower_bound=1)
   flags.DEFINE_list("remat", ["block", "full"], "Of a search: the policies to try.")
   flags.DEFINE_integer("minutes", 30, "Of a search: the most that one compilation may take.", lower_bound=1)
 
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> None:
   from deepseek_v4.planning import lower
   from deepseek_v4.training import stages
   from launch.benchmarks.report import head
-  from launch.plans import measure, report
+  from launch.plans import laid_out, measure, report
   os.environ.update(lower.ENVIRONMENT)
   import jax
   say = lambda line: print(line, flush=True)
@@ -109,18 +110,16 @@ def main(argv: list[str]) -> None:
     for line in stages.table(run_config):
       say(line)
     wanted = wanted_of(run_config)
-    if flags.FLAGS["search"].value:
-      figures = searched(run_config, wanted, say)
-    else:
-      figures = {"config": flags.FLAGS["config"].value, **measure.measured(wanted, say)}
-      say(report.text(figures))
-  except (ValueError, FileNotFoundError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+    with children.ending_on_sigterm():
+      if flags.FLAGS["search"].value:
+        figures = searched(run_config, wanted, say)
+      else:
+        figures = {"config": flags.FLAGS["config"].value, **measure.measured(wanted, say)}
+        say(report.text(figures))
+  except (ValueError, FileNotFoundError, NotImplementedError, jax.errors.JaxRuntimeError, laid_out.NoLayout) as error:
     sys.exit(f"error: {error}")
   if path is not None:
     Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-  if flags.FLAGS["layout"].value and not flags.FLAGS["search"].value:  # whose compilers are processes of their own
-    sys.stdout.flush()
-    os._exit(0)  # the compiler still works and cannot be stopped
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ XLA writes both down (xla_dump_to) as soon as they are settled.
 from __future__ import annotations
 
 import re
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(.*):$", re.MULTILINE)
 _PROGRAM, _ASSIGNED = ".after_optimizations.txt", ".after_optimizations-buffer-assignment.txt"
-_NEXT = ".after_optimizations_after_buffer_assignment.txt"  # begun when the other two are complete
+_REPORT = ".after_optimizations-memory-usage-report.txt"  # written with the other two, or after them
+_NEXT = ".after_optimizations_after_buffer_assignment.txt"  # begun when they are complete; for TPU7x half an hour later
+REST = 5.0  # seconds without a change that say it, too
 
 # Room kept for the code that is not made: whole steps of both models had 0.7 to 0.9 GiB (libtpu 0.0.42.1).
 CODE_BYTES = 2**30
@@ -44,48 +46,22 @@ def flags_for(folder: str | Path) -> dict[str, Any]:
   return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
 
 
+def _complete(start: str) -> bool:
+  """Whether nothing more is written to the files of the program whose names begin so."""
+  files = [Path(start + end) for end in (_PROGRAM, _ASSIGNED, _REPORT)]
+  if not all(path.is_file() for path in files):
+    return False
+  return Path(start + _NEXT).is_file() or max(path.stat().st_mtime for path in files) < time.time() - REST
+
+
 def found(folder: str | Path, name: str = "") -> tuple[dict[str, int], str] | None:
   """The `memory` of the program that lies in a folder, and its text as `.compile().as_text()` would begin; None as long as
-  there is none.
+  it is not there whole.
 
   Args:
     name: of the function that was jitted, where other programs may be in the folder, too.
   """
-  complete = sorted(Path(folder).glob(f"*jit_{name}*{_NEXT}" if name else f"*{_NEXT}"))
-  if not complete:
-    return None
-  path = str(complete[0]).removesuffix(_NEXT)
-  return memory(Path(path + _ASSIGNED).read_text("utf-8")), Path(path + _PROGRAM).read_text("utf-8")
-
-
-def laid_out(lowered: Any, folder: str | Path) -> tuple[dict[str, int], str]:
-  """Compiles until the program is laid out, and returns what is `found` then.
-
-  The compiler cannot be stopped: it goes on in a thread that does not keep the process from ending. Whoever calls this ends
-  the process (`os._exit`) when the figures are read.
-
-  Args:
-    lowered: a `jax.stages.Lowered` for TPUs.
-    folder: an empty one, for some hundred MB.
-
-  Raises:
-    jax.errors.JaxRuntimeError: the compiler refuses the program.
-    RuntimeError: it ended without writing the layout.
-  """
-  ended, failed = threading.Event(), []
-
-  def compile_():
-    try:
-      lowered.compile(compiler_options=flags_for(folder))
-    except Exception as error:  # raised again below
-      failed.append(error)
-    ended.set()
-  threading.Thread(target=compile_, daemon=True).start()
-  while True:
-    over = ended.wait(0.5)
-    if failed:
-      raise failed[0]
-    if (program := found(folder)) is not None:
-      return program
-    if over:
-      raise RuntimeError(f"the compiler ended without a file *{_NEXT} in {folder}: this libtpu cannot be planned by layout")
+  for path in sorted(Path(folder).glob(f"*jit_{name}*{_PROGRAM}" if name else f"*{_PROGRAM}")):
+    if _complete(start := str(path).removesuffix(_PROGRAM)):
+      return memory(Path(start + _ASSIGNED).read_text("utf-8")), path.read_text("utf-8")
+  return None

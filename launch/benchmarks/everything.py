@@ -9,9 +9,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,11 +17,11 @@ from typing import Any, Callable, Sequence
 
 from launch.benchmarks import cases
 from launch.benchmarks.kernels.chips import CHIPS
+from launch.children import run_for
 
 PLAN, SLICE = "configs/v4_pro_slice.py", "v5p:2x2x2"
 KERNELS = 90  # minutes for those of a chip
 MODEL = {"forward": 60, "train": 120, cases.DECODE: 60, cases.REMAT: 30}  # minutes
-GRACE = 20.0  # seconds that a part has to end by itself when its time is over
 SHORTEST = 1.0  # minutes of a part, as long as there are so many
 LEAST_MINUTES = 0.1  # that --minutes of a bench may say
 
@@ -70,7 +67,7 @@ def parts(against: str | None, repeats: int | None = None, lengths: Sequence[str
           "plan": Part(plan, 45, gigabytes=12, compiler=True),
           "memory": bench(60, "memory", "--topology", SLICE, takes=("lengths", "others"), **compiled),
           "exchange": bench(45, "exchange", "--topology", SLICE, takes=("lengths",), **compiled), **kernels,
-          "flash_plan": bench(100, "plan", gigabytes=18, compiler=True)}
+          "flash_plan": bench(45, "plan", gigabytes=6, compiler=True)}
 
 
 def chosen(names: Sequence[str], known: dict[str, Part]) -> dict[str, Part]:
@@ -92,34 +89,6 @@ def default_against() -> str | None:
 
 
 # ---- one part ---------------------------------------------------------------------------------------------------------
-def _ends(process: subprocess.Popen, seconds: float) -> bool:
-  """Whether a process ends within so many seconds. Nobody asks for its exit code here: until then its number, which is its
-  group's, is given to no other."""
-  end = time.monotonic() + seconds
-  while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-    if time.monotonic() > end:
-      return False
-    time.sleep(0.05)
-  return True
-
-
-def run_for(command: Sequence[str], seconds: float, grace: float = GRACE) -> int | None:
-  """The exit code of a command; None if it had to be ended after so many seconds, with all processes that it started."""
-  process = subprocess.Popen(command, start_new_session=True)  # a group of its own, which can be ended as one
-  in_time = False
-  try:
-    in_time = _ends(process, seconds)
-  finally:
-    try:
-      if not in_time:
-        os.killpg(process.pid, signal.SIGTERM)
-        _ends(process, grace)
-    finally:  # also where a signal ends the wait
-      os.killpg(process.pid, signal.SIGKILL)  # with those of the group that outlive their parent
-      process.wait()
-  return process.returncode if in_time else None
-
-
 def free_gigabytes() -> float | None:
   """GiB of memory that programs can still get; None where the system does not say."""
   with contextlib.suppress(OSError):
@@ -176,7 +145,7 @@ def measure(wanted: dict[str, Part], say: Callable[[str], None], run: Run = run_
 
   Args:
     wanted: see `parts`.
-    run: runs a command for at most so many seconds, see `run_for`.
+    run: runs a command for at most so many seconds, see `children.run_for`.
     keep: is given what was found so far after each part.
     minutes: for all of them together; each gets its share.
   """

@@ -198,7 +198,7 @@ def plan_table(files: Sequence[dict[str, Any]], chip: Chip) -> str:
     run = f"{Path(file['config']).stem}, {file['sequence_length']:,}" + f", {file['step']}" * (file["step"] != "train")
     lines.append([run, f"{file['devices'] // chip.devices_per_chip:,}", f"{file['memory']['peak'] * gib:.1f}", verdict,
                   f"{file['bounds']['step']:.3g} s", f"{file['utilization']:.0%}"])
-  return _table(["run", "chips", "held at one time", "all, as the compiler counts", "least step", "utilisation allowed"],
+  return _table(["run", "chips", "held at one time", "arguments, temporaries, code", "least step", "utilisation allowed"],
                 lines)
 
 

@@ -1,4 +1,4 @@
-"""Parts of `python -m launch.plan`: what kernels cost, the report, the search over meshes.
+"""Parts of `python -m launch.plan`: what kernels cost, processes that compile, the report, the search over meshes.
 
 What may not live here: how a step is compiled and its text read (`deepseek_v4/planning`), and anything that runs one.
 """

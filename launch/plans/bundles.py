@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable
 
+from launch import children
 from launch.benchmarks.kernels import compile as compiling
 from launch.benchmarks.kernels import plans, program, schedule
 from launch.benchmarks.kernels.chips import Chip, chip_of
@@ -27,19 +28,22 @@ from launch.plans import kernels
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def of_plan(wanted: Any, say: Callable[[str], None]) -> dict[str, float]:
-  """Bundles by signature; what has none, such as a kernel that the compiler aborts, is left out and said."""
+def of_plan(wanted: Any, say: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+  """Bundles by signature; what has none, such as a kernel that the compiler aborts, is left out and said. Where `stop` says
+  so, the process is ended."""
   say("compiling the kernels alone for their schedules")
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "bundles.json"
     flags = schedule.FLAGS.format(folder=folder)
     environment = os.environ | compiling.ENVIRONMENT | {
       "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()}
-    result = subprocess.run([sys.executable, "-m", __spec__.name, str(path)], cwd=ROOT, env=environment, check=False,
-                            input=pickle.dumps(wanted), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    (asked := Path(folder) / "asked").write_bytes(pickle.dumps(wanted))
+    with asked.open("rb") as source:
+      code = children.run_for([sys.executable, "-m", __spec__.name, str(path)], math.inf, stop=stop, cwd=ROOT,
+                              env=environment, stdin=source, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-  if result.returncode:
-    say(f"  the compiler ended the process with code {result.returncode}: what follows has no bundles")
+  if code:
+    say(f"  the compiler ended the process with code {code}: what follows has no bundles")
   for signature, answer in found.items():
     if isinstance(answer, str) or not answer[1]:
       say(f"  {signature.split()[0]}: {answer if isinstance(answer, str) else 'its regions are counted by a guess'}")
@@ -79,7 +83,8 @@ def schedule_of(traced: kernels.Traced, device: Any, folder: Path) -> schedule.S
 
 def main(path: str) -> None:
   from launch.plans import measure
-  wanted = pickle.loads(sys.stdin.buffer.read())
+  children.end_with(os.getppid())
+  wanted = pickle.load(sys.stdin.buffer)
   chip, (mesh, traced) = chip_of(wanted.topology), measure.traced_of(wanted)
   one, found = measure.pass_of(wanted, mesh), {}
   for call in kernels.traced_calls(traced.jaxpr.jaxpr):

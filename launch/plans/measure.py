@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import resource
-import tempfile
 import threading
 import time
 from typing import Any, Callable, Iterator, Mapping
@@ -15,11 +14,11 @@ import jax
 
 from deepseek_v4.analysis.count import count
 from deepseek_v4.config import RunConfig
-from deepseek_v4.planning import bound, collectives, dots, layout, lower, read, state
+from deepseek_v4.planning import bound, collectives, dots, lower, read, state
 from deepseek_v4.training.state import abstract_state
 from launch.benchmarks.kernels import chips, program
 from launch.benchmarks.report import origin
-from launch.plans import bundles, kernels
+from launch.plans import bundles, kernels, laid_out
 
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
 STEPS = (TRAIN, PREFILL, DECODE)
@@ -65,39 +64,41 @@ class Wanted:
 
 
 def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
-  """The figures of the compiled step; says once a minute that the compiler still works. Of one that is only laid out the
-  compiler still works when this returns (`layout.laid_out`).
+  """The figures of the compiled step; says once a minute that the compiler still works.
 
   Raises:
     ValueError: what does not fit the mesh or the slice, before anything is compiled.
     jax.errors.JaxRuntimeError: the compiler refuses it.
+    laid_out.NoLayout: its process says neither.
   """
-  clock = time.perf_counter()
-  mesh, traced = traced_of(wanted)
+  clock, stopped = time.perf_counter(), threading.Event()
+  lower.mesh_on(wanted.run_config, wanted.topology)  # most mistakes show here, before any process is started
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    try:
+      # Its process traces the step, too: beside this one.
+      of_layout = pool.submit(laid_out.of_plan, wanted, stopped.is_set) if wanted.layout else None
+      mesh, traced = traced_of(wanted)
+      of_kernels = pool.submit(bundles.of_plan, wanted, say, stopped.is_set) if wanted.bundles else None
+      before = time.perf_counter() - clock
+      say(f"traced in {before:.0f} s; {'laying out' if wanted.layout else 'compiling'} for {mesh.size} x "
+          f"{mesh.devices.flat[0].device_kind}")
+      with ticking(say):
+        memory, text, host_bytes = of_layout.result() if of_layout else _compiled(mesh, traced)
+      seconds = time.perf_counter() - clock
+      by_signature = of_kernels.result() if of_kernels else {}
+    finally:  # also where a signal ends it
+      stopped.set()
   chip = chips.chip_of(wanted.topology)
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    of_kernels = pool.submit(bundles.of_plan, wanted, say) if wanted.bundles else None
-    lowered = lower.lowered(traced, mesh)
-    before = time.perf_counter() - clock
-    say(f"lowered in {before:.0f} s; compiling for {mesh.size} x {mesh.devices.flat[0].device_kind}")
-    with ticking(say):
-      memory, text = _compiled(lowered, wanted.layout)
-    seconds = time.perf_counter() - clock
-    by_signature = of_kernels.result() if of_kernels else {}
   return _head(wanted, mesh) | {
-      "seconds": seconds, "compile_seconds": seconds - before,
-      "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "hbm_bytes": chip.hbm_bytes, "memory": memory,
-      "fits": read.fits(memory, chip.hbm_bytes), "state": _held(wanted, mesh),
+      "seconds": seconds, "compile_seconds": seconds - before, "host_bytes": host_bytes, "hbm_bytes": chip.hbm_bytes,
+      "memory": memory, "fits": read.fits(memory, chip.hbm_bytes), "state": _held(wanted, mesh),
       **work_of(wanted, mesh, traced.jaxpr.jaxpr, text, chip, by_signature)}
 
 
-def _compiled(lowered: jax.stages.Lowered, layout_only: bool) -> tuple[dict[str, int], str]:
-  """The program's memory and its text."""
-  if layout_only:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-      return layout.laid_out(lowered, folder)
-  compiled = lowered.compile()
-  return read.memory(compiled), compiled.as_text()
+def _compiled(mesh: jax.sharding.Mesh, traced: jax.stages.Traced) -> tuple[dict[str, int], str, int]:
+  """The program's memory, its text, and the most memory that this process has taken."""
+  compiled = lower.lowered(traced, mesh).compile()
+  return read.memory(compiled), compiled.as_text(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _head(wanted: Wanted, mesh: jax.sharding.Mesh) -> Figures:

@@ -12,11 +12,11 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
@@ -27,6 +27,7 @@ from deepseek_v4.config_checks import refuse
 from deepseek_v4.config_model import REMAT_POLICIES
 from deepseek_v4.planning import estimate, lower, read, state
 from deepseek_v4.training.state import abstract_state
+from launch import children
 from launch.benchmarks.kernels import chips
 from launch.plans.measure import TRAIN, Figures, Wanted, rates_of
 
@@ -121,43 +122,47 @@ def search(wanted: Wanted, command: Sequence[str], accumulation: str, remats: Se
     raise ValueError(f"--search on {wanted.topology}: no mesh fits even by the estimate, expected a larger slice")
   say(f"{len(waiting)} candidates may fit; compiling at most {compiles}, {jobs} at a time")
   found: list[Figures] = []
-  excess, clock = [1.0], time.monotonic()
+  excess, clock, stopped = [1.0], time.monotonic(), threading.Event()
   with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
     running: dict[concurrent.futures.Future, Candidate] = {}
-    while True:
-      while len(running) < jobs and len(found) + len(running) < compiles and waiting:
-        waiting = [one for one in waiting if one.estimate.bytes * statistics.median(excess) <= room]
-        if waiting:
-          one = waiting.pop(0)
-          running[pool.submit(_compile, one, command, accumulation, timeout)] = one
-      if not running:
-        break
-      done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-      for future in done:
-        one = running.pop(future)
-        found.append(_row(one, future.result()))
-        if "memory" in found[-1]:
-          excess = [*(excess if len(found) > 1 else []), found[-1]["memory"]["all"] / one.estimate.bytes]
-        say(progress(len(found), compiles if waiting else len(found) + len(running), time.monotonic() - clock, found[-1]))
+    try:
+      while True:
+        while len(running) < jobs and len(found) + len(running) < compiles and waiting:
+          waiting = [one for one in waiting if one.estimate.bytes * statistics.median(excess) <= room]
+          if waiting:
+            one = waiting.pop(0)
+            running[pool.submit(_compile, one, command, accumulation, timeout, stopped.is_set)] = one
+        if not running:
+          break
+        done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+          one = running.pop(future)
+          found.append(_row(one, future.result()))
+          if "memory" in found[-1]:
+            excess = [*(excess if len(found) > 1 else []), found[-1]["memory"]["all"] / one.estimate.bytes]
+          say(progress(len(found), compiles if waiting else len(found) + len(running), time.monotonic() - clock, found[-1]))
+    finally:  # also where a signal ends it: no compiler is left behind
+      stopped.set()
   return ranked(found)
 
 
-def _compile(one: Candidate, command: Sequence[str], accumulation: str, timeout: float) -> Figures:
-  """The figures that a process of its own writes, or {"failed": the last thing that it said}."""
+def _compile(one: Candidate, command: Sequence[str], accumulation: str, timeout: float, stop: Callable[[], bool]) -> Figures:
+  """The figures that a process of its own writes, or {"failed": the last thing that it said}. Where `stop` says so, it is
+  ended."""
   settings = {f"mesh.{axis}": getattr(one.mesh, axis) for axis in sharding.MESH_AXES}
   settings |= {accumulation: one.accumulation, "model.remat": one.remat}
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "plan.json"
     asked = [*command, *(part for name, value in settings.items() for part in ("--set", f"{name}={value}"))]
-    try:
-      result = subprocess.run([sys.executable, "-m", "launch.plan", *asked, "--json", str(path)], cwd=ROOT, env=os.environ,
-                              capture_output=True, text=True, check=False, timeout=timeout)
-    except subprocess.TimeoutExpired:
+    with (errors := Path(folder) / "errors").open("wb") as output:
+      code = children.run_for([sys.executable, "-m", "launch.plan", *asked, "--json", str(path)], timeout, stop=stop,
+                              cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=output)
+    if code is None:
       return {"failed": f"took more than {timeout / 60:.0f} minutes"}
-    if result.returncode or not path.is_file():
-      said = [line for line in result.stderr.splitlines() if line.strip()]
+    if code or not path.is_file():
+      said = [line for line in errors.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
       failed = [line for line in said if line.startswith("error:")] or said[-1:]
-      return {"failed": " ".join(failed)[:300] or f"ended with code {result.returncode}"}
+      return {"failed": " ".join(failed)[:300] or f"ended with code {code}"}
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -86,7 +86,7 @@ def fake(tmp_path, monkeypatch):
     script = tmp_path / "side.py"
     script.write_text(text)
     (tmp_path / "libtpu.so").write_bytes(b"library")
-    monkeypatch.setattr(run, "library_of", lambda python: (str(tmp_path / "libtpu.so"), {}))
+    monkeypatch.setattr(run, "library_of", lambda python: (str(tmp_path / "libtpu.so"), "0.1", {}))
     monkeypatch.setattr(run, "command_of", lambda case, side, python, folder: [sys.executable, str(script), folder, side])
   return with_script
 
@@ -102,6 +102,7 @@ assert os.environ["XLA_FLAGS"] == f"--xla_dump_to={{folder}}/dump --xla_dump_hlo
 (folder / "dump").mkdir()
 write = lambda name, text: (folder / "dump" / f"module_1.{{name}}.txt").write_text(text)
 write("jit_seed.after_optimizations_after_buffer_assignment", "")
+write("jit_train_step.1.after_optimizations-memory-usage-report", "")
 write("jit_train_step.1.after_optimizations", {TEXT!r})
 write("jit_train_step.1.after_optimizations-buffer-assignment", {ASSIGNED!r})
 write("jit_train_step.1.after_optimizations_after_buffer_assignment", "")
@@ -115,7 +116,8 @@ def test_sides_are_compiled_in_processes_of_their_own_until_they_are_laid_out(fa
   rows = run.measure("python", CASES[1:3], said.append, 1)
   assert [(one["optimizer"], one["side"]) for one in rows] == [(MUON, OURS), (MUON, THEIRS), (DEFAULT_MUON, THEIRS)]
   assert all(one["matmuls"] == 1024 and one["arguments"] == 4096 and one["temporaries"] == 512 for one in rows), rows
-  assert all(one["versions"] == {"jax": "1"} and 0 < one["seconds"] < 30 and one["host_bytes"] > 2**20 for one in rows)
+  assert all(one["versions"] == {"jax": "1"} and one["libtpu"] == "0.1" for one in rows)
+  assert all(0 < one["seconds"] < 30 and one["host_bytes"] > 2**20 for one in rows)
   assert said[0].startswith("1/3 ") and json.dumps(rows)
 
 

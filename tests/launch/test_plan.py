@@ -1,15 +1,22 @@
 """What `launch.plan` prints of a compiled step, and how it ranks; the compiler itself: tests/planning/test_aot.py."""
 
 import dataclasses
+import pickle
+import sys
+import time
 from types import SimpleNamespace
+from unittest.mock import ANY
 
+import jax
 import pytest
+from absl import flags
 
 from deepseek_v4.config import MeshConfig
 from deepseek_v4.planning import bound, estimate
 from launch import plan
 from launch.benchmarks.kernels import chips
-from launch.plans import measure, report, search
+from launch.plans import laid_out, measure, report, search
+from tests.launch.in_process import program
 from tests.training.small import RUN
 
 GIB = 2**30
@@ -63,7 +70,6 @@ def test_every_mesh_is_a_way_to_write_the_number_of_devices():
 
 def described(monkeypatch, devices):
   """Eight emulated devices in place of a slice's."""
-  import jax
   monkeypatch.setattr(search.lower, "devices_of", lambda topology: jax.devices()[:devices])
 
 
@@ -100,7 +106,7 @@ def run_search(monkeypatch, sizes, real, compiles=3, jobs=1):
   monkeypatch.setattr(search, "candidates", lambda *_: [
     candidate(number, share * room, number) for number, share in enumerate(sizes, 1)])
 
-  def compile_(one, command, accumulation, timeout):
+  def compile_(one, command, accumulation, timeout, stop):
     compiled.append(one.mesh.data)
     share, seconds = real[one.mesh.data]
     if share is None:
@@ -135,6 +141,85 @@ def test_a_search_says_what_it_cannot_do(monkeypatch):
     search.search(wanted(), [], "data.accumulation", ["block"], 1, 1, 60, print)
   with pytest.raises(ValueError, match="--step = 'decode': expected 'train' with --search"):
     search.search(wanted("decode"), [], "data.accumulation", ["block"], 1, 1, 60, print)
+
+
+def test_a_search_that_is_ended_ends_its_compilers(monkeypatch):
+  """A signal comes while the second is compiled."""
+  class Signal(Exception):
+    pass
+
+  def say(line):
+    if line.startswith("[1/"):
+      raise Signal
+  ended = []
+
+  def compile_(one, command, accumulation, timeout, stop):
+    while one.mesh.data == 2 and not stop():
+      time.sleep(0.01)
+    ended.append(one.mesh.data)
+    return {"failed": "error: no"}
+  monkeypatch.setattr(search, "candidates", lambda *_: [candidate(number, 1.0, number) for number in (1, 2)])
+  monkeypatch.setattr(search, "_compile", compile_)
+  with pytest.raises(Signal):
+    search.search(wanted(), [], "data.accumulation", ["block"], 2, 2, 60, say)
+  assert ended == [1, 2]
+
+
+def test_a_search_tells_its_compilers_what_it_was_told(monkeypatch):
+  """The run, the slice and how; each candidate's own settings come behind."""
+  told = []
+  monkeypatch.setattr(search, "search", lambda wanted, command, *more: told.append((command, *more)) or [])
+  line = "--config configs/debug.py --topology v5p:2x2x1 --set data.batch_size=4 --search --layout --jobs 2 --remat full"
+  with program("plan") as module:
+    flags.FLAGS(["plan", *line.split()])
+    assert module.searched(RUN, wanted(), print) == {"rows": []}
+  command, accumulation, remats, compiles, jobs, seconds, _ = told[0]
+  assert command == [*"--config configs/debug.py --topology v5p:2x2x1 --stage".split(), "", "--set", "data.batch_size=4",
+                     "--layout"]
+  assert (accumulation, remats, compiles, jobs, seconds) == ("data.accumulation", ("full",), 4, 2, 1800)
+
+
+# ---- a step that is only laid out -------------------------------------------------------------------------------------
+WRITES = """
+import pathlib, sys, time
+start = pathlib.Path(sys.argv[1]) / "module_0.jit_step.after_optimizations"
+for end, text in (("", "HloModule step"), ("-buffer-assignment", "allocation 0: size 64, preallocated-temp:\\n"),
+                  ("-memory-usage-report", ""), ("_after_buffer_assignment", "")):
+  start.with_name(start.name + end + ".txt").write_text(text)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_compiler_is_ended_when_its_program_is_laid_out(tmp_path):
+  run = lambda text, *arguments, **options: laid_out.until_laid_out([sys.executable, "-c", text, *arguments], tmp_path,
+                                                                    **options)
+  assert run("raise SystemExit(3)") == laid_out.Outcome(None, ANY, 3)
+  assert run("import time; time.sleep(60)", seconds=0.1) == laid_out.Outcome(None, ANY, None)
+  assert run("import time; time.sleep(60)", stop=lambda: True) == laid_out.Outcome(None, 0, None)
+  begin = time.monotonic()
+  outcome = run(WRITES, str(tmp_path), "60", name="step")
+  assert time.monotonic() - begin < 30 and outcome.code is None and outcome.host_bytes > 2**20
+  assert outcome.program[1] == "HloModule step" and outcome.program[0]["temporaries"] == 64
+  for path in tmp_path.glob("*"):
+    path.unlink()
+  assert run(WRITES, str(tmp_path), "0").program == outcome.program  # written, and ended before anybody looked
+
+
+def test_how_a_compiler_ends_that_lays_nothing_out(monkeypatch):
+  """It refuses the program, which is said in its words; or dies, which is said in its last ones."""
+  def ends(command, dump, stdout, **options):
+    assert pickle.load(options["stdin"]) == "what is wanted" and dump.is_dir()
+    stdout.write(b"first\nInvalid flag\n")
+    if refused:
+      (dump / laid_out.REFUSED).write_text("RESOURCE_EXHAUSTED: too large")
+    return laid_out.Outcome(None, 0, 1)
+  monkeypatch.setattr(laid_out, "until_laid_out", ends)
+  refused = True
+  with pytest.raises(jax.errors.JaxRuntimeError, match="^RESOURCE_EXHAUSTED: too large$"):
+    laid_out.of_plan("what is wanted")
+  refused = False
+  with pytest.raises(laid_out.NoLayout, match="code 1 and left no layout, expected one of libtpu 0.0.42 .*: first Invalid"):
+    laid_out.of_plan("what is wanted")
 
 
 def test_passes_are_set_where_the_run_reads_them():

@@ -80,12 +80,25 @@ def test_the_command_names_a_mistake_and_ends():
   assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-def test_a_decode_step_compiles_and_says_what_it_takes(tmp_path):
-  path = tmp_path / "plan.json"
-  result = plan("debug_csa", "--topology", "v5p:2x2x1", "--step", "decode", "--set", "mesh.data=1", "--set", "mesh.fsdp=2",
-                "--set", "mesh.expert=2", "--json", str(path))
+DECODING = ("--topology", "v5p:2x2x1", "--step", "decode", "--set", "mesh.data=1", "--set", "mesh.fsdp=2", "--set",
+            "mesh.expert=2")
+
+
+def planned(path, config, *options, timeout=120):
+  """The figures that the command writes."""
+  result = plan(config, *options, "--json", str(path), timeout=timeout)
   assert result.returncode == 0, result.stderr[-3000:]
-  figures = json.loads(path.read_text())
+  return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def decoding(tmp_path_factory):
+  """Of a step of decoding, compiled."""
+  return planned(tmp_path_factory.mktemp("plan") / "plan.json", "debug_csa", *DECODING)
+
+
+def test_a_decode_step_compiles_and_says_what_it_takes(decoding):
+  figures = decoding
   assert figures["fits"] and figures["mesh"]["expert"] == 2 and figures["host_bytes"] > 2**28
   model = load(ROOT / "configs/debug_csa.py")
   # Eight rows of 128 tokens on four devices: what the cache's own arrays take, in float32, and two counters a row.
@@ -96,6 +109,40 @@ def test_a_decode_step_compiles_and_says_what_it_takes(tmp_path):
   assert set(figures["kernels"]) == {"experts_hidden", "experts_down", "index_select", "hyper_collapse", "hyper_expand",
                                      "hyper_expand_collapse", "sinkhorn"}
   assert all(row["calls"] for row in figures["kernels"].values())
+
+
+def check_layout(compiled, laid_out):
+  """That a step which is only laid out has the figures of the compiled one; temporaries by the smaller of two rulers."""
+  assert (compiled["layout"], laid_out["layout"]) == (False, True)
+  for name in ("kernels", "traffic", "flops", "bounds", "hbm_bytes_moved", "state", "utilization", "mesh", "fits"):
+    assert compiled[name] == laid_out[name], name
+  for name in ("arguments", "outputs", "aliased"):
+    assert compiled["memory"][name] == laid_out["memory"][name], name
+  assert 0 < laid_out["memory"]["temporaries"] <= compiled["memory"]["temporaries"]
+
+
+def test_a_plan_by_layout_has_the_figures_of_the_compiled_one(decoding, tmp_path):
+  laid_out = planned(tmp_path / "plan.json", "debug_csa", *DECODING, "--layout")
+  check_layout(decoding, laid_out)
+  assert laid_out["host_bytes"] > 2**28  # of the compiler's process
+
+
+@pytest.mark.long
+def test_a_plan_by_layout_has_the_figures_of_a_compiled_step_that_sends_tokens_to_experts(tmp_path):
+  """Ragged exchanges, and loops that keep results for the backward pass, which the compiler's own figures count again."""
+  options = ["--topology", "v5p:2x2x1", "--set", "mesh.data=1", "--set", "mesh.expert=4", "--set",
+             "model.expert_exchange=all_to_all"]
+  compiled, laid_out = (planned(tmp_path / f"{number}.json", "debug", *options, *more, timeout=600)
+                        for number, more in enumerate(([], ["--layout"])))
+  assert "ragged-all-to-all" in compiled["traffic"]
+  check_layout(compiled, laid_out)
+
+
+@pytest.mark.long
+def test_a_step_that_the_compiler_refuses_while_it_lays_it_out():
+  """Embeddings of a billion tokens."""
+  result = plan("debug_csa", *DECODING, "--layout", "--set", "model.vocab_size=1073741824")
+  assert result.returncode == 1 and "error: RESOURCE_EXHAUSTED" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.long

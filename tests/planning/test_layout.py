@@ -1,11 +1,11 @@
-"""Where a program lies in memory, read before the compiler makes code of it: beside what the compiled program says."""
+"""Where a program lies in memory, read from the files that XLA writes before it makes code of it."""
 
-import json
+import os
+import time
 
 import pytest
 
 from deepseek_v4.planning import layout
-from tests.planning.test_aot import plan, python
 
 MIB = 2**20
 
@@ -33,53 +33,23 @@ def test_memory_is_read_from_a_buffer_assignment(page):
   assert found["peak"] == 12 * MIB + 32 + 270647328 + 512 and found["all"] == found["peak"] + layout.CODE_BYTES
 
 
-BOTH = """
-import os, sys, tempfile
-os.environ["JAX_PLATFORMS"] = "cpu"
-from deepseek_v4.planning import layout, lower, read
-os.environ.update(lower.ENVIRONMENT)
-import jax, jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
-place = SingleDeviceSharding(lower.devices_of("v5p:2x2x1")[0])
-def f(w, x):
-  x, kept = jax.lax.scan(lambda x, _: (jnp.tanh(x @ w),) * 2, x, length=64)
-  return w - x, kept.sum(0)
-of = lambda f, *shape: jax.jit(f, donate_argnums=0).lower(*[jax.ShapeDtypeStruct(shape, "float32", sharding=place)] * 2)
-lowered = of(f, 1024, 1024)
-compiled = lowered.compile()
-with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-  sizes, text = layout.laid_out(lowered, folder)
-want = read.memory(compiled)
-same = all(sizes[name] == want[name] for name in ("arguments", "outputs", "aliased"))
-print("same", same, "near", 256 * 2**20 < sizes["temporaries"] <= want["temporaries"], "dots", text.count(" convolution("))
-with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-  try:
-    layout.laid_out(of(lambda x, y: (x + 1, y @ x), 2**18, 2**18), folder)
-  except jax.errors.JaxRuntimeError as error:
-    print("refused" if "RESOURCE_EXHAUSTED" in str(error) else error)
-sys.stdout.flush()
-os._exit(0)
-"""
+PROGRAM, ASSIGNED, REPORT, NEXT = (f"module_0001.jit_step.cl_1.after_optimizations{end}.txt" for end in (
+  "", "-buffer-assignment", "-memory-usage-report", "_after_buffer_assignment"))
 
 
-def test_a_layout_says_what_the_compiled_program_says_and_a_refusal_is_raised():
-  """The scan keeps 64 arrays of 4 MiB, which lie in the region of temporaries; 256 GiB twice are in no chip."""
-  result = python("-c", BOTH)
-  assert result.stdout.splitlines()[-2:] == ["same True near True dots 1", "refused"], result.stdout + result.stderr[-3000:]
-
-
-@pytest.mark.long
-def test_a_plan_by_layout_has_the_figures_of_the_compiled_one(tmp_path):
-  found = []
-  for number, options in enumerate(([], ["--layout"])):
-    path = tmp_path / f"{number}.json"
-    result = plan("debug", "--topology", "v5p:2x2x1", "--json", str(path), *options, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found.append(json.loads(path.read_text()))
-  compiled, laid_out = found
-  for name in ("kernels", "traffic", "flops", "bounds", "hbm_bytes_moved", "state", "utilization", "mesh"):
-    assert compiled[name] == laid_out[name], name
-  for name in ("arguments", "outputs", "aliased"):
-    assert compiled["memory"][name] == laid_out["memory"][name], name
-  assert laid_out["memory"]["temporaries"] <= compiled["memory"]["temporaries"]
-  assert (compiled["layout"], laid_out["layout"]) == (False, True)
+def test_a_layout_is_found_when_it_is_whole(tmp_path):
+  """That is: when the compiler has begun the file behind it, or has left it alone for some seconds."""
+  assert layout.found(tmp_path / "nowhere") is None
+  (tmp_path / "module_0000.jit_seed.cl_1.after_optimizations_before_buffer_assignment.txt").write_text("HloModule seed")
+  for name, text in ((PROGRAM, "HloModule step"), (ASSIGNED, ASSIGNMENT.format(page="")), (REPORT, "")):
+    assert layout.found(tmp_path) is None, name
+    (tmp_path / name).write_text(text)
+  assert layout.found(tmp_path) is None  # just written
+  memory, text = (tmp_path / NEXT).touch() or layout.found(tmp_path)
+  assert text == "HloModule step" and memory == layout.memory(ASSIGNMENT.format(page=""))
+  (tmp_path / NEXT).unlink()
+  for name in (PROGRAM, ASSIGNED, REPORT):
+    assert layout.found(tmp_path) is None, name
+    os.utime(tmp_path / name, times=(time.time() - 2 * layout.REST,) * 2)
+  assert layout.found(tmp_path) == layout.found(tmp_path, "step") == (memory, text)
+  assert layout.found(tmp_path, "another") is None

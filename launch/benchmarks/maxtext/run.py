@@ -22,7 +22,7 @@ from deepseek_v4.planning.read import SHARE
 from launch.benchmarks.kernels.chips import chip_of
 from launch.benchmarks.maxtext import cases, read
 from launch.benchmarks.maxtext.cases import ADAMW, MUON, OURS, THEIRS, Case
-from launch.benchmarks.worker import memory
+from launch.plans.laid_out import until_laid_out
 from launch.plans.measure import ticking
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,18 +40,19 @@ READERS = (*(f"deepseek_v4/planning/{name}.py" for name in ("collectives", "dots
 Row = dict[str, Any]
 
 
-def library_of(python: str | None) -> tuple[str, dict[str, str]]:
-  """The libtpu file of the environment of a Python that has MaxText, and the versions there of MaxText and JAX; our own
-  file and no versions if there is none.
+def library_of(python: str | None) -> tuple[str, str, dict[str, str]]:
+  """The libtpu file of the environment of a Python that has MaxText, its version, and those there of MaxText and JAX. If
+  there is none, our own file and no further versions.
 
   Raises:
     ValueError: it does not exist, or has no MaxText.
   """
+  file = lambda origin: str(Path(origin).with_name("libtpu.so"))
   if python is None:
-    return str(Path(importlib.util.find_spec("libtpu").origin).with_name("libtpu.so")), {}
+    return file(importlib.util.find_spec("libtpu").origin), importlib.metadata.version("libtpu"), {}
   script = ("import importlib.util as u, importlib.metadata as m, json; "
             "versions = {name: m.version(name) for name in ('maxtext', 'jax')}; "
-            "print(json.dumps([u.find_spec('libtpu').origin, versions]))")
+            "print(json.dumps([u.find_spec('libtpu').origin, m.version('libtpu'), versions]))")
   try:
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=120)
   except OSError as error:
@@ -60,8 +61,8 @@ def library_of(python: str | None) -> tuple[str, dict[str, str]]:
   if done.returncode:
     raise ValueError(f"--maxtext_python = {python!r}: {done.stderr.strip().splitlines()[-1]}, expected the Python of an "
                      f"environment with MaxText: {INSTALL}")
-  origin, versions = json.loads(done.stdout.strip().splitlines()[-1])
-  return str(Path(origin).with_name("libtpu.so")), versions
+  origin, version, versions = json.loads(done.stdout.strip().splitlines()[-1])
+  return file(origin), version, versions
 
 
 def made_of(case: Case, side: str, versions: Mapping[str, str]) -> str:
@@ -106,7 +107,7 @@ def measure(python: str | None, wanted: Sequence[Case], say: Callable[[str], Non
   Raises:
     ValueError: as `library_of`.
   """
-  (library, versions), rows = library_of(python), []
+  (library, version, versions), rows = library_of(python), []
   digest = hashlib.sha256(Path(library).read_bytes()).hexdigest()[:12]
   sides = (OURS,) if python is None else (OURS, THEIRS)
   jobs = [(case, side) for case in wanted for side in sides if (case.optimizer, side) != (cases.DEFAULT_MUON, OURS)]
@@ -116,7 +117,7 @@ def measure(python: str | None, wanted: Sequence[Case], say: Callable[[str], Non
     if (row := found.pop((case.name, side), None)) is None:
       row = {"case": case.name, "side": side, "ours": side == OURS, "optimizer": case.optimizer, "tokens": case.tokens,
              "chips": case.chips, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-             "libtpu_sha256": digest, "digest": made_of(case, side, versions),
+             "libtpu": version, "libtpu_sha256": digest, "digest": made_of(case, side, versions),
              **_compiled(case, side, python, library, say, minutes)}
     rows.append(row)
     keep([*rows, *found.values()])
@@ -142,7 +143,7 @@ def command_of(case: Case, side: str, python: str | None, folder: str) -> list[s
 
 def _compiled(case: Case, side: str, python: str | None, library: str, say: Callable[[str], None], minutes: float) -> Row:
   """Figures of one side. Its compiler is left as soon as the program is laid out: code is not compared."""
-  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+  with tempfile.TemporaryDirectory() as folder:
     dump, said = Path(folder) / "dump", Path(folder) / "said"
     flags = " ".join(f"--{name}={str(value).lower() if value is True else value}"
                      for name, value in layout.flags_for(dump).items())
@@ -151,36 +152,19 @@ def _compiled(case: Case, side: str, python: str | None, library: str, say: Call
       environment["PYTHONPATH"] = str(ROOT)
     started = time.monotonic()
     with said.open("w", encoding="utf-8") as output, ticking(say):
-      process = subprocess.Popen(command_of(case, side, python, folder), env=environment, stdout=output, stderr=output)
-      try:
-        program, host_bytes = _program(process, dump, started + 60 * minutes)
-      finally:
-        process.kill()
-        process.wait()
-    took = {"seconds": time.monotonic() - started, "host_bytes": host_bytes}
+      outcome = until_laid_out(command_of(case, side, python, folder), dump, PROGRAM, 60 * minutes, env=environment,
+                               stdout=output, stderr=output)
+    took = {"seconds": time.monotonic() - started, "host_bytes": outcome.host_bytes}
     path = Path(folder) / "figures.json"
     figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if program is not None:
-      return took | figures | read.of_program(case, program[1], program[0], chip_of(case.topology).hbm_bytes)
+    if outcome.program is not None:
+      return took | figures | read.of_program(case, *outcome.program[::-1], chip_of(case.topology).hbm_bytes)
     if "refused" in figures:
       return took | figures
-    if took["seconds"] >= 60 * minutes:
+    if outcome.code is None:
       return {"failed": f"more than {minutes:g} minutes"}
     lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return {"failed": f"exit code {process.returncode}: {' '.join(lines[-3:])[-400:]}"}
-
-
-def _program(process: subprocess.Popen, dump: Path, deadline: float) -> tuple[tuple[dict[str, int], str] | None, int]:
-  """The program that a process writes down, None if it ends or the deadline passes before; the most memory that it took."""
-  most = 0
-  while time.monotonic() < deadline:
-    ended = process.poll() is not None
-    if not ended:
-      most = memory("VmHWM", process.pid) or most
-    if (program := layout.found(dump, PROGRAM)) is not None or ended:
-      return program, most
-    time.sleep(0.2)
-  return None, most
+    return {"failed": f"exit code {outcome.code}: {' '.join(lines[-3:])[-400:]}"}
 
 
 # ---- what is said of it -----------------------------------------------------------------------------------------------

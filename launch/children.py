@@ -1,0 +1,81 @@
+"""Other programs that a command starts: for a limited time, and with all that they start they end before it does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Callable, Iterator, Sequence
+
+GRACE = 20.0  # seconds that a program has to end by itself when its time is over
+
+
+def ended(process: subprocess.Popen, seconds: float, stop: Callable[[], bool] = lambda: False) -> bool:
+  """Whether a process ends within so many seconds, and before something says stop. Nobody asks for its exit code here:
+  until then its number, which is its group's, is given to no other."""
+  end = time.monotonic() + seconds
+  while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    if stop() or time.monotonic() > end:
+      return False
+    time.sleep(0.05)
+  return True
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], grace: float = GRACE, **options: Any) -> Iterator[subprocess.Popen]:
+  """A program in a group of its own. Where the block ends, also by an error or a signal, what still runs of it is told to
+  end (SIGTERM), and after `grace` seconds ended with all that it started.
+
+  Args:
+    options: of `subprocess.Popen`.
+  """
+  process = subprocess.Popen(command, start_new_session=True, **options)
+  try:
+    yield process
+  finally:
+    try:
+      if not ended(process, 0):
+        os.killpg(process.pid, signal.SIGTERM)
+        ended(process, grace)
+    finally:  # also where a signal ends the wait
+      os.killpg(process.pid, signal.SIGKILL)  # with those of the group that outlive their parent
+      process.wait()
+
+
+def run_for(command: Sequence[str], seconds: float, grace: float = GRACE, stop: Callable[[], bool] = lambda: False,
+            **options: Any) -> int | None:
+  """The exit code of a command; None if it had to be ended, after so many seconds or because something said stop.
+
+  Args:
+    options: of `subprocess.Popen`.
+  """
+  with started(command, grace, **options) as process:
+    in_time = ended(process, seconds, stop)
+  return process.returncode if in_time else None
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+  """SIGTERM ends the block as an error would, with exit code 143, so that what it started is ended, too."""
+  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def end_with(parent: int) -> None:
+  """Lets this process end soon after the one that started it does, however that ends.
+
+  Args:
+    parent: its number, `os.getppid()` at the start.
+  """
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)
+  threading.Thread(target=watch, daemon=True).start()
