@@ -40,11 +40,13 @@ class Outcome:
   Attributes:
     program: None if it ended, or was ended, before it was laid out.
     host_bytes: of this machine, at most.
+    seconds: that it took, its start with them.
     code: how it ended by itself; None if it was ended.
   """
 
   program: Program | None
   host_bytes: int
+  seconds: float
   code: int | None
 
 
@@ -58,17 +60,18 @@ def until_laid_out(command: Sequence[str], dump: Path, name: str = "", seconds: 
     options: of `subprocess.Popen`.
   """
   most, program, over = 0, None, False
-  deadline = time.monotonic() + seconds
+  begin = time.monotonic()
   with children.started(command, grace=0, **options) as process:
-    while program is None and not over and not stop() and time.monotonic() < deadline:
+    while program is None and not over and not stop() and time.monotonic() - begin < seconds:
       over = children.ended(process, 0.2)  # asked before the folder is, so that what it wrote at its end is seen
       most = memory("VmHWM", process.pid) or most
       program = layout.found(dump, name)
-  return Outcome(program, most, process.returncode if over else None)
+    took = time.monotonic() - begin
+  return Outcome(program, most, took, process.returncode if over else None)
 
 
-def of_plan(wanted: Any, stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, int], str, int]:
-  """The step's `layout.memory`, its text, and the most memory that its compiler took of this machine, bytes.
+def of_plan(wanted: Any, stop: Callable[[], bool] = lambda: False) -> Outcome:
+  """What the process of a step's compiler leaves: its program, always.
 
   Args:
     wanted: a `measure.Wanted`.
@@ -87,7 +90,7 @@ def of_plan(wanted: Any, stop: Callable[[], bool] = lambda: False) -> tuple[dict
       outcome = until_laid_out([sys.executable, "-m", __spec__.name, str(dump)], dump, stop=stop, cwd=ROOT,
                                stdin=source, stdout=output, stderr=subprocess.STDOUT)
     if outcome.program is not None:
-      return *outcome.program, outcome.host_bytes
+      return outcome
     if (dump / REFUSED).is_file():
       raise jax.errors.JaxRuntimeError((dump / REFUSED).read_text(encoding="utf-8"))
     lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()

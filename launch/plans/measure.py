@@ -83,22 +83,25 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
       say(f"traced in {before:.0f} s; {'laying out' if wanted.layout else 'compiling'} for {mesh.size} x "
           f"{mesh.devices.flat[0].device_kind}")
       with ticking(say):
-        memory, text, host_bytes = of_layout.result() if of_layout else _compiled(mesh, traced)
+        done = of_layout.result() if of_layout else _compiled(mesh, traced)
       seconds = time.perf_counter() - clock
       by_signature = of_kernels.result() if of_kernels else {}
     finally:  # also where a signal ends it
       stopped.set()
   chip = chips.chip_of(wanted.topology)
+  memory, text = done.program
   return _head(wanted, mesh) | {
-      "seconds": seconds, "compile_seconds": seconds - before, "host_bytes": host_bytes, "hbm_bytes": chip.hbm_bytes,
+      "seconds": seconds, "compile_seconds": done.seconds, "host_bytes": done.host_bytes, "hbm_bytes": chip.hbm_bytes,
       "memory": memory, "fits": read.fits(memory, chip.hbm_bytes), "state": _held(wanted, mesh),
       **work_of(wanted, mesh, traced.jaxpr.jaxpr, text, chip, by_signature)}
 
 
-def _compiled(mesh: jax.sharding.Mesh, traced: jax.stages.Traced) -> tuple[dict[str, int], str, int]:
-  """The program's memory, its text, and the most memory that this process has taken."""
+def _compiled(mesh: jax.sharding.Mesh, traced: jax.stages.Traced) -> laid_out.Outcome:
+  """The program compiled whole, by this process."""
+  begin = time.monotonic()
   compiled = lower.lowered(traced, mesh).compile()
-  return read.memory(compiled), compiled.as_text(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return laid_out.Outcome((read.memory(compiled), compiled.as_text()), most, time.monotonic() - begin, 0)
 
 
 def _head(wanted: Wanted, mesh: jax.sharding.Mesh) -> Figures:

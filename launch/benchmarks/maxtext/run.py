@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
@@ -150,11 +149,10 @@ def _compiled(case: Case, side: str, python: str | None, library: str, say: Call
     environment = {**os.environ, **ENVIRONMENT, "TPU_LIBRARY_PATH": library, "XLA_FLAGS": flags}
     if side == OURS:
       environment["PYTHONPATH"] = str(ROOT)
-    started = time.monotonic()
     with said.open("w", encoding="utf-8") as output, ticking(say):
       outcome = until_laid_out(command_of(case, side, python, folder), dump, PROGRAM, 60 * minutes, env=environment,
                                stdout=output, stderr=output)
-    took = {"seconds": time.monotonic() - started, "host_bytes": outcome.host_bytes}
+    took = {"seconds": outcome.seconds, "host_bytes": outcome.host_bytes}
     path = Path(folder) / "figures.json"
     figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if outcome.program is not None:
