@@ -1,4 +1,8 @@
-"""Other programs that a command starts: for a limited time, and with all that they start they end before it does."""
+"""Other programs that a command starts: for a limited time, and ended before it ends, whatever ends it.
+
+Each is in a group of its own, with what it starts, unless that is started in the same way: then the middle one has to end
+its own, as a signal that can be heard makes it do (`ending_on_sigterm`), or they see that it is gone (`end_with_parent`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import threading
 import time
 from typing import Any, Callable, Iterator, Sequence
 
+PARENT = "DEEPSEEK_V4_PARENT"  # in the environment of what is started here: the number of who started it
 GRACE = 20.0  # seconds that a program has to end by itself when its time is over
 
 
@@ -33,7 +38,8 @@ def started(command: Sequence[str], grace: float = GRACE, **options: Any) -> Ite
   Args:
     options: of `subprocess.Popen`.
   """
-  process = subprocess.Popen(command, start_new_session=True, **options)
+  environment = {**(options.pop("env", None) or os.environ), PARENT: str(os.getpid())}
+  process = subprocess.Popen(command, start_new_session=True, env=environment, **options)
   try:
     yield process
   finally:
@@ -68,14 +74,14 @@ def ending_on_sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def end_with(parent: int) -> None:
-  """Lets this process end soon after the one that started it does, however that ends.
+def end_with_parent() -> None:
+  """Lets this process end soon after the one that `started` it does, however that ends; does nothing if none did."""
+  parent = os.environ.pop(PARENT, None)
+  if parent is None:
+    return
 
-  Args:
-    parent: its number, `os.getppid()` at the start.
-  """
   def watch():
-    while os.getppid() == parent:
+    while os.getppid() == int(parent):
       time.sleep(1)
     os._exit(1)
   threading.Thread(target=watch, daemon=True).start()

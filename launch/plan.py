@@ -95,12 +95,13 @@ def main(argv: list[str]) -> None:
   path = flags.FLAGS["json"].value
   if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
     sys.exit(f"error: --json = {path!r}: expected a file in a folder that exists")
+  children.end_with_parent()  # which may be a search
   os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is described, not used
   from deepseek_v4 import config
   from deepseek_v4.planning import lower
   from deepseek_v4.training import stages
   from launch.benchmarks.report import head
-  from launch.plans import laid_out, measure, report
+  from launch.plans import compiler, measure, report
   os.environ.update(lower.ENVIRONMENT)
   import jax
   say = lambda line: print(line, flush=True)
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> None:
       else:
         figures = {"config": flags.FLAGS["config"].value, **measure.measured(wanted, say)}
         say(report.text(figures))
-  except (ValueError, FileNotFoundError, NotImplementedError, jax.errors.JaxRuntimeError, laid_out.NoLayout) as error:
+  except (ValueError, FileNotFoundError, NotImplementedError, jax.errors.JaxRuntimeError, compiler.NoProgram) as error:
     sys.exit(f"error: {error}")
   if path is not None:
     Path(path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

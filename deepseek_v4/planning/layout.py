@@ -46,12 +46,15 @@ def flags_for(folder: str | Path) -> dict[str, Any]:
   return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
 
 
-def _complete(start: str) -> bool:
-  """Whether nothing more is written to the files of the program whose names begin so."""
+def _read(start: str) -> tuple[str, str] | None:
+  """Both texts of the program whose files' names begin so; None as long as something is written to them."""
   files = [Path(start + end) for end in (_PROGRAM, _ASSIGNED, _REPORT)]
   if not all(path.is_file() for path in files):
-    return False
-  return Path(start + _NEXT).is_file() or max(path.stat().st_mtime for path in files) < time.time() - REST
+    return None
+  if not Path(start + _NEXT).is_file() and max(path.stat().st_mtime for path in files) > time.time() - REST:
+    return None
+  program, assigned = (path.read_text("utf-8") for path in files[:2])
+  return (program, assigned) if program.rstrip().endswith("}") and assigned.endswith("\n") else None
 
 
 def found(folder: str | Path, name: str = "") -> tuple[dict[str, int], str] | None:
@@ -62,6 +65,6 @@ def found(folder: str | Path, name: str = "") -> tuple[dict[str, int], str] | No
     name: of the function that was jitted, where other programs may be in the folder, too.
   """
   for path in sorted(Path(folder).glob(f"*jit_{name}*{_PROGRAM}" if name else f"*{_PROGRAM}")):
-    if _complete(start := str(path).removesuffix(_PROGRAM)):
-      return memory(Path(start + _ASSIGNED).read_text("utf-8")), path.read_text("utf-8")
+    if texts := _read(str(path).removesuffix(_PROGRAM)):
+      return memory(texts[1]), texts[0]
   return None

@@ -83,7 +83,7 @@ def schedule_of(traced: kernels.Traced, device: Any, folder: Path) -> schedule.S
 
 def main(path: str) -> None:
   from launch.plans import measure
-  children.end_with(os.getppid())
+  children.end_with_parent()
   wanted = pickle.load(sys.stdin.buffer)
   chip, (mesh, traced) = chip_of(wanted.topology), measure.traced_of(wanted)
   one, found = measure.pass_of(wanted, mesh), {}

@@ -18,7 +18,7 @@ from deepseek_v4.planning import bound, collectives, dots, lower, read, state
 from deepseek_v4.training.state import abstract_state
 from launch.benchmarks.kernels import chips, program
 from launch.benchmarks.report import origin
-from launch.plans import bundles, kernels, laid_out
+from launch.plans import bundles, compiler, kernels
 
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
 STEPS = (TRAIN, PREFILL, DECODE)
@@ -69,39 +69,29 @@ def measured(wanted: Wanted, say: Callable[[str], None]) -> Figures:
   Raises:
     ValueError: what does not fit the mesh or the slice, before anything is compiled.
     jax.errors.JaxRuntimeError: the compiler refuses it.
-    laid_out.NoLayout: its process says neither.
+    compiler.NoProgram: its process says neither.
   """
   clock, stopped = time.perf_counter(), threading.Event()
   lower.mesh_on(wanted.run_config, wanted.topology)  # most mistakes show here, before any process is started
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     try:
-      # Its process traces the step, too: beside this one.
-      of_layout = pool.submit(laid_out.of_plan, wanted, stopped.is_set) if wanted.layout else None
+      of_step = pool.submit(compiler.of_plan, wanted, stopped.is_set)
+      # That process traces the step, too: beside this one, which says what is wrong with it.
       mesh, traced = traced_of(wanted)
       of_kernels = pool.submit(bundles.of_plan, wanted, say, stopped.is_set) if wanted.bundles else None
-      before = time.perf_counter() - clock
-      say(f"traced in {before:.0f} s; {'laying out' if wanted.layout else 'compiling'} for {mesh.size} x "
-          f"{mesh.devices.flat[0].device_kind}")
+      say(f"traced in {time.perf_counter() - clock:.0f} s; {'laying out' if wanted.layout else 'compiling'} for "
+          f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
       with ticking(say):
-        done = of_layout.result() if of_layout else _compiled(mesh, traced)
-      seconds = time.perf_counter() - clock
+        done = of_step.result()
       by_signature = of_kernels.result() if of_kernels else {}
     finally:  # also where a signal ends it
       stopped.set()
-  chip = chips.chip_of(wanted.topology)
-  memory, text = done.program
+  (memory, text), chip = done.program, chips.chip_of(wanted.topology)
+  host_bytes = done.host_bytes + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   return _head(wanted, mesh) | {
-      "seconds": seconds, "compile_seconds": done.seconds, "host_bytes": done.host_bytes, "hbm_bytes": chip.hbm_bytes,
-      "memory": memory, "fits": read.fits(memory, chip.hbm_bytes), "state": _held(wanted, mesh),
+      "seconds": time.perf_counter() - clock, "compile_seconds": done.seconds, "host_bytes": host_bytes,
+      "hbm_bytes": chip.hbm_bytes, "memory": memory, "fits": read.fits(memory, chip.hbm_bytes), "state": _held(wanted, mesh),
       **work_of(wanted, mesh, traced.jaxpr.jaxpr, text, chip, by_signature)}
-
-
-def _compiled(mesh: jax.sharding.Mesh, traced: jax.stages.Traced) -> laid_out.Outcome:
-  """The program compiled whole, by this process."""
-  begin = time.monotonic()
-  compiled = lower.lowered(traced, mesh).compile()
-  most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  return laid_out.Outcome((read.memory(compiled), compiled.as_text()), most, time.monotonic() - begin, 0)
 
 
 def _head(wanted: Wanted, mesh: jax.sharding.Mesh) -> Figures:

@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import ANY
 
@@ -15,7 +16,7 @@ from deepseek_v4.config import MeshConfig
 from deepseek_v4.planning import bound, estimate
 from launch import plan
 from launch.benchmarks.kernels import chips
-from launch.plans import laid_out, measure, report, search
+from launch.plans import compiler, measure, report, search
 from tests.launch.in_process import program
 from tests.training.small import RUN
 
@@ -179,47 +180,53 @@ def test_a_search_tells_its_compilers_what_it_was_told(monkeypatch):
   assert (accumulation, remats, compiles, jobs, seconds) == ("data.accumulation", ("full",), 4, 2, 1800)
 
 
-# ---- a step that is only laid out -------------------------------------------------------------------------------------
+# ---- the compiler's process -------------------------------------------------------------------------------------------
 WRITES = """
 import pathlib, sys, time
-start = pathlib.Path(sys.argv[1]) / "module_0.jit_step.after_optimizations"
-for end, text in (("", "HloModule step"), ("-buffer-assignment", "allocation 0: size 64, preallocated-temp:\\n"),
-                  ("-memory-usage-report", ""), ("_after_buffer_assignment", "")):
-  start.with_name(start.name + end + ".txt").write_text(text)
+pathlib.Path(sys.argv[1]).write_text("a program")
 time.sleep(float(sys.argv[2]))
 """
 
 
-def test_a_compiler_is_ended_when_its_program_is_laid_out(tmp_path):
-  run = lambda text, *arguments, **options: laid_out.until_laid_out([sys.executable, "-c", text, *arguments], tmp_path,
-                                                                    **options)
-  assert run("raise SystemExit(3)") == laid_out.Outcome(None, ANY, ANY, 3)
-  assert run("import time; time.sleep(60)", seconds=0.1) == laid_out.Outcome(None, ANY, ANY, None)
-  assert run("import time; time.sleep(60)", stop=lambda: True) == laid_out.Outcome(None, 0, ANY, None)
+def test_a_compiler_is_ended_when_its_program_is_there(tmp_path):
+  path = tmp_path / "program"
+  found = lambda: ({"all": 64}, path.read_text()) if path.is_file() and path.read_text() else None
+  run = lambda text, *arguments, **options: compiler.until([sys.executable, "-c", text, *arguments], found, **options)
+  assert run("raise SystemExit(3)") == compiler.Outcome(None, ANY, ANY, 3)
+  assert run("import time; time.sleep(60)", seconds=0.1) == compiler.Outcome(None, ANY, ANY, None)
+  assert run("import time; time.sleep(60)", stop=lambda: True) == compiler.Outcome(None, 0, ANY, None)
   begin = time.monotonic()
-  outcome = run(WRITES, str(tmp_path), "60", name="step")
+  outcome = run(WRITES, str(path), "60")
   assert outcome.seconds <= time.monotonic() - begin < 30 and outcome.code is None and outcome.host_bytes > 2**20
-  assert outcome.program[1] == "HloModule step" and outcome.program[0]["temporaries"] == 64
-  for path in tmp_path.glob("*"):
-    path.unlink()
-  assert run(WRITES, str(tmp_path), "0").program == outcome.program  # written, and ended before anybody looked
+  assert outcome.program == ({"all": 64}, "a program")
+  path.unlink()
+  assert run(WRITES, str(path), "0").program == outcome.program  # written, and ended before anybody looked
 
 
-def test_how_a_compiler_ends_that_lays_nothing_out(monkeypatch):
-  """It refuses the program, which is said in its words; or dies, which is said in its last ones."""
-  def ends(command, dump, stdout, **options):
-    assert pickle.load(options["stdin"]) == "what is wanted" and dump.is_dir()
+@pytest.mark.parametrize("by_layout", [False, True])
+def test_how_a_compiler_ends(by_layout, monkeypatch):
+  """With a program; or it refuses it, perhaps after it was laid out, which is said in its words; or it dies."""
+  asked = SimpleNamespace(layout=by_layout)
+  program, refused, code = ({"all": 64}, "HloModule step"), False, 0
+
+  def ends(command, found, stdin, stdout, **options):
+    folder = Path(command[-1])
+    assert pickle.load(stdin) == asked and found() is None
     stdout.write(b"first\nInvalid flag\n")
     if refused:
-      (dump / laid_out.REFUSED).write_text("RESOURCE_EXHAUSTED: too large")
-    return laid_out.Outcome(None, 0, 1.0, 1)
-  monkeypatch.setattr(laid_out, "until_laid_out", ends)
+      (folder / compiler.REFUSED).write_text("RESOURCE_EXHAUSTED: too large")
+    return compiler.Outcome(program, 0, 1.0, code)
+  monkeypatch.setattr(compiler, "until", ends)
+  assert compiler.of_plan(asked).program == program
   refused = True
   with pytest.raises(jax.errors.JaxRuntimeError, match="^RESOURCE_EXHAUSTED: too large$"):
-    laid_out.of_plan("what is wanted")
-  refused = False
-  with pytest.raises(laid_out.NoLayout, match="code 1 and left no layout, expected one of libtpu 0.0.42 .*: first Invalid"):
-    laid_out.of_plan("what is wanted")
+    compiler.of_plan(asked)
+  program, refused = None, False
+  with pytest.raises(compiler.NoProgram, match="code 0 and left no program: expected a libtpu .* 0.0.42 .*words: first Inv"):
+    compiler.of_plan(asked)
+  code = -9
+  with pytest.raises(compiler.NoProgram, match="code -9 and left no program; its last words: first Invalid flag"):
+    compiler.of_plan(asked)
 
 
 def test_passes_are_set_where_the_run_reads_them():

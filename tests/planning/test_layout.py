@@ -36,20 +36,31 @@ def test_memory_is_read_from_a_buffer_assignment(page):
 PROGRAM, ASSIGNED, REPORT, NEXT = (f"module_0001.jit_step.cl_1.after_optimizations{end}.txt" for end in (
   "", "-buffer-assignment", "-memory-usage-report", "_after_buffer_assignment"))
 
+STEP = "HloModule step\n\nENTRY %main {\n}\n\n"
+
 
 def test_a_layout_is_found_when_it_is_whole(tmp_path):
-  """That is: when the compiler has begun the file behind it, or has left it alone for some seconds."""
+  """That is: when the compiler has begun the file behind it, or has left it alone for some seconds, both texts ended."""
   assert layout.found(tmp_path / "nowhere") is None
   (tmp_path / "module_0000.jit_seed.cl_1.after_optimizations_before_buffer_assignment.txt").write_text("HloModule seed")
-  for name, text in ((PROGRAM, "HloModule step"), (ASSIGNED, ASSIGNMENT.format(page="")), (REPORT, "")):
+  for name, text in ((PROGRAM, STEP), (ASSIGNED, ASSIGNMENT.format(page="")), (REPORT, "")):
     assert layout.found(tmp_path) is None, name
     (tmp_path / name).write_text(text)
   assert layout.found(tmp_path) is None  # just written
   memory, text = (tmp_path / NEXT).touch() or layout.found(tmp_path)
-  assert text == "HloModule step" and memory == layout.memory(ASSIGNMENT.format(page=""))
+  assert text == STEP and memory == layout.memory(ASSIGNMENT.format(page=""))
   (tmp_path / NEXT).unlink()
-  for name in (PROGRAM, ASSIGNED, REPORT):
-    assert layout.found(tmp_path) is None, name
-    os.utime(tmp_path / name, times=(time.time() - 2 * layout.REST,) * 2)
+
+  def rest():
+    for name in (PROGRAM, ASSIGNED, REPORT):
+      os.utime(tmp_path / name, times=(time.time() - 2 * layout.REST,) * 2)
+  assert layout.found(tmp_path) is None
+  rest()
   assert layout.found(tmp_path) == layout.found(tmp_path, "step") == (memory, text)
   assert layout.found(tmp_path, "another") is None
+  for name in (PROGRAM, ASSIGNED):
+    whole = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(whole[:-3])
+    rest()
+    assert layout.found(tmp_path) is None, name
+    (tmp_path / name).write_text(whole)

@@ -11,10 +11,12 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
+from launch import children
 from launch.benchmarks.maxtext import theirs
 
 
 def main(folder: Path, path: str, topology: str, settings: list[str]) -> None:
+  children.end_with_parent()
   import jax
 
   from deepseek_v4 import config

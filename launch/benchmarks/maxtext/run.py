@@ -21,7 +21,7 @@ from deepseek_v4.planning.read import SHARE
 from launch.benchmarks.kernels.chips import chip_of
 from launch.benchmarks.maxtext import cases, read
 from launch.benchmarks.maxtext.cases import ADAMW, MUON, OURS, THEIRS, Case
-from launch.plans.laid_out import until_laid_out
+from launch.plans.compiler import until
 from launch.plans.measure import ticking
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -150,15 +150,15 @@ def _compiled(case: Case, side: str, python: str | None, library: str, say: Call
     if side == OURS:
       environment["PYTHONPATH"] = str(ROOT)
     with said.open("w", encoding="utf-8") as output, ticking(say):
-      outcome = until_laid_out(command_of(case, side, python, folder), dump, PROGRAM, 60 * minutes, env=environment,
-                               stdout=output, stderr=output)
+      outcome = until(command_of(case, side, python, folder), lambda: layout.found(dump, PROGRAM), 60 * minutes,
+                      env=environment, stdout=output, stderr=output)
     took = {"seconds": outcome.seconds, "host_bytes": outcome.host_bytes}
     path = Path(folder) / "figures.json"
     figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "refused" in figures:  # also after it was laid out
+      return took | figures
     if outcome.program is not None:
       return took | figures | read.of_program(case, *outcome.program[::-1], chip_of(case.topology).hbm_bytes)
-    if "refused" in figures:
-      return took | figures
     if outcome.code is None:
       return {"failed": f"more than {minutes:g} minutes"}
     lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
