@@ -77,7 +77,7 @@ def least(case: Case) -> Least:
 
 def fits(case: Case, chip: Chip) -> bool:
   """Whether queries, outputs and their gradients, the largest arrays by far, leave room in the chip's HBM."""
-  arrays = {"attention": 2, "attention_sparse": 2, "attention_heavy": 2, "kl_loss": 1}.get(case.op, 0)
+  arrays = {"attention": 2, "attention_sparse": 2, "attention_heavy": 2, "attention_window": 2, "kl_loss": 1}.get(case.op, 0)
   if case.direction == GRADIENT and case.op != "kl_loss":
     arrays *= 2
   return arrays * case.tokens * case.shapes.heads * case.shapes.width * 2 < 0.8 * chip.hbm_bytes
