@@ -5,7 +5,8 @@ python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1 [--s
                       [--search [--compiles 4] [--jobs 1] [--remat NAMES] [--minutes 30]]
 
 Of a run with stages it is the step of one of them, with the batch that it ends with: the first unless --stage says another
-(a name, or a place from 0). The mesh is the run's own; one without -1 may be smaller than the slice. Kernels are on where
+(a name, or a place from 0). The mesh is the run's own; one without -1 may be smaller than the slice. With mesh.dcn_data=N it
+is compiled for N such slices; what crosses between them is bounded as if it stayed inside. Kernels are on where
 the run says "auto". A step of four layers takes minutes.
 
 It fits if arguments, outputs, temporaries and code leave a tenth of what the compiler lets a program use. Bounds are least

@@ -2,7 +2,7 @@
 
     reference   the formula in plain jnp, quadratic memory, to be read beside the paper
     blockwise   plain JAX for any backend, linear memory, written gradients
-    pallas      the fastest form on a TPU for the shape: a kernel, or XLA's code where that wins (`forms.py` of an op)
+    pallas      the form for a TPU: a kernel, or plain XLA at the shapes where `forms.py` of an op says that it wins
     interpret   the kernels' own code on any backend
 
 Dtypes: unless said, floating arrays are float32, bfloat16 or float64 (the TPU kernels: the first two) and sums are at least
@@ -52,5 +52,5 @@ def pick(op: str, implementation: str, available: dict) -> Callable[..., Any]:
   """
   implementation = resolve(implementation)
   if implementation not in available:
-    raise NotImplementedError(f"{op}: there is no {implementation!r} implementation yet; it has {', '.join(available)}")
+    raise NotImplementedError(f"{op}: there is no {implementation!r} implementation; it has {', '.join(available)}")
   return available[implementation]

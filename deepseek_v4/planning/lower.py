@@ -29,8 +29,8 @@ from deepseek_v4.training.step import make_train_step
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
-def devices_of(topology: str) -> list[Any]:
-  """Descriptions of all devices of a slice such as "v5p:4x4x4", for a mesh to compile for.
+def devices_of(topology: str, slices: int = 1) -> list[Any]:
+  """Descriptions of all devices of a slice such as "v5p:4x4x4", or of several such slices, for a mesh to compile for.
 
   Raises:
     ValueError: libtpu is not installed, or knows no such slice.
@@ -42,24 +42,29 @@ def devices_of(topology: str) -> list[Any]:
     raise ValueError(f"topology = {topology!r}: expected a slice that libtpu knows, such as v5p:4x4x4, v6e:4x4 or "
                      f"TPU7x:2x2x1")
   try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    several = {"num_slices": slices} if slices > 1 else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
   except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
     raise ValueError(f"topology = {topology!r}: expected a slice that libtpu knows, such as v5p:4x4x4, v6e:4x4 or "
                      f"TPU7x:2x2x1 ({str(error).splitlines()[0]})") from error
 
 
 def mesh_on(run_config: RunConfig, topology: str) -> jax.sharding.Mesh:
-  """The run's mesh on a slice; a mesh without -1 may be smaller than the slice and takes its first devices.
+  """The run's mesh on a slice, or on `mesh.dcn_data` slices of this kind. On one, a mesh without -1 may be smaller than the
+  slice and takes its first devices.
 
   Raises:
-    ValueError: as `devices_of` and `sharding.make_mesh`; a mesh larger than the slice.
+    ValueError: as `devices_of` and `sharding.make_mesh`; a mesh larger than the slice, or any number of slices.
   """
-  devices = devices_of(topology)
+  slices = run_config.mesh.dcn_data
+  if slices < 1:
+    refuse("mesh.dcn_data", slices, f"the number of slices {topology}")
+  devices = devices_of(topology, slices)
   sizes = {name: getattr(run_config.mesh, name) for name in sharding.MESH_AXES}
   wanted = math.prod(sizes.values())
   if wanted > len(devices):
     raise ValueError(f"mesh = {sizes}: {wanted} devices, expected at most the {len(devices)} of {topology}")
-  return sharding.make_mesh(run_config.mesh, devices[:wanted] if wanted > 0 else devices)
+  return sharding.make_mesh(run_config.mesh, devices[:wanted] if wanted > 0 and slices == 1 else devices)
 
 
 def trace_step(run_config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Traced:

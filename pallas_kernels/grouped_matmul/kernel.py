@@ -7,20 +7,7 @@ matmuls.
 
 g and u are kept for the gradient in the rows' dtype, so the backward pass does the work of six matmuls and no more.
 
-Bundles of the compiler's schedule over the matrix unit's bound, Pro (D 7168, F 3072, bfloat16), tiles of 256 rows; time is
-the larger of the two:
-
-    kernel                        v5p    v6e    TPU7x
-    gate and up with SwiGLU       0.77   1.07   0.71
-    down                          0.73   1.28   0.86
-    dh with SwiGLU's gradient     0.89   1.23   0.79
-    dx                            0.91   1.12   0.79
-    d gate and d up               1.02   1.38   1.46
-    megablox gmm / tgmm                  1.15 / 1.60
-
-With 6 experts and 8,192 rows the forward and backward pass takes 2.89 TFLOP, as it must; through `ragged_dot` on v5p 8.30,
-because its weight gradient multiplies every row by every expert, and its row gradient first copies the weights transposed.
-megablox takes 2.89 too, but 1.7 times the HBM traffic: it cuts K, so the weights are read once per tile of rows, not once.
+Their schedules, and what `ragged_dot` and megablox multiply and move instead: pallas_kernels/README.md, Experts.
 
 Axis letters: M rows   D hidden size   F expert width   E experts
 """

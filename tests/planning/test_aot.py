@@ -33,6 +33,10 @@ MISTAKES = [
   ("debug", ["--topology", "v9:2x2"], "topology = 'v9:2x2': expected a slice that libtpu knows, such as v5p:4x4x4"),
   ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.tensor=64"],
    "64 devices, expected at most the 4 of v5p:2x2x1"),
+  ("debug", ["--topology", "v5p:2x2x1", "--set", "mesh.dcn_data=-1", "--set", "mesh.data=1"],
+   "mesh.dcn_data = -1: expected the number of slices v5p:2x2x1"),
+  ("debug", ["--topology", "v5p:2x2x1", "--set", "mesh.dcn_data=2", "--set", "mesh.data=1"],
+   "the product must be the number of devices, 8"),
   ("v4_pro_slice", ["--topology", "v5p:2x2x1", "--set", "mesh.data=2"],
    "data.batch_size / data.accumulation = 1: expected a multiple of dcn_data x data x fsdp x expert = 2"),
   ("debug", ["--topology", "v5p:2x2x1", "--json", "nowhere/x.json"], "--json = 'nowhere/x.json'"),
@@ -46,7 +50,7 @@ MISTAKES = [
   ("debug", ["--topology", "v5p:2x2x1", "--search", "--step", "decode"],
    "--step = 'decode': expected 'train' with --search"),
 ]
-IDS = ["config", "topology", "too many devices", "batch", "json", "stage", "cache on context", "chunk", "rows", "search"]
+IDS = ["config", "topology", "too many devices", "slices", "less than the slices", "batch", "json", "stage", "cache on context", "chunk", "rows", "search"]
 ENDS = "what each main exited with: "
 
 

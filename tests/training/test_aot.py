@@ -15,15 +15,14 @@ from deepseek_v4.planning import lower
 os.environ.update(lower.ENVIRONMENT)
 import dataclasses, json, sys
 import numpy as np
-from jax.experimental import topologies
-from deepseek_v4 import config as c, sharding
+from deepseek_v4 import config as c
 from deepseek_v4.planning.collectives import collectives
 from tests.training.small import RUN
 
-devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1", num_slices=2).devices
 training = dataclasses.replace(RUN.training, kernels="blockwise", gradient_reduction=sys.argv[1])
-mesh = sharding.make_mesh(c.MeshConfig(dcn_data=2, data=1, fsdp=2, expert=2), devices[::-1])
-compiled = lower.lower_step(dataclasses.replace(RUN, training=training), mesh).compile()
+run = dataclasses.replace(RUN, training=training, mesh=c.MeshConfig(dcn_data=2, data=1, fsdp=2, expert=2))
+mesh = lower.mesh_on(run, "v5p:2x2x1")
+compiled = lower.lower_step(run, mesh).compile()
 across = {}
 for one in collectives(compiled.as_text()):
   if len({mesh.devices.reshape(-1)[place].slice_index for place in one.devices}) > 1:
