@@ -50,7 +50,8 @@ MISTAKES = [
   ("debug", ["--topology", "v5p:2x2x1", "--search", "--step", "decode"],
    "--step = 'decode': expected 'train' with --search"),
 ]
-IDS = ["config", "topology", "too many devices", "slices", "less than the slices", "batch", "json", "stage", "cache on context", "chunk", "rows", "search"]
+IDS = ["config", "topology", "too many devices", "slices", "less than the slices", "batch", "json", "stage",
+       "cache on context", "chunk", "rows", "search"]
 ENDS = "what each main exited with: "
 
 
