@@ -68,6 +68,8 @@ def model(request):
 
 MESHES = {"v4_pro": [dict(data=4, fsdp=16, expert=32), dict(data=2, fsdp=16, expert=32), dict(fsdp=16, expert=128)],
           "v4_flash": [dict(fsdp=8, expert=16), dict(data=2, fsdp=8, expert=16), dict(fsdp=16, expert=8)]}
+PODS = {"v4_pro": ["pod_pro_4k", "pod_pro_64k", "pod_pro_1m", "pod_pro_tpu7x"],
+        "v4_flash": ["pod_flash_4k", "pod_flash_64k", "pod_flash_1m", "pod_flash_v6e", "pod_flash_tpu7x"]}
 
 
 def work(shapes, params, mesh, names):
@@ -93,10 +95,23 @@ def work(shapes, params, mesh, names):
 
 @pytest.mark.parametrize("number", range(3))
 def test_newton_schulz_is_spread_evenly_over_a_pod(model, number):
+  check_spread(*model, MESHES[model[0]][number])
+
+
+def test_newton_schulz_is_spread_evenly_over_the_pods_of_the_configs(model):
+  for pod in PODS[model[0]]:
+    mesh = c.load(CONFIGS / f"{pod}.py").mesh
+    check_spread(*model, {axis: getattr(mesh, axis) for axis in sharding.MESH_AXES})
+
+
+def test_all_pods_of_the_configs_are_looked_at():
+  assert sorted(sum(PODS.values(), [])) == sorted(path.stem for path in CONFIGS.glob("pod_*.py"))
+
+
+def check_spread(name, run, params, axes):
   """As an update walks. Of everything a chip does at most 1.2 times the mean, if it waits for the busiest one in every
   block, and 2% of a step's FLOPs at the run's batch; of the routed experts at most 1.1 times their mean."""
-  name, run, params = model
-  sizes = tuple(MESHES[name][number].get(axis, 1) for axis in sharding.MESH_AXES)
+  sizes = tuple(axes.get(axis, 1) for axis in sharding.MESH_AXES)
   mesh = AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
   with jax.sharding.use_abstract_mesh(mesh):
     length, end = optim.block_of(run.optimizer, params, sharding.parameter_shardings(params, mesh))
@@ -113,7 +128,7 @@ def test_newton_schulz_is_spread_evenly_over_a_pod(model, number):
   busiest = sum(n * part[0].max() for n, part in zip(blocks, everything))
   of_expert = sum(n * part[0] for n, part in zip(blocks, experts)).max()
   step = run.stages[0].sequence_length * run.stages[0].batch_size * 6 * dsv4.count(run.model, 4096).parameters.total_active
-  print(name, MESHES[name][number], length, end, busiest / (total / mesh.size), of_expert / (of_experts / mesh.size),
+  print(name, axes, length, end, busiest / (total / mesh.size), of_expert / (of_experts / mesh.size),
         busiest * mesh.size / step)
   assert busiest <= 1.2 * total / mesh.size
   assert of_expert <= 1.1 * of_experts / mesh.size
