@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,32 @@ def test_a_program_is_its_instructions_times_their_loops():
       program.Part("near", False, 1, True, padded, 0),  # what is written to VMEM costs no HBM
       program.Part("part", False, 5, True, slice_ + slice_, 0),
       program.Part("kernel.1", True, 5, True, slice_ + 16 * 128 * 2, 4096)]
+
+
+def test_parts_of_tuples_as_newer_compilers_name_them():
+  """"%t#1" where older texts take the part out by an instruction; also of what a fusion with two results makes."""
+  newer = re.sub(r"  %(i.1|x) = .*\n", "", HLO).replace("%i.1", "%t#0").replace("%x", "%t#1")
+  assert newer.count("#") == 4 and program.parts(newer) == program.parts(HLO)
+  text = """\
+%pair (p0: f32[8,128]) -> (f32[8,128], f32[16,128]) {
+  %p0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %longer = f32[16,128]{1,0:T(8,128)} broadcast(%p0)
+  ROOT %both = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) tuple(%p0, %longer)
+}
+
+%fused (p0: f32[8,128]) -> (f32[16,128]) {
+  %p0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %inner = (f32[8,128]{1,0:T(8,128)}, /*index=1*/f32[16,128]{1,0:T(8,128)}) fusion(%p0), kind=kLoop, calls=%pair
+  ROOT %one = (f32[16,128]{1,0:T(8,128)}) tuple(%inner#1)
+}
+
+ENTRY %main (a: f32[8,128]) -> (f32[16,128]) {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %f = (f32[16,128]{1,0:T(8,128)}) fusion(%a), kind=kLoop, calls=%fused
+}
+"""
+  (part,) = program.parts(text)
+  assert part.hbm_bytes == (8 + 16) * 128 * 4
 
 
 def test_a_kernels_operand_in_vmem_is_told():

@@ -19,13 +19,13 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from launch.benchmarks.kernels.sizes import SHAPE, array_bytes, hbm_bytes, in_hbm
+from launch.benchmarks.kernels.sizes import SHAPE, array_bytes, hbm_bytes, in_hbm, type_of
 
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-<>]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-<>]+)")
 _NOTHING = re.compile(r'^\w+\[\]|custom_call_target="AllocateBuffer"')  # a scalar, or memory only
 _BODY = re.compile(r"body=%?([\w.\-<>]+)")
-_NAME = re.compile(r"%([\w.\-<>]+)")
+_NAME = re.compile(r"%([\w.\-<>]+(?:#\d+)*)")
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 GRANULE = 64  # least bytes that a row's copy from HBM reads
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
@@ -80,7 +80,7 @@ _Computations = Mapping[str, list[_Instruction]]
 
 def _near(instruction: _Instruction, types: Mapping[str, str]) -> tuple[int, ...]:
   """See `Part.near`."""
-  operands, results = [types.get(name, "") for name in instruction.operands], SHAPE.findall(instruction.type)
+  operands, results = [type_of(name, types) for name in instruction.operands], SHAPE.findall(instruction.type)
   return (*(number for number, text in enumerate(operands) if "S(1)" in text),
           *(number - len(results) for number, (*_, layout) in enumerate(results) if "S(1)" in layout))
 
@@ -135,6 +135,10 @@ def _operand_bytes(computations: _Computations, name: str, number: int, type_tex
 def _result_bytes(computations: _Computations, name: str, type_text: str) -> int:
   """What a fused computation writes: of an array updated in place, the update."""
   by_name = {i.name: i for i in computations[name]}
+  types = {i.name: i.type for i in computations[name]}
+  for operand in {operand for i in computations[name] for operand in i.operands if "#" in operand}:
+    if (whole := by_name.get(operand.split("#")[0])) is not None:
+      by_name[operand] = dataclasses.replace(whole, type=type_of(operand, types))
   root = next((i for i in computations[name] if i.root), None)
   if root is None or not hbm_bytes(type_text):
     return hbm_bytes(type_text)
@@ -152,7 +156,7 @@ def _result_bytes(computations: _Computations, name: str, type_text: str) -> int
 
 
 def _moved(instruction: _Instruction, types: Mapping[str, str], computations: _Computations) -> int:
-  operands = [types.get(name, "") for name in instruction.operands]
+  operands = [type_of(name, types) for name in instruction.operands]
   if instruction.opcode == "fusion":
     name = _called(instruction)[0]
     read = sum(_operand_bytes(computations, name, number, kind) for number, kind in enumerate(operands))

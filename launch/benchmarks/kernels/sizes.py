@@ -1,9 +1,11 @@
-"""Bytes that the arrays of an HLO type take in HBM, as its text gives them: kind, axes, and the layout with its tiles."""
+"""HLO types as texts: the bytes that their arrays take in HBM (kind, axes, layout with its tiles), and parts of tuples."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from typing import Mapping
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}  # of the others the name says it
 # An array of a type: its kind, its axes with commas between them, its layout.
@@ -28,6 +30,28 @@ def array_bytes(kind: str, dims_text: str, layout: str) -> int:
         physical[axis] = -(-physical[axis] // size) * size
   bits = _BITS[kind] if kind in _BITS else int(re.search(r"\d+", kind)[0])
   return math.prod(physical) * bits // 8
+
+
+def type_of(name: str, types: Mapping[str, str]) -> str:
+  """The type of an operand, "" if it is not known. Newer compilers name a part of a tuple "name#number"; older ones take it
+  out by an instruction."""
+  whole, *numbers = name.split("#")
+  found = types.get(whole, "")
+  for number in numbers:
+    found = _parts(found)[int(number)] if found else ""
+  return found
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(type_text: str) -> tuple[str, ...]:
+  """The types that a tuple's type is made of."""
+  depth, begin, found = 0, 1, []
+  for place, letter in enumerate(type_text):
+    depth += (letter in "([{") - (letter in ")]}")
+    if (letter == "," and depth == 1) or (depth == 0 and letter == ")"):
+      found.append(type_text[begin:place].strip())
+      begin = place + 1
+  return tuple(found)
 
 
 def in_hbm(type_text: str) -> str:
