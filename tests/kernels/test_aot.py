@@ -113,12 +113,13 @@ def quadratic_of(case, answer):
 
 
 def test_most_cases_tell_queries_keys_and_widths_apart():
-  """HCA's entries are few: 32, 128 and 512 of them are also sizes of other things, 320 are not; Pro's 128 heads of 512 make
+  """HCA's entries are few: 32, 128 and 512 of them are also sizes of other things, 320 and 8,192 are not; Pro's 128 heads of 512 make
   65,536 numbers of a query. What is left out at one length is looked at at another."""
   alike = {case.name for op in ("attention", "attention_window", "select", "kl_loss") for case in grid(op)
            if case.length and not told_apart(case)}
   assert alike == {"attention_window forward pro 65,536", "attention_window gradient pro 65,536"}
-  assert told_apart(FURTHER["v5p"]) and not any(told_apart(case) for case in grid("attention_heavy") if case.length)
+  assert told_apart(FURTHER["v5p"])
+  assert {case.length for case in grid("attention_heavy") if case.length and told_apart(case)} == {2**20}
 
 
 def all_problems(wanted, answers, chip):
@@ -220,18 +221,21 @@ def test_arrays_with_a_number_for_every_query_and_key_are_found():
 
 def grid(op):
   """The bench's cases of an op, ours; of those that it measures at one length, since a token costs the same at all, also the
-  other lengths, and sliding layers in decoding."""
+  other lengths, and sliding layers in decoding; selection and HCA also at a million tokens."""
   found = [case for case in cases.all_cases((op,), cases.LENGTHS) if case.side == OURS]
   if cases.BY_NAME[op].lengths == (4096,):
     found += [dataclasses.replace(case, length=length) for case in found if case.length for length in cases.LENGTHS[1:]]
   if op == "attention_window":
     found += [Case(op, model, DECODE, FORWARD) for model in MODELS]
+  if op in ("select", "attention_heavy"):
+    found += [Case(op, model, 2**20, cases.BY_NAME[op].directions[-1]) for model in MODELS]
   return found
 
 
 def test_the_grid_has_every_op_at_every_length():
   lengths = {op.name: {case.length for case in grid(op.name)} for op in cases.OPS if not op.fixed}
   assert lengths.pop("kl_loss") == {*cases.LENGTHS}  # trains only
+  assert all(2**20 in lengths[op] and not lengths[op].discard(2**20) for op in ("select", "attention_heavy"))
   assert all(found == {*cases.LENGTHS, DECODE} for found in lengths.values()), lengths
 
 

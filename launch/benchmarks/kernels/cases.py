@@ -17,7 +17,9 @@ SPLASH_RULE = "splash, rule"  # who sees which key is known when the program is 
 FORWARD, GRADIENT = "forward", "gradient"  # the latter is forward and backward in one program
 DECODE = 0  # in place of a length
 EXPERT_PARALLEL = 64  # devices over which the experts of a layer are spread
-SHARE = 16384  # queries of a sparse case, the last ones of its context: all of a million have no room on one device
+# Queries of a sparse case, and of any beyond 64K tokens, the last ones of its context: all of a million have no room on one
+# device.
+SHARE = 16384
 SPLASH_BLOCK = 512  # queries, keys of a step with a dense mask
 SPLASH_LENGTHS = (4096, 16384)  # the dense mask [S, 1.25 S] of longer rows takes gigabytes
 
@@ -87,7 +89,8 @@ class Case:
   @property
   def queries(self) -> int:
     """Tokens of a row that ask."""
-    return min(self.length, SHARE) if self.op == "attention_sparse" else self.length or 1
+    part = self.op == "attention_sparse" or self.length > LENGTHS[-1]
+    return min(self.length, SHARE) if part else self.length or 1
 
   @property
   def past(self) -> int:
