@@ -113,8 +113,8 @@ def quadratic_of(case, answer):
 
 
 def test_most_cases_tell_queries_keys_and_widths_apart():
-  """HCA's entries are few: 32, 128 and 512 of them are also sizes of other things, 320 and 8,192 are not; Pro's 128 heads of 512 make
-  65,536 numbers of a query. What is left out at one length is looked at at another."""
+  """HCA's entries are few: 32, 128 and 512 of them are also sizes of other things, 320 and 8,192 are not; Pro's 128 heads of
+  512 make 65,536 numbers of a query. What is left out at one length is looked at at another."""
   alike = {case.name for op in ("attention", "attention_window", "select", "kl_loss") for case in grid(op)
            if case.length and not told_apart(case)}
   assert alike == {"attention_window forward pro 65,536", "attention_window gradient pro 65,536"}
