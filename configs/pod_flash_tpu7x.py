@@ -4,7 +4,7 @@ command   python -m launch.train --config configs/pod_flash_tpu7x.py --workdir F
 plan      python -m launch.plan --config configs/pod_flash_tpu7x.py --topology TPU7x:4x4x8 --layout
 hardware  128 TPU7x, which are 256 devices
 duration  none: nobody has trained this file
-result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 24 min beside other work): fits, 33.8 of
+result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1, 4 min beside other work, 3.8 GiB of the host): fits, 33.8 of
           94.8 GiB a device (36%), arguments 8.5, temporaries 24.3, a GiB kept for code; a step of 75.5M tokens takes at
           least 95 s: compute 37 (kernels 22), HBM 57, collectives 38, none beside other work; so model FLOPs
           utilisation is at most 23%

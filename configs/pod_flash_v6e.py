@@ -9,7 +9,7 @@ result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --lay
           least 214 s: compute 62 (kernels 40), HBM 167, collectives 47 alone and 6 beside other work; so model FLOPs
           utilisation is at most 13%. With 4,096 tokens a chip (mesh.fsdp=4, mesh.context=1, data.accumulation=72) it is
           29.8 GiB and does not fit nine tenths. By the temporaries that libtpu 0.0.42.1 reports of whole programs, about 1.5
-          times as many, neither fits
+          times as many, neither fits; libtpu 0.0.50, which reports what it lays out, says 25.3
 
 A third of a v5p's memory for each chip: the streams are recomputed, too, and two chips share a row.
 """

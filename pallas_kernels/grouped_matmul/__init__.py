@@ -35,7 +35,7 @@ def expert_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, gr
     [M, D] in x's dtype, differentiable in x and the three weights where there is no rounding.
 
   Raises:
-    NotImplementedError: a named implementation that does not exist.
+    NotImplementedError: a named implementation that does not exist, or a kernel on a chip without tile sizes.
     ValueError: arrays that do not fit together, or rows that are no whole tiles.
   """
   arguments.check("expert_mlp", x=(x, "M D"), gate=(gate, "E D F"), up=(up, "E D F"), down=(down, "E F D"),

@@ -49,6 +49,7 @@ def collapse(streams: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Arra
     coefficients are at least float32.
 
   Raises:
+    NotImplementedError: a kernel on a chip without tile sizes, or with more than five streams.
     ValueError: arrays that do not fit together.
   """
   _check_coefficients("collapse", streams, fn, base, scale, iterations)
@@ -68,6 +69,7 @@ def expand(streams: jax.Array, update: jax.Array, post: jax.Array, comb: jax.Arr
     [B, S, N, D] in the streams' dtype.
 
   Raises:
+    NotImplementedError: a kernel on a chip without tile sizes, or with more than five streams.
     ValueError: arrays that do not fit together.
   """
   _check_streams("expand", streams, update, post, comb)
@@ -87,6 +89,7 @@ def expand_collapse(streams: jax.Array, update: jax.Array, post: jax.Array, comb
     new streams [B, S, N, D]; of them collapsed [B, S, D], post [B, S, N], comb [B, S, N, N]; dtypes as of both.
 
   Raises:
+    NotImplementedError: a kernel on a chip without tile sizes, or with more than five streams.
     ValueError: arrays that do not fit together.
   """
   _check_streams("expand_collapse", streams, update, post, comb)

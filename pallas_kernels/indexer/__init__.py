@@ -36,7 +36,7 @@ def select(queries: jax.Array, weights: jax.Array, keys: Any, *, top_k: int, pos
     Selection of at most `top_k` entries per query [B, S]: picks, or bits from the kernel.
 
   Raises:
-    NotImplementedError: a named implementation that does not exist.
+    NotImplementedError: a named implementation that does not exist, or a kernel on a chip without tile sizes.
     ValueError: arrays that do not fit together.
   """
   arguments.check("select", queries=(queries, "B S h c"), weights=(weights, "B S h"),
@@ -77,7 +77,7 @@ def kl_loss(queries: jax.Array, weights: jax.Array, keys: jax.Array, attention_q
     [B, S], at least float32, nats; 0 where the query sees no entry.
 
   Raises:
-    NotImplementedError: a named implementation that does not exist.
+    NotImplementedError: a named implementation that does not exist, or a kernel on a chip without tile sizes.
     ValueError: arrays that do not fit together.
   """
   arguments.check("kl_loss", queries=(queries, "B S h c"), weights=(weights, "B S h"), keys=(keys, "B T c"),
