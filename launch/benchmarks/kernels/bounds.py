@@ -76,11 +76,15 @@ def least(case: Case) -> Least:
 
 
 def fits(case: Case, chip: Chip) -> bool:
-  """Whether queries, outputs and their gradients, the largest arrays by far, leave room in the chip's HBM."""
+  """Whether queries, outputs and their gradients, the largest arrays by far, leave room in the chip's HBM; of experts their
+  rows, inner ones too."""
+  s, gradient = case.shapes, case.direction == GRADIENT
+  if case.op == "experts":  # in and out; gate, up and their product
+    return case.rows * (2 * s.hidden + 3 * s.expert_width) * (1 + gradient) * 2 < 0.8 * chip.hbm_bytes
   arrays = {"attention": 2, "attention_sparse": 2, "attention_heavy": 2, "attention_window": 2, "kl_loss": 1}.get(case.op, 0)
-  if case.direction == GRADIENT and case.op != "kl_loss":
+  if gradient and case.op != "kl_loss":
     arrays *= 2
-  return arrays * case.tokens * case.shapes.heads * case.shapes.width * 2 < 0.8 * chip.hbm_bytes
+  return arrays * case.tokens * s.heads * s.width * 2 < 0.8 * chip.hbm_bytes
 
 
 def _attention(case: Case) -> Least:
