@@ -119,6 +119,33 @@ def test_an_array_updated_in_place_costs_its_update():
   assert program.parts(text)[2] == program.Part("written", False, 5, True, 2 * 8 * 128 * 4, 0)
 
 
+def test_an_array_that_a_fusion_calls_by_other_tiles_is_the_same_memory():
+  """As libtpu writes the update of one layer's bytes in the stack of all: the update is read and written."""
+  text = """\
+%tiles (p: u8[20,64,128]) -> u8[20,64,128] {
+  %p = u8[20,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %same = u8[20,64,128]{2,1,0:T(8,128)(4,1)} copy(%p)
+}
+
+%fused (p0: u8[20,64,128], p1: u8[1,64,128], p2: s32[]) -> u8[20,64,128] {
+  %p0 = u8[20,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %p1 = u8[1,64,128]{2,1,0:T(32,128)(4,1)} parameter(1)
+  %p2 = s32[]{:T(128)} parameter(2)
+  %other = u8[20,64,128]{2,1,0:T(8,128)(4,1)} fusion(%p0), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%tiles
+  ROOT %dus = u8[20,64,128]{2,1,0:T(32,128)(4,1)} dynamic-update-slice(%other, %p1, %p2, %p2, %p2)
+}
+
+ENTRY %main (a: u8[20,64,128], b: u8[1,64,128], i: s32[]) -> u8[20,64,128] {
+  %a = u8[20,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %b = u8[1,64,128]{2,1,0:T(32,128)(4,1)} parameter(1)
+  %i = s32[]{:T(128)} parameter(2)
+  ROOT %f = u8[20,64,128]{2,1,0:T(32,128)(4,1)} fusion(%a, %b, %i), kind=kLoop, calls=%fused
+}
+"""
+  (part,) = program.parts(text)
+  assert part.hbm_bytes == 2 * 64 * 128
+
+
 def test_an_array_that_is_only_laid_out_anew_is_read_and_written():
   text = HLO.replace("ROOT %ds = f32[1,8]{1,0:T(8,128)} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,8}",
                      "ROOT %ds = f32[64,8]{0,1:T(8,128)} copy(%p0)")

@@ -32,6 +32,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
          "while", "conditional", "call", "opt-barrier", "iota"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _VIEWS = {"bitcast", "reshape", "copy", "transpose"}  # inside a fusion: the same numbers
+_ALIASED = "output_to_operand_aliasing={{}: (0, {})}"  # of a fusion inside a fusion: the same memory, in other tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _operand_bytes(computations: _Computations, name: str, number: int, type_tex
   own = {i.name for i in computations[name] if i.opcode == "parameter" and i.rest.startswith(f"{number})")}
   for user in computations[name]:  # in program order
     places = [place for place, operand in enumerate(user.operands) if operand in own]
-    if places == [0] and user.opcode in _VIEWS:
+    if places == [0] and (user.opcode in _VIEWS or _ALIASED in user.rest):
       own.add(user.name)
     elif places == [0] and user.opcode in _SLICES:
       read += hbm_bytes(in_hbm(user.type))
