@@ -131,7 +131,7 @@ def test_an_array_that_a_fusion_calls_by_other_tiles_is_the_same_memory():
   %p0 = u8[20,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
   %p1 = u8[1,64,128]{2,1,0:T(32,128)(4,1)} parameter(1)
   %p2 = s32[]{:T(128)} parameter(2)
-  %other = u8[20,64,128]{2,1,0:T(8,128)(4,1)} fusion(%p0), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%tiles
+  %other = u8[20,64,128]{2,1,0:T(8,128)(4,1)} fusion(%p0), output_to_operand_aliasing={{}: (0, {})}, calls=%tiles
   ROOT %dus = u8[20,64,128]{2,1,0:T(32,128)(4,1)} dynamic-update-slice(%other, %p1, %p2, %p2, %p2)
 }
 
