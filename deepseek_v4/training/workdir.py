@@ -45,13 +45,17 @@ def check_workdir(workdir: Path, config_dict: Mapping[str, Any]) -> dict[str, An
 
 
 def refuse_lost_checkpoints(workdir: Path, stored: Mapping[str, Any]) -> None:
-  """Raises FileNotFoundError if the run in `workdir` has had a checkpoint; called when there is none."""
+  """Called when there is no checkpoint: raises FileNotFoundError if the run in `workdir` has had one, and warns if it has done
+  steps but may have saved none of them."""
   every = stored.get("training", {}).get("checkpoint_every", math.inf)
   done = max((line["step"] for line in metrics.read_lines(workdir / metrics.LINES)), default=0)
   # A save waits for the one before, so behind the second the first was whole.
   if done > 2 * every:
     raise FileNotFoundError(f"{workdir} holds a run of {done} steps, and a checkpoint was due every {every}, but there is "
                             f"none in {CHECKPOINTS}/: expected it back, or another folder to start over in")
+  if done:
+    warnings.warn(f"{workdir} holds a run of {done} steps, but no checkpoint (one was due every {every}): it starts over",
+                  stacklevel=3)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

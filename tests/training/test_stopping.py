@@ -216,3 +216,15 @@ def test_settings_that_cannot_be_read_are_no_reason_to_stop(world, tmp_path):
   (tmp_path / "run" / workdir.CONFIG).write_text('{"training": {"ste')
   with pytest.warns(UserWarning, match="config.json: unreadable, written anew .*every checkpoint has its own copy"):
     loop.train(RUN, tmp_path / "run")
+
+
+def test_a_run_that_saved_nothing_says_that_it_starts_over(tmp_path):
+  """Behind the second due checkpoint the first must have been whole: then it is refused."""
+  stored = {"training": {"checkpoint_every": 2}}
+  workdir.refuse_lost_checkpoints(tmp_path, stored)  # nothing has been done
+  (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
+  with pytest.warns(UserWarning, match=r"holds a run of 4 steps, but no checkpoint \(one was due every 2\): it starts over"):
+    workdir.refuse_lost_checkpoints(tmp_path, stored)
+  (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
+  with pytest.raises(FileNotFoundError, match="holds a run of 5 steps, and a checkpoint was due every 2, but there is none"):
+    workdir.refuse_lost_checkpoints(tmp_path, stored)
