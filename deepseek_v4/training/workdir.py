@@ -45,8 +45,8 @@ def check_workdir(workdir: Path, config_dict: Mapping[str, Any]) -> dict[str, An
 
 
 def refuse_lost_checkpoints(workdir: Path, stored: Mapping[str, Any]) -> None:
-  """Called when there is no checkpoint: raises FileNotFoundError if the run in `workdir` has had one, and warns if it has done
-  steps but may have saved none of them."""
+  """Called when there is no checkpoint: raises FileNotFoundError if the run in `workdir` has had one, and warns if it has
+  done steps but may have saved none of them."""
   every = stored.get("training", {}).get("checkpoint_every", math.inf)
   done = max((line["step"] for line in metrics.read_lines(workdir / metrics.LINES)), default=0)
   # A save waits for the one before, so behind the second the first was whole.

@@ -135,7 +135,8 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(world, tmp_path)
   with pytest.raises(KeyboardInterrupt):
     loop.train(RUN, tmp_path / "run")
   world.killed_at = None
-  loop.train(RUN, tmp_path / "run")
+  with pytest.warns(UserWarning, match="holds a run of 1 steps, but no checkpoint .*: it starts over"):
+    loop.train(RUN, tmp_path / "run")
   assert [x["step"] for x in lines(tmp_path / "run") if x["split"] == "train"] == list(range(1, 11))
 
 
