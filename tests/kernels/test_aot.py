@@ -97,29 +97,34 @@ def problems(case, answer, chip):
   return found
 
 
-def told_apart(case):
+def told_apart(case, keys, heads):
   """Whether nothing that every query has anyway, such as heads x width, has as many numbers as there are keys."""
-  keys, shapes = case.entries or case.queries, case.shapes
-  others = {product for product, _, _ in runs([shapes.heads, shapes.width])} | {2 * shapes.window, bits.num_words(keys), 1}
+  window, width = case.shapes.window, case.shapes.width
+  others = {product for product, _, _ in runs([heads, width])} | {2 * window, bits.num_words(keys), 1}
   return not any(keys <= size < keys + 128 for size in others)
 
 
 def quadratic_of(case, answer):
   """Quadratic arrays of a case whose sizes tell queries, keys and widths apart."""
   looked_at = case.op in ("attention", "attention_heavy", "attention_window", "select", "kl_loss")
-  if not looked_at or not case.length or not told_apart(case):
+  if not looked_at or not case.length or not apart(case):
     return []
   return quadratic(answer["arrays"], case.queries, case.entries or case.queries)
+
+
+def apart(case):
+  """`told_apart`, of a case of the bench."""
+  return told_apart(case, case.entries or case.queries, case.shapes.heads)
 
 
 def test_most_cases_tell_queries_keys_and_widths_apart():
   """HCA's entries are few: 32, 128 and 512 of them are also sizes of other things, 320 and 8,192 are not; Pro's 128 heads of
   512 make 65,536 numbers of a query. What is left out at one length is looked at at another."""
   alike = {case.name for op in ("attention", "attention_window", "select", "kl_loss") for case in grid(op)
-           if case.length and not told_apart(case)}
+           if case.length and not apart(case)}
   assert alike == {"attention_window forward pro 65,536", "attention_window gradient pro 65,536"}
-  assert told_apart(FURTHER["v5p"])
-  assert {case.length for case in grid("attention_heavy") if case.length and told_apart(case)} == {2**20}
+  assert apart(FURTHER["v5p"])
+  assert {case.length for case in grid("attention_heavy") if case.length and apart(case)} == {2**20}
 
 
 def all_problems(wanted, answers, chip):
@@ -255,7 +260,9 @@ def wrong_with_memory(length, kinds):
     row = memory_run.row_of(case, answer)
     if row.get("beside", float("inf")) > memory_cases.LIMIT * length / memory_cases.LENGTH:
       found.append(row)
-    found += quadratic(answer.get("arrays", ()), length, case.entries or length)
+    keys = case.entries or length
+    if told_apart(case, keys, case.shapes.heads // case.devices):  # HCA's 512 entries of 64K tokens are not
+      found += quadratic(answer.get("arrays", ()), length, keys)
   return found
 
 
