@@ -11,7 +11,7 @@ export IMAGE=us-docker.pkg.dev/my-project/dsv4/train:latest   # the checkout in 
 export ACCELERATOR=tpu-v5p-slice TOPOLOGY=4x4x8               # of the node pool
 export HOSTS=32 CHIPS=4                                       # VMs of that slice, and chips of each
 export CLAIM=shared                                           # PersistentVolumeClaim, ReadWriteMany, mounted as /mnt/shared
-export CONFIG=configs/v4_flash.py WORKDIR=/mnt/shared/runs/flash DATA=/mnt/shared/data
+export CONFIG=configs/pod_flash_4k.py WORKDIR=/mnt/shared/runs/flash DATA=/mnt/shared/data
 export CRASHES=10                                             # after so many the run ends; preemptions do not count
 # ------------------------------------------------
 

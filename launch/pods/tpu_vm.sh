@@ -11,7 +11,7 @@ set -euo pipefail
 TPU=flash                        # the slice, as `gcloud compute tpus tpu-vm create` named it
 PROJECT=my-project
 ZONE=us-east5-a
-CONFIG=configs/v4_flash.py
+CONFIG=configs/pod_flash_4k.py
 WORKDIR=/mnt/shared/runs/flash   # a folder that all VMs share (Filestore or another NFS), mounted on each
 SETTINGS=(data.path=/mnt/shared/data mesh.data=-1)
 PYTHON=python3.11                # 3.11 or newer, on the VMs
