@@ -1,4 +1,4 @@
-"""Other programs that a command starts: for a limited time, and ended before it ends, whatever ends it.
+"""Other programs that a command starts: for a limited time, and ended with it, whatever ends it.
 
 Each is in a group of its own, with what it starts, unless that is started in the same way: then the middle one has to end
 its own, as a signal that can be heard makes it do (`ending_on_sigterm`), or they see that it is gone (`end_with_parent`).
