@@ -27,7 +27,7 @@ setup(
   python_requires=">=3.11",
   packages=find_packages(include=["deepseek_v4*", "pallas_kernels*"]),
   install_requires=[
-    "jax>=0.10.2", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy", "absl-py",
+    "jax>=0.10.2,!=0.11.2", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy", "absl-py",
     "safetensors", "tokenizers",  # released models
     "tqdm", "tensorboardX", "matplotlib",  # progress, metrics, pictures
   ],

@@ -136,6 +136,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def platform_of(mesh: Mesh | None) -> str:
+  """What the mesh's devices (None: the default one) are, such as "cpu": compilers of platforms take options of their own."""
+  return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def _over_slices(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
   inside = [1 if name == "dcn_data" else size for name, size in sizes.items()]
   outside = [size if name == "dcn_data" else 1 for name, size in sizes.items()]

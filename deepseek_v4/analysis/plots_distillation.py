@@ -70,7 +70,7 @@ def shares(lines: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str,
   for style, kind in zip(itertools.cycle(STYLES), kinds):
     points = [(line["step"], line[f"bits_per_byte/{kind}"]) for line in held_out]
     right.plot(*zip(*points), linestyle=style, marker="o", markersize=3, label=f"student on {kind}")
-  right.set(title="held-out text (other than on the left) while the student learns", xlabel="step", ylabel="bits per byte")
+  right.set(title="other held-out text, while the student learns", xlabel="step", ylabel="bits per byte")
   right.grid(alpha=0.3)
   right.legend(fontsize=8)
   FigureCanvasAgg(figure).print_png(str(path))

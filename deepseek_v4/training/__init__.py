@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_NAMES = {"TrainState": "state", "init_state": "state", "abstract_state": "state", "make_train_step": "step",
-          "make_eval_step": "step", "find_non_finite": "step", "make_dataset": "data", "train": "loop",
-          "Stopping": "stopping", "Stopped": "stopping"}
+_NAMES = {"TrainState": "state", "init_state": "state", "fresh_variables": "state", "abstract_state": "state",
+          "make_train_step": "step", "make_eval_step": "step", "find_non_finite": "step", "make_dataset": "data",
+          "train": "loop", "Stopping": "stopping", "Stopped": "stopping"}
 
 __all__ = [*_NAMES]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Mapping
 
 import flax.struct
@@ -34,12 +35,33 @@ class TrainState:
   key: jax.Array
 
 
+# Numbers are drawn once, by a hundred little loops: XLA's CPU compiler takes half the time where it leaves them as they are.
+INIT_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 0}}
+
+
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Fresh variables {"params", "router"} from a typed key, float32 but for the int32 hash tables; no shape depends on the
-  tokens they are initialised with."""
+  tokens they are initialised with. To be traced; `fresh_variables` is what a person calls."""
   parts = sharding.sequence_parts()
   shape = (sharding.batch_shards(), parts * config.local_reach if parts > 1 else 2)
   return dict(DeepseekV4(config, kernels="reference").init(key, jnp.zeros(shape, jnp.int32)))
+
+
+def fresh_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """The variables of a model that nobody has trained, on the default device: {"params", "router"}, float32 but for the int32
+  hash tables.
+
+  Args:
+    key: a typed PRNG key, a scalar.
+  """
+  return _drawn(jax.jit(functools.partial(init_variables, config)), None, key)
+
+
+def _drawn(init: Any, mesh: Mesh | None, key: jax.Array) -> Any:
+  """A jitted function of a key, called; compiled as what runs once, where it is not a part of another program."""
+  if isinstance(key, jax.core.Tracer):
+    return init(key)
+  return init.lower(key).compile(compiler_options=INIT_OPTIONS.get(sharding.platform_of(mesh)))(key)
 
 
 def optimizer_of(run_config: RunConfig, params: Any, mesh: Mesh | None) -> optax.GradientTransformation:
@@ -136,4 +158,4 @@ def init_state(run_config: RunConfig, key: jax.Array, mesh: Mesh | None = None) 
   Raises:
     ValueError: sizes that the mesh does not divide, before anything is compiled.
   """
-  return jit_init(run_config, mesh)(key)
+  return _drawn(jit_init(run_config, mesh), mesh, key)

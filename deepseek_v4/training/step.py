@@ -36,8 +36,7 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_cpu_scheduler_type":
 
 def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
   """What the mesh's devices (None: the default ones) want for programs with recomputation."""
-  platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-  return COMPILER_OPTIONS.get(platform, {})
+  return COMPILER_OPTIONS.get(sharding.platform_of(mesh), {})
 
 
 def check_batch(batch: Mapping[str, jax.Array | np.ndarray]) -> None:

@@ -14,7 +14,7 @@ import optax
 import deepseek_v4 as dsv4
 from deepseek_v4.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from deepseek_v4.model.losses import next_token_targets
-from deepseek_v4.training.state import TrainState, init_variables, optimizer_of
+from deepseek_v4.training.state import TrainState, fresh_variables, optimizer_of
 from deepseek_v4.training.step import compiler_options, make_train_step
 from launch.benchmarks.cases import (
   ADAMW,
@@ -57,7 +57,7 @@ def prepare(case: Case, folder: Path) -> tuple[Callable[[], Any], Callable[[int]
 
 def random_variables(config: ModelConfig) -> dict[str, Any]:
   """Random weights that make every term matter: what starts at zero is drawn, too. Hash tables from the model's own hash."""
-  variables = jax.jit(lambda key: init_variables(config, key))(jax.random.key(0))
+  variables = fresh_variables(config, jax.random.key(0))
   rng = np.random.default_rng(0)
 
   def disturbed(path, x):

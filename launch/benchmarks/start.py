@@ -37,9 +37,9 @@ def forward() -> None:
 
   import deepseek_v4 as dsv4
   from deepseek_v4 import config as c
-  from deepseek_v4.training.state import init_variables
+  from deepseek_v4.training.state import fresh_variables
   config = c.load(ROOT / CONFIG).model
-  variables = jax.jit(lambda key: init_variables(config, key))(jax.random.key(0))
+  variables = fresh_variables(config, jax.random.key(0))
   tokens = np.arange(TOKENS, dtype=np.int32)[None]
   jax.jit(lambda *given: dsv4.DeepseekV4(config).apply(*given).logits)(variables, tokens).block_until_ready()
 

@@ -36,6 +36,13 @@ def test_a_mesh_changes_no_number(born):
   assert differing(state, alone) == []
 
 
+def test_fresh_variables_are_those_of_a_fresh_state(born):
+  _, _, alone = born
+  init_key, _ = jax.random.split(jax.random.key(5))
+  fresh = state_lib.fresh_variables(LITTLE.model, init_key)
+  assert differing(fresh, {"params": alone.params, "router": alone.router}) == []
+
+
 def test_weights_are_born_where_they_belong(born):
   """No device ever holds a whole matrix: 24 experts, or 40 rows of one, occur in no shape of the program."""
   compiled, state, _ = born
