@@ -46,7 +46,7 @@ ROWS = 48  # of a step of start and specialists
 SAMPLES, PASS_ROWS, LONGEST_PROMPT, SHORTEST_PROMPT, REPLY = 72, 4, 128, 16, 64
 COMPARED_ROWS = SAMPLES * REPLY // LENGTH
 START_RATE, SPECIALIST_RATE, STUDENT_RATE = 6e-3, 4e-3, 4e-3
-# As the student would speak: with 0.8 and 128 updates it reached 68 to 78% of the gains, with 1.0 and 192 updates 81 to 85%.
+# As the student would speak: with 0.8 and 128 updates it reached 68 to 78% of the gains, with 1.0 and 192 updates 80 to 93%.
 TEMPERATURE = 1.0
 METHODS = {"student": "on-policy distillation", "off_policy": "off-policy distillation", "mixed": "plain, mixed text"}
 WANTED, HOPED_FOR, MINUTES = 0.8, 0.9, 15
