@@ -50,7 +50,9 @@ def same(arrays, dtype="float32"):
 
 
 @pytest.mark.parametrize("batch, length, streams, hidden", [
-  (3, 11, 2, 130), (5, 13, 3, 127), pytest.param(1, 1, 4, 128, marks=pytest.mark.long)])
+  (3, 11, 2, 130), (5, 13, 3, 127), (1, 17, 4, 1025),  # more lanes than any loop takes at a time
+  *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, 1, 4, 128), (1, 17, 4, 513), (1, 130, 4, 1025),
+                                                             (1, 3, 4, 2049)))])
 def test_blocks_end_anywhere(batch, length, streams, hidden):
   same(inputs(batch, length, streams, hidden))
 
