@@ -27,8 +27,9 @@ FEW_QUERIES_OF_ALL = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # where it reads every e
 # Up to 64K tokens the masked kernel, whose schedule is known to the last cycle. By that schedule the sparse form is cheaper
 # beyond 1,700 / 5,300 / 3,600 visible entries (v5p / v6e / TPU7x) forward; at 64K tokens, forward and backward, about 4.5,
 # 1.5 (Flash) and 2.5 times. But most of its rows are gathered by the SparseCore, of which no schedule and no time is known,
-# and it takes ten times the memory. Beyond about 85K tokens (v6e: 170K) the masked backward pass does not fit VMEM; the
-# sparse form takes over a little before, at 81,920 (163,840).
+# and it takes ten times the memory. Where a selection is an eighth or more of the entries, the masked form stays until its
+# backward pass does not fit VMEM, at about 85K tokens (v6e: 170K); the sparse form takes over a little before, at 81,920
+# (163,840).
 MOST_MASKED = 16384
 # Entries whose gradient fits VMEM, with 128 heads in bfloat16 and room to spare.
 MASKED_GRADIENT = {"v5p": 20480, "v6e": 40960, "tpu7x": 20480}

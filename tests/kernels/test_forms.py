@@ -1,10 +1,10 @@
-"""What `implementation="pallas"` runs at which shape: the table, and that every op follows it on every chip."""
+"""What `implementation="pallas"` runs at which shape: the tables. That every op asks them: test_forms_traced.py."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bits, grouped_matmul, hyper_connections, tpu
+from pallas_kernels import bits, grouped_matmul, tpu
 from pallas_kernels.indexer import forms as loss_forms
 from pallas_kernels.selection import Selection
 from pallas_kernels.shapes import DECODE_ENTRIES, FLASH, LENGTHS, PRO
@@ -47,33 +47,6 @@ def test_the_indexers_loss_is_a_kernel_while_its_gradient_fits():
   for chip in (tpu.V5P, tpu.TPU7X):
     assert [loss_forms.choose_loss(n, 128, chip) for n in (65536, 110592, 110593)] == ["kernel", "kernel", "blockwise"]
   assert [loss_forms.choose_loss(n, 96, tpu.V6E) for n in (131072, 2**18)] == ["kernel", "blockwise"]
-
-
-def kernels_in(fn, *args):
-  """Whether the traced function calls a Pallas kernel."""
-  return "pallas_call" in str(jax.make_jaxpr(fn)(*args))
-
-
-def attention(queries, entries, selection):
-  """attend with implementation="pallas" for shapes; rows of 8 heads."""
-  f, i = jnp.zeros, lambda n: jnp.zeros((1, n), jnp.int32)
-  return lambda q: attend(q, f((1, queries, 16)), f((1, entries, 16)), selection, f(8), positions=i(queries),
-                          segment_ids=i(queries), entry_last=i(entries), entry_segment=i(entries), window=8, scale=1.0,
-                          implementation="pallas")
-
-
-@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
-def test_every_op_asks_its_table(monkeypatch, chip):
-  monkeypatch.setattr(tpu, "current_chip", lambda interpret: chip)
-  words = Selection.from_words(jnp.zeros((1, 64, bits.num_words(300)), jnp.int32), 300, 8)
-  for selection in (words, Selection.all(1, 64), Selection(jnp.zeros((1, 64, 8), jnp.int32))):
-    assert kernels_in(attention(64, 300, selection), jnp.zeros((1, 64, 8, 16)))
-    assert not kernels_in(attention(1, 300, jax.tree.map(lambda x: x[:, :1], selection)), jnp.zeros((1, 1, 8, 16)))
-  f = jnp.zeros
-  mix = lambda tokens: lambda x: hyper_connections.expand_collapse(
-      x, f((1, tokens, 8)), f((1, tokens, 4)), f((1, tokens, 4, 4)), f((32, 24)), f(24), f(3), norm_eps=1e-6, eps=1e-6,
-      iterations=2, implementation="pallas")
-  assert all(kernels_in(mix(tokens), jnp.zeros((1, tokens, 4, 8))) for tokens in (1, 8, 64))
 
 
 def test_a_form_can_be_forced():

@@ -139,7 +139,7 @@ _COLUMNS = (  # title, figure of a row, factor, format
 _PER_TOKEN = {"matrix_cycles", "hbm_cycles", "vector_cycles", "vector_slot_cycles", "schedule_cycles", "serial_cycles",
               "time_cycles"}
 _KERNEL_COLUMNS = (
-    ("hot bundles", "hot_bundles", ",.0f"), ("per unit", "unit_bundles", ",.0f"), ("spills", "spills", ",.0f"),
+    ("VMEM MiB", "vmem_mib", ",.1f"), ("hot bundles", "hot_bundles", ",.0f"), ("per unit", "unit_bundles", ",.0f"), ("spills", "spills", ",.0f"),
     ("fills", "fills", ",.0f"), ("fixed", "fixed_bundles", ",.0f"), ("x bound", "fixed_ratio", ".2f"),
     ("step", "mean_step_bundles", ",.0f"), ("empty step", "step_bundles", ",.0f"),
     ("bundles/token", "bundles_per_token", ",.0f"))
@@ -164,11 +164,12 @@ def _cell(row: Row, figure: str, factor: float, form: str) -> str:
 
 
 def kernel_table(rows: Sequence[Row]) -> str:
-  """Our kernels' hot loops as text."""
+  """Our kernels' memory and hot loops as text."""
   lines = [["case", "kernel", *(title for title, *_ in _KERNEL_COLUMNS)]]
   for row in rows:
     for name, kernel in row.get("kernels", {}).items() if row["ours"] else ():
-      figures = kernel | {"bundles_per_token": kernel["bundles"] * row["cycles_per_token"] / row["time_cycles"]}
+      figures = kernel | {"bundles_per_token": kernel["bundles"] * row["cycles_per_token"] / row["time_cycles"],
+                          "vmem_mib": kernel["vmem_bytes"] / 2**20}
       cells = ["-" if figures.get(figure) is None else format(figures[figure], form) for _, figure, form in _KERNEL_COLUMNS]
       lines.append([row["case"], name + " (guess)" * kernel["guessed"], *cells])
   return _aligned(lines)

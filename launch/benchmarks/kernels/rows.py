@@ -100,7 +100,7 @@ def row_of(case: Case, answer: Mapping[str, Any], chip: Chip) -> Row:
     call = _take(calls, part.name) if part.kernel else None
     if found is not None and call is not None:
       figures = kernel_figures(case, found, call, chip, part.near)
-      kernels.append(figures)
+      kernels.append((figures, part.vmem_bytes))
       bundles, slots, matrix, size = figures.bundles, figures.vector, figures.matrix, figures.hbm_bytes
     else:
       total = schedule.total(schedule.executions(found.root)) if found else {"bundles": 0.0, schedule.VECTOR: 0.0}
@@ -152,8 +152,8 @@ def _schedules(answer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
                 if part["name"] not in own and kind(part) in equal}
 
 
-def _figures(case: Case, chip: Chip, answer: Mapping[str, Any], kernels: Sequence[KernelFigures], cycles: float,
-             sums: Mapping[str, float]) -> Row:
+def _figures(case: Case, chip: Chip, answer: Mapping[str, Any], kernels: Sequence[tuple[KernelFigures, int]],
+             cycles: float, sums: Mapping[str, float]) -> Row:
   least = bounds.least(case)
   floor = {"matrix": least.flops / chip.flops_per_cycle, "hbm": least.bytes / chip.bytes_per_cycle,
            "vector": least.vector / chip.cores}
@@ -166,11 +166,10 @@ def _figures(case: Case, chip: Chip, answer: Mapping[str, Any], kernels: Sequenc
       "cycles_per_token": time / case.tokens,
       "tokens_per_second_per_chip": case.tokens * chip.clock / time * chip.devices_per_chip,
       "hbm_bytes": sums["hbm_bytes"], "hbm_bytes_least": least.bytes, "hbm_ratio": sums["hbm_bytes"] / least.bytes,
-      "row_bound_cycles": max(floor["matrix"], least.row_bytes / chip.bytes_per_cycle),
       "vmem_bytes": max((part["vmem_bytes"] for part in answer["parts"] if part["kernel"]), default=0),
       "temp_bytes": answer["memory"]["temp"], "compile_seconds": answer["seconds"], "kernels": {}}
-  for kernel in kernels:
-    row["kernels"][kernel.name] = _kernel_row(kernel, chip)
+  for kernel, vmem_bytes in kernels:
+    row["kernels"][kernel.name] = _kernel_row(kernel, chip) | {"vmem_bytes": vmem_bytes}
   return row
 
 
