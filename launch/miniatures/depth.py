@@ -36,6 +36,7 @@ THOUGHT = {"none": None, "high": 10, "max": 20}  # most tokens of a thought, whi
 REPLY = {"none": 4, "high": 14, "max": 26}
 PRICE = {"none": 0.2, "high": 0.1, "max": 0.0}  # of a reply of that many tokens, taken off a reward of 1
 MODELS = ("conversations", "rewards", "student")
+MINUTES = 20  # at most, of a repetition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +113,10 @@ def run(workdir: Path, seeds: int, say: Callable[[str], None], plan: Plan = Plan
   unseen = depth_task.write(workdir / "task", plan.talks, plan.problems)
   runs.refuse_other_runs({workdir / f"seed_{seed}" / name: config for seed in range(seeds)
                           for name, (config, _) in parts_of(workdir / f"seed_{seed}", workdir / "task", seed, plan).items()})
-  found = [run_seed(workdir / f"seed_{seed}", workdir / "task", unseen, seed, say, plan) for seed in range(seeds)]
+  made = [run_seed(workdir / f"seed_{seed}", workdir / "task", unseen, seed, say, plan) for seed in range(seeds)]
+  found, seconds = [scores for scores, _ in made], [took for _, took in made]
   plots_reinforcement.depth(found, EFFORTS, MODELS, workdir / PICTURE)
-  return Result([row_of(found, name) for name in MODELS], targets_of(found), PICTURE)
+  return Result([row_of(found, name) for name in MODELS], targets_of(found, seconds), PICTURE)
 
 
 def parts_of(folder: Path, task: Path, seed: int, plan: Plan) -> dict[str, tuple[c.RunConfig, Callable[..., Any]]]:
@@ -129,17 +131,19 @@ def parts_of(folder: Path, task: Path, seed: int, plan: Plan) -> dict[str, tuple
 
 
 def run_seed(folder: Path, task: Path, unseen: Sequence[Sequence[int]], seed: int, say: Callable[[str], None],
-             plan: Plan) -> dict[str, Any]:
-  """{model: {effort: {"accuracy", "tokens"}}} of one repetition; of the specialists each one's own effort."""
-  scores = {}
+             plan: Plan) -> tuple[dict[str, Any], list[float | None]]:
+  """({model: {effort: {"accuracy", "tokens"}}}, seconds of each run, None if it was interrupted) of one repetition; of the
+  specialists each one's own effort."""
+  scores, seconds = {}, []
   for name, (config, train) in parts_of(folder, task, seed, plan).items():
-    runs.trained(config, folder / name, train, say)
+    seconds.append(runs.trained(config, folder / name, train, say))
     efforts = [name.removeprefix("rewards_")] if name.startswith("rewards_") else EFFORTS
     scores[name] = scored(folder / name, task, unseen, efforts)
-    say(f"{folder.name}: {name}: " + ", ".join(f"{effort} {x['accuracy']:.1%} in {x['tokens']:.1f} tokens"
-                                               for effort, x in scores[name].items()))
-  return {"conversations": scores["start"], "student": scores["student"],
-          "rewards": {effort: scores[f"rewards_{effort}"][effort] for effort in EFFORTS}}
+    took = "" if seconds[-1] is None else f" ({seconds[-1]:.0f} s)"
+    say(f"{folder.name}: {name}{took}: " + ", ".join(f"{effort} {x['accuracy']:.1%} in {x['tokens']:.1f} tokens"
+                                                     for effort, x in scores[name].items()))
+  specialists = {effort: scores[f"rewards_{effort}"][effort] for effort in EFFORTS}
+  return {"conversations": scores["start"], "student": scores["student"], "rewards": specialists}, seconds
 
 
 def scored(folder: Path, task: Path, unseen: Sequence[Sequence[int]], efforts: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -175,8 +179,9 @@ def row_of(found: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
                              for what in ("accuracy", "tokens")}}
 
 
-def targets_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """accuracy(none) < accuracy(high) <= accuracy(max), and lengths that grow, each by the repetition in which least is left.
+def targets_of(found: Sequence[dict[str, Any]], seconds: Sequence[Sequence[float | None]]) -> list[dict[str, Any]]:
+  """accuracy(none) < accuracy(high) <= accuracy(max), and lengths that grow, each by the repetition in which least is left;
+  and the time.
 
   Values are differences between the student's own efforts on problems of no run.
   """
@@ -191,4 +196,4 @@ def targets_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     value = least(what, more, less)
     rows.append({"target": f"{text}: {more} less {less} {'above' if strictly else 'at least'} 0", "bound": 0.0,
                  "value": value, "reached": value > 0 if strictly else value >= 0})
-  return rows
+  return [*rows, runs.minutes_target("minutes of a repetition's runs", MINUTES, seconds)]

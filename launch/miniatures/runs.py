@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 from deepseek_v4.config import DataConfig, RunConfig, to_dict
 from deepseek_v4.training import metrics, sources
@@ -90,6 +90,18 @@ def trained(run_config: RunConfig, folder: Path, train: Callable[..., Any], say:
     train(run_config, folder)
     metrics.write_json(file, {"seconds": time.perf_counter() - started if new else None})
   return json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.is_file() else None
+
+
+def minutes_target(text: str, bound: float, seconds: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+  """A target's row of the slowest repetition's minutes; no value where a run was not made in one go.
+
+  Args:
+    seconds: of the runs of each repetition, see `trained`.
+  """
+  known = [[one for one in of_runs if one is not None] for of_runs in seconds]
+  minutes = max(map(sum, known)) / 60 if known == [list(of_runs) for of_runs in seconds] else None
+  return {"target": f"{text}, at most {bound:g} (not known if it was interrupted)", "bound": bound, "value": minutes,
+          "reached": None if minutes is None else minutes <= bound}
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------------

@@ -230,6 +230,4 @@ def targets_of(found: Sequence[dict[str, dict[str, float]]], seconds: Sequence[M
   worst = None if None in lowest else min(value for value in lowest if value is not None)
   targets.append(at_least(f"the goal: its lowest share, at least {HOPED_FOR}", HOPED_FOR, worst))
   took = [[by_name[name] for name in METHODS] for by_name in seconds]
-  minutes = None if any(None in one for one in took) else max(sum(x or 0 for x in one) / 60 for one in took)
-  return [*targets, {"target": f"minutes beside the teachers' training, at most {MINUTES} (not known if it was interrupted)",
-                     "bound": MINUTES, "value": minutes, "reached": None if minutes is None else minutes <= MINUTES}]
+  return [*targets, runs.minutes_target("minutes beside the teachers' training", MINUTES, took)]

@@ -89,11 +89,13 @@ def test_figures_and_the_picture(tmp_path):
   row = depth.row_of([SCORES, worse], "student")
   assert row["model"] == "one student" and row["high, accuracy"] == pytest.approx(0.855)
   assert row["high, tokens"] == 11.25
-  targets = depth.targets_of([SCORES, worse])
-  assert [target["reached"] for target in targets] == [True, False, True, True]
+  targets = depth.targets_of([SCORES, worse], [[600.0, 540.0], [900.0, 360.0]])
+  assert [target["reached"] for target in targets] == [True, False, True, True, False]
+  assert targets[-1]["value"] == pytest.approx(21)  # the slower repetition's
   assert targets[0]["value"] == pytest.approx(0.65) and targets[1]["value"] == pytest.approx(-0.01)
   same = {effort: {"accuracy": 0.5, "tokens": 7.0} for effort in EFFORTS}  # none < high is strict, high <= max is not
-  assert [target["reached"] for target in depth.targets_of([{**SCORES, "student": same}])] == [False, True, False, False]
+  targets = depth.targets_of([{**SCORES, "student": same}], [[600.0, None]])
+  assert [target["reached"] for target in targets] == [False, True, False, False, None]
   plots_reinforcement.depth([SCORES, worse], EFFORTS, depth.MODELS, tmp_path / "a.png")
   assert (tmp_path / "a.png").stat().st_size > 10_000
   assert "depth" in miniatures.NAMES and depth.DESCRIPTION
