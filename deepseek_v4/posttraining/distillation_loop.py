@@ -306,7 +306,7 @@ def one_step(tools: Tools, place: Place, parts: list[list[list[dict[str, np.ndar
   kl = kl_by_teacher(tools.teachers, [t for t, *_ in passes], jax.device_get(found), counted)
   tools.progress.step(numbers["tokens"])
   if n % training.log_every == 0 or n == training.steps:
-    numbers["tokens_per_second"] = tools.progress.report(n, numbers["loss"])
+    numbers["tokens_per_second"] = tools.progress.report(n, kl["kl"], name="KL")
     tools.writer.write("train", n, numbers | kl)
   if n % training.eval_every == 0 and n != training.steps:
     score(tools, place)

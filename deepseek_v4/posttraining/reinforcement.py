@@ -22,7 +22,7 @@ import numpy as np
 from deepseek_v4.analysis import plots_reinforcement
 from deepseek_v4.checkpoint.store import CheckpointStore
 from deepseek_v4.checkpoint.trees import restack
-from deepseek_v4.config import RunConfig
+from deepseek_v4.config import ReinforcementConfig, RunConfig
 from deepseek_v4.config_checks import refuse
 from deepseek_v4.generation.requests import ThinkingBudget
 from deepseek_v4.model.transformer import DeepseekV4
@@ -221,14 +221,18 @@ def draw(tools: Tools, step: int, state: PolicyState) -> Judged:
   config = tools.run_config.reinforcement
   first = step // config.minibatches * config.problems
   started = time.perf_counter()
-  record = [name for name, wanted in (
-    ("experts", config.keep_routing),
-    ("kept", config.keep_sampling_mask and (config.top_p < 1 or config.top_k > 0))) if wanted]
-  judged = ask(tools, step, state, tools.asking.train.take(first, config.problems), first, config.replies, record)
+  judged = ask(tools, step, state, tools.asking.train.take(first, config.problems), first, config.replies, kept_of(config))
   seconds = time.perf_counter() - started
   tokens = sum(len(sample.reply) for sample in judged.samples)
   tools.writer.write("rollout", step, judged.numbers() | {"seconds": seconds, "tokens_per_second": tokens / seconds})
   return judged
+
+
+def kept_of(config: ReinforcementConfig) -> list[str]:
+  """What the sampler writes down for the trainer; without a filter every token could be drawn, so there are no sets."""
+  filtered = config.top_p < 1 or config.top_k > 0
+  wanted = {"experts": config.keep_routing, "kept": config.keep_sampling_mask and filtered}
+  return [name for name, on in wanted.items() if on]
 
 
 def ask(tools: Tools, step: int, state: PolicyState, problems: Sequence[Problem], first: int, replies: int,

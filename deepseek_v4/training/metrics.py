@@ -141,16 +141,17 @@ class Progress:
     self._bar.n = step
     self.restart_clock()
 
-  def report(self, step: int, loss: float, stage: str = "") -> float:
-    """Shows the loss, and in which stage, and returns the tokens per second since the last report."""
+  def report(self, step: int, loss: float, stage: str = "", name: str = "loss") -> float:
+    """Shows the loss, or what else `name` says, and in which stage, and returns the tokens per second since the last
+    report."""
     self._in_all += self._since_report
     tokens, seconds = self._since_report
     rate = tokens / max(seconds, 1e-9)
     self._since_report = np.zeros(2)
-    self._bar.set_postfix_str(f"{stage and f'{stage}, '}{rate:,.0f} tokens/s, loss {loss:.4f}")
+    self._bar.set_postfix_str(f"{stage and f'{stage}, '}{rate:,.0f} tokens/s, {name} {loss:.4f}")
     if self._bar.disable:
       left = (self._steps - step) * self._in_all[1] / max(1, step - self._first)
-      self.say(f"step {step}/{self._steps}  {stage and f'{stage}  '}loss {loss:.4f}  {rate:,.0f} tokens/s  "
+      self.say(f"step {step}/{self._steps}  {stage and f'{stage}  '}{name} {loss:.4f}  {rate:,.0f} tokens/s  "
                f"{tqdm.tqdm.format_interval(left)} left")
     return rate
 

@@ -161,6 +161,17 @@ def test_the_sampler_s_experts_are_obeyed(world):
       assert np.abs(want[targets >= 0] - x).min() < 2e-5
 
 
+def test_without_experts_and_sets_the_model_chooses_among_all_tokens(world):
+  """As with keep_routing = keep_sampling_mask = False: the log-probabilities are those of the whole softmax."""
+  samples = [dataclasses.replace(sample, experts=None, kept=None) for sample in world.samples]
+  variables = {"params": world.trained.params, "router": world.trained.router}
+  rows = problems.rows_of(samples, ADVANTAGES, S)
+  found = np.asarray(world.programs.policy(variables, rows))[rows["targets"] >= 0]
+  tokens, segments, targets, _, kept = world.arrays
+  want = np.asarray(whole_logits(*variables.values(), tokens, segments, targets, None, np.ones_like(kept))[0])
+  np.testing.assert_allclose(np.sort(found), np.sort(want[targets >= 0]), atol=2e-5)  # packed in an order of its own
+
+
 def test_a_router_that_moved_since_does_not_choose(world):
   """Its load is what the sampler recorded, not what its new weights would choose."""
   np.testing.assert_array_equal(world.sums.load[0], recorded(world.samples))

@@ -288,6 +288,14 @@ def test_refused_before_anything_is_compiled(path, tmp_path, changes, message):
     reinforcement.reinforce(run_of(path, **changes), tmp_path / "run")
 
 
+@pytest.mark.parametrize("changes, kept", [
+  (dict(top_p=0.9), ["experts", "kept"]), (dict(top_k=5), ["experts", "kept"]), (dict(), ["experts"]),
+  (dict(top_p=0.9, keep_routing=False), ["kept"]), (dict(top_p=0.9, keep_sampling_mask=False), ["experts"]),
+  (dict(keep_routing=False), [])])
+def test_what_the_sampler_keeps_for_the_trainer(changes, kept):
+  assert reinforcement.kept_of(c.ReinforcementConfig(**changes)) == kept
+
+
 def test_kept_sets_are_split_in_whole_bytes(path):
   mesh = types.SimpleNamespace(shape={"context": 1, "tensor": 16}, size=16)
   run = run_of(path, top_p=0.9)

@@ -139,7 +139,8 @@ _COLUMNS = (  # title, figure of a row, factor, format
 _PER_TOKEN = {"matrix_cycles", "hbm_cycles", "vector_cycles", "vector_slot_cycles", "schedule_cycles", "serial_cycles",
               "time_cycles"}
 _KERNEL_COLUMNS = (
-    ("VMEM MiB", "vmem_mib", ",.1f"), ("hot bundles", "hot_bundles", ",.0f"), ("per unit", "unit_bundles", ",.0f"), ("spills", "spills", ",.0f"),
+    ("VMEM MiB", "vmem_mib", ",.1f"),
+    ("hot bundles", "hot_bundles", ",.0f"), ("per unit", "unit_bundles", ",.0f"), ("spills", "spills", ",.0f"),
     ("fills", "fills", ",.0f"), ("fixed", "fixed_bundles", ",.0f"), ("x bound", "fixed_ratio", ".2f"),
     ("step", "mean_step_bundles", ",.0f"), ("empty step", "step_bundles", ",.0f"),
     ("bundles/token", "bundles_per_token", ",.0f"))
