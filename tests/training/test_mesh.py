@@ -241,6 +241,24 @@ def moving(text, mesh):
   return found
 
 
+@pytest.mark.parametrize("name", [name for name in TOGETHER if "fsdp" in name])
+def test_what_is_gathered_fits_in_a_layer(name):
+  """No gather holds more than the dense weights of a layer, and experts' matrices never meet others than those of their
+  place on `expert`: they are gathered over the axes that split one of them, and are as many as a device has."""
+  mesh, own = mesh_of(name), set()
+  dense = sum(x.size for path, x in leaves(random_state().params).items()
+              if path.startswith("layers/unit_0/") and "/experts/" not in path) // 2  # of two such layers
+  width, inner = MODEL.hidden_size, MODEL.moe_intermediate_size // mesh.shape["tensor"]
+  for kind, axes, arrays in moving(mesh_step(name).compiled.as_text(), mesh):
+    for _, shape in arrays:
+      assert kind != "all-gather" or np.prod(shape) <= dense, (kind, axes, shape)
+      if kind == "all-gather" and shape[-2:] in ((width, inner), (inner, width)):
+        own.add((axes, int(np.prod(shape[:-2]))))
+  split = frozenset({"fsdp", "context"} if "context" in name else {"fsdp"})
+  assert (split, MODEL.n_routed_experts // mesh.shape["expert"]) in own
+  assert not [axes for axes, count in own if count > 1 and "expert" in axes]  # one is a dense matrix of that shape
+
+
 def test_what_travels_along_a_split_sequence():
   """Over context entries, index keys and the ends of documents are gathered, and a few places are sent to neighbours,
   forward and back, once in each kind of layer. Nothing as large as the streams or one of their projections moves."""
