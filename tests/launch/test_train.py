@@ -102,15 +102,17 @@ def wait_for_text(process, log, text):
 def test_sigterm_while_it_compiles(tmp_path):
   """XLA does not return to Python before it is done; the signal is heard all the same, and nothing is left half done."""
   log = tmp_path / "log"
-  process = start(tmp_path / "run", log, "training.grace_seconds=60")
+  process = start(tmp_path / "run", log, "training.grace_seconds=60", "model.scan_layers=False")
   wait_for_text(process, log, "held-out data:")
-  time.sleep(1)  # into the compilation, which takes several seconds
+  time.sleep(1)  # into the compilation, which takes ten seconds or more
   process.terminate()
   sent = time.monotonic()
   assert process.wait(60) == 75
   assert time.monotonic() - sent < 20  # 5 s, on a machine with something to spare
   text = log.read_text()
-  assert "compiled" not in text and "SIGTERM: nothing is unsaved; the process ends in 60 s at the latest" in text
+  assert "SIGTERM: nothing is unsaved; the process ends in 60 s at the latest" in text
+  # A machine that compiles in the five seconds that are left to it comes to an orderly end before the first step.
+  assert "compiled" not in text or "stopped after step 0; nothing was there to save" in text
   assert "Traceback" not in text and not (tmp_path / "run" / "checkpoints").exists()
 
 
