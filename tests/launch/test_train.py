@@ -104,14 +104,15 @@ def test_sigterm_while_it_compiles(tmp_path):
   log = tmp_path / "log"
   process = start(tmp_path / "run", log, "training.grace_seconds=60", "model.scan_layers=False")
   wait_for_text(process, log, "held-out data:")
-  time.sleep(1)  # into the compilation, which takes ten seconds or more
+  time.sleep(1)  # into the compilation, which takes several seconds
   process.terminate()
   sent = time.monotonic()
   assert process.wait(60) == 75
   assert time.monotonic() - sent < 20  # 5 s, on a machine with something to spare
   text = log.read_text()
   heard, _, after = text.partition("SIGTERM: nothing is unsaved; the process ends in 60 s at the latest")
-  assert after and "compiled" not in heard and "step 1/" not in after  # in the 5 s that it has a fast machine goes on compiling
+  assert after and "compiled" not in heard  # it was heard in time; in the 5 s that are left a fast machine goes on compiling
+  assert "step 1/" not in after
   assert "Traceback" not in text and not (tmp_path / "run" / "checkpoints").exists()
 
 
