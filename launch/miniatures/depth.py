@@ -36,7 +36,7 @@ THOUGHT = {"none": None, "high": 10, "max": 20}  # most tokens of a thought, whi
 REPLY = {"none": 4, "high": 14, "max": 26}
 PRICE = {"none": 0.2, "high": 0.1, "max": 0.0}  # of a reply of that many tokens, taken off a reward of 1
 MODELS = ("conversations", "rewards", "student")
-MINUTES = 20  # at most, of a repetition
+MINUTES = 20  # at most, of a repetition's runs
 
 
 @dataclasses.dataclass(frozen=True)

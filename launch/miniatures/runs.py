@@ -98,8 +98,8 @@ def minutes_target(text: str, bound: float, seconds: Sequence[Sequence[float | N
   Args:
     seconds: of the runs of each repetition, see `trained`.
   """
-  known = [[one for one in of_runs if one is not None] for of_runs in seconds]
-  minutes = max(map(sum, known)) / 60 if known == [list(of_runs) for of_runs in seconds] else None
+  known = not any(one is None for of_runs in seconds for one in of_runs)
+  minutes = max(sum(one or 0 for one in of_runs) for of_runs in seconds) / 60 if known else None
   return {"target": f"{text}, at most {bound:g} (not known if it was interrupted)", "bound": bound, "value": minutes,
           "reached": None if minutes is None else minutes <= bound}
 

@@ -7,7 +7,8 @@ text (off-policy), and plain training on mixed text.
 
 What counts is the share of a specialist's gain over the start that a model reaches on text of that kind:
 (start - model) / (start - specialist) in bits per byte. The text is that of documents which no run reads, neither to train
-nor to look at its held-out loss, so nothing about the runs was chosen by it. Each part of a repetition is a run in a folder
+nor to look at its held-out loss; the length of a reply, the number of updates and the temperature were chosen by the first
+repetition's figures on it. Each part of a repetition is a run in a folder
 of its own: what is done is taken, what was interrupted goes on.
 """
 
@@ -41,14 +42,14 @@ PICTURE = "specialists.png"
 LENGTH = 256
 ROWS = 48  # of a step of start and specialists
 # Of a step of the student: 48 samples of each teacher, 16 to 128 tokens asked and 32 replied, so that places far from the
-# beginning of a row are met too. They fill about 21 rows; in small passes few rows hold nothing. All replied tokens count
-# alike, and they are as many as those of the rows of text that the other ways learn from. The longer a reply, the less its
-# end is like text: with 224 tokens the student reached 52 to 70% of the gains, with 64 it was 78 to 84%, with 32 it is 82 to
-# 87% (one seed, 227, 431 and 546 seconds).
+# beginning of a row are met too. A teacher's fill about 21 rows; in small passes few rows hold nothing. All replied tokens
+# count alike, and they are as many as those of the rows of text that the other ways learn from. The longer a reply, the
+# less its end is like text: with 224 tokens the student reached 52 to 70% of the gains, with 64 it was 78 to 84%, with 32
+# it is 82 to 87% (seed 0; 227, 431 and 546 seconds).
 SAMPLES, PASS_ROWS, LONGEST_PROMPT, SHORTEST_PROMPT, REPLY = 144, 4, 128, 16, 32
 COMPARED_ROWS = SAMPLES * REPLY // LENGTH
 START_RATE, SPECIALIST_RATE, STUDENT_RATE = 6e-3, 4e-3, 4e-3
-# As the student would speak: with 0.8 and 128 updates it reached 68 to 78% of the gains, with 1.0 and 192 updates 80 to 93%.
+# As the student would speak: with 0.8 (and 128 updates, replies of 64) it reached 68 to 78% of the gains.
 TEMPERATURE = 1.0
 METHODS = {"student": "on-policy distillation", "off_policy": "off-policy distillation", "mixed": "plain, mixed text"}
 WANTED, HOPED_FOR, MINUTES = 0.8, 0.9, 15

@@ -26,7 +26,7 @@ FEW_QUERIES_OF_ALL = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # where it reads every e
 
 # Up to 64K tokens the masked kernel, whose schedule is known to the last cycle. By that schedule the sparse form is cheaper
 # beyond 1,700 / 5,300 / 3,600 visible entries (v5p / v6e / TPU7x) forward; at 64K tokens, forward and backward, about 4.5,
-# 1.5 (Flash) and 2.5 times. But most of its rows are gathered by the SparseCore, of which no schedule and no time is known,
+# 1.5 (Flash) and 2.5 times. But most of its rows are gathered by the SparseCore, whose time is not in any schedule here,
 # and it takes ten times the memory. Where a selection is an eighth or more of the entries, the masked form stays until its
 # backward pass does not fit VMEM, at about 85K tokens (v6e: 170K); the sparse form takes over a little before, at 81,920
 # (163,840).

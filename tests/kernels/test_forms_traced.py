@@ -47,31 +47,31 @@ def floats(*shape):
   return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def places(queries, entries):
-  """Positions and documents of one row of queries and of entries."""
-  numbers = lambda n: jax.ShapeDtypeStruct((1, n), jnp.int32)
+def places(queries, entries, batch=1):
+  """Positions and documents of queries and of entries."""
+  numbers = lambda n: jax.ShapeDtypeStruct((batch, n), jnp.int32)
   return dict(positions=numbers(queries), segment_ids=numbers(queries), entry_last=numbers(entries),
               entry_segment=numbers(entries))
 
 
-def chosen(kind, queries, entries, top_k):
+def chosen(kind, queries, entries, top_k, batch=1):
   """({name: array}, function of it that makes the selection of this kind)."""
   if kind == "all":
-    return {}, lambda: Selection.all(1, queries)
+    return {}, lambda: Selection.all(batch, queries)
   if kind == "bits":
-    words = jax.ShapeDtypeStruct((1, queries, bits.num_words(entries)), jnp.int32)
+    words = jax.ShapeDtypeStruct((batch, queries, bits.num_words(entries)), jnp.int32)
     return {"picked": words}, lambda picked: Selection.from_words(picked, entries, top_k)
-  return {"picked": jax.ShapeDtypeStruct((1, queries, top_k), jnp.int32)}, lambda picked: Selection.from_indices(picked)
+  return {"picked": jax.ShapeDtypeStruct((batch, queries, top_k), jnp.int32)}, lambda picked: Selection.from_indices(picked)
 
 
-def attention(kind, queries, entries, top_k=64, window=128):
+def attention(kind, queries, entries, top_k=64, batch=1):
   """(attend with implementation="pallas", its arrays), 8 heads."""
-  picked, select = chosen(kind, queries, entries, top_k)
-  arrays = dict(q=floats(1, queries, 8, 128), window_kv=floats(1, queries, 128), entries=floats(1, entries, 128),
-                sink=floats(8), **places(queries, entries), **picked)
+  picked, choose = chosen(kind, queries, entries, top_k, batch)
+  arrays = dict(q=floats(batch, queries, 8, 128), window_kv=floats(batch, queries, 128), entries=floats(batch, entries, 128),
+                sink=floats(8), **places(queries, entries, batch), **picked)
   def run(**given):
     mine = {name: given.pop(name) for name in picked}
-    return attend(**given, selection=select(**mine), window=window, scale=1.0, implementation="pallas")
+    return attend(**given, selection=choose(**mine), window=128, scale=1.0, implementation="pallas")
   return run, arrays
 
 
@@ -86,6 +86,17 @@ def test_attention(chip, kind):
   many = attention(kind, 64, 16385)
   assert called(chip, *many) == (MASKED if kind == "all" else SPARSE - listed)
   assert called(chip, *many, gradient=True) == (MASKED_GRADIENT if kind == "all" else SPARSE_GRADIENT - listed)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_other_borders_of_attention(chip):
+  """An eighth of the entries; where the masked form has no gradient; queries of one row, not of the batch."""
+  assert called(chip, *attention("bits", 64, 20000, top_k=2500)) == MASKED
+  assert called(chip, *attention("bits", 64, 20000, top_k=2499)) == SPARSE
+  most = {"v5p": 20480, "v6e": 40960, "tpu7x": 20480}[chip]
+  assert called(chip, *attention("bits", 64, most, top_k=most // 4)) == MASKED
+  assert called(chip, *attention("bits", 64, most + 1, top_k=most // 4)) == SPARSE
+  assert called(chip, *attention("bits", 1, 300, batch=64)) == set()
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -105,9 +116,9 @@ def test_the_indexers_selection_and_loss(chip):
     assert called(chip, lambda **given: select(**given).words, index(queries, 300)) == {"index_select"}
   most = {"v5p": 110592, "v6e": 241664, "tpu7x": 110592}[chip]
   for entries, forward, gradient in ((most, LOSS, LOSS | {"index_loss_backward"}), (most + 1, set(), set())):
-    picked, select = chosen("bits", 64, entries, 64)
-    def loss(picked, select=select, **given):
-      return indexer.kl_loss(**given, selection=select(picked), scale=1.0, implementation="pallas")
+    picked, choose = chosen("bits", 64, entries, 64)
+    def loss(picked, choose=choose, **given):
+      return indexer.kl_loss(**given, selection=choose(picked), scale=1.0, implementation="pallas")
     arrays = dict(index(64, entries), attention_queries=floats(1, 64, 8, 128), entries=floats(1, entries, 128),
                   lse=floats(1, 64, 8), **picked)
     assert called(chip, loss, arrays) == forward

@@ -25,7 +25,7 @@ def test_a_row_holds_schedule_bounds_and_their_ratio():
   assert row["time_cycles"] == max(bundles / 2, plan.flops / V5P.flops_per_cycle)
   assert row["ratio"] == row["time_cycles"] / row["matrix_cycles"] >= 1
   assert row["tokens_per_second_per_chip"] == pytest.approx(16384 / (row["time_cycles"] / 1.75e9))
-  assert row["vmem_bytes"] == 12 * 2**20 and row["temp_bytes"] == 2**20
+  assert row["vmem_bytes"] == kernel["vmem_bytes"] == 12 * 2**20 and row["temp_bytes"] == 2**20
   assert report.guesses([row]) == ""
 
 

@@ -90,10 +90,11 @@ def test_sampler_and_trainer_agree():
 
 @pytest.mark.long
 def test_sampler_and_trainer_in_bfloat16():
-  """With the sampler's experts nothing but rounding is left; a token's own rounding is some per cent."""
+  """With the sampler's experts nothing but rounding is left: logits of these weights are small, a last bit of them is 1e-3;
+  0.0003 was seen."""
   found = gaps("bfloat16")
-  print(f"bfloat16: mean {found.mean():.4f}, largest {found.max():.4f} nats")
-  assert found.mean() < 0.05
+  print(f"bfloat16: mean {found.mean():.1e}, largest {found.max():.1e} nats")
+  assert 1e-5 < found.max() < 2e-3
 
 
 def step_of(run, samples, advantages, mesh=None, row=ROW):

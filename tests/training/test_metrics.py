@@ -114,11 +114,13 @@ def test_rates_count_only_the_time_of_steps(monkeypatch, capsys):
   progress.step(100)
   assert progress.report(13, 1.0) == pytest.approx(100)
   assert progress.tokens_per_second == pytest.approx(500 / 5)
+  progress.report(13, 0.25, name="KL")
   progress.close()
   printed = capsys.readouterr().out.splitlines()
   # 2 s a step over the first two steps and 8 steps left; 5/3 s a step and 7 left
   assert printed == ["step 12/20  loss 1.2500  100 tokens/s  00:16 left",
-                     "step 13/20  loss 1.0000  100 tokens/s  00:11 left"]
+                     "step 13/20  loss 1.0000  100 tokens/s  00:11 left", printed[2]]
+  assert printed[2].startswith("step 13/20  KL 0.2500  ")
 
 
 def test_the_table_says_who_wins():
