@@ -9,8 +9,9 @@ weights of runs/tiny.
 
 command   python -m launch.distill --config configs/tiny_distill.py --workdir runs/student
 hardware  2 CPU cores
-duration  not measured yet
-result    held-out bits per byte of both teachers' text, KL to both, distillation.png
+duration  5 and a half minutes with compilation, and as long for each teacher
+result    held-out bits per byte: headers from 4.16 to 2.94 (their teacher has 2.07), while Python, where the student began as
+          its own teacher, went from 2.62 to 2.68; distillation.png
 """
 
 import dataclasses
