@@ -10,8 +10,8 @@ weights of runs/tiny.
 command   python -m launch.distill --config configs/tiny_distill.py --workdir runs/student
 hardware  2 CPU cores
 duration  5 and a half minutes with compilation, and as long for each teacher
-result    held-out bits per byte: headers from 4.16 to 2.94 (their teacher has 2.07), while Python, where the student began as
-          its own teacher, went from 2.62 to 2.68; distillation.png
+result    held-out bits per byte: headers from 4.16 to 2.94 (their teacher has 2.07); Python, where the student began as its
+          own teacher, went from 2.62 to 2.68; distillation.png
 """
 
 import dataclasses
