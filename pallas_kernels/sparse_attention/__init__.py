@@ -113,7 +113,7 @@ def _unpacking(run):
 
 
 def _fastest(q, window_kv, entries, selection, sink, **options):
-  """The form that is fastest on the current TPU."""
+  """The form that `forms.choose` names on the current TPU."""
   num_entries = options["entry_last"].shape[1]
   run = _form(q, num_entries, selection, tpu.current_chip(interpret=False))
   return run(q, window_kv, entries, selection, sink, **options)

@@ -28,11 +28,10 @@ FEW_QUERIES_OF_ALL = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # where it reads every e
 # beyond 1,700 / 5,300 / 3,600 visible entries (v5p / v6e / TPU7x) forward; at 64K tokens, forward and backward, about 4.5,
 # 1.5 (Flash) and 2.5 times. But most of its rows are gathered by the SparseCore, whose time is not in any schedule here,
 # and it takes ten times the memory. Where a selection is an eighth or more of the entries, the masked form stays until its
-# backward pass does not fit VMEM, at about 85K tokens (v6e: 170K); the sparse form takes over a little before, at 81,920
-# (163,840).
+# backward pass does not fit VMEM, beyond 71,680 tokens (v6e: 155,648) of float32, and 85K (170K) of bfloat16.
 MOST_MASKED = 16384
-# Entries whose gradient fits VMEM, with 128 heads in bfloat16 and room to spare.
-MASKED_GRADIENT = {"v5p": 20480, "v6e": 40960, "tpu7x": 20480}
+# Entries whose gradient fits VMEM, in either dtype (kernel_backward.py, `_plan`).
+MASKED_GRADIENT = {"v5p": 17920, "v6e": 38912, "tpu7x": 17920}
 # A selection that reads more than an eighth of the entries gains nothing from leaving out the rest.
 SPARSE_SHARE = 8
 

@@ -8,7 +8,7 @@ from pallas_kernels import bits, grouped_matmul, tpu
 from pallas_kernels.indexer import forms as loss_forms
 from pallas_kernels.selection import Selection
 from pallas_kernels.shapes import DECODE_ENTRIES, FLASH, LENGTHS, PRO
-from pallas_kernels.sparse_attention import attend, blockwise, forms, kernel
+from pallas_kernels.sparse_attention import attend, blockwise, forms, kernel, kernel_backward, tiles
 
 CHIPS = (tpu.V5P, tpu.V6E, tpu.TPU7X)
 
@@ -25,21 +25,33 @@ def test_attention_up_to_64k_tokens_is_masked_and_decoding_is_not(chip):
 
 
 @pytest.mark.parametrize("entries, top_k, form", [
-    (16384, 512, "masked"), (16385, 512, "sparse"), (2**18, 1024, "sparse"), (20000, 2500, "masked"),
-    (20000, 2499, "sparse"), (2**18, 2**18, "masked")])
+    (16384, 512, "masked"), (16385, 512, "sparse"), (2**18, 1024, "sparse"), (17000, 2125, "masked"),
+    (17000, 2124, "sparse"), (2**18, 2**18, "masked")])
 def test_attention_is_sparse_where_entries_are_many_and_the_selection_is_small(entries, top_k, form):
   for chip in CHIPS:
     assert forms.choose(4 * entries, entries, top_k, chip.name) == form
-    few = (forms.FEW_QUERIES if top_k < entries else forms.FEW_QUERIES_OF_ALL)[chip.name]
+    some, every = {"v5p": (9, 6), "v6e": (16, 16), "tpu7x": (8, 4)}[chip.name]
+    few = some if top_k < entries else every
     assert forms.choose(few, entries, top_k, chip.name) == form
     assert forms.choose(few - 1, entries, top_k, chip.name) == "blockwise"
 
 
 @pytest.mark.parametrize("entries, top_k, v5p, v6e", [
-    (20480, 4096, "masked", "masked"), (20481, 4096, "sparse", "masked"), (40961, 8192, "sparse", "sparse"),
-    (40961, 40961, "masked", "masked")])
+    (17920, 4096, "masked", "masked"), (17921, 4096, "sparse", "masked"), (38912, 8192, "sparse", "masked"),
+    (38913, 8192, "sparse", "sparse"), (38913, 38913, "masked", "masked")])
 def test_attention_is_sparse_where_the_masked_form_has_no_gradient(entries, top_k, v5p, v6e):
   assert forms.choose(4 * entries, entries, top_k, "v5p") == v5p and forms.choose(4 * entries, entries, top_k, "v6e") == v6e
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("heads", [64, 128])
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_the_masked_form_has_a_gradient_where_the_table_takes_it_for_a_selection(chip, heads, dtype):
+  """Else a training step in float32 would find no gradient where one in bfloat16 does."""
+  most = forms.MASKED_GRADIENT[chip.name]
+  q, entries = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, 4096, heads, 512), (2, most, 512)))
+  plan = kernel_backward._plan(q, entries, tiles.Options(128, 1.0, chip, False))
+  assert plan.tiles * plan.entries >= most
 
 
 def test_the_indexers_loss_is_a_kernel_while_its_gradient_fits():

@@ -38,7 +38,8 @@ def values_and_gradients(arrays, owned, tile, implementation, chip=""):
 
 
 @pytest.mark.parametrize("sizes, tile, rows, hidden, width", [
-  ((0, 8, 0, 0, 17, 0), 8, 48, 129, 640), ((0, 0), 8, 16, 128, 128)])
+  ((0, 8, 0, 0, 17, 0), 8, 48, 129, 640), ((0, 0), 8, 16, 128, 128),
+  ((9, 0, 3), 8, 32, 1152, 1280)])  # the weights' gradients are blocks of 384 x 640, 3 x 2 of them, or 2 x 3
 def test_tiles_end_anywhere(sizes, tile, rows, hidden, width):
   arrays, owned = inputs(sizes, tile, rows, hidden, width)
   got, want = (values_and_gradients(arrays, owned, tile, name) for name in ("interpret", "reference"))

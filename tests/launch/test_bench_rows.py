@@ -40,6 +40,27 @@ def test_what_a_kernel_reads_from_vmem_is_no_hbm_traffic():
   assert size_of(content) == 3 * 10**5
 
 
+def test_kernels_in_a_loop_and_of_one_name_are_counted_each():
+  """A kernel that runs 64 times on 1/64 of the tokens takes as many bundles a token as in one piece."""
+  case, content = Case("attention", "pro", 16384, FORWARD), answer()
+  content["parts"] += [content["parts"][0] | {"name": "masked_attention.2", "times": 64, "hbm_bytes": 10**9}]
+  content["parts"] += [content["parts"][0] | {"name": "gather.3", "kernel": False, "times": 2, "hbm_bytes": 8_192_000,
+                                              "sparse_core": True}]
+  call = dataclasses.replace(attention_call(V5P), windows=(program.Window(10**6, 10, False),))
+  found = rows.row_of(case, json.loads(json.dumps(content | {"calls": [dataclasses.asdict(call)]})), V5P)
+  one, many = found["kernels"]["masked_attention"], found["kernels"]["masked_attention #2"]
+  assert (one["times"], many["times"], many["bundles"]) == (1, 64, one["bundles"])
+  title, first, second, gather = (line.split() for line in report.kernel_table([found]).splitlines())
+  column = lambda line: dict(zip(("times", "MB", "HBM", "matrix", "slots", "bundles"), line[-6:]))
+  assert title[-1] == "bundles" and second[4:6] == ["masked_attention", "#2"]
+  assert column(first)["bundles"] == f"{one['bundles'] / 16384:,.0f}"
+  assert column(second)["bundles"] == f"{64 * one['bundles'] / 16384:,.0f}"
+  assert column(second)["matrix"] == f"{64 * one['matrix_cycles'] / 16384:,.0f}"
+  assert (column(first)["MB"], column(second)["MB"]) == ("10.0", "640.0")
+  assert gather[4:6] == ["gather.3", "(SparseCore)"] and column(gather)["MB"] == "16.4"
+  assert column(gather)["HBM"] == f"{1000 / V5P.bytes_per_cycle:,.0f}" and column(gather)["bundles"] == "-"
+
+
 def test_a_kernel_that_changed_is_guessed_and_named():
   content = answer()
   content["schedules"][0]["root"]["inner"][0]["inner"].pop()
@@ -54,7 +75,8 @@ def test_a_failure_is_a_row_that_says_why():
 
 
 def row(case, time, **changes):
-  figures = {"time_cycles": time, "cycles_per_token": time / case.tokens, "kernels": {}, "ours": case.side == OURS,
+  figures = {"time_cycles": time, "cycles_per_token": time / case.tokens, "kernels": {}, "sparse_core": [],
+             "ours": case.side == OURS,
              "case": case.name, "side": case.side, "op": case.op, "model": case.model, "direction": case.direction,
              "chip": "v5p", "length": case.length, "taken": "masked", "matrix_cycles": 1.0, "hbm_ratio": 1.2}
   return figures | changes

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Callable, Sequence
 
 from launch.benchmarks.kernels.cases import DECODE, FORWARD
-from launch.benchmarks.kernels.chips import Chip
+from launch.benchmarks.kernels.chips import CHIPS, Chip
 from launch.benchmarks.missing import measured, said
 
 Row = dict[str, Any]
+CHIP = {chip.name: chip for chip in CHIPS}
 
 
 # ---- targets ----------------------------------------------------------------------------------------------------------
@@ -143,7 +145,8 @@ _KERNEL_COLUMNS = (
     ("hot bundles", "hot_bundles", ",.0f"), ("per unit", "unit_bundles", ",.0f"), ("spills", "spills", ",.0f"),
     ("fills", "fills", ",.0f"), ("fixed", "fixed_bundles", ",.0f"), ("x bound", "fixed_ratio", ".2f"),
     ("step", "mean_step_bundles", ",.0f"), ("empty step", "step_bundles", ",.0f"),
-    ("bundles/token", "bundles_per_token", ",.0f"))
+    ("times", "times", ",.0f"), ("HBM MB", "hbm_mb", ",.1f"), ("HBM", "hbm", ",.0f"), ("matrix", "matrix", ",.0f"),
+    ("slots", "slots", ",.0f"), ("bundles", "per_token", ",.0f"))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -165,15 +168,31 @@ def _cell(row: Row, figure: str, factor: float, form: str) -> str:
 
 
 def kernel_table(rows: Sequence[Row]) -> str:
-  """Our kernels' memory and hot loops as text."""
+  """Our kernels' memory, hot loops and, over all that the row runs of them, traffic and cycles per token, as text."""
   lines = [["case", "kernel", *(title for title, *_ in _KERNEL_COLUMNS)]]
-  for row in rows:
-    for name, kernel in row.get("kernels", {}).items() if row["ours"] else ():
-      figures = kernel | {"bundles_per_token": kernel["bundles"] * row["cycles_per_token"] / row["time_cycles"],
-                          "vmem_mib": kernel["vmem_bytes"] / 2**20}
-      cells = ["-" if figures.get(figure) is None else format(figures[figure], form) for _, figure, form in _KERNEL_COLUMNS]
-      lines.append([row["case"], name + " (guess)" * kernel["guessed"], *cells])
+  for row in (row for row in rows if row["ours"] and measured(row)):
+    per_token = row["cycles_per_token"] / row["time_cycles"]
+    for name, kernel in row["kernels"].items():
+      whole = kernel["times"] * per_token
+      lines.append([row["case"], name + " (guess)" * kernel["guessed"], *_kernel_cells(
+          kernel | _traffic(row, kernel["times"] * kernel["hbm_bytes"]) | {
+              "vmem_mib": kernel["vmem_bytes"] / 2**20, "matrix": whole * kernel["matrix_cycles"],
+              "slots": whole * kernel["vector_slot_cycles"], "per_token": whole * kernel["bundles"]})])
+    for part in row["sparse_core"]:
+      name = re.sub(r"(\.cloned(\.\d+)*|\.call-start|-start)+$", "", part["part"])
+      lines.append([row["case"], f"{name} (SparseCore)", *_kernel_cells(
+          {"times": part["times"]} | _traffic(row, part["hbm_bytes"]))])
   return _aligned(lines)
+
+
+def _traffic(row: Row, size: float) -> Row:
+  """`size` bytes as MB, and as cycles per token at the chip's rate."""
+  per_token = row["cycles_per_token"] / row["time_cycles"]
+  return {"hbm_mb": size * 1e-6, "hbm": size * per_token / CHIP[row["chip"]].bytes_per_cycle}
+
+
+def _kernel_cells(figures: Row) -> list[str]:
+  return ["-" if figures.get(figure) is None else format(figures[figure], form) for _, figure, form in _KERNEL_COLUMNS]
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -194,7 +213,9 @@ matmuls, summed; serial: the same where nothing overlaps. What the SparseCore do
 only its HBM bytes. ratio: time over the largest of the bounds. HBM MB: what the program moves; least: each
 operand and result once. others: time of the fastest other side over ours. per unit: bundles per 8 tokens x 128 heads x 512
 entries; fixed: what a block of queries costs before its tiles (all of it, where its entries are one tile or none), x bound:
-over its matmuls; step: a grid step in the mean, and one that does nothing."""
+over its matmuls; step: a grid step in the mean, and one that does nothing. times: how often a row runs the kernel, whose
+HBM MB are those of all of them, and HBM, matrix, slots and bundles cycles per token of one device. The SparseCore's own
+cycles are not known."""
 
 
 def text(rows: Sequence[Row], found: Sequence[Row]) -> str:

@@ -27,7 +27,7 @@ MOST_PARTS = 8  # of a program that a row names, the longest ones
 
 @dataclasses.dataclass(frozen=True)
 class KernelFigures:
-  """A Pallas call: totals of one execution over all its tokens, and its parts.
+  """A Pallas call: totals of one execution, which in a loop is that of a chunk of the tokens, and its parts.
 
   Attributes:
     name: as the author gave it.
@@ -98,18 +98,18 @@ def row_of(case: Case, answer: Mapping[str, Any], chip: Chip) -> Row:
   for part in (program.Part(**content) for content in answer["parts"]):
     found = schedule.Schedule.from_json(schedules[part.name]) if part.name in schedules else None
     call = _take(calls, part.name) if part.kernel else None
+    times = part.times * (1 if part.certain else _loop_trips(case))
     if found is not None and call is not None:
       figures = kernel_figures(case, found, call, chip, part.near)
-      kernels.append((figures, part.vmem_bytes))
+      kernels.append((figures, part.vmem_bytes, times))
       bundles, slots, matrix, size = figures.bundles, figures.vector, figures.matrix, figures.hbm_bytes
     else:
       total = schedule.total(schedule.executions(found.root)) if found else {"bundles": 0.0, schedule.VECTOR: 0.0}
       bundles, size, matrix = total["bundles"], part.hbm_bytes, 0.0
       slots = total[schedule.VECTOR] / found.capacity[schedule.VECTOR] if found else 0.0
-    times = part.times * (1 if part.certain else _loop_trips(case))
     time = times * max(bundles, matrix, size / chip.bytes_per_cycle)
     parts.append({"part": part.name, "times": times, "time_cycles": time, "schedule_cycles": times * bundles,
-                  "hbm_bytes": times * size})
+                  "hbm_bytes": times * size, "sparse_core": part.sparse_core})
     if part.sparse_core:
       sums["beside" if part.overlaps else "alone"] += time
       sums["alone_bytes"] += 0 if part.overlaps else times * size
@@ -121,8 +121,9 @@ def row_of(case: Case, answer: Mapping[str, Any], chip: Chip) -> Row:
   sums["serial"] = tensor + sums["beside"] + sums["alone"]
   together = max(tensor, (sums["hbm_bytes"] - sums["alone_bytes"]) / chip.bytes_per_cycle) if sums["beside"] else tensor
   cycles = together + sums["alone"]
-  parts = sorted(parts, key=lambda part: -part["time_cycles"])[:MOST_PARTS]
-  return head | _figures(case, chip, answer, kernels, cycles, sums) | {"parts": parts}
+  parts.sort(key=lambda part: -part["time_cycles"])
+  return head | _figures(case, chip, answer, kernels, cycles, sums) | {
+      "parts": parts[:MOST_PARTS], "sparse_core": [part for part in parts if part["sparse_core"]]}
 
 
 def _loop_trips(case: Case) -> int:
@@ -152,7 +153,7 @@ def _schedules(answer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
                 if part["name"] not in own and kind(part) in equal}
 
 
-def _figures(case: Case, chip: Chip, answer: Mapping[str, Any], kernels: Sequence[tuple[KernelFigures, int]],
+def _figures(case: Case, chip: Chip, answer: Mapping[str, Any], kernels: Sequence[tuple[KernelFigures, int, int]],
              cycles: float, sums: Mapping[str, float]) -> Row:
   least = bounds.least(case)
   floor = {"matrix": least.flops / chip.flops_per_cycle, "hbm": least.bytes / chip.bytes_per_cycle,
@@ -168,8 +169,10 @@ def _figures(case: Case, chip: Chip, answer: Mapping[str, Any], kernels: Sequenc
       "hbm_bytes": sums["hbm_bytes"], "hbm_bytes_least": least.bytes, "hbm_ratio": sums["hbm_bytes"] / least.bytes,
       "vmem_bytes": max((part["vmem_bytes"] for part in answer["parts"] if part["kernel"]), default=0),
       "temp_bytes": answer["memory"]["temp"], "compile_seconds": answer["seconds"], "kernels": {}}
-  for kernel, vmem_bytes in kernels:
-    row["kernels"][kernel.name] = _kernel_row(kernel, chip) | {"vmem_bytes": vmem_bytes}
+  for kernel, vmem_bytes, times in kernels:
+    number = 1 + sum(other.split(" #")[0] == kernel.name for other in row["kernels"])
+    label = kernel.name if number == 1 else f"{kernel.name} #{number}"
+    row["kernels"][label] = _kernel_row(kernel, chip) | {"vmem_bytes": vmem_bytes, "times": times}
   return row
 
 
