@@ -171,6 +171,19 @@ def test_gradients_equal_the_reference(case, dtype, implementation):
     close(gradients[name], want[name], tolerance(case, dtype), f"gradient of {name}")
 
 
+FIRST = list({case.op: case for case in reversed(CASES)}.values())  # one of each op
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "interpret"])
+@pytest.mark.parametrize("case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.long) for case in CASES],
+                         ids=ids)
+def test_without_jit_it_is_the_same(case, implementation):
+  """Outside `jax.jit`, operation by operation; programs round differently, so up to float32's own tolerance."""
+  arrays, want, _ = ours(case.title, "float32", implementation)
+  for i, (got, whole) in enumerate(zip(outputs(run(case, arrays, implementation)), want, strict=True)):
+    close(got, whole.astype(np.float64), tolerance(case, "float32"), f"result {i}")
+
+
 def test_cases_have_names_of_their_own():
   titles = [case.title for case in CASES]
   assert len(set(titles)) == len(titles)
