@@ -199,7 +199,7 @@ def test_flags_exist():
 # What is added to a command: () = it runs as it stands; else what makes it short. None: hours, and tests of its own run it
 # in small (tests/launch).
 ADDED = {
-  "train": (), "generate": (), "convert": (), "count": (), "miniature": (), "distill": None,
+  "train": (), "generate": (), "convert": (), "count": (), "miniature": (), "distill": (),
   "plan": ("--set", "model.num_hidden_layers=1"), "faults": ("--kills", "0", "--stops", "1", "--full_disks", "0"),
   "bench forward": (), "bench train": (), "bench decode": (), "bench remat": (), "bench context": (), "bench start": (),
   "bench kernels": ("--lengths", "512", "--models", "flash", "--ops", "select", "--noothers"),

@@ -122,5 +122,5 @@ def _fastest(q, window_kv, entries, selection, sink, **options):
 def _form(q, num_entries: int, selection: Selection, chip: tpu.Chip):
   """The function of the form that `forms.choose` names."""
   top_k = {"all": num_entries, "bits": selection.top_k, "indices": selection.picks.shape[2]}[selection.kind]
-  name = forms.choose(q.shape[1], num_entries, top_k, chip.name)
+  name = forms.choose(q.shape[1], num_entries, top_k, chip.name, 2 if q.dtype.itemsize == 2 else 4)
   return form(name, interpret=False)

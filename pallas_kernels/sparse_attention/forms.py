@@ -28,24 +28,26 @@ FEW_QUERIES_OF_ALL = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # where it reads every e
 # beyond 1,700 / 5,300 / 3,600 visible entries (v5p / v6e / TPU7x) forward; at 64K tokens, forward and backward, about 4.5,
 # 1.5 (Flash) and 2.5 times. But most of its rows are gathered by the SparseCore, whose time is not in any schedule here,
 # and it takes ten times the memory. Where a selection is an eighth or more of the entries, the masked form stays until its
-# backward pass does not fit VMEM, beyond 71,680 tokens (v6e: 155,648) of float32, and 85K (170K) of bfloat16.
+# backward pass does not fit VMEM, in bfloat16 beyond 86K tokens on v5p, 194K on v6e and 92K on TPU7x; the sparse form takes
+# over a little before. In float32, whose tiles spill more, that is soon: beyond 43K, 97K and 44K tokens.
 MOST_MASKED = 16384
-# Entries whose gradient fits VMEM, in either dtype (kernel_backward.py, `_plan`).
-MASKED_GRADIENT = {"v5p": 17920, "v6e": 38912, "tpu7x": 17920}
+# Entries of width 512 whose gradient fits VMEM, by bytes of a number (kernel_backward.py, `_plan`).
+MASKED_GRADIENT = {2: {"v5p": 20480, "v6e": 40960, "tpu7x": 20480}, 4: {"v5p": 10752, "v6e": 24320, "tpu7x": 10752}}
 # A selection that reads more than an eighth of the entries gains nothing from leaving out the rest.
 SPARSE_SHARE = 8
 
 
-def choose(queries: int, entries: int, top_k: int, chip: str) -> str:
+def choose(queries: int, entries: int, top_k: int, chip: str, itemsize: int = 2) -> str:
   """"masked", "sparse" or "blockwise".
 
   Args:
     queries, entries: of one row of the batch, as in `attend`.
     top_k: the most entries that a query reads; `entries` if nothing is left out.
     chip: name of a `tpu.Chip`.
+    itemsize: bytes of a number of queries and entries, 2 or 4.
   """
   if queries < (FEW_QUERIES if top_k < entries else FEW_QUERIES_OF_ALL)[chip]:
     return "blockwise"
-  if top_k < entries and entries > MASKED_GRADIENT[chip]:
+  if top_k < entries and entries > MASKED_GRADIENT[itemsize][chip]:
     return "sparse"  # the only one with a gradient
   return "sparse" if entries > MOST_MASKED and top_k * SPARSE_SHARE < entries else "masked"

@@ -81,11 +81,12 @@ def _plan(q, entries, options, past=0):
 
 
 def _vmem_bytes(plan, itemsize):
-  """What the compiler is known to take: sums, double-buffered blocks, and room for a tile's logits in flight."""
+  """What the compiler is known to take: sums, double-buffered blocks, and room for a tile's logits in flight, of float32
+  (matmuls in several passes) far more of it: 45 to 53 bytes a logit of what it spills, and a little to spare."""
   sums = plan.tiles * plan.entries * plan.width * 4
   rows = plan.rows * (plan.width * (9 * itemsize + 4) + 2 * LANES * 4)
   keys = plan.width * (2 * plan.entries * itemsize + plan.reach * (4 * itemsize + 16))
-  return sums + rows + keys + plan.rows * max(plan.entries, 2 * plan.reach) * 11
+  return sums + rows + keys + plan.rows * max(plan.entries, 2 * plan.reach) * (11 if itemsize == 2 else 68)
 
 
 def _body(counts, ids, q, words, entries, near_words, near_keys, sink, out, d_out, lse_and_d_lse, dq, d_near, d_entries,

@@ -145,7 +145,9 @@ def add_rows_and_gather(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Ar
   if interpret:
     return add_rows(sums_UEd, index_n, rows_nd, chip, True), gather(table_Tw, wanted_m, True)
   wanted, out, get, get_scratch = _gather_job(table_Tw, wanted_m, _UNIT_BYTES[chip.name] // 128)
-  padded, add, add_scratch = _add_job(sums_UEd, index_n, _ADD_BUFFER_BYTES[chip.name] // 2)
+  # Rows of float32 take twice the room of packed bfloat16 ones: on v6e too much beside the longest lists of numbers.
+  longest = _SECTION if table_Tw.shape[1] * 2 <= sums_UEd.shape[2] else _SECTION // 2
+  padded, add, add_scratch = _add_job(sums_UEd, index_n, _ADD_BUFFER_BYTES[chip.name] // 2, longest)
 
   def body(table, wanted, sums, numbers, rows, out, *scratch):
     get(table, wanted, out, *scratch[:len(get_scratch)])
@@ -157,13 +159,14 @@ def add_rows_and_gather(sums_UEd: jax.Array, index_n: jax.Array, rows_nd: jax.Ar
   return jax.freeze(sums), found[:wanted_m.shape[0]]
 
 
-def _add_job(sums_UEd, index_n, buffer_bytes):
-  """Row numbers as the subcores share them, a subcore's code (sums, numbers, rows, *scratch), and its scratch."""
+def _add_job(sums_UEd, index_n, buffer_bytes, longest=_SECTION):
+  """Row numbers as the subcores share them, a subcore's code (sums, numbers, rows, *scratch), and its scratch; `longest`:
+  row numbers that it reads at once."""
   units, size, width = sums_UEd.shape
   info = plsc.get_sparse_core_info()
   lanes, batch = info.num_lanes, buffer_bytes // (4 * width) // 16 * 16  # whole vectors of row numbers on every chip
   share = tpu.round_up(-(-index_n.shape[0] // info.num_subcores), lanes * 16)
-  section = next(size for size in (2048, 1024, 512, 256, lanes * 16) if share % size == 0)
+  section = next(size for size in (2048, 1024, 512, 256, lanes * 16) if size <= longest and share % size == 0)
   own = size // info.num_subcores
   shift, columns = units.bit_length() - 1, width // LANES
 

@@ -20,8 +20,9 @@ from launch.benchmarks.kernels.compile import Compiler, Request
 from launch.benchmarks.memory import cases as memory_cases
 from launch.benchmarks.memory import run as memory_run
 from pallas_kernels import bits, tpu
-from pallas_kernels.shapes import FLASH, MODELS
-from pallas_kernels.sparse_attention import sparse, sparse_lists, sparse_rows, tiles
+from pallas_kernels.selection import Selection
+from pallas_kernels.shapes import FLASH, MODELS, PRO
+from pallas_kernels.sparse_attention import attend, forms, sparse, sparse_lists, sparse_rows, tiles
 
 # Lengths at which the indexer leaves entries out, with little memory to plan for.
 SMALL = (
@@ -211,6 +212,36 @@ def test_a_sparse_gradient_of_many_chunks_holds_all_kernels(chip):
     (answer,) = compiler.compile_all([run.request_of(case)])
   assert not problems(case, answer, chip)
   assert set(kernel_names(answer)) == ALL_OF_SPARSE
+
+
+def gradient_near_the_border(chip, dtype, beyond):
+  """The gradient of attention, Pro, with as many entries as the masked form's has room for, or one more."""
+  queries, entries = 1024, forms.MASKED_GRADIENT[jnp.dtype(dtype).itemsize][chip] + beyond
+  array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  places = [array(1, n, dtype=jnp.int32) for n in (queries, queries, entries, entries)]
+  moving = (array(1, queries, PRO.heads, PRO.width), array(1, queries, PRO.width), array(1, entries, PRO.width),
+            array(PRO.heads))
+
+  def total(q, window_kv, entries_BTd, sink, words, *places):
+    selection = Selection.from_words(words, entries, entries // 4)
+    names = ("positions", "segment_ids", "entry_last", "entry_segment")
+    out, lse = attend(q, window_kv, entries_BTd, selection, sink, **dict(zip(names, places)), window=PRO.window, scale=0.1,
+                      implementation="pallas")
+    return out.astype(jnp.float32).sum() + lse.sum()
+  words = array(1, queries, bits.num_words(entries), dtype=jnp.int32)
+  return jax.grad(total, argnums=(0, 1, 2, 3)), (*moving, words, *places)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_the_compiler_has_room_at_the_border_of_the_masked_form_and_beyond(chip, dtype):
+  requests = [Request(f"border + {beyond}", "tests.kernels.test_aot:gradient_near_the_border",
+                      {"chip": chip.name, "dtype": dtype, "beyond": beyond}) for beyond in (0, 1)]
+  with Compiler(chip.topology, schedules=False) as compiler:
+    masked, sparse_one = compiler.compile_all(requests)
+  assert masked["ok"] and sparse_one["ok"], (masked.get("error"), sparse_one.get("error"))
+  assert "masked_attention_backward" in kernel_names(masked) and "attend_rows_backward" in kernel_names(sparse_one)
 
 
 def test_the_suite_compiles_every_op_in_every_direction():

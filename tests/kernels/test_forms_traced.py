@@ -109,7 +109,7 @@ def test_other_borders_of_attention(chip):
   """An eighth of the entries; where the masked form has no gradient; queries of one row, not of the batch."""
   assert called(chip, *attention("bits", 64, 17000, top_k=2125)) == MASKED
   assert called(chip, *attention("bits", 64, 17000, top_k=2124)) == SPARSE
-  most = {"v5p": 17920, "v6e": 38912, "tpu7x": 17920}[chip]
+  most = {"v5p": 20480, "v6e": 40960, "tpu7x": 20480}[chip]
   assert called(chip, *attention("bits", 64, most, top_k=most // 4)) == MASKED
   assert called(chip, *attention("bits", 64, most + 1, top_k=most // 4)) == SPARSE
   assert called(chip, *attention("bits", 1, 300, batch=64)) == "blockwise"

@@ -1,8 +1,10 @@
 """Several processes of one run: what their flags refuse, and real ones that compute what one process computes."""
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -52,6 +54,41 @@ def test_who_joins_whom():
   for environment in (SLURM | {"SLURM_NTASKS": "1"}, {"SLURM_NTASKS": "4"}, {"TPU_WORKER_HOSTNAMES": "localhost"}):
     assert plan(*nothing, environment=environment) is None
     processes.refuse_several("launch.generate", environment)
+
+
+JOINED = """
+import os, sys
+import jax._src.clusters.cloud_tpu_cluster as cluster
+cluster.running_in_cloud_tpu_vm = sys.argv[1] == "GKE"  # which JAX knows from the chips, before anything else
+from launch import processes
+processes.start(processes.plan(None, None, None, False, 60, os.environ), os.environ)
+import jax
+print(jax.process_index(), jax.process_count(), jax.device_count())
+"""
+
+
+def slurm_job():
+  """A job whose number gives JAX a port that is free here: 61,440 + the number modulo 4,096."""
+  while True:
+    job = int(np.random.default_rng().integers(4096))
+    with socket.socket() as one, contextlib.suppress(OSError):
+      one.bind(("localhost", 61440 + job))
+      return str(job)
+
+
+@pytest.mark.parametrize("cluster", ["Slurm", "GKE"])
+def test_two_processes_join_by_what_a_cluster_tells_each(cluster):
+  """Started by nothing but the environment that srun or a JobSet gives; GKE's chips are not there, CPU devices are."""
+  told = {"Slurm": lambda i: {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+                              "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+          "GKE": lambda i: {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": str(i),
+                            "MEGASCALE_SLICE_ID": "0", "MEGASCALE_NUM_SLICES": "1", "TPU_SKIP_MDS_QUERY": "1",
+                            "MEGASCALE_COORDINATOR_ADDRESS": "localhost"}}[cluster]
+  job, environment = slurm_job(), {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+  both = [subprocess.Popen([sys.executable, "-c", JOINED, cluster], cwd=ROOT, env=environment | told(i), text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+  said = [process.communicate(timeout=100) for process in both]
+  assert [out for out, _ in said] == ["0 2 2\n", "1 2 2\n"], said
 
 
 def test_emulated_devices_are_shared_out():

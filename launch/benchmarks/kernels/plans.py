@@ -259,11 +259,17 @@ def _splash(matmuls: int, by_keys: bool = False) -> Callable[[Case, Call, Chip],
   return make
 
 
+def _list_entries(case: Case, call: Call, chip: Chip) -> Plan:
+  """All steps alike; where each core has but one, it is a region."""
+  steps = grid_steps(call)
+  return Plan((("step?", steps),) if steps <= chip.cores and call.parallel > 1 else (), "", steps, steps)
+
+
 PLANS: dict[str, Callable[[Case, Call, Chip], Plan]] = {
     "masked_attention": _masked_attention,
     "masked_attention_backward": _masked_attention_backward,
     "attend_rows": _sparse_attention, "attend_rows_backward": _sparse_attention_backward,
-    "list_entries": _every_step("step?"),  # where each core has a single one it is a region
+    "list_entries": _list_entries,
     "entry_tables": _every_step(),
     "index_select": _index_select, "index_loss": _index_loss, "index_loss_backward": _index_loss_backward,
     **{f"splash_mqa_{name}_residuals": plan for documents in ("", "_segmented") for name, plan in (

@@ -35,10 +35,13 @@ class Target:
 
 def _kernel(name: str, figure: str, ops: Sequence[str] = ("attention",)) -> Values:
   """A kernel's figure in these ops' rows, without decoding; a guess says nothing."""
-  def of(row: Row) -> float | None:
-    kernel = row["kernels"].get(name, {"guessed": True})
-    return None if kernel["guessed"] else kernel.get(figure)
-  return lambda rows: [of(row) for row in rows if row["op"] in ops and row["length"]]
+  return lambda rows: [kernel.get(figure) for row in rows if row["op"] in ops and row["length"]
+                       for label, kernel in row["kernels"].items() if named(label) == name and not kernel["guessed"]]
+
+
+def named(label: str) -> str:
+  """The kernel's name, of a label such as "list_entries #2" of a program's second call of it."""
+  return label.split(" #")[0]
 
 
 def _of_op(ops: Sequence[str], figure: Callable[[Row], float | None], length: int | None = None) -> Values:
@@ -124,7 +127,7 @@ def losses(rows: Sequence[Row]) -> str:
 
 def guesses(rows: Sequence[Row]) -> str:
   """A sentence that names the kernels whose executions are guessed; empty if there is none."""
-  names = sorted({name for row in rows for name, kernel in row.get("kernels", {}).items() if kernel["guessed"]})
+  names = sorted({named(label) for row in rows for label, kernel in row.get("kernels", {}).items() if kernel["guessed"]})
   return (f"No plan fits {', '.join(names)} (launch/benchmarks/kernels/plans.py): how often its regions run is a guess."
           if names else "")
 
@@ -179,7 +182,7 @@ def kernel_table(rows: Sequence[Row]) -> str:
               "vmem_mib": kernel["vmem_bytes"] / 2**20, "matrix": whole * kernel["matrix_cycles"],
               "slots": whole * kernel["vector_slot_cycles"], "per_token": whole * kernel["bundles"]})])
     for part in row["sparse_core"]:
-      name = re.sub(r"(\.cloned(\.\d+)*|\.call-start|-start)+$", "", part["part"])
+      name = re.sub(r"(\.cloned(\.\d+)*|\.call-(start|update)(\.\d+)?|-start)+$", "", part["part"])
       lines.append([row["case"], f"{name} (SparseCore)", *_kernel_cells(
           {"times": part["times"]} | _traffic(row, part["hbm_bytes"]))])
   return _aligned(lines)
@@ -214,8 +217,8 @@ only its HBM bytes. ratio: time over the largest of the bounds. HBM MB: what the
 operand and result once. others: time of the fastest other side over ours. per unit: bundles per 8 tokens x 128 heads x 512
 entries; fixed: what a block of queries costs before its tiles (all of it, where its entries are one tile or none), x bound:
 over its matmuls; step: a grid step in the mean, and one that does nothing. times: how often a row runs the kernel, whose
-HBM MB are those of all of them, and HBM, matrix, slots and bundles cycles per token of one device. The SparseCore's own
-cycles are not known."""
+HBM MB are those of all of them, and HBM, matrix, slots and bundles cycles per token of one device; the least bytes, the
+bounds and the ratio are the whole row's. The SparseCore's own cycles are not known."""
 
 
 def text(rows: Sequence[Row], found: Sequence[Row]) -> str:

@@ -16,7 +16,7 @@ import re
 from typing import Any, Mapping, Sequence
 
 from launch.benchmarks import missing
-from launch.benchmarks.kernels import bounds, plans, program, schedule
+from launch.benchmarks.kernels import bounds, plans, program, report, schedule
 from launch.benchmarks.kernels.cases import OURS, Case
 from launch.benchmarks.kernels.chips import Chip
 from launch.benchmarks.kernels.plans import Plan
@@ -170,7 +170,7 @@ def _figures(case: Case, chip: Chip, answer: Mapping[str, Any], kernels: Sequenc
       "vmem_bytes": max((part["vmem_bytes"] for part in answer["parts"] if part["kernel"]), default=0),
       "temp_bytes": answer["memory"]["temp"], "compile_seconds": answer["seconds"], "kernels": {}}
   for kernel, vmem_bytes, times in kernels:
-    number = 1 + sum(other.split(" #")[0] == kernel.name for other in row["kernels"])
+    number = 1 + sum(report.named(label) == kernel.name for label in row["kernels"])
     label = kernel.name if number == 1 else f"{kernel.name} #{number}"
     row["kernels"][label] = _kernel_row(kernel, chip) | {"vmem_bytes": vmem_bytes, "times": times}
   return row
