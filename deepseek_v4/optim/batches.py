@@ -145,6 +145,16 @@ def moves_of(stack: tuple, sizes: Mapping[str, int]) -> list[Move]:
   return moves
 
 
+def replicas(stack: tuple, sizes: Mapping[str, int]) -> int:
+  """Devices that hold the same part of a leaf of this stack: they share its matrices out, and gather them in the end. 1
+  where its sharding is unknown."""
+  placed, _, _, sharded = stack
+  if sharded is None:
+    return 1
+  taken = {*placed, *(name for names in sharded for name in names)}
+  return math.prod(size for name, size in sizes.items() if name not in taken)
+
+
 def _spread(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int]) -> jax.Array:
   """x_PKM with a padded K -> [*mesh, K, R, C], P in the mesh's order, every matrix whole on one device."""
   placed, short, long, sharded = stack

@@ -64,8 +64,9 @@ def block_of(optimizer_config: OptimizerConfig, params: Any, shardings: Any = No
              block_bytes: int = BLOCK_BYTES) -> tuple[int, int]:
   """How an update on the ambient mesh walks: (repeats of the scanned layers in a block, repeats that are walked).
 
-  A block holds at most `block_bytes` of one device's matrices in float32, or, where so few do not spread evenly over the
-  devices, as few as do. (0, 0): there is nothing to walk, or all of it is no more than one block.
+  A block holds at most `block_bytes` of one device's matrices in float32, those gathered that replicas have made for each
+  other, or, where so few do not spread evenly over the devices, as few as do. (0, 0): there is nothing to walk, or all of it
+  is no more than one block.
 
   Args:
     params, shardings: as for `build_optimizer`; arrays or shapes.
@@ -80,7 +81,8 @@ def block_of(optimizer_config: OptimizerConfig, params: Any, shardings: Any = No
   repeats = leaves[0].shape[0]
   layouts = [batches.layout_of((1, *x.shape[1:]), pair, spec, sizes)
              for x, pair, spec in zip(leaves, axes_of(part, axes), specs)]
-  of_one = _NUMBERS_BYTES * sum(math.prod(x.shape[1:]) for x in leaves) / math.prod(sizes.values())
+  parts = [math.prod(sizes.values()) / batches.replicas(layout.stack, sizes) for layout in layouts]
+  of_one = _NUMBERS_BYTES * sum(math.prod(x.shape[1:]) / part for x, part in zip(leaves, parts))
   fitting = max(1, int(block_bytes // of_one))
 
   def even(length: int) -> bool:

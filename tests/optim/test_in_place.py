@@ -106,6 +106,15 @@ def test_a_block_spreads_evenly_over_the_devices():
     assert block_of(CONFIG, lone, {"layers": {"unit_0": {"moe": {"experts": {"gate": P()}}}}}, 1) == (0, 0)
 
 
+@pytest.mark.parametrize("axis, expected", [("fsdp", (4, 4)), ("data", (2, 4))])
+def test_a_block_counts_what_replicas_gather(axis, expected):
+  """Two devices, each with half of 16 matrices a repeat, which over `data` both have in the end: room for 64 or 32."""
+  tree = {"layers": {"unit_0": {"moe": {"experts": {"gate": np.zeros((REPEATS, 16, 8, 6))}}}}}
+  spec = {"layers": {"unit_0": {"moe": {"experts": {"gate": P(None, axis if axis == "fsdp" else None)}}}}}
+  with jax.sharding.use_abstract_mesh(AbstractMesh((2,), (axis,), axis_types=(AxisType.Auto,))):
+    assert block_of(CONFIG, tree, spec, 32 * MATRIX_BYTES) == expected
+
+
 def test_adamw_alone_walks_nothing():
   assert block_of(dataclasses.replace(CONFIG, matrix_owner="adamw"), tree_of(0), None, 1) == (0, 0)
   assert block_of(CONFIG, {"embed": tree_of(0)["embed"]}, None, 1) == (0, 0)

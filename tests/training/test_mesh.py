@@ -11,7 +11,9 @@ import pytest
 from deepseek_v4 import config as c
 from deepseek_v4 import optim, sharding
 from deepseek_v4.model.exchange import room_for
+from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.planning.collectives import collectives
+from deepseek_v4.training.state import abstract_state
 from tests.training.small import (
   LOSSES,
   MODEL,
@@ -30,19 +32,22 @@ from tests.training.small import (
   with_model,
 )
 
-# Mesh, remat, accumulation. Every axis; of the pairs that these leave out, those with context are in the long tier. One
-# recomputes (the long tier has all policies; they compile twice as long), and one takes the batch in two passes, as pods
-# do: that changes no number either.
+# Mesh, remat, accumulation. Every axis, and all ten pairs of axes. One recomputes (the long tier has all policies; they
+# compile twice as long), and one takes the batch in two passes, as pods do: that changes no number either.
 TOGETHER = {
   "fsdp=2 context=2 tensor=2": (c.MeshConfig(data=1, fsdp=2, context=2, tensor=2), "none", 2),
   "data=2 expert=2 tensor=2": (c.MeshConfig(data=2, expert=2, tensor=2), "mhc", 1),
   "fsdp=2 expert=4": (c.MeshConfig(data=1, fsdp=2, expert=4), "none", 1),
+  "data=2 fsdp=2 context=2": (c.MeshConfig(data=2, fsdp=2, context=2), "none", 1),
+  "expert=2 context=4": (c.MeshConfig(data=1, expert=2, context=4), "none", 1),
 }
 ALONE = {"data=8": (c.MeshConfig(data=8), "none", 1), "fsdp=8": (c.MeshConfig(data=1, fsdp=8), "offload", 1),
          "expert=8": (c.MeshConfig(data=1, expert=8), "block", 1),
-         "context=4": (c.MeshConfig(data=1, context=4), "full", 1)}
+         "context=4": (c.MeshConfig(data=1, context=4), "full", 1),
+         "tensor=2": (c.MeshConfig(data=1, tensor=2), "none", 1)}  # as many as there are groups of heads
 PAIRS = {f"{axis}=2 context=4": (c.MeshConfig(**{"data": 1, axis: 2, "context": 4}), "none", 1)
-         for axis in ("data", "fsdp", "expert", "tensor")}
+         for axis in ("data", "fsdp", "tensor")}
+PAIRS["data=2 fsdp=4"] = (c.MeshConfig(data=2, fsdp=4), "none", 1)
 # Slices are copies too: their gradients are added up with those of `data`.
 SLICES = {"dcn_data=2 fsdp=2 expert=2": (c.MeshConfig(dcn_data=2, data=1, fsdp=2, expert=2), "none", 1),
           "dcn_data=2 data=2 tensor=2": (c.MeshConfig(dcn_data=2, data=2, tensor=2), "block", 2)}
@@ -95,6 +100,33 @@ def test_losses_and_gradients(name):
   assert grads.keys() == expected_grads.keys()
   for key, g in expected_grads.items():
     assert np.linalg.norm(grads[key] - g) <= 2e-5 * np.linalg.norm(g) + 1e-7, key
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name != "fsdp=2 context=2 tensor=2" else name
+                                  for name in TOGETHER | ALONE | PAIRS])
+def test_logits(name):
+  """The head's logits of all places of documents, by weights that lie as the step's do; float32 sums in another order."""
+  mesh, state = mesh_of(name), random_state()
+  batch = {key: x[0] for key, x in random_batch().items()}
+  run = lambda variables, *rows: DeepseekV4(MODEL, "blockwise").apply(variables, *rows).logits
+  variables = {"params": state.params, "router": state.router}
+  rows = [batch[key] for key in ("tokens", "positions", "segment_ids")]
+  places = jax.tree.map(lambda x: x.sharding, abstract_state(RUN, mesh))
+  there = jax.device_put(variables, {"params": places.params, "router": places.router})
+  with jax.set_mesh(mesh):
+    found = np.asarray(jax.jit(run)(there, *rows))
+  expected, real = logits_alone(), (batch["segment_ids"] > 0)[..., None]
+  assert np.abs(expected).max() > 1
+  np.testing.assert_allclose(found * real, expected * real, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@functools.cache
+def logits_alone():
+  """[B, S, V] on one device."""
+  state, batch = random_state(), {key: x[0] for key, x in random_batch().items()}
+  rows = [batch[key] for key in ("tokens", "positions", "segment_ids")]
+  return np.asarray(jax.jit(lambda variables, *rows: DeepseekV4(MODEL, "blockwise").apply(variables, *rows).logits)(
+    {"params": state.params, "router": state.router}, *rows))
 
 
 def matrices(tree, name, axes):
@@ -244,13 +276,18 @@ def moving(text, mesh):
 @pytest.mark.parametrize("name", [name for name in TOGETHER if "fsdp" in name])
 def test_what_is_gathered_fits_in_a_layer(name):
   """No gather holds more than the dense weights of a layer, and experts' matrices never meet others than those of their
-  place on `expert`: they are gathered over the axes that split one of them, and are as many as a device has."""
+  place on `expert`: they are gathered over the axes that split one of them, and are as many as a device has.
+
+  Two kinds of gathers are larger in a real model: embedding and head, which are as small as a layer here only because the
+  vocabulary is; and what replicas gather of orthogonalised matrices (tests/optim/test_placement.py)."""
   mesh, own = mesh_of(name), set()
   dense = sum(x.size for path, x in leaves(random_state().params).items()
               if path.startswith("layers/unit_0/") and "/experts/" not in path) // 2  # of two such layers
   width, inner = MODEL.hidden_size, MODEL.moe_intermediate_size // mesh.shape["tensor"]
   for kind, axes, arrays in moving(mesh_step(name).compiled.as_text(), mesh):
     for _, shape in arrays:
+      if axes == {"data"}:
+        continue
       assert kind != "all-gather" or np.prod(shape) <= dense, (kind, axes, shape)
       if kind == "all-gather" and shape[-2:] in ((width, inner), (inner, width)):
         own.add((axes, int(np.prod(shape[:-2]))))
