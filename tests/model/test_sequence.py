@@ -1,5 +1,6 @@
 """A sequence in parts on several devices gives the numbers of the sequence in one piece, wherever its documents are cut."""
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -20,7 +21,7 @@ from deepseek_v4.model.compression import entry_layout, sees_an_entry
 from deepseek_v4.model.context import make_context
 from deepseek_v4.model.losses import mtp_targets, next_token_targets
 from deepseek_v4.model.mtp import next_embeddings
-from tests.model.small import T0, abstract_variables, random_tokens
+from tests.model.small import T0, abstract_variables, pack, random_tokens, random_variables
 
 # The rates and the window of the released models, in parts that are as short as they may be; everything else is tiny.
 REAL = dataclasses.replace(
@@ -234,3 +235,50 @@ def test_logits(changes, given):
   real = (segments > 0)[..., None] if given else True
   np.testing.assert_allclose(found * real, expected * real, atol=2e-4)
   assert np.abs(expected).max() > 1
+
+
+def test_the_prediction_blocks_loss_of_a_short_row_in_two_parts():
+  """Documents of 5 and 4 tokens and 3 places of padding, in two parts of 6: the border cuts the second document behind its
+  first token, so the targets of the first part's last places come from the other part."""
+  config = dataclasses.replace(T0, csa_compress_rate=2, hca_compress_rate=3, sliding_window=4)
+  given = random_variables(config, seed=5)
+
+  def run(variables, tokens, segments):
+    targets = next_token_targets(tokens, segments, jnp.ones_like(tokens))
+    out = dsv4.DeepseekV4(config, "blockwise").apply(variables, tokens, None, segments, targets=targets)
+    return out.losses, out.mtp_hidden, mtp_targets(targets, segments)
+  jitted = jax.jit(run)
+
+  def on(sizes, tokens, variables=given):
+    with jax.set_mesh(mesh_of(**sizes)) if sizes else contextlib.nullcontext():
+      return jax.device_get(jitted(variables, tokens, segments))
+
+  def terms(hidden, targets):
+    log_p = jax.nn.log_softmax(hidden[0] @ given["params"]["lm_head"]["kernel"])
+    return np.where(targets[0] >= 0, -np.take_along_axis(log_p, np.maximum(targets[0], 0)[:, None], 1)[:, 0], 0)
+  tokens, segments = pack(random_tokens(5, seed=1), random_tokens(4, seed=2), length=12)
+  parts = dict(context=2)
+  losses, hidden, targets = on(parts, tokens)
+  assert losses["next_token"][1] == 7 and losses["mtp"][1] == 5 == (targets >= 0).sum()
+  for name, (total, count) in on(None, tokens)[0].items():
+    np.testing.assert_allclose(losses[name], (total, count), rtol=2e-6)
+  np.testing.assert_allclose(losses["mtp"][0], terms(hidden, targets).sum(), rtol=1e-5)
+  # Another second document changes no term of the first one, and the reverse.
+  for changed, kept in ((slice(5, 9), slice(0, 5)), (slice(0, 5), slice(5, 9))):
+    others = tokens.copy()
+    others[0, changed] = tokens[0, changed] % 96 + 1
+    _, moved, same = on(parts, others)
+    np.testing.assert_array_equal(moved[0, kept], hidden[0, kept])
+    np.testing.assert_array_equal(terms(moved, same)[kept], terms(hidden, targets)[kept])
+    assert np.abs(terms(moved, same)[changed] - terms(hidden, targets)[changed]).max() > 1e-3
+  # The block at place 5 reads token 6, of the other part, and predicts token 7.
+  for place, reads in ((6, True), (7, False)):
+    others = tokens.copy()
+    others[0, place] = tokens[0, place] % 96 + 1
+    _, moved, same = on(parts, others)
+    assert (np.abs(moved[0, 5] - hidden[0, 5]).max() > 1e-3) == reads
+    assert abs(terms(moved, same)[5] - terms(hidden, targets)[5]) > 1e-3
+  nothing = {**given["params"], "lm_head": {"kernel": np.zeros_like(given["params"]["lm_head"]["kernel"])}}
+  losses, *_ = on(parts, tokens, {**given, "params": nothing})
+  for name in ("next_token", "mtp"):
+    np.testing.assert_allclose(losses[name][0] / losses[name][1], np.log(97), rtol=1e-6)

@@ -273,6 +273,66 @@ def moving(text, mesh):
   return found
 
 
+# Of each mesh: kind and mesh axes -> (how many, numbers in their results), as XLA for CPUs writes them down: what a loop
+# over layers holds stands once, and a gradient that a TPU would reduce-scatter is an all-reduce. An upper bound each: more
+# means that something travels which did not.
+TRAFFIC = {
+  "fsdp=2 context=2 tensor=2": {
+    "all-gather context": (12, 528), "all-gather context fsdp": (68, 37504), "all-gather tensor": (7, 7040),
+    "all-reduce context": (9, 15429), "all-reduce context fsdp": (4, 20630), "all-reduce context fsdp tensor": (2, 3330),
+    "all-reduce context tensor": (3, 321), "all-reduce fsdp": (9, 15430), "all-reduce tensor": (39, 57654),
+    "all-to-all context": (18, 29952), "all-to-all fsdp": (18, 29952), "all-to-all tensor": (12, 25472),
+    "collective-permute context": (26, 3096)},
+  "data=2 expert=2 tensor=2": {
+    "all-gather data": (10, 35840), "all-gather expert": (131, 72704), "all-gather tensor": (21, 12416),
+    "all-reduce data": (2, 9216), "all-reduce data expert": (7, 17684), "all-reduce data expert tensor": (2, 3138),
+    "all-reduce expert": (6, 136), "all-reduce tensor": (35, 118632), "all-to-all expert": (18, 13568),
+    "all-to-all tensor": (19, 33024), "collective-permute tensor": (4, 8), "reduce-scatter expert": (9, 12672)},
+  "fsdp=2 expert=4": {
+    "all-gather expert": (3, 96), "all-gather expert fsdp": (59, 27136), "all-gather fsdp": (9, 9216),
+    "all-reduce expert": (2, 18), "all-reduce expert fsdp": (26, 30043), "all-reduce fsdp": (6, 9234),
+    "all-to-all expert": (63, 218048), "all-to-all fsdp": (16, 28416)},
+  "data=2 fsdp=2 context=2": {
+    "all-gather context": (12, 528), "all-gather context fsdp": (68, 64000), "all-gather data": (7, 28416),
+    "all-reduce context": (8, 22790), "all-reduce context data fsdp": (2, 44316), "all-reduce context fsdp": (2, 136),
+    "all-reduce data fsdp": (5, 22470), "all-to-all context": (14, 28416), "all-to-all fsdp": (14, 28416),
+    "collective-permute context": (22, 3088)},
+  "expert=2 context=4": {
+    "all-gather context": (21, 19808), "all-gather context expert": (59, 27136), "all-gather expert": (12, 13056),
+    "all-reduce context": (12, 41560), "all-reduce context expert": (6, 7570), "all-reduce expert": (6, 22488),
+    "all-to-all context": (16, 28416), "all-to-all expert": (14, 13056), "collective-permute context": (22, 6176),
+    "reduce-scatter expert": (9, 6336)},
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_what_travels_over_each_axis(name):
+  """By count and by size."""
+  found = {}
+  for kind, axes, arrays in moving(mesh_step(name).compiled.as_text(), mesh_of(name)):
+    key = " ".join((kind, *sorted(axes)))
+    count, numbers = found.get(key, (0, 0))
+    found[key] = (count + 1, numbers + sum(int(np.prod(shape)) for _, shape in arrays))
+  more = {key: (had, TRAFFIC[name].get(key)) for key, had in found.items()
+          if any(a > b for a, b in zip(had, TRAFFIC[name].get(key, (0, 0))))}
+  assert not more, f"{name}: found and allowed: {more}"
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_weights_are_gathered_layer_by_layer_inside_the_loop(name):
+  """Of the scanned layers one repeat at a time, where it is used; a stack of both repeats nowhere. By two weights whose
+  shapes no other one has."""
+  text, mesh = mesh_step(name).compiled.as_text(), mesh_of(name)
+  computations, inside = loops(text)
+  of = lambda names: {shape for part in names for kind, axes, arrays in moving(computations[part], mesh)
+                      if kind == "all-gather" and axes != {"data"} for _, shape in arrays}
+  heads = MODEL.num_attention_heads // mesh.shape["tensor"]
+  q_b, compressor = (MODEL.q_lora_rank, heads, MODEL.head_dim), (2, MODEL.hidden_size, MODEL.head_dim)
+  for weight in (q_b, compressor):
+    assert (1, *weight) in of(inside) and (1, *weight) not in of(set(computations) - inside), weight
+    assert (2, *weight) not in of(computations), weight
+
+
 @pytest.mark.parametrize("name", [name for name in TOGETHER if "fsdp" in name])
 def test_what_is_gathered_fits_in_a_layer(name):
   """No gather holds more than the dense weights of a layer, and experts' matrices never meet others than those of their
