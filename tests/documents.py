@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ("deepseek_v4", "pallas_kernels", "configs", "launch", "tests", ".ci", ".github")
 SCRIPTS = (".py", ".sh", ".ipynb", ".yaml", ".svg")  # a bare name with one of these endings is a file of this repository
-PROGRAMS = ("python", "pip", "pytest", "bash")
+PROGRAMS = ("python", "pip", "pytest", "bash", "hf")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,6 +81,9 @@ def test_a_command_of_another_program_is_right(command):
     script = ROOT / arguments[0]
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     assert all(re.search(rf"^\s*{word}\)", script.read_text("utf-8"), re.M) for word in arguments[1:])
+  elif program == "hf":  # of huggingface_hub, which nothing here needs: where the releases lie
+    assert arguments[0] == "download" and arguments[1].startswith("deepseek-ai/") and arguments[2] == "--local-dir"
+    assert arguments[3] == RELEASE
   elif program == "pip":
     setup = (ROOT / "setup.py").read_text("utf-8")
     assert arguments[:2] == ["install", "-e"]

@@ -31,7 +31,8 @@ FEW_QUERIES_OF_ALL = {"v5p": 6, "v6e": 16, "tpu7x": 4}  # where it reads every e
 # backward pass does not fit VMEM, in bfloat16 beyond 86K tokens on v5p, 194K on v6e and 92K on TPU7x; the sparse form takes
 # over a little before. In float32, whose tiles spill more, that is soon: beyond 43K, 97K and 44K tokens.
 MOST_MASKED = 16384
-# Entries of width 512 whose gradient fits VMEM, by bytes of a number (kernel_backward.py, `_plan`).
+# Entries of width 512 whose gradient fits VMEM beside a window of up to 128 keys, with at most 128 heads, by bytes of a
+# number (kernel_backward.py, `_plan`). A longer window leaves room for fewer; its gradient may then be refused.
 MASKED_GRADIENT = {2: {"v5p": 20480, "v6e": 40960, "tpu7x": 20480}, 4: {"v5p": 10752, "v6e": 24320, "tpu7x": 10752}}
 # A selection that reads more than an eighth of the entries gains nothing from leaving out the rest.
 SPARSE_SHARE = 8

@@ -76,7 +76,8 @@ def _plan(q, entries, options, past=0):
     if _vmem_bytes(plan, q.dtype.itemsize) <= options.chip.vmem * 2**20:
       return plan
   raise NotImplementedError(
-      f"backward of masked attention: the gradient of {entries.shape[1]} entries of width {q.shape[3]} does not fit the "
+      f"backward of masked attention: the gradient of {entries.shape[1]} entries of width {q.shape[3]}, beside a window of "
+      f"{options.window} keys of {q.dtype.itemsize} bytes a number, does not fit the "
       f"{options.chip.vmem} MiB of VMEM that a kernel may use on {options.chip.name}")
 
 

@@ -1,10 +1,8 @@
 """Several processes of one run: what their flags refuse, and real ones that compute what one process computes."""
 
-import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -67,27 +65,23 @@ print(jax.process_index(), jax.process_count(), jax.device_count())
 """
 
 
-def slurm_job():
-  """A job whose number gives JAX a port that is free here: 61,440 + the number modulo 4,096."""
-  while True:
-    job = int(np.random.default_rng().integers(4096))
-    with socket.socket() as one, contextlib.suppress(OSError):
-      one.bind(("localhost", 61440 + job))
-      return str(job)
-
-
 @pytest.mark.parametrize("cluster", ["Slurm", "GKE"])
 def test_two_processes_join_by_what_a_cluster_tells_each(cluster):
   """Started by nothing but the environment that srun or a JobSet gives; GKE's chips are not there, CPU devices are."""
-  told = {"Slurm": lambda i: {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+  told = {"Slurm": lambda i: {"SLURM_JOB_ID": "917", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
                               "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
           "GKE": lambda i: {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": str(i),
                             "MEGASCALE_SLICE_ID": "0", "MEGASCALE_NUM_SLICES": "1", "TPU_SKIP_MDS_QUERY": "1",
                             "MEGASCALE_COORDINATOR_ADDRESS": "localhost"}}[cluster]
-  job, environment = slurm_job(), {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+  environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+  environment["JAX_COORDINATOR_PORT"] = str(several.free_port())  # else one that this machine may have given away
   both = [subprocess.Popen([sys.executable, "-c", JOINED, cluster], cwd=ROOT, env=environment | told(i), text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
-  said = [process.communicate(timeout=100) for process in both]
+  try:
+    said = [process.communicate(timeout=100) for process in both]
+  finally:
+    for process in both:
+      process.kill()
   assert [out for out, _ in said] == ["0 2 2\n", "1 2 2\n"], said
 
 

@@ -268,8 +268,9 @@ def test_the_prediction_blocks_loss_of_a_short_row_in_two_parts():
     others = tokens.copy()
     others[0, changed] = tokens[0, changed] % 96 + 1
     _, moved, same = on(parts, others)
-    np.testing.assert_array_equal(moved[0, kept], hidden[0, kept])
-    np.testing.assert_array_equal(terms(moved, same)[kept], terms(hidden, targets)[kept])
+    # Bit for bit on most CPUs; an expert's matmul may round a row otherwise in another place.
+    np.testing.assert_allclose(moved[0, kept], hidden[0, kept], rtol=0, atol=1e-6 * np.abs(hidden).max())
+    np.testing.assert_allclose(terms(moved, same)[kept], terms(hidden, targets)[kept], rtol=1e-5)
     assert np.abs(terms(moved, same)[changed] - terms(hidden, targets)[changed]).max() > 1e-3
   # The block at place 5 reads token 6, of the other part, and predicts token 7.
   for place, reads in ((6, True), (7, False)):

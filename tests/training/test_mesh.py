@@ -102,8 +102,8 @@ def test_losses_and_gradients(name):
     assert np.linalg.norm(grads[key] - g) <= 2e-5 * np.linalg.norm(g) + 1e-7, key
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name != "fsdp=2 context=2 tensor=2" else name
-                                  for name in TOGETHER | ALONE | PAIRS])
+@pytest.mark.parametrize("name", [name if name in ("fsdp=2 context=2 tensor=2", "expert=2 context=4") else
+                                  pytest.param(name, marks=pytest.mark.long) for name in TOGETHER | ALONE | PAIRS])
 def test_logits(name):
   """The head's logits of all places of documents, by weights that lie as the step's do; float32 sums in another order."""
   mesh, state = mesh_of(name), random_state()
