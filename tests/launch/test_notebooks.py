@@ -189,7 +189,8 @@ def test_a_notebook_gives_what_it_keeps_within_its_limit(name, run, monkeypatch)
   assert time.monotonic() - start < LIMIT
   assert kinds(notebook) == kinds(read(name))
   if name != "tour":  # that one reads weights that are not those of the kept run
-    same_text(said(notebook), said(read(name)), numbers=name != "plan" or jax.__version__ == "0.10.2")  # by another compiler
+    # What is sampled differs by machine, and plans by compiler.
+    same_text(said(notebook), said(read(name)), numbers=name != "distil" and (name != "plan" or jax.__version__ == "0.10.2"))
 
 
 def said(notebook):
