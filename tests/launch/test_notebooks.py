@@ -191,6 +191,10 @@ def test_a_notebook_gives_what_it_keeps_within_its_limit(name, run, monkeypatch)
   if name != "tour":  # that one reads weights that are not those of the kept run
     # What is sampled differs by machine, and plans by compiler.
     same_text(said(notebook), said(read(name)), numbers=name != "distil" and (name != "plan" or jax.__version__ == "0.10.2"))
+  if name == "distil":
+    found = re.findall(r"KL to the teacher of \w+: ([\d.]+) -> ([\d.]+)", " ".join(
+      out.text for cell in code_of(notebook) for out in cell.outputs if out.output_type == "stream"))
+    assert len(found) == 3 and all(float(after) < 0.6 * float(before) for before, after in found), found
 
 
 def said(notebook):
