@@ -32,8 +32,8 @@ from tests.training.small import (
   with_model,
 )
 
-# Mesh, remat, accumulation. Every axis, and all ten pairs of axes. One recomputes (the long tier has all policies; they
-# compile twice as long), and one takes the batch in two passes, as pods do: that changes no number either.
+# Mesh, remat, accumulation. TOGETHER holds all ten pairs of axes, ALONE every axis and every policy of recomputation; one
+# takes the batch in two passes, as pods do: that changes no number either. These ten meshes are the suite's.
 TOGETHER = {
   "fsdp=2 context=2 tensor=2": (c.MeshConfig(data=1, fsdp=2, context=2, tensor=2), "none", 2),
   "data=2 expert=2 tensor=2": (c.MeshConfig(data=2, expert=2, tensor=2), "mhc", 1),
@@ -57,7 +57,8 @@ OTHER_WAY = {"data=2 expert=2 tensor=2, sent": "all_to_all", "fsdp=2 expert=4, g
 ALL = TOGETHER | ALONE | PAIRS | SLICES
 ALL |= {name: ALL[name.split(",")[0]] for name in OTHER_WAY}
 ALL["fsdp=2 expert=4, recomputed"] = (c.MeshConfig(data=1, fsdp=2, expert=4), "full", 1)
-MESHES = [*TOGETHER, *(pytest.param(name, marks=pytest.mark.long) for name in ALL if name not in TOGETHER)]
+SUITE = TOGETHER | ALONE
+MESHES = [*SUITE, *(pytest.param(name, marks=pytest.mark.long) for name in ALL if name not in SUITE)]
 RATE = 5e-3  # of the first update
 COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?"
 
