@@ -107,27 +107,23 @@ def test_losses_and_gradients(name):
                                   pytest.param(name, marks=pytest.mark.long) for name in TOGETHER | ALONE | PAIRS])
 def test_logits(name):
   """The head's logits of all places of documents, by weights that lie as the step's do; float32 sums in another order."""
-  mesh, state = mesh_of(name), random_state()
-  batch = {key: x[0] for key, x in random_batch().items()}
-  run = lambda variables, *rows: DeepseekV4(MODEL, "blockwise").apply(variables, *rows).logits
-  variables = {"params": state.params, "router": state.router}
-  rows = [batch[key] for key in ("tokens", "positions", "segment_ids")]
-  places = jax.tree.map(lambda x: x.sharding, abstract_state(RUN, mesh))
-  there = jax.device_put(variables, {"params": places.params, "router": places.router})
+  mesh, places = mesh_of(name), jax.tree.map(lambda x: x.sharding, abstract_state(RUN, mesh_of(name)))
   with jax.set_mesh(mesh):
-    found = np.asarray(jax.jit(run)(there, *rows))
-  expected, real = logits_alone(), (batch["segment_ids"] > 0)[..., None]
+    found = logits({"params": places.params, "router": places.router})
+  expected, real = logits_alone(), (random_batch()["segment_ids"][0] > 0)[..., None]
   assert np.abs(expected).max() > 1
   np.testing.assert_allclose(found * real, expected * real, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@functools.cache
-def logits_alone():
-  """[B, S, V] on one device."""
-  state, batch = random_state(), {key: x[0] for key, x in random_batch().items()}
-  rows = [batch[key] for key in ("tokens", "positions", "segment_ids")]
-  return np.asarray(jax.jit(lambda variables, *rows: DeepseekV4(MODEL, "blockwise").apply(variables, *rows).logits)(
-    {"params": state.params, "router": state.router}, *rows))
+def logits(places=None):
+  """[B, S, V] of `random_state()` on `random_batch()`; `places`: shardings of the variables, on the ambient mesh."""
+  state, batch = random_state(), random_batch()
+  rows = [batch[key][0] for key in ("tokens", "positions", "segment_ids")]
+  run = jax.jit(lambda variables, *rows: DeepseekV4(MODEL, "blockwise").apply(variables, *rows).logits)
+  return np.asarray(run(jax.device_put({"params": state.params, "router": state.router}, places), *rows))
+
+
+logits_alone = functools.cache(logits)  # on one device
 
 
 def matrices(tree, name, axes):
