@@ -94,7 +94,7 @@ def lower_step(run_config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Low
 def abstract_variables(model: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """The variables' shapes and shardings for serving: parameters in the compute dtype, as `load_hf(dtype=...)` gives them."""
   sharding.check_model_divides(model, mesh)
-  shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+  shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
   place = lambda leaf, place, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
   return {name: jax.tree.map(lambda leaf, at, dtype=dtype: place(leaf, at, dtype), shapes[name],
                              sharding.parameter_shardings(shapes[name], mesh))

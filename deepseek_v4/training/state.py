@@ -123,7 +123,7 @@ def abstract_state(run_config: RunConfig, mesh: Mesh | None = None) -> TrainStat
     sharding.check_model_divides(run_config.model, mesh)
     if not run_config.stages:  # else each stage has its own batches, and its own mesh perhaps
       sharding.check_divides(run_config, mesh)
-  shapes = jax.eval_shape(lambda key: _new_state(run_config, mesh, key), jax.random.key(0))
+  shapes = jax.eval_shape(lambda: _new_state(run_config, mesh, jax.random.key(0)))
   if mesh is None:
     return shapes
   return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes,

@@ -3,8 +3,6 @@
 import jax
 import pytest
 
-from tests.model.small import T0, abstract_variables
-
 _COMPILED = []
 
 
@@ -13,7 +11,6 @@ def compiled():
   """A list that grows by one with every program that is compiled, or read from the compilation cache, from now on."""
   if not _COMPILED:  # a listener cannot be taken away again
     _COMPILED.append("listening")
-    abstract_variables(T0)  # what the tables are made of compiles before anything is counted
     jax.monitoring.register_event_duration_secs_listener(
       lambda event, *_, **__: _COMPILED.append(event) if event.endswith("backend_compile_duration") else None)
   return _COMPILED

@@ -6,8 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any, Callable
 
+import jax
 import pytest
 from absl import app, flags
+
+KEY = jax.eval_shape(lambda: jax.random.key(0)).dtype  # of a typed key, made without a program
 
 # Which errors a person may see. SystemExit holds the message of a main; the flag errors are those that absl shows with it.
 SAID = (ValueError, FileNotFoundError, NotImplementedError, SystemExit, flags.Error, app.UsageError)
@@ -48,6 +51,7 @@ def table(*rows: tuple[Any, ...]) -> tuple[Wrong, ...]:
 
 def check(wrong: Wrong, folder: Path, compiled: list[str]) -> None:
   """It is refused, in words that name field, value and expectation, and nothing has been compiled until then."""
+  jax.clear_caches()  # a program that an earlier test compiled would not be seen
   before = len(compiled)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a damaged checkpoint is also warned of

@@ -10,7 +10,7 @@ import deepseek_v4 as dsv4
 from deepseek_v4.checkpoint.hf_write import release_plan
 from deepseek_v4.generation.decode import ThinkingBudget
 from deepseek_v4.generation.sample import Sampling
-from tests.bad_input.table import check, table
+from tests.bad_input.table import KEY, check, table
 from tests.bad_input.test_shapes import CACHE, TOKENS, attention, experts, f, i, loss, mixing, model, selection, step
 from tests.model.small import T0
 from tests.training.small import random_batch
@@ -21,7 +21,7 @@ MODEL = dsv4.DeepseekV4(T0, "reference")
 def reply(**changed):
   """Asks for a reply with other options."""
   def call(_):
-    options = {"prompts": [[1]], "keys": jax.ShapeDtypeStruct((1,), jax.random.key(0).dtype), "max_new_tokens": 4}
+    options = {"prompts": [[1]], "keys": jax.ShapeDtypeStruct((1,), KEY), "max_new_tokens": 4}
     dsv4.generate(MODEL, {"params": {}}, **{**options, **changed})
   return call
 
@@ -35,7 +35,8 @@ WRONG = table(
   ("targets", "float64(2, 6)", "integers", model(TOKENS, targets=TOKENS / 2)),
   ("replay.mtp_experts", "float64(2, 6)", "integers", model(TOKENS, mtp=True, replay=dsv4.Replay(mtp_experts=TOKENS / 2))),
   ("compute_dtype", "'float64'", "jax_enable_x64", lambda _: jax.eval_shape(
-    dsv4.DeepseekV4(dataclasses.replace(T0, compute_dtype="float64"), "reference").init, jax.random.key(0), TOKENS)),
+    dsv4.DeepseekV4(dataclasses.replace(T0, compute_dtype="float64"), "reference").init, jax.ShapeDtypeStruct((), KEY),
+    TOKENS)),
   ("compute_dtype", "'float16'", "one of 'float32', 'bfloat16', 'float64'",
    lambda _: dataclasses.replace(T0, compute_dtype="float16")),
   ("q", "int32[1, 4, 2, 3]", "floating numbers [B S H d]", attention(q=i(1, 4, 2, 3))),

@@ -11,7 +11,7 @@ from deepseek_v4.posttraining.rollout import check_mesh
 from deepseek_v4.training.state import abstract_state, init_state
 from deepseek_v4.training.step import make_train_step
 from launch import processes
-from tests.bad_input.table import check, table
+from tests.bad_input.table import KEY, check, table
 from tests.bad_input.test_shapes import CACHE, TOKENS, model
 from tests.training.small import RUN, with_model
 
@@ -72,7 +72,7 @@ WRONG = table(
   ("data.sequence_length / mesh.context", "4", "at least 7", run_on(RUN, context=8)),
   ("model.n_routed_experts", "8", "a multiple of mesh.expert = 5", run_on(RUN, make_train_step, expert=5)),
   ("model.hidden_size", "32", "a multiple of mesh.fsdp = 5", run_on(
-    RUN, lambda run, mesh: init_state(run, jax.ShapeDtypeStruct((), jax.random.key(0).dtype), mesh), fsdp=5)),
+    RUN, lambda run, mesh: init_state(run, jax.ShapeDtypeStruct((), KEY), mesh), fsdp=5)),
   ("length of tokens", "6", "a multiple of mesh.context = 8", on_mesh(model(TOKENS), context=8)),
   ("length of tokens / mesh.context", "3", "at least 7", on_mesh(model(TOKENS), context=2, data=4)),
   ("cache", "not 2", "a mesh with context = 1", on_mesh(

@@ -15,7 +15,7 @@ from deepseek_v4.config import DataConfig, RunConfig
 from deepseek_v4.generation.decode import ThinkingBudget
 from deepseek_v4.generation.drift import storage_drift
 from deepseek_v4.training import data, sources
-from tests.bad_input.table import check, table
+from tests.bad_input.table import KEY, check, table
 from tests.bad_input.test_dtypes import reply
 from tests.bad_input.test_shapes import attention, f, i, loss, selection, step
 from tests.model.small import T0, abstract_variables
@@ -107,7 +107,7 @@ POSITIONS = table(
   ("cache_reach", "0", "None or a number of tokens", cached(ONES, cache_reach=0)),
   ("prompts[0]", "4093 tokens", "max_position_embeddings - max_new_tokens = 4092", reply(prompts=[[1] * 4093])),
   ("prompts[1]", "0 tokens", "1 to max_position_embeddings", reply(
-    prompts=[[1], []], keys=jax.ShapeDtypeStruct((2,), jax.random.key(0).dtype))),
+    prompts=[[1], []], keys=jax.ShapeDtypeStruct((2,), KEY))),
   ("prompts[0]", "1 tokens", "max_position_embeddings - max_new_tokens = -4", reply(max_new_tokens=4100)),
   ("begun[0]", "4 tokens", "fewer than max_new_tokens = 4", reply(begun=[[1, 2, 3, 4]])),
   ("sequences[0]", "4097 tokens", f"max_position_embeddings = {MOST}",
