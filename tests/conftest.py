@@ -42,9 +42,16 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-  """The longest files first, all others in their order."""
+  """The longest files first, all others in their order. Within a file that names a parameter as SHARED, tests with one value
+  of it come together, so that the program they share need not be kept until the file ends."""
   place = {os.path.join(os.path.dirname(__file__), *name.split("/")): number for number, name in enumerate(LONGEST)}
-  items.sort(key=lambda item: place.get(str(item.path), len(place)))
+  seen = {}
+
+  def order(item):
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    value = values.get(getattr(item.module, "SHARED", None))
+    return place.get(str(item.path), len(place)), seen.setdefault((item.path, value), len(seen))
+  items.sort(key=order)
 
 
 @pytest.hookimpl(optionalhook=True)

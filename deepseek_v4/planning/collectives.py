@@ -15,7 +15,9 @@ KINDS = ("all-reduce", "all-gather", "all-to-all", "ragged-all-to-all", "reduce-
 _LINE = re.compile(rf"= (\(*\w+\[.*?) ({'|'.join(sorted(KINDS, key=len, reverse=True))})(-start)?\(")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _SCATTERED = "all-reduce-scatter"
-_ASYNC = re.compile(r" async-start\(.*calls=%?([\w.\-]+)")
+_ASYNC = re.compile(r" (?:async-start\(.*calls|call-start\(.*to_apply)=%?([\w.\-]+)")  # the latter on a SparseCore
+_CHAIN = re.compile(r'chain_id="(\d+)"')  # of a collective that a TPU advances inside fusions, step by step
+_CHAIN_ENDS = re.compile(r"%async-collective-(start|done)[\w.\-]* = .*calls=%?([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +75,27 @@ def collectives(text: str) -> list[Collective]:
   """All collectives of a compiled program's text that more than one device takes part in.
 
   A TPU's reduce-scatter is written as a fusion of its own, of an all-reduce and the slice that a device keeps. Before code
-  is made, some are written as computations that another instruction starts.
+  is made, some are written as computations that another instruction starts. Others are a chain of fusions: one begins it,
+  others take it a step further beside the work that they are made for, one ends it, and all of them write it down.
   """
   parts, found = hlo.computations(text), []
-  runs, started = hlo.runs(parts), set(_ASYNC.findall(text))
+  runs, started = hlo.runs(parts), hlo.within(parts, _ASYNC.findall(text))
+  ends = {name: end for end, name in _CHAIN_ENDS.findall(text)}
+  advanced = {chain[1] for name, lines in parts.items() if name not in ends
+              for line in lines if _LINE.search(line) and (chain := _CHAIN.search(line))}
   for name, lines in parts.items():
     for line in lines:
       if match := _LINE.search(line):
         kind, arrays, devices = match[2], _arrays(match[1]), tuple(_groups_of(line)[0].tolist())
+        chain = _CHAIN.search(line) if ends else None
+        if chain and ends.get(name) != "start":
+          continue
         if kind == "all-reduce" and match[3] is None and name.startswith(_SCATTERED) and (kept := _kept(line, lines)):
           kind, arrays = "reduce-scatter", kept
         if len(set(devices)) > 1:
           named = match[3] is not None
-          found.append(Collective(kind, arrays, devices, named or name in started, runs.get(name, 1), named))
+          starts = chain[1] in advanced if chain else named or name in started
+          found.append(Collective(kind, arrays, devices, starts, runs.get(name, 1), named))
   return found
 
 

@@ -103,6 +103,61 @@ def test_a_computation_that_is_started_may_run_beside_others():
   assert (waited.bytes, waited.starts) == (found.bytes, False)
 
 
+CHAIN = """HloModule step
+
+%fused_computation.1 (p.1: bf16[8,128]) -> bf16[32,128] {
+  ROOT %gather.1 = bf16[32,128] all-gather(%p.1), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+}
+
+%async_collective_fusion.2 (p.2: bf16[8,128], x.2: bf16[16,128]) -> bf16[32,128] {
+  %gather.2 = bf16[32,128] all-gather(%p.2), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+  ROOT %work.2 = bf16[16,128] add(%x.2, %x.2)
+}
+
+%fused_computation.3 (p.3: bf16[32,128]) -> bf16[32,128] {
+  ROOT %gather.3 = bf16[32,128] all-gather(%p.3), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+}
+
+ENTRY %main (p: bf16[8,128], x: bf16[16,128]) -> bf16[32,128] {
+  %async-collective-start = (bf16[8,128], bf16[32,128]) fusion(%p), kind=kCustom, calls=%fused_computation.1
+  %fusion.2 = bf16[16,128] fusion(%p, %x), kind=kLoop, calls=%async_collective_fusion.2
+  ROOT %async-collective-done = bf16[32,128] fusion(%p), kind=kCustom, calls=%fused_computation.3
+}
+"""
+
+
+def test_a_chain_of_fusions_is_one_gather():
+  """As libtpu 0.0.42 writes a gather that goes on inside other fusions: once, beside other work if there is a fusion
+  between its start and its end."""
+  (found,) = collectives(CHAIN)
+  assert (found.kind, found.bytes, found.starts, found.runs) == ("all-gather", 32 * 128 * 2 * 3 // 4, True, 1)
+  (waited,) = collectives(CHAIN.replace("%gather.2 = bf16[32,128] all-gather(", "%copy.2 = bf16[32,128] copy("))
+  assert (waited.bytes, waited.starts) == (found.bytes, False)
+
+
+SPARSE_CORE = """HloModule step
+
+%called_computation (p.1: bf16[8,128], t.1: token[]) -> bf16[32,128] {
+  ROOT %gather.1 = bf16[32,128] fusion(%p.1), kind=kCustom, calls=%wrapped.1
+}, execution_thread="sparsecore"
+
+%wrapped.1 (p.2: bf16[8,128]) -> bf16[32,128] {
+  ROOT %gather.2 = bf16[32,128] all-gather(%p.2), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (p: bf16[8,128], t: token[]) -> bf16[32,128] {
+  %s = ((bf16[8,128], token[]), bf16[32,128]) call-start(%p, %t), to_apply=%called_computation
+  ROOT %d = bf16[32,128] call-done(%s)
+}
+"""
+
+
+def test_a_gather_that_a_sparse_core_runs():
+  """As libtpu 0.0.42 writes it for TPU7x."""
+  (found,) = collectives(SPARSE_CORE)
+  assert (found.kind, found.bytes, found.starts, found.runs) == ("all-gather", 32 * 128 * 2 * 3 // 4, True, 1)
+
+
 def test_traffic_by_kind():
   alone = f"%b = {ARRAY} all-reduce(%x), replica_groups={{{{0}},{{1}}}}, to_apply=%add"
   done = f"%c = {ARRAY} all-gather-done(%a.6)"

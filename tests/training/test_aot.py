@@ -1,4 +1,4 @@
-"""The real TPU compiler's word on a train step over two slices."""
+"""The real TPU compiler's word on what travels in a train step: weights beside work, gradients between two slices."""
 
 import json
 import os
@@ -35,14 +35,19 @@ print(json.dumps({"slices": [[d.slice_index for d in part.reshape(-1)] for part 
 """
 
 
+def said_by(program, *arguments):
+  """What a Python program prints in its last line, read as JSON; without the flags that the tests give to XLA for CPUs."""
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+  result = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment, capture_output=True,
+                          text=True, check=False, timeout=1000)
+  assert result.returncode == 0, result.stderr[-3000:]
+  return json.loads(result.stdout.splitlines()[-1])
+
+
 @pytest.mark.long
 def test_a_step_over_two_slices_sends_its_gradients_as_they_shall_be_added():
   """float32 sums, or 16-bit numbers, of which half the bytes cross; the orthogonalised matrices are gathered alike."""
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-  result = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True,
-                          check=False, timeout=1000)
-  assert result.returncode == 0, result.stderr[-3000:]
-  found = json.loads(result.stdout.splitlines()[-1])
+  found = said_by(PROGRAM)
   assert found["slices"] == [[0] * 4, [1] * 4]
   exact, rounded = found["across"]["float32"], found["across"]["bfloat16"]
   print(exact, rounded)
@@ -52,3 +57,41 @@ def test_a_step_over_two_slices_sends_its_gradients_as_they_shall_be_added():
   # Rounded, a sum is an exchange of halves and a gather; what stays is one small array and the metrics.
   assert sum(n for name, n in rounded.items() if name.endswith(" u16")) <= gradients
   assert rounded["ALL_REDUCE f32"] < gradients / 100
+
+
+GATHERS = r"""
+import os, sys
+from deepseek_v4.planning import lower
+os.environ.update(lower.ENVIRONMENT)
+import json
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from deepseek_v4.planning.collectives import collectives, traffic
+from deepseek_v4.training.step import compiler_options
+
+devices = np.array(lower.devices_of(sys.argv[1]))
+mesh = Mesh(devices, ("fsdp",))
+split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+
+def layers(x, weights):
+  for weight in weights:
+    x = jnp.tanh(x @ jax.lax.with_sharding_constraint(weight, whole))
+  return x
+
+of = lambda rows: jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16, sharding=split)
+traced = jax.jit(layers, out_shardings=split, compiler_options=compiler_options(mesh)).trace(
+  of(devices.size * 1024), [of(4096)] * 3)
+print(json.dumps([devices.size, traffic(collectives(traced.lower(lowering_platforms=("tpu",)).compile().as_text()))]))
+"""
+
+
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", *(pytest.param(name, marks=pytest.mark.long) for name in (
+  "v6e:8x8", "TPU7x:4x4x4"))])
+def test_weights_over_a_whole_slice_are_gathered_beside_the_matmuls_before_them(topology):
+  """By the step's own compiler options, three weights split over all devices: each device receives once what it has not,
+  and waits for the first of them at most."""
+  devices, found = said_by(GATHERS, topology)
+  assert list(found) == ["all-gather"]
+  one = 4096 * 4096 * 2 * (devices - 1) // devices
+  assert (found["all-gather"]["count"], found["all-gather"]["bytes"]) == (3, 3 * one)
+  assert found["all-gather"]["hidden"] >= 2 * one
