@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items):
 
   def order(item):
     values = item.callspec.params if hasattr(item, "callspec") else {}
-    value = values.get(getattr(item.module, "SHARED", None))
+    value = values.get(getattr(getattr(item, "module", None), "SHARED", None))
     return place.get(str(item.path), len(place)), seen.setdefault((item.path, value), len(seen))
   items.sort(key=order)
 

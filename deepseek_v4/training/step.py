@@ -28,10 +28,10 @@ from deepseek_v4.training.state import TrainState, abstract_state
 Batch = Mapping[str, jax.Array]
 ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")  # what every batch holds
 
-# XLA's CPU scheduler otherwise starts recomputation at once, and remat then saves no memory. On a TPU the rows of routed
-# experts travel while other work goes on, such as the shared expert's, and weights are gathered step by step inside the
-# fusions of what comes before. (Without the second of these options a gather over a whole slice becomes a sum of arrays
-# that are zero elsewhere, twice as many bytes, and nothing runs beside it; it takes effect together with the other three.)
+# XLA's CPU scheduler otherwise starts recomputation at once, and remat then saves no memory. On a TPU rows of routed experts
+# travel, and many weights are gathered, beside other work: inside the fusions of what comes before, or by a TPU7x's
+# SparseCores. (Without the second option a gather over a whole v5p or TPU7x becomes a sum of arrays that are zero elsewhere,
+# twice as many bytes, and nothing runs beside it; without the other three the second has no effect.)
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
   "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
   "tpu": dict.fromkeys(("xla_tpu_enable_async_ragged_all_to_all", "xla_tpu_prefer_async_allgather_to_allreduce",

@@ -152,7 +152,7 @@ def test_a_gather_inside_of_other_fusions_is_counted_where_it_begins():
 %begins (p: bf16[8,128]) -> (bf16[8,128], bf16[64,128], u32[]) {
   %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
   %g.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="3"}
-  %flag.1 = u32[]{:S(2)} constant(0)
+  %flag.1 = u32[]{:S(2)} custom-call(), custom_call_target="AsyncCollectiveStart"
   ROOT %t.1 = (bf16[8,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) tuple(%p, %g.1, %flag.1)
 }
 

@@ -33,10 +33,21 @@ LINES = {
 }
 
 
+WORK = "  %work.1 = bf16[16,128] fusion(%z), kind=kLoop, calls=%other\n"
+
+
+def until_done(line, work=WORK):
+  """The line of a program and, if it starts something, other work and then its end."""
+  done = f"{work}  %done = {ARRAY} {LINES[line][0]}-done({line.split()[0]})\n" if "-start(" in line else ""
+  return f"  {line}\n{done}"
+
+
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split()[0])
 def test_one_instruction(line):
-  (found,) = collectives("  " + line)
+  (found,) = collectives(until_done(line))
   assert (found.kind, found.devices, found.bytes, found.starts) == LINES[line]
+  (alone,) = collectives(until_done(line, work=""))  # the program has nothing to do until its end
+  assert (alone.bytes, alone.starts) == (found.bytes, False)
 
 
 FUSED = """HloModule step
@@ -90,6 +101,7 @@ ENTRY %main (x: bf16[8,128], y: bf16[32,128]) -> bf16[32,128] {
   %x = bf16[8,128]{1,0} parameter(0)
   %y = bf16[32,128]{1,0} parameter(1)
   %start.1 = ((bf16[8,128], bf16[32,128]), bf16[32,128], u32[]) async-start(%x, %y), calls=%async_computation.3
+  %work.1 = bf16[16,128] fusion(%z), kind=kLoop, calls=%other
   ROOT %done.1 = bf16[32,128]{1,0} async-done(%start.1)
 }
 """
@@ -99,13 +111,15 @@ def test_a_computation_that_is_started_may_run_beside_others():
   """As libtpu 0.0.42 writes a ragged exchange before it makes code of it: half of the 32 rows come from elsewhere."""
   (found,) = collectives(STARTED)
   assert (found.kind, found.bytes, found.starts, found.runs) == ("ragged-all-to-all", 32 * 128 * 2 // 2, True, 1)
-  (waited,) = collectives(STARTED.replace("async-start", "call").replace("async-done", "copy"))
-  assert (waited.bytes, waited.starts) == (found.bytes, False)
+  for text in (STARTED.replace("async-start", "call").replace("async-done", "copy"), STARTED.replace(WORK, "")):
+    (waited,) = collectives(text)
+    assert (waited.bytes, waited.starts) == (found.bytes, False)
 
 
 CHAIN = """HloModule step
 
 %fused_computation.1 (p.1: bf16[8,128]) -> bf16[32,128] {
+  %flag.1 = u32[] custom-call(), custom_call_target="AsyncCollectiveStart"
   ROOT %gather.1 = bf16[32,128] all-gather(%p.1), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
 }
 
@@ -115,13 +129,26 @@ CHAIN = """HloModule step
 }
 
 %fused_computation.3 (p.3: bf16[32,128]) -> bf16[32,128] {
+  %flag.3 = u32[] custom-call(), custom_call_target="AsyncCollectiveDone"
   ROOT %gather.3 = bf16[32,128] all-gather(%p.3), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+}
+
+%fused_computation.4 (p.4: bf16[8,128]) -> bf16[16,128] {
+  %flag.4 = u32[] custom-call(), custom_call_target="AsyncCollectiveStart"
+  ROOT %gather.4 = bf16[16,128] all-gather(%p.4), replica_groups={{0,1}}, frontend_attributes={chain_id="8"}
+}
+
+%fused_computation.5 (p.5: bf16[16,128]) -> bf16[16,128] {
+  %flag.5 = u32[] custom-call(), custom_call_target="AsyncCollectiveDone"
+  ROOT %gather.5 = bf16[16,128] all-gather(%p.5), replica_groups={{0,1}}, frontend_attributes={chain_id="8"}
 }
 
 ENTRY %main (p: bf16[8,128], x: bf16[16,128]) -> bf16[32,128] {
   %async-collective-start = (bf16[8,128], bf16[32,128]) fusion(%p), kind=kCustom, calls=%fused_computation.1
   %fusion.2 = bf16[16,128] fusion(%p, %x), kind=kLoop, calls=%async_collective_fusion.2
-  ROOT %async-collective-done = bf16[32,128] fusion(%p), kind=kCustom, calls=%fused_computation.3
+  %async-collective-done = bf16[32,128] fusion(%p), kind=kCustom, calls=%fused_computation.3
+  %async-collective-start.1 = (bf16[8,128], bf16[16,128]) fusion(%p), kind=kCustom, calls=%fused_computation.4
+  ROOT %async-collective-done.1 = bf16[32,128] fusion(%p), kind=kCustom, calls=%fused_computation.5
 }
 """
 
@@ -129,24 +156,26 @@ ENTRY %main (p: bf16[8,128], x: bf16[16,128]) -> bf16[32,128] {
 def test_a_chain_of_fusions_is_one_gather():
   """As libtpu 0.0.42 writes a gather that goes on inside other fusions: once, beside other work if there is a fusion
   between its start and its end."""
-  (found,) = collectives(CHAIN)
-  assert (found.kind, found.bytes, found.starts, found.runs) == ("all-gather", 32 * 128 * 2 * 3 // 4, True, 1)
-  (waited,) = collectives(CHAIN.replace("%gather.2 = bf16[32,128] all-gather(", "%copy.2 = bf16[32,128] copy("))
-  assert (waited.bytes, waited.starts) == (found.bytes, False)
+  found = [(one.kind, one.bytes, one.starts, one.runs) for one in collectives(CHAIN)]
+  assert found == [("all-gather", 32 * 128 * 2 * 3 // 4, True, 1), ("all-gather", 16 * 128 * 2 // 2, False, 1)]
+
+
+@pytest.mark.parametrize("begun, names", [(0, ("AsyncCollectiveStart", "AnotherName")),
+                                         (2, ("AsyncCollectiveDone", "AsyncCollectiveStart"))])
+def test_a_chain_that_is_written_in_another_way_is_not_guessed_at(begun, names):
+  with pytest.raises(ValueError, match=f"chain_id = 7: begun by {begun} fusions of the program, expected one"):
+    collectives(CHAIN.replace(*names))
 
 
 SPARSE_CORE = """HloModule step
 
 %called_computation (p.1: bf16[8,128], t.1: token[]) -> bf16[32,128] {
-  ROOT %gather.1 = bf16[32,128] fusion(%p.1), kind=kCustom, calls=%wrapped.1
+  ROOT %gather.1 = bf16[32,128] all-gather(%p.1), replica_groups={{0,1,2,3}}, dimensions={0}
 }, execution_thread="sparsecore"
-
-%wrapped.1 (p.2: bf16[8,128]) -> bf16[32,128] {
-  ROOT %gather.2 = bf16[32,128] all-gather(%p.2), replica_groups={{0,1,2,3}}, dimensions={0}
-}
 
 ENTRY %main (p: bf16[8,128], t: token[]) -> bf16[32,128] {
   %s = ((bf16[8,128], token[]), bf16[32,128]) call-start(%p, %t), to_apply=%called_computation
+  %work.1 = bf16[16,128] fusion(%z), kind=kLoop, calls=%other
   ROOT %d = bf16[32,128] call-done(%s)
 }
 """
@@ -156,13 +185,14 @@ def test_a_gather_that_a_sparse_core_runs():
   """As libtpu 0.0.42 writes it for TPU7x."""
   (found,) = collectives(SPARSE_CORE)
   assert (found.kind, found.bytes, found.starts, found.runs) == ("all-gather", 32 * 128 * 2 * 3 // 4, True, 1)
+  (waited,) = collectives(SPARSE_CORE.replace(WORK, ""))
+  assert (waited.bytes, waited.starts) == (found.bytes, False)
 
 
 def test_traffic_by_kind():
   alone = f"%b = {ARRAY} all-reduce(%x), replica_groups={{{{0}},{{1}}}}, to_apply=%add"
-  done = f"%c = {ARRAY} all-gather-done(%a.6)"
   row = lambda *numbers: dict(zip(("count", "started", "bytes", "hidden", "more"), numbers))
-  assert traffic(collectives("\n".join(["  " + line for line in [*LINES, alone, done]]))) == {
+  assert traffic(collectives("".join(map(until_done, LINES)) + f"  {alone}\n")) == {
     "all-gather": row(3, 2, 7680, 6144, 0), "all-reduce": row(2, 1, 6656, 3072, 0), "all-to-all": row(1, 0, 2048, 0, 0),
     "collective-permute": row(1, 1, 2048, 2048, 0), "ragged-all-to-all": row(2, 1, 2560, 1024, 0),
     "reduce-scatter": row(1, 0, 2048, 0, 0)}

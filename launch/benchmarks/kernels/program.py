@@ -33,7 +33,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _VIEWS = {"bitcast", "reshape", "copy", "transpose"}  # inside a fusion: the same numbers
 _ALIASED = "output_to_operand_aliasing={{}: (0, {})}"  # of a fusion inside a fusion: the same memory, in other tiles
-_BEGINS = "async-collective-start"
+_BEGINS = 'custom_call_target="AsyncCollectiveStart"'
 _ALIASES = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}")
 
 
@@ -162,7 +162,7 @@ def _result_bytes(computations: _Computations, name: str, type_text: str, withou
 def _passed_on(instruction: _Instruction, inside: Sequence[_Instruction]) -> dict[int, int]:
   """Of a fusion in which a collective goes on or ends that another one began: results that are operands as they came, which
   hold what travels, as {number of the result: number of the operand}. Whoever began it counts them."""
-  if instruction.name.startswith(_BEGINS) or not any("chain_id=" in i.rest for i in inside):
+  if any(_BEGINS in i.rest for i in inside) or not any("chain_id=" in i.rest for i in inside):
     return {}
   pairs = "".join(_ALIASES.findall(instruction.rest))
   return {int(result or 0): int(operand) for result, operand in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", pairs)}
