@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Mapping, Sequence
+from typing import Sequence
 
 import numpy as np
 
@@ -17,11 +17,10 @@ _BITS = re.compile(r"[a-z]+(\d+)")
 _SCATTERED = "all-reduce-scatter"
 _BEGIN = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .* [a-z\-]+-start\(")
 _CALLED = re.compile(r" (?:async-start\(.*calls|call-start\(.*to_apply)=%?([\w.\-]+)")  # the latter on a SparseCore
+_UPDATE = re.compile(r"%?([\w.\-]+) = .* call-update\(%?([\w.\-]+)[,)]")  # newer compilers start empty, and hand over here
 _END = re.compile(r" [a-z\-]+-done\(.*?%([\w.\-]+)[,)]")
 _WORK = re.compile(r" (?:fusion|while|conditional|convolution|dot|copy|reduce|sort|scatter|gather|dynamic-slice|"
                    r'dynamic-update-slice)\(|custom_call_target="tpu_custom_call"')
-_CHAIN = re.compile(r'chain_id="(\d+)"')  # of a collective that a TPU advances inside fusions, step by step
-_CHAIN_BEGINS, _CHAIN_ENDS = 'custom_call_target="AsyncCollectiveStart"', 'custom_call_target="AsyncCollectiveDone"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,47 +78,22 @@ def collectives(text: str) -> list[Collective]:
   """All collectives of a compiled program's text that more than one device takes part in.
 
   A TPU's reduce-scatter is written as a fusion of its own, of an all-reduce and the slice that a device keeps. Before code
-  is made, some are written as computations that another instruction starts. Others are a chain of fusions: one begins it,
-  others take it a step further beside the work that they are made for, one ends it, and all of them write it down.
+  is made, some are written as computations that another instruction starts; what a SparseCore runs stays so.
   """
   parts, found = hlo.computations(text), []
   runs, beside = hlo.runs(parts), {name: _beside(lines) for name, lines in parts.items()}
   started = {called for lines in beside.values() for line in lines for called in _CALLED.findall(line)}
-  begun, advanced = _chains(parts)
   for name, lines in parts.items():
     for line in lines:
       if match := _LINE.search(line):
         kind, arrays, devices = match[2], _arrays(match[1]), tuple(_groups_of(line)[0].tolist())
-        chain = _CHAIN.search(line)
-        if chain and begun[chain[1]] != name:
-          continue
         if kind == "all-reduce" and match[3] is None and name.startswith(_SCATTERED) and (kept := _kept(line, lines)):
           kind, arrays = "reduce-scatter", kept
         if len(set(devices)) > 1:
           named = match[3] is not None
-          starts = chain[1] in advanced if chain else line in beside[name] or name in started
+          starts = line in beside[name] or name in started
           found.append(Collective(kind, arrays, devices, starts, runs.get(name, 1), named))
   return found
-
-
-def _chains(parts: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], set[str]]:
-  """The computation that begins each chain of fusions, by the chain's number, and which chains have a fusion between the one
-  that begins and the one that ends them.
-
-  Raises:
-    ValueError: a chain that nothing begins, or more than one thing: written in a way that is not known here.
-  """
-  found: dict[str, list[str]] = {}
-  for name, lines in parts.items():
-    for line in lines:
-      if _LINE.search(line) and (chain := _CHAIN.search(line)):
-        found.setdefault(chain[1], []).append(name)
-  said = lambda names, what: [name for name in names if any(what in line for line in parts[name])]
-  begun = {chain: said(names, _CHAIN_BEGINS) for chain, names in found.items()}
-  if unclear := [chain for chain, names in begun.items() if len(names) != 1]:
-    raise ValueError(f"chain_id = {unclear[0]}: begun by {len(begun[unclear[0]])} fusions of the program, expected one")
-  advanced = {chain for chain, names in found.items() if set(names) - {*begun[chain], *said(names, _CHAIN_ENDS)}}
-  return {chain: name for chain, (name,) in begun.items()}, advanced
 
 
 def _beside(lines: Sequence[str]) -> set[str]:
@@ -129,6 +103,8 @@ def _beside(lines: Sequence[str]) -> set[str]:
   for line in lines:
     if begins := _BEGIN.match(line):
       running[begins[1]] = line, False
+    elif (hands := _UPDATE.search(line)) and hands[2] in running:
+      running[hands[1]] = running.pop(hands[2])[0], False
     elif (ends := _END.search(line)) and ends[1] in running:
       start, worked = running.pop(ends[1])
       found |= {start} if worked else set()

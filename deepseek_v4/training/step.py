@@ -29,14 +29,15 @@ Batch = Mapping[str, jax.Array]
 ARRAYS = ("tokens", "segment_ids", "positions", "loss_mask")  # what every batch holds
 
 # XLA's CPU scheduler otherwise starts recomputation at once, and remat then saves no memory. On a TPU rows of routed experts
-# travel, and many weights are gathered, beside other work: inside the fusions of what comes before, or by a TPU7x's
-# SparseCores. (Without the second option a gather over a whole v5p or TPU7x becomes a sum of arrays that are zero elsewhere,
-# twice as many bytes, and nothing runs beside it; without the other three the second has no effect.)
+# travel beside other work, and SparseCores gather weights and add up gradients beside the matmuls, as a TPU7x's do anyway.
+# (The TensorCores of a v5p would make sums of all numbers of both over a whole slice, twice as many bytes, and wait. They
+# could gather inside of fusions, but newer compilers refuse that there: it may hang, or give other numbers.)
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
   "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
   "tpu": dict.fromkeys(("xla_tpu_enable_async_ragged_all_to_all", "xla_tpu_prefer_async_allgather_to_allreduce",
-                        "xla_enable_async_all_gather", "xla_tpu_enable_async_collective_fusion",
-                        "xla_tpu_enable_async_collective_fusion_fuse_all_gather"), True)}
+                        "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+                        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+                        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter"), True)}
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, Any]:

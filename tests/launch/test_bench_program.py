@@ -146,51 +146,6 @@ ENTRY %main (a: u8[20,64,128], b: u8[1,64,128], i: s32[]) -> u8[20,64,128] {
   assert part.hbm_bytes == 2 * 64 * 128
 
 
-def test_a_gather_inside_of_other_fusions_is_counted_where_it_begins():
-  """As libtpu writes it: what travels passes through each fusion that takes it further, of which its own work counts."""
-  text = """\
-%begins (p: bf16[8,128]) -> (bf16[8,128], bf16[64,128], u32[]) {
-  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %g.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="3"}
-  %flag.1 = u32[]{:S(2)} custom-call(), custom_call_target="AsyncCollectiveStart"
-  ROOT %t.1 = (bf16[8,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) tuple(%p, %g.1, %flag.1)
-}
-
-%further (part: bf16[8,128], all: bf16[64,128], x: f32[16,128]) -> (f32[16,128], bf16[8,128], bf16[64,128]) {
-  %part = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %all = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
-  %x = f32[16,128]{1,0:T(8,128)} parameter(2)
-  %g.2 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%part), dimensions={0}, frontend_attributes={chain_id="3"}
-  %work = f32[16,128]{1,0:T(8,128)} add(%x, %x)
-  ROOT %t.2 = (f32[16,128]{1,0:T(8,128)}, bf16[8,128], bf16[64,128]{1,0:T(8,128)(2,1)}) tuple(%work, %part, %all)
-}
-
-%ends (part.3: bf16[8,128], all.3: bf16[64,128]) -> bf16[64,128] {
-  %part.3 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %all.3 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %g.3 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%part.3), dimensions={0}, frontend_attributes={chain_id="3"}
-}
-
-ENTRY %main (w: bf16[8,128], y: f32[16,128]) -> bf16[64,128] {
-  %w = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %y = f32[16,128]{1,0:T(8,128)} parameter(1)
-  %async-collective-start = (bf16[8,128], bf16[64,128], u32[]) fusion(%w), kind=kCustom, calls=%begins
-  %s.0 = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%async-collective-start), index=0
-  %s.1 = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%async-collective-start), index=1
-  %f = (f32[16,128], bf16[8,128], bf16[64,128]) fusion(%s.0, %s.1, %y), kind=kLoop, ALIASED, calls=%further
-  %f.1 = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%f), index=1
-  %f.2 = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%f), index=2
-  ROOT %async-collective-done = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%f.1, %f.2), ENDED, calls=%ends
-}
-""".replace("ALIASED", "output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}").replace(
-    "ENDED", "output_to_operand_aliasing={{}: (1, {})}")
-  part, whole, own = 8 * 128 * 2, 64 * 128 * 2, 16 * 128 * 4
-  moved = {p.name: p.hbm_bytes for p in program.parts(text)}
-  assert moved["f"] == 2 * own
-  assert moved["async-collective-start"] in range(whole + part, whole + 2 * part + 1)  # its own part may count twice
-  assert moved["async-collective-done"] <= part
-
-
 def test_an_array_that_is_only_laid_out_anew_is_read_and_written():
   text = HLO.replace("ROOT %ds = f32[1,8]{1,0:T(8,128)} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,8}",
                      "ROOT %ds = f32[64,8]{0,1:T(8,128)} copy(%p0)")
@@ -288,3 +243,16 @@ def test_calls_that_a_newer_compiler_starts_empty():
   assert others == program.parts(BESIDE)
 
 
+
+
+def test_a_gather_between_devices_is_no_lookup():
+  """Of several arrays at once on a SparseCore, as older and as newer compilers start it: parts are read, all are written."""
+  a, b, whole = "bf16[8,128]{1,0:T(8,128)(2,1)}", "bf16[16,128]{1,0:T(8,128)(2,1)}", "bf16[64,128]{1,0:T(8,128)(2,1)}"
+  older = f"%all-gather.7.cloned.1.call-start = (({a}, {b}, token[]), ({whole}, {whole})) call-start(%p, %q, %t)"
+  newer = ("%all-gather.7.cloned.1.call-start = ((), (), (s32[1]{0:T(128)S(2)})) call-start()\n"
+           f"  %all-gather.7.cloned.1.call-update = (({a}, {b}), ({whole}, {whole})) call-update("
+           "%all-gather.7.cloned.1.call-start, %p, %q)")
+  for lines in (older, newer):
+    text = f"ENTRY %main (p: bf16[8,128], q: bf16[16,128]) -> bf16[64,128] {{\n  %p = {a} parameter(0)\n" \
+           f"  %q = {b} parameter(1)\n  {lines}\n}}\n"
+    assert sum(p.hbm_bytes for p in program.parts(text)) == (8 + 16 + 64 + 64) * 128 * 2

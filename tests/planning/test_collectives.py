@@ -116,57 +116,6 @@ def test_a_computation_that_is_started_may_run_beside_others():
     assert (waited.bytes, waited.starts) == (found.bytes, False)
 
 
-CHAIN = """HloModule step
-
-%fused_computation.1 (p.1: bf16[8,128]) -> bf16[32,128] {
-  %flag.1 = u32[] custom-call(), custom_call_target="AsyncCollectiveStart"
-  ROOT %gather.1 = bf16[32,128] all-gather(%p.1), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
-}
-
-%async_collective_fusion.2 (p.2: bf16[8,128], x.2: bf16[16,128]) -> bf16[32,128] {
-  %gather.2 = bf16[32,128] all-gather(%p.2), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
-  ROOT %work.2 = bf16[16,128] add(%x.2, %x.2)
-}
-
-%fused_computation.3 (p.3: bf16[32,128]) -> bf16[32,128] {
-  %flag.3 = u32[] custom-call(), custom_call_target="AsyncCollectiveDone"
-  ROOT %gather.3 = bf16[32,128] all-gather(%p.3), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
-}
-
-%fused_computation.4 (p.4: bf16[8,128]) -> bf16[16,128] {
-  %flag.4 = u32[] custom-call(), custom_call_target="AsyncCollectiveStart"
-  ROOT %gather.4 = bf16[16,128] all-gather(%p.4), replica_groups={{0,1}}, frontend_attributes={chain_id="8"}
-}
-
-%fused_computation.5 (p.5: bf16[16,128]) -> bf16[16,128] {
-  %flag.5 = u32[] custom-call(), custom_call_target="AsyncCollectiveDone"
-  ROOT %gather.5 = bf16[16,128] all-gather(%p.5), replica_groups={{0,1}}, frontend_attributes={chain_id="8"}
-}
-
-ENTRY %main (p: bf16[8,128], x: bf16[16,128]) -> bf16[32,128] {
-  %async-collective-start = (bf16[8,128], bf16[32,128]) fusion(%p), kind=kCustom, calls=%fused_computation.1
-  %fusion.2 = bf16[16,128] fusion(%p, %x), kind=kLoop, calls=%async_collective_fusion.2
-  %async-collective-done = bf16[32,128] fusion(%p), kind=kCustom, calls=%fused_computation.3
-  %async-collective-start.1 = (bf16[8,128], bf16[16,128]) fusion(%p), kind=kCustom, calls=%fused_computation.4
-  ROOT %async-collective-done.1 = bf16[32,128] fusion(%p), kind=kCustom, calls=%fused_computation.5
-}
-"""
-
-
-def test_a_chain_of_fusions_is_one_gather():
-  """As libtpu 0.0.42 writes a gather that goes on inside other fusions: once, beside other work if there is a fusion
-  between its start and its end."""
-  found = [(one.kind, one.bytes, one.starts, one.runs) for one in collectives(CHAIN)]
-  assert found == [("all-gather", 32 * 128 * 2 * 3 // 4, True, 1), ("all-gather", 16 * 128 * 2 // 2, False, 1)]
-
-
-@pytest.mark.parametrize("begun, names", [(0, ("AsyncCollectiveStart", "AnotherName")),
-                                         (2, ("AsyncCollectiveDone", "AsyncCollectiveStart"))])
-def test_a_chain_that_is_written_in_another_way_is_not_guessed_at(begun, names):
-  with pytest.raises(ValueError, match=f"chain_id = 7: begun by {begun} fusions of the program, expected one"):
-    collectives(CHAIN.replace(*names))
-
-
 SPARSE_CORE = """HloModule step
 
 %called_computation (p.1: bf16[8,128], t.1: token[]) -> bf16[32,128] {
@@ -181,12 +130,21 @@ ENTRY %main (p: bf16[8,128], t: token[]) -> bf16[32,128] {
 """
 
 
-def test_a_gather_that_a_sparse_core_runs():
-  """As libtpu 0.0.42 writes it for TPU7x."""
-  (found,) = collectives(SPARSE_CORE)
+NEWER = SPARSE_CORE.replace("  %s = ((bf16[8,128], token[]), bf16[32,128]) call-start(%p, %t), to_apply", """\
+  %begin = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), to_apply""").replace(WORK, f"""\
+  %s = ((bf16[8,128]), bf16[32,128]) call-update(%begin, %p)
+{WORK}""")
+
+
+@pytest.mark.parametrize("text", [SPARSE_CORE, NEWER], ids=["libtpu 0.0.42", "0.0.50"])
+def test_a_gather_that_a_sparse_core_runs(text):
+  """Work in front of its arrays' arrival does not count."""
+  (found,) = collectives(text)
   assert (found.kind, found.bytes, found.starts, found.runs) == ("all-gather", 32 * 128 * 2 * 3 // 4, True, 1)
-  (waited,) = collectives(SPARSE_CORE.replace(WORK, ""))
-  assert (waited.bytes, waited.starts) == (found.bytes, False)
+  early = text.replace(WORK, "").replace("\n  %s = ", f"\n{WORK}  %s = ")
+  for other in (text.replace(WORK, ""), early, text.replace("call-start", "call").replace("call-done", "copy")):
+    (waited,) = collectives(other)
+    assert (waited.bytes, waited.starts) == (found.bytes, False)
 
 
 def test_traffic_by_kind():

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import math
 import re
-from typing import Any, Collection, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -30,11 +30,10 @@ _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset
 GRANULE = 64  # least bytes that a row's copy from HBM reads
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
          "while", "conditional", "call", "opt-barrier", "iota"}
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _VIEWS = {"bitcast", "reshape", "copy", "transpose"}  # inside a fusion: the same numbers
 _ALIASED = "output_to_operand_aliasing={{}: (0, {})}"  # of a fusion inside a fusion: the same memory, in other tiles
-_BEGINS = 'custom_call_target="AsyncCollectiveStart"'
-_ALIASES = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +134,8 @@ def _operand_bytes(computations: _Computations, name: str, number: int, type_tex
   return min(whole, read)
 
 
-def _result_bytes(computations: _Computations, name: str, type_text: str, without: Collection[int] = ()) -> int:
-  """What a fused computation writes, `without` results of these numbers: of an array updated in place, the update."""
+def _result_bytes(computations: _Computations, name: str, type_text: str) -> int:
+  """What a fused computation writes: of an array updated in place, the update."""
   by_name = {i.name: i for i in computations[name]}
   types = {i.name: i.type for i in computations[name]}
   for operand in {operand for i in computations[name] for operand in i.operands if "#" in operand}:
@@ -146,8 +145,7 @@ def _result_bytes(computations: _Computations, name: str, type_text: str, withou
   if root is None or not hbm_bytes(type_text):
     return hbm_bytes(type_text)
   written = 0
-  results = [by_name.get(operand) for operand in root.operands] if root.opcode == "tuple" else [root]
-  for result in [result for number, result in enumerate(results) if result is not None and number not in without]:
+  for result in [by_name[operand] for operand in root.operands if operand in by_name] if root.opcode == "tuple" else [root]:
     size = hbm_bytes(result.type)
     while result.opcode in _VIEWS and result.operands and result.operands[0] in by_name:
       result = by_name[result.operands[0]]
@@ -159,31 +157,21 @@ def _result_bytes(computations: _Computations, name: str, type_text: str, withou
   return written
 
 
-def _passed_on(instruction: _Instruction, inside: Sequence[_Instruction]) -> dict[int, int]:
-  """Of a fusion in which a collective goes on or ends that another one began: results that are operands as they came, which
-  hold what travels, as {number of the result: number of the operand}. Whoever began it counts them."""
-  if any(_BEGINS in i.rest for i in inside) or not any("chain_id=" in i.rest for i in inside):
-    return {}
-  pairs = "".join(_ALIASES.findall(instruction.rest))
-  return {int(result or 0): int(operand) for result, operand in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", pairs)}
-
-
 def _moved(instruction: _Instruction, types: Mapping[str, str], computations: _Computations) -> int:
   operands = [type_of(name, types) for name in instruction.operands]
   if instruction.opcode == "fusion":
     name = _called(instruction)[0]
-    passed = _passed_on(instruction, computations[name])
-    read = sum(_operand_bytes(computations, name, number, kind) for number, kind in enumerate(operands)
-               if number not in passed.values())
-    return read + _result_bytes(computations, name, instruction.type, passed)
+    read = sum(_operand_bytes(computations, name, number, kind) for number, kind in enumerate(operands))
+    return read + _result_bytes(computations, name, instruction.type)
   if instruction.opcode in _SLICES:
     return 2 * hbm_bytes(instruction.type)
   if instruction.opcode == "dynamic-update-slice":
     return 2 * hbm_bytes(operands[1])
-  if _on_sparse_core(instruction) and "gather" in instruction.name:  # of the table, a row for each int32 number
+  travels = instruction.name.startswith(_COLLECTIVES)  # a SparseCore may run those, too
+  if _on_sparse_core(instruction) and "gather" in instruction.name and not travels:  # a table's row for each int32 number
     table, numbers, *others = [array_bytes(*array) for array in SHAPE.findall(instruction.type) if array[1]]
     return max(_gathered(instruction.type, others), numbers // 4 * GRANULE) + numbers + sum(others)
-  if instruction.opcode.endswith("-start") or _on_sparse_core(instruction):  # the type holds source and target
+  if instruction.opcode.endswith(("-start", "-update")) or _on_sparse_core(instruction):  # the type holds source and target
     return hbm_bytes(instruction.type)
   return sum(map(hbm_bytes, operands)) + hbm_bytes(instruction.type)
 
