@@ -1,4 +1,4 @@
-"""The real TPU compiler's word on what travels in a train step: weights beside work, gradients between two slices."""
+"""The real TPU compiler's word on what travels in a train step: weights and gradients beside work, or between slices."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_a_step_over_two_slices_sends_its_gradients_as_they_shall_be_added():
   assert rounded["ALL_REDUCE f32"] < gradients / 100
 
 
-GATHERS = r"""
+TRAVELS = r"""
 import os, sys
 from deepseek_v4.planning import lower
 os.environ.update(lower.ENVIRONMENT)
@@ -73,25 +73,35 @@ devices = np.array(lower.devices_of(sys.argv[1]))
 mesh = Mesh(devices, ("fsdp",))
 split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
 
-def layers(x, weights):
+def loss(weights, x):
   for weight in weights:
     x = jnp.tanh(x @ jax.lax.with_sharding_constraint(weight, whole))
-  return x
+  return x.astype(jnp.float32).sum()
 
 of = lambda rows: jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16, sharding=split)
-traced = jax.jit(layers, out_shardings=split, compiler_options=compiler_options(mesh)).trace(
-  of(devices.size * 1024), [of(4096)] * 3)
+step = jax.jit(jax.grad(loss), out_shardings=[split] * 3, compiler_options=compiler_options(mesh))
+traced = step.trace([of(4096)] * 3, of(devices.size * 1024))
 print(json.dumps([devices.size, traffic(collectives(traced.lower(lowering_platforms=("tpu",)).compile().as_text()))]))
 """
 
 
-@pytest.mark.parametrize("topology", ["v5p:4x4x4", *(pytest.param(name, marks=pytest.mark.long) for name in (
-  "v6e:8x8", "TPU7x:4x4x4"))])
-def test_weights_over_a_whole_slice_are_gathered_beside_the_matmuls_before_them(topology):
-  """By the step's own compiler options, three weights split over all devices: each device receives once what it has not,
-  and waits for the first of them at most."""
-  devices, found = said_by(GATHERS, topology)
-  assert list(found) == ["all-gather"]
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", pytest.param("TPU7x:4x4x4", marks=pytest.mark.long)])
+def test_weights_and_gradients_of_a_whole_slice_travel_once_and_beside_the_matmuls(topology):
+  """By the step's own compiler options, three weights split over all devices: each device receives once what it has not of
+  them, and once its part of each gradient's sum; while the first is gathered there is nothing else to do."""
+  devices, found = said_by(TRAVELS, topology)
+  assert list(found) == ["all-gather", "reduce-scatter"]
   one = 4096 * 4096 * 2 * (devices - 1) // devices
-  assert (found["all-gather"]["count"], found["all-gather"]["bytes"]) == (3, 3 * one)
+  for kind, hidden in (("all-gather", 2), ("reduce-scatter", 1)):
+    assert (found[kind]["count"], found[kind]["bytes"]) == (3, 3 * one)
+    assert found[kind]["hidden"] >= hidden * one
+
+
+@pytest.mark.long
+def test_weights_of_a_v6e_travel_beside_the_matmuls():
+  """Its first gradient is still the sum of all numbers, kept in part."""
+  devices, found = said_by(TRAVELS, "v6e:8x8")
+  one = 4096 * 4096 * 2 * (devices - 1) // devices
+  assert {kind: row["bytes"] for kind, row in found.items()} == {
+    "all-gather": 3 * one, "all-reduce": 2 * one, "reduce-scatter": 2 * one}
   assert found["all-gather"]["hidden"] >= 2 * one
