@@ -78,11 +78,12 @@ def collectives(text: str) -> list[Collective]:
   """All collectives of a compiled program's text that more than one device takes part in.
 
   A TPU's reduce-scatter is written as a fusion of its own, of an all-reduce and the slice that a device keeps. Before code
-  is made, some are written as computations that another instruction starts; what a SparseCore runs stays so.
+  is made, some are written as computations that another instruction starts; what a SparseCore runs stays so, and then lies
+  in a computation that this one calls.
   """
   parts, found = hlo.computations(text), []
   runs, beside = hlo.runs(parts), {name: _beside(lines) for name, lines in parts.items()}
-  started = {called for lines in beside.values() for line in lines for called in _CALLED.findall(line)}
+  started = hlo.within(parts, [called for lines in beside.values() for line in lines for called in _CALLED.findall(line)])
   for name, lines in parts.items():
     for line in lines:
       if match := _LINE.search(line):

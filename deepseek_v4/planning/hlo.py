@@ -8,7 +8,9 @@ bounded: each branch counts once, and one pass of such a loop is kept, which the
 from __future__ import annotations
 
 import re
-from typing import Mapping, Sequence
+from typing import Iterable, Mapping, Sequence
+
+_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 
 
 def computations(text: str) -> dict[str, list[str]]:
@@ -35,13 +37,25 @@ def runs(parts: Mapping[str, Sequence[str]]) -> dict[str, int | None]:
         length = _length(line, parts.get(loop[1], ()))
         visit(loop[2], None if times is None or length is None else times * length)
       else:
-        for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
+        for called in _CALLED.findall(line):
           visit(called, times)
         for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
           for called in re.findall(r"[\w.\-]+", branches):
             visit(called, None)
   visit("ENTRY", 1)
   return total
+
+
+def within(parts: Mapping[str, Sequence[str]], names: Iterable[str]) -> set[str]:
+  """These computations and all that they call."""
+  found: set[str] = set()
+  waiting = list(names)
+  while waiting:
+    name = waiting.pop()
+    if name not in found:
+      found.add(name)
+      waiting += [called for line in parts.get(name, ()) for called in _CALLED.findall(line)]
+  return found
 
 
 def _length(line: str, condition: Sequence[str]) -> int | None:

@@ -1,6 +1,7 @@
 """Collectives as XLA's text writes them: devices, bytes, whether the program waits, how often they run."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -136,13 +137,22 @@ NEWER = SPARSE_CORE.replace("  %s = ((bf16[8,128], token[]), bf16[32,128]) call-
 {WORK}""")
 
 
-@pytest.mark.parametrize("text", [SPARSE_CORE, NEWER], ids=["libtpu 0.0.42", "0.0.50"])
+LAID_OUT = SPARSE_CORE.replace("call-start(%p, %t), to_apply=%called_computation", "async-start(%p, %t), calls=%nested")
+LAID_OUT = LAID_OUT.replace("call-done", "async-done").replace("ENTRY", """\
+%nested (p.2: bf16[8,128], t.2: token[]) -> bf16[32,128] {
+  ROOT %called.2 = bf16[32,128] call(%p.2, %t.2), to_apply=%called_computation
+}, execution_thread="sparsecore"
+
+ENTRY""")
+
+
+@pytest.mark.parametrize("text", [SPARSE_CORE, NEWER, LAID_OUT], ids=["libtpu 0.0.42", "0.0.50", "laid out by 0.0.42"])
 def test_a_gather_that_a_sparse_core_runs(text):
   """Work in front of its arrays' arrival does not count."""
   (found,) = collectives(text)
   assert (found.kind, found.bytes, found.starts, found.runs) == ("all-gather", 32 * 128 * 2 * 3 // 4, True, 1)
   early = text.replace(WORK, "").replace("\n  %s = ", f"\n{WORK}  %s = ")
-  for other in (text.replace(WORK, ""), early, text.replace("call-start", "call").replace("call-done", "copy")):
+  for other in (text.replace(WORK, ""), early, re.sub("(call|async)-(start|done)", "call", text)):
     (waited,) = collectives(other)
     assert (waited.bytes, waited.starts) == (found.bytes, False)
 
