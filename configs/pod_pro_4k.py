@@ -4,11 +4,12 @@ command   python -m launch.train --config configs/pod_pro_4k.py --workdir FOLDER
 plan      python -m launch.plan --config configs/pod_pro_4k.py --topology v5p:8x16x16 --layout
 hardware  2,048 TPU v5p
 duration  none: nobody has trained this file
-result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1; 3 min beside other work, the compiler with 2.7 GiB): fits,
-          46.2 of 95.7 GiB a device (48%), arguments 6.1, temporaries 39.1, a GiB kept for code. Compiled whole, without
-          --layout (29 min, 14.6 GiB of the host), it fits by the 59.4 GiB of temporaries, too, that this libtpu reports:
-          66.4 (69%). A step of 92.3M tokens takes at least 55.6 s: compute 49.3 (kernels 27.8), HBM 29.9, collectives 6.2
-          alone and 1.7 beside other work; so model FLOPs utilisation is at most 55%
+result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1; 2 min beside other work, the compiler with 3.1 GiB): fits,
+          45.7 of 95.7 GiB a device (48%), arguments 6.1, temporaries 38.6, a GiB kept for code. Compiled whole, without
+          --layout (29 min, 14.6 GiB of the host, on 2026-11-27 with 39.1 GiB laid out), it fits by the 59.4 GiB of
+          temporaries, too, that this libtpu reports: 66.4 (69%). A step of 92.3M tokens takes at least 54.0 s: compute 49.3
+          (kernels 27.8), HBM 30.1, collectives 4.6 alone and 3.2 beside other work; so model FLOPs utilisation is at most
+          57%
 
 Two chips share two rows, so that weights are split over all chips; 4,096 tokens each. The recipe's 23,040 rows do not
 divide.

@@ -4,10 +4,10 @@ command   python -m launch.train --config configs/pod_pro_64k.py --workdir FOLDE
 plan      python -m launch.plan --config configs/pod_pro_64k.py --topology v5p:8x16x16 --layout
 hardware  2,048 TPU v5p
 duration  none: nobody has trained this file
-result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 6 min and 2.8 GiB here): fits, 37.3
-          of 95.7 GiB a device (39%), arguments 8.9, temporaries 27.3, a GiB kept for code; a step of 94.4M tokens takes at
-          least 170 s: compute 129 (kernels 108: masked attention multiplies what the selection leaves out), HBM 60,
-          collectives 41 alone and 2 beside other work; so model FLOPs utilisation is at most 20%
+result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 2 min beside other work, 3.1 GiB of the
+          host): fits, 35.2 of 95.7 GiB a device (37%), arguments 8.9, temporaries 25.3, a GiB kept for code; a step of
+          94.4M tokens takes at least 159 s: compute 129 (kernels 108: masked attention multiplies what the selection leaves
+          out), HBM 63, collectives 30 alone and 10 beside other work; so model FLOPs utilisation is at most 22%
 
 64 chips share a row, 1,024 tokens each.
 """

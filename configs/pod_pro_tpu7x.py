@@ -4,10 +4,10 @@ command   python -m launch.train --config configs/pod_pro_tpu7x.py --workdir FOL
 plan      python -m launch.plan --config configs/pod_pro_tpu7x.py --topology TPU7x:8x8x8 --layout
 hardware  512 TPU7x, which are 1,024 devices
 duration  none: nobody has trained this file
-result    laid out on 2026-11-27 (jax 0.10.2, libtpu 0.0.42.1; 4 min beside other work, the compiler with 3.4 GiB): fits,
-          44.7 of 94.8 GiB a device (47%), arguments 11.8, temporaries 31.9, a GiB kept for code; a step takes at least 114
-          s: compute 40 (kernels 23), HBM 51, collectives 63, none beside other work; so model FLOPs utilisation is at most
-          22%
+result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1; 4 min beside other work, the compiler with 3.6 GiB): fits,
+          43.6 of 94.8 GiB a device (46%), arguments 11.8, temporaries 30.9, a GiB kept for code; a step takes at least 53
+          s: compute 40 (kernels 23), HBM 51, collectives 2 alone and 50 beside other work; so model FLOPs utilisation is
+          at most 47%
 
 Two devices share a row, so that weights are split over all of them; 2,048 tokens each. A device is half a chip.
 """
