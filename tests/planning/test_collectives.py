@@ -129,14 +129,10 @@ ENTRY %main (p: bf16[8,128], t: token[]) -> bf16[32,128] {
   ROOT %d = bf16[32,128] call-done(%s)
 }
 """
-
-
 NEWER = SPARSE_CORE.replace("  %s = ((bf16[8,128], token[]), bf16[32,128]) call-start(%p, %t), to_apply", """\
   %begin = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), to_apply""").replace(WORK, f"""\
   %s = ((bf16[8,128]), bf16[32,128]) call-update(%begin, %p)
 {WORK}""")
-
-
 LAID_OUT = SPARSE_CORE.replace("call-start(%p, %t), to_apply=%called_computation", "async-start(%p, %t), calls=%nested")
 LAID_OUT = LAID_OUT.replace("call-done", "async-done").replace("ENTRY", """\
 %nested (p.2: bf16[8,128], t.2: token[]) -> bf16[32,128] {
