@@ -2,10 +2,11 @@
 
 Mesh axes: dcn_data (slices with a copy each), data (copies), fsdp (weights split, gathered where they are used), expert
 (experts split; all other weights as by fsdp), context (contiguous parts of the sequence, see `model/sequence.py`; weights as
-by fsdp), tensor (heads, expert width, vocabulary). A batch is split over the first four together:
-`tokens[B_(dcn_data,data,fsdp,expert), S_context]`. The ambient mesh is the one of `jax.set_mesh`; without one everything
-here is the identity, so that modules need not ask. No gradient or activation of a pass is exchanged between copies, so a
-pass may also run inside `per_copy`, where the first two axes are not there.
+by fsdp), tensor (heads, expert width, vocabulary). Experts are split over fsdp and context, too, as far as their number
+allows, and the vocabulary over fsdp: tokens come to them, and what is split this way is never gathered. A batch is split
+over the first four together: `tokens[B_(dcn_data,data,fsdp,expert), S_context]`. The ambient mesh is the one of
+`jax.set_mesh`; without one everything here is the identity, so that modules need not ask. No gradient or activation of a
+pass is exchanged between copies, so a pass may also run inside `per_copy`, where the first two axes are not there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -27,22 +28,24 @@ MESH_AXES = MeshConfig.axis_names
 COPY_AXES = ("dcn_data", "data")
 BATCH_AXES = (*COPY_AXES, "fsdp", "expert")
 SLICE_AXES = MESH_AXES[1:]  # within a slice
+MEMORY_AXES = ("fsdp", "expert", "context")  # over which weights are split, of whatever is split over them otherwise
 BATCH_SPLIT = " x ".join(BATCH_AXES)  # in messages
 
-# THE table. A name that is not here is an error; None = never split.
+# THE table, of what is computed with. A name that is not here is an error; None = never split.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES, "sequence": "context", "shards": (*BATCH_AXES, "context"),
     "heads": "tensor", "index_heads": "tensor", "groups": "tensor", "vocab": "tensor", "mlp": "tensor",
-    "expert": "expert", **{name: ("fsdp", "expert", "context") for name in ("embed", "lora")},
-    "expert_embed": ("fsdp", "context"),
-    "queries": ("context", "tensor"),
+    "queries": ("context", "tensor"), "channels": "fsdp", "embed": None, "lora": None,
+    "expert": MEMORY_AXES, "head_vocab": ("fsdp", "tensor"),
 }
-# Axes along which weights are split for memory only: made whole where they are used.
-GATHERED = ("embed", "lora", "expert_embed")
+# Of those that a weight's size must allow, always the first, and of the others as many as divide it (`split_over`).
+BY_SIZE = {"expert": "expert", "head_vocab": "tensor"}
+# Along these weights are split for memory: over what no other axis of theirs has, and gathered where they are used.
+STORED = ("embed", "lora", "channels")
 
 # Logical axes of each parameter by its name inside a layer (or at the top); a scanned layer's leading axis is never split.
 PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
-    "embed/embedding": ("vocab", "embed"), "lm_head/kernel": ("embed", "vocab"),
+    "embed/embedding": ("vocab", "channels"), "lm_head/kernel": ("embed", "head_vocab"),
     "hc_head/fn": ("embed", None), "hc_head/base": (None,), "hc_head/scale": (None,),
     "final_norm/scale": (None,), "embed_norm/scale": (None,), "hidden_norm/scale": (None,),
     "embed_proj": ("embed", None), "hidden_proj": ("embed", None),
@@ -58,8 +61,8 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
         ("norm/scale", (None,)))},
     "attention/indexer/q_b": ("lora", "index_heads", None), "attention/indexer/head_weights": ("embed", "index_heads"),
     "moe/router/gate": ("embed", None), "moe/router/bias": (None,), "moe/router/hash_table": (None, None),
-    "moe/experts/gate": ("expert", "expert_embed", "mlp"), "moe/experts/up": ("expert", "expert_embed", "mlp"),
-    "moe/experts/down": ("expert", "mlp", "expert_embed"),
+    "moe/experts/gate": ("expert", "embed", "mlp"), "moe/experts/up": ("expert", "embed", "mlp"),
+    "moe/experts/down": ("expert", "mlp", "embed"),
     "moe/shared/gate": ("embed", "mlp"), "moe/shared/up": ("embed", "mlp"), "moe/shared/down": ("mlp", "embed"),
 }
 
@@ -89,7 +92,7 @@ def parameter_axes(path: Sequence[str], ndim: int) -> tuple[str | None, ...]:
   return (None,) * (ndim - len(axes)) + axes
 
 
-def spec(axes: Sequence[str | None]) -> PartitionSpec:
+def spec(axes: Sequence[str | MeshAxes | None]) -> PartitionSpec:
   """Logical axis names -> PartitionSpec.
 
   Raises:
@@ -97,14 +100,18 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
   """
   mapped, used = [], []
   for name in axes:
-    if name is not None and name not in RULES:
+    if isinstance(name, str) and name not in RULES:
       raise ValueError(f"logical axis {name!r}: expected one of {', '.join(RULES)}")
-    target = None if name is None else RULES[name]
+    target = RULES[name] if isinstance(name, str) else name
     mapped.append(target)
     used += [target] if isinstance(target, str) else list(target or ())
   if len(used) != len(set(used)):
     raise ValueError(f"logical axes {tuple(axes)}: two of them lie on one mesh axis {used}")
   return PartitionSpec(*mapped)
+
+
+class MeshAxes(tuple[str, ...]):
+  """Mesh axes that stand for themselves among logical ones."""
 
 
 # ---- meshes -----------------------------------------------------------------------------------------------------------
@@ -202,22 +209,47 @@ def path_names(path: Sequence[Any]) -> tuple[str, ...]:
   return tuple(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
-def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
-  """NamedSharding of every leaf of a `params` or `router` tree (arrays or shapes).
+def _most_parts(size: int, axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
+  """Those of the mesh axes that split `size` into the most equal parts, of equals as many of them as possible; () where none
+  does."""
+  parts = lambda some: math.prod(sizes[axis] for axis in some)
+  some = [some for n in range(len(axes), 0, -1) for some in itertools.combinations(axes, n) if size % parts(some) == 0]
+  return max(some, key=parts, default=())
 
-  An axis that fsdp x expert x context does not divide is split over those of the three that divide it into the most parts.
+
+def split_over(name: str, size: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+  """The mesh axes, in the mesh's order and without those of size 1, over which a weight's axis `name` of `BY_SIZE` is split:
+  its first one, and of the others those with which its parts are equal and the most."""
+  always, allowed = BY_SIZE[name], [axis for axis in RULES[name] or () if sizes[axis] > 1]
+  others = [axis for axis in allowed if axis != always]
+  more = _most_parts(size // sizes[always], others, sizes) if size % sizes[always] == 0 else ()
+  return tuple(axis for axis in allowed if axis == always or axis in more)
+
+
+def parameter_spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+  """How a parameter with these logical axes and this shape lies on a mesh of these sizes.
+
+  An axis of `STORED` that not all the mesh axes left for it divide is split over those that divide it into the most parts.
   """
-  def fitting(size: int, axes: Any) -> Any:
-    if not isinstance(axes, tuple):
-      return axes
-    parts = lambda some: math.prod(mesh.shape[a] for a in some)
-    some = [some for n in range(len(axes), 0, -1) for some in itertools.combinations(axes, n) if size % parts(some) == 0]
-    best = max(some, key=parts, default=axes[:1])  # the first of equals: with as many axes as possible
-    return best if len(best) > 1 else best[0]
+  found: dict[int, tuple[str, ...]] = {}
+  for i, (name, size) in sorted(enumerate(zip(axes, shape)), key=lambda item: item[1][0] in STORED):
+    if name in STORED:
+      left = [axis for axis in MEMORY_AXES if not any(axis in other for other in found.values())]
+      # Where none of them divides, the first one, which whoever lays an array out then refuses.
+      found[i] = _most_parts(size, left, sizes) or tuple(left[:1])
+    elif name in BY_SIZE:
+      found[i] = split_over(name, size, sizes)
+    elif name is not None:
+      found[i] = tuple(spec((name,)))
+  as_entry = lambda some: some if len(some) > 1 else some[0] if some else None
+  return PartitionSpec(*(as_entry(found.get(i, ())) for i in range(len(axes))))
 
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+  """NamedSharding of every leaf of a `params` or `router` tree (arrays or shapes)."""
   def one(path: Any, leaf: Any) -> NamedSharding:
-    axes = spec(parameter_axes(path_names(path), len(leaf.shape)))
-    return NamedSharding(mesh, PartitionSpec(*map(fitting, leaf.shape, axes)))
+    axes = parameter_axes(path_names(path), len(leaf.shape))
+    return NamedSharding(mesh, parameter_spec(axes, leaf.shape, mesh.shape))
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
@@ -244,7 +276,7 @@ def _free_axes() -> tuple[str, ...]:
   return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
 
 
-def _free_spec(axes: Sequence[str | None]) -> PartitionSpec:
+def _free_spec(axes: Sequence[str | MeshAxes | None]) -> PartitionSpec:
   """`spec` without the mesh axes that are not free."""
   free = _free_axes()
   keep = lambda names: tuple(name for name in names if name in free)
@@ -263,19 +295,25 @@ def sequence_parts() -> int:
   return 1 if mesh is None else mesh.shape[RULES["sequence"]]
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+def constrain(x: jax.Array, axes: Sequence[str | MeshAxes | None]) -> jax.Array:
   """`x` (any shape and dtype) with its layout pinned to logical axes, one for each of its own; the identity without an
   ambient mesh."""
   return x if _ambient() is None else jax.lax.with_sharding_constraint(x, _free_spec(axes))
 
 
 def gathered(weight: jax.Array, path: Sequence[str]) -> jax.Array:
-  """A parameter, shape and dtype kept, as its matmul wants it: whole along `GATHERED`, still split over tensor and, if
-  an expert's, over expert."""
+  """A parameter, shape and dtype kept, as it is computed with: whole along `STORED` but for an embedding's channels, split
+  still along all others."""
   if _ambient() is None:
     return weight
-  axes = parameter_axes(path, weight.ndim)
-  return constrain(weight, [None if a in GATHERED else a for a in axes])
+  names = parameter_axes(path, weight.ndim)
+  return constrain(weight, [weight_axes(name, size) if name in BY_SIZE else name for name, size in zip(names, weight.shape)])
+
+
+def weight_axes(name: str, size: int) -> MeshAxes:
+  """The axes of the ambient mesh over which a weight's axis of `BY_SIZE` is split, see `split_over`; () = it is whole."""
+  mesh = _ambient()
+  return MeshAxes() if mesh is None else MeshAxes(split_over(name, size, mesh.shape))
 
 
 def query_axis(length: int) -> str:
@@ -310,7 +348,7 @@ def per_shard(fn: Callable, in_axes: Sequence[Any], out_axes: Any) -> Callable:
   """
   if _ambient() is None:
     return fn
-  is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+  is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, (str, MeshAxes)) for a in x)
   to_spec = lambda tree: jax.tree.map(_free_spec, tree, is_leaf=is_axes)
   return jax.shard_map(fn, in_specs=tuple(to_spec(a) for a in in_axes), out_specs=to_spec(out_axes),
                        axis_names=set(_free_axes()), check_vma=False)

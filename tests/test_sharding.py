@@ -16,8 +16,8 @@ from deepseek_v4.training.state import abstract_state
 from tests.training.small import RUN, leaves, with_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SIZES = {"embed": "fsdp", "lora": "fsdp", "expert_embed": "fsdp", "expert": "expert",
-         **dict.fromkeys(("heads", "index_heads", "groups", "vocab", "mlp"), "tensor")}
+SIZES = {"embed": "fsdp", "lora": "fsdp", "channels": "fsdp", "expert": "expert",
+         **dict.fromkeys(("heads", "index_heads", "groups", "vocab", "head_vocab", "mlp"), "tensor")}
 
 
 def mesh_of(**sizes):
@@ -48,35 +48,51 @@ def test_every_parameter_is_in_the_table_and_divides(shapes):
     assert len(axes) == len(shape)
     assert axes[0] is None or "unit_" not in name  # layers are never split
     assert not [(n, axis) for n, axis in zip(shape, axes) if axis and n % largest[SIZES[axis]]], name
-    sharding.spec(axes)
+    sharding.parameter_spec(axes, shape, dict.fromkeys(sharding.MESH_AXES, 1))
     used.add(sharding.leaf_name(path))
   # nothing in the table is left from another time
   assert set(sharding.PARAMETER_AXES) == used
 
 
 def test_big_matrices_are_split(shapes):
-  """What a pod cannot hold whole: all above a megabyte of the real models is split over fsdp, expert and context."""
+  """What a pod cannot hold whole: all above a megabyte of the real models is split over fsdp, expert and context, of the
+  experts' one axis or another."""
   _, named = shapes
+  sizes = dict.fromkeys(sharding.MESH_AXES, 2)
   for name, shape in named.items():  # of a small model no matrix is that large, and the experts' rule holds all the same
-    targets = [sharding.RULES[axis] for axis in sharding.parameter_axes(name.split("/"), len(shape)) if axis]
+    axes = sharding.parameter_axes(name.split("/"), len(shape))
     layers = 1 if "unit_" not in name else shape[0]
     if np.prod(shape) / layers * 4 > 1 << 20 and not name.startswith("router/"):
-      assert ("fsdp", "expert", "context") in targets or {("fsdp", "context"), "expert"} <= set(targets), name
-    assert ("expert" in targets) == ("moe/experts/" in name), name
+      spec = sharding.parameter_spec(axes, shape, sizes)
+      used = [axis for one in spec for axis in (one if isinstance(one, tuple) else [one]) if axis]
+      assert {"fsdp", "expert", "context"} <= set(used) and len(used) == len(set(used)), name
+    assert ("expert" in axes) == ("moe/experts/" in name), name
 
 
-@pytest.mark.parametrize("leaf, size, expected", [
-  ("attention/q_a", 24, ("fsdp", "expert", "context")), ("attention/q_a", 20, ("fsdp", "expert")),
-  ("attention/q_a", 18, "fsdp"), ("moe/experts/gate", 8, ("fsdp", "context")),
-  ("moe/experts/gate", 6, "fsdp")])
-def test_an_axis_that_all_do_not_divide_is_split_over_the_first_of_them(leaf, size, expected):
-  first, *names = leaf.split("/")
-  shape = (2, size, 6) if first == "moe" else (size, 6)
+@pytest.mark.parametrize("leaf, shape, expected", [
+  ("attention/q_a", (24, 6), P(("fsdp", "expert", "context"), None)),
+  ("attention/q_a", (20, 6), P(("fsdp", "expert"), None)), ("attention/q_a", (18, 6), P("fsdp", None)), ("attention/q_a", (9, 6), P("fsdp", None)),  # which jit then refuses
+  ("moe/experts/gate", (8, 3, 6), P(("fsdp", "expert", "context"), None, "tensor")),
+  ("moe/experts/gate", (4, 8, 6), P(("fsdp", "expert"), "context", "tensor")),
+  ("moe/experts/gate", (6, 8, 6), P("expert", ("fsdp", "context"), "tensor")),
+  ("moe/experts/down", (6, 8, 2), P("expert", "tensor", "fsdp"))])
+def test_an_axis_that_all_do_not_divide_is_split_over_the_first_of_them(leaf, shape, expected):
   tree = jax.ShapeDtypeStruct(shape, np.float32)
-  for name in ("layers", "layer_00", first, *names)[::-1]:
+  for name in ("layers", "layer_00", *leaf.split("/"))[::-1]:
     tree = {name: tree}
   (placed,) = jax.tree.leaves(sharding.parameter_shardings(tree, mesh_of(fsdp=2, expert=2, context=2)))
-  assert placed.spec == (P("expert", expected, "tensor") if first == "moe" else P(expected, None))
+  assert placed.spec == expected
+
+
+@pytest.mark.parametrize("count, sizes, expected", [
+  (256, dict(expert=64, fsdp=2), ("fsdp", "expert")), (256, dict(expert=32, context=8), ("expert", "context")),
+  (256, dict(fsdp=2, expert=64, context=2), ("fsdp", "expert", "context")),
+  (256, dict(fsdp=8, context=64), ("context",)), (256, dict(expert=8, context=64), ("expert",)),
+  (384, dict(fsdp=8, expert=128, context=2), ("expert",)), (384, dict(fsdp=8, context=128), ("context",)),
+  (384, dict(fsdp=128, expert=3), ("fsdp", "expert")), (8, dict(data=4, tensor=2), ()), (6, dict(fsdp=4), ()),
+  (6, dict(expert=4), ("expert",))])  # refused by `check_model_divides`
+def test_experts_are_split_over_expert_and_what_else_divides_them_most(count, sizes, expected):
+  assert sharding.split_over("expert", count, dict.fromkeys(sharding.MESH_AXES, 1) | sizes) == expected
 
 
 def test_names():
@@ -89,8 +105,8 @@ def test_names():
 
 def test_axes_of_scanned_and_single_layers():
   path = ("layers", "unit_0", "moe", "experts", "down")
-  assert sharding.parameter_axes(path, 4) == (None, "expert", "mlp", "expert_embed")
-  assert sharding.parameter_axes(path, 3) == ("expert", "mlp", "expert_embed")
+  assert sharding.parameter_axes(path, 4) == (None, "expert", "mlp", "embed")
+  assert sharding.parameter_axes(path, 3) == ("expert", "mlp", "embed")
   with pytest.raises(ValueError, match="parameter layers/unit_0/moe/experts/down: 5 axes, expected 3, or one more"):
     sharding.parameter_axes(path, 5)
   with pytest.raises(ValueError, match="parameter layers/layer_00/attention/q_c: not in the table"):
@@ -98,15 +114,14 @@ def test_axes_of_scanned_and_single_layers():
 
 
 def test_specs():
-  assert sharding.spec(("expert", "expert_embed", "mlp")) == P("expert", ("fsdp", "context"), "tensor")
-  assert sharding.spec(("embed", "vocab")) == P(("fsdp", "expert", "context"), "tensor")
+  assert sharding.spec((sharding.MeshAxes(("expert", "context")), None, "mlp")) == P(("expert", "context"), None, "tensor")
+  assert sharding.spec(("embed", "vocab")) == P(None, "tensor")
   assert sharding.spec((None, "batch", "sequence")) == P(None, ("dcn_data", "data", "fsdp", "expert"), "context")
   assert sharding.spec(()) == P()
 
 
-@pytest.mark.parametrize("axes", [("embed", "lora"), ("heads", "vocab"), ("batch", "embed"), ("expert", "batch"),
-                                  ("expert", "embed"), ("shards", "sequence"), ("sequence", "embed"),
-                                  ("heads", None, "heads")])
+@pytest.mark.parametrize("axes", [("heads", "vocab"), ("batch", "channels"), ("expert", "batch"), ("head_vocab", "mlp"),
+                                  ("shards", "sequence"), ("expert", "sequence"), ("heads", None, "heads")])
 def test_two_axes_on_one_mesh_axis_are_refused(axes):
   with pytest.raises(ValueError, match=re.escape(f"logical axes {axes}: two of them lie on one mesh axis")):
     sharding.spec(axes)
@@ -240,7 +255,7 @@ def test_without_a_mesh_everything_is_the_identity():
 
 def test_an_axis_of_one_device_needs_no_sum():
   with jax.set_mesh(mesh_of(data=2, tensor=2)):
-    assert sharding.axis_name("heads") == "tensor" and sharding.axis_name("expert") is None
+    assert sharding.axis_name("heads") == "tensor" and sharding.axis_name("sequence") is None
     assert sharding.batch_shards() == 2
 
 
@@ -287,14 +302,15 @@ def test_per_shard_gives_each_device_its_part_and_sums_gradients_of_what_is_whol
 
 
 @pytest.mark.parametrize("leaf, shape, placed, whole", [
-  ("experts", (4, 6, 8), P("expert", ("fsdp", "context"), "tensor"), (2, 6, 4)),
+  ("experts", (4, 6, 8), P(("fsdp", "expert"), "context", "tensor"), (1, 6, 4)),
+  ("experts", (2, 6, 8), P("expert", ("fsdp", "context"), "tensor"), (1, 6, 4)),
   ("shared", (8, 6), P(("fsdp", "expert", "context"), "tensor"), (8, 3)),
-], ids=["of an expert", "of all others"])
+], ids=["of an expert", "of an expert, too few for fsdp", "of all others"])
 def test_a_gathered_weight_is_whole_but_for_tensor_and_its_experts(leaf, shape, placed, whole):
   mesh = mesh_of(fsdp=2, expert=2, tensor=2)
   path = ("layers", "layer_00", "moe", leaf, "up")
   with jax.set_mesh(mesh):
-    place = jax.NamedSharding(mesh, sharding.spec(sharding.parameter_axes(path, len(shape))))
+    place = jax.NamedSharding(mesh, sharding.parameter_spec(sharding.parameter_axes(path, len(shape)), shape, mesh.shape))
     assert place.spec == placed
     y = jax.jit(lambda w: sharding.gathered(w, path), in_shardings=place)(np.ones(shape, np.float32))
   assert y.sharding.shard_shape(y.shape) == whole

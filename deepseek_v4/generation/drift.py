@@ -18,7 +18,8 @@ from deepseek_v4.config_checks import refuse
 from deepseek_v4.generation.decode import chunks, reach_of, room_for
 from deepseek_v4.model import weights
 from deepseek_v4.model.cache import Cache, init_cache
-from deepseek_v4.model.transformer import DeepseekV4, LMHead
+from deepseek_v4.model.transformer import DeepseekV4
+from deepseek_v4.model.vocabulary import LMHead, logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def _compare(model: DeepseekV4, variables: Any, caches: tuple[Cache, Cache], tok
 
   def sums(carry, item):
     token_C, *hidden = item
-    exact_CV, mixed_CV = (jnp.matmul(x, head_DV, preferred_element_type=weights.exact_dtype(config)) for x in hidden)
+    exact_CV, mixed_CV = (logits(config, x, head_DV) for x in hidden)
     apart_CV = jnp.abs(mixed_CV - exact_CV)
     log_p, log_q = (jax.nn.log_softmax(x) for x in (exact_CV, mixed_CV))
     found = [apart_CV.mean(-1), apart_CV.max(-1), exact_CV.std(-1), exact_CV.argmax(-1) == mixed_CV.argmax(-1),

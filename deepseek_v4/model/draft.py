@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_v4.config import ModelConfig
-from deepseek_v4.model import weights
 from deepseek_v4.model.cache import Cache, init_cache
 from deepseek_v4.model.context import make_chunk_context
 from deepseek_v4.model.mtp import MTP
-from deepseek_v4.model.transformer import Embedding, LMHead
+from deepseek_v4.model.vocabulary import Embedding, LMHead, logits
 
 
 def _one_layer(config: ModelConfig) -> ModelConfig:
@@ -67,6 +66,5 @@ class Drafter(nn.Module):
     cache = cache.replace(layers={key: layer}, lengths=lengths_B, furthest=jnp.maximum(cache.furthest, lengths_B))
     last_B = jnp.maximum(count - 1, 0)
     out_BD = jnp.take_along_axis(out_BSD, last_B[:, None, None], 1)[:, 0]
-    head_DV = LMHead(config, name="lm_head")()
-    logits_BV = jnp.matmul(out_BD, head_DV, preferred_element_type=weights.exact_dtype(config))
+    logits_BV = logits(config, out_BD, LMHead(config, name="lm_head")())
     return logits_BV, jnp.take_along_axis(streams_BSND, last_B[:, None, None, None], 1), cache

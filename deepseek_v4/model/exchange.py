@@ -27,6 +27,8 @@ import pallas_kernels
 import pallas_kernels.grouped_matmul as grouped_matmul
 from deepseek_v4 import sharding
 
+Axes = str | tuple[str, ...]  # of the mesh, together one axis of devices
+
 _fields = functools.partial(jax.tree_util.register_dataclass, meta_fields=[])
 
 
@@ -49,11 +51,11 @@ class Slices:
   received: jax.Array
 
 
-def _ragged(x_MD: jax.Array, into_CD: jax.Array, slices: Slices, *, axis: str) -> jax.Array:
+def _ragged(x_MD: jax.Array, into_CD: jax.Array, slices: Slices, *, axis: Axes) -> jax.Array:
   return jax.lax.ragged_all_to_all(x_MD, into_CD, slices.start, slices.sent, slices.there, slices.received, axis_name=axis)
 
 
-def _boxes(x_MD: jax.Array, into_CD: jax.Array, slices: Slices, *, axis: str) -> jax.Array:
+def _boxes(x_MD: jax.Array, into_CD: jax.Array, slices: Slices, *, axis: Axes) -> jax.Array:
   """The same for backends without a ragged exchange: a whole box of the receiver's size travels for each device."""
   shards, (rows, room) = jax.lax.axis_size(axis), (x_MD.shape[0], into_CD.shape[0])
   device_K = jnp.arange(slices.start.size) // (slices.start.size // shards)
@@ -87,7 +89,7 @@ class Route:
     return Route(self.back, self.out)
 
 
-def move(x_MD: jax.Array, into_CD: jax.Array, slices: Slices, *, axis: str, implementation: str) -> jax.Array:
+def move(x_MD: jax.Array, into_CD: jax.Array, slices: Slices, *, axis: Axes, implementation: str) -> jax.Array:
   """`into_CD` with the rows that come to this device from all devices of a mesh axis; no gradient.
 
   Args:
@@ -97,7 +99,7 @@ def move(x_MD: jax.Array, into_CD: jax.Array, slices: Slices, *, axis: str, impl
   return pallas_kernels.pick("exchange", implementation, _IMPLEMENTATIONS)(x_MD, into_CD, slices, axis=axis)
 
 
-def travel(x_MD: jax.Array, room: int, route: Route, **options: str) -> jax.Array:
+def travel(x_MD: jax.Array, room: int, route: Route, **options: Any) -> jax.Array:
   """[room, D] in x's dtype: the rows that came to this device, 0 where none did. The gradient travels back; options as for
   `move`."""
   rows = x_MD.shape[0]
@@ -172,7 +174,7 @@ def route_of(table: Table, start: jax.Array | int, room: int, own: jax.Array | i
 
 
 # ---- through the experts and back -------------------------------------------------------------------------------------
-def through_experts(mlp: Callable[..., jax.Array], x_PD: jax.Array, counts_E: jax.Array, matrices: Any, *, axis: str,
+def through_experts(mlp: Callable[..., jax.Array], x_PD: jax.Array, counts_E: jax.Array, matrices: Any, *, axis: Axes,
                     tile: int, implementation: str) -> jax.Array:
   """Each row through its expert, on whichever device of the axis that is; differentiable in rows and matrices.
 

@@ -1,8 +1,9 @@
 """Routed and shared experts: dispatch, grouped matmuls, combine (report 2.1; the clamp: 4.2.3). No token is ever
 dropped.
 
-Expert weights lie on the mesh axis `expert` and stay there, their width on `tensor`. Tokens come to them inside the
-shard_map wrapper, in one of two ways:
+Expert weights lie on the mesh axis `expert`, where their number allows on `fsdp` and `context`, too
+(`sharding.split_over`), and stay there, their width on `tensor`. Tokens come to them inside the shard_map wrapper, in one
+of two ways:
 
     gather       all expert shards' tokens are gathered, every device works on the picks of its own experts, and the sums
                  return by reduce-scatter
@@ -40,7 +41,7 @@ SENT = 4096
 
 
 def routed(x_BSD: jax.Array, experts_BSk: jax.Array, weights_BSk: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array,
-           down_EFD: jax.Array, *, limit: float, kernels: str, expert_axis: str | None = None,
+           down_EFD: jax.Array, *, limit: float, kernels: str, expert_axis: str | tuple[str, ...] | None = None,
            width_axis: str | None = None, exchange: str = "auto", wave: int | None = None,
            rounded: Callable[[jax.Array], jax.Array] | None = None,
            prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
@@ -53,8 +54,8 @@ def routed(x_BSD: jax.Array, experts_BSk: jax.Array, weights_BSk: jax.Array, gat
   its rows.
 
   Args:
-    expert_axis: mesh axis over which experts and the batch are split: the experts of `experts_BSk` are numbered over all of
-      its devices, and the weights are those of this device's.
+    expert_axis: mesh axis, or several, over which experts and tokens are split: the experts of `experts_BSk` are numbered
+      over all of its devices, and the weights are those of this device's.
     width_axis: mesh axis over which F is split: partial sums are added over it.
     exchange: "gather" or "all_to_all", see above; "auto" = `cheaper_exchange`. One shard exchanges nothing.
     wave: the most tokens of all shards of `expert_axis` together that are worked on at a time, if it has several; default:
@@ -147,7 +148,7 @@ def _sent(x_TD, experts_Tk, weights_Tk, matrices, *, limit, kernels, expert_axis
   return _over_axes(out_TD, None, width_axis).astype(x_TD.dtype)
 
 
-def _over_axes(out_TD: jax.Array, expert_axis: str | None, width_axis: str | None) -> jax.Array:
+def _over_axes(out_TD: jax.Array, expert_axis: str | tuple[str, ...] | None, width_axis: str | None) -> jax.Array:
   """The parts of all devices summed, each device's own tokens left."""
   out_TD = out_TD if width_axis is None else jax.lax.psum(out_TD, width_axis)
   return out_TD if expert_axis is None else jax.lax.psum_scatter(out_TD, expert_axis, tiled=True)
@@ -165,17 +166,17 @@ class Experts(nn.Module):
     experts."""
     config = self.config
     count, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-    expert_axis, width_axis = sharding.axis_name("expert"), sharding.axis_name("mlp")
+    own, width_axis = sharding.weight_axes("expert", count), sharding.axis_name("mlp")
     as_used = functools.partial(quantize.expert_weights, config)
     # To decode a token it would be a waste to round the experts that it does not go to.
-    late = config.qat is not None and not (expert_axis or width_axis) and few(experts_BSk.size, count, self.kernels)
+    late = config.qat is not None and not (own or width_axis) and few(experts_BSk.size, count, self.kernels)
     matrices = [weights.matrix(self, config, name, shape, (lambda master: master) if late else as_used) for name, shape in (
         ("gate", (count, d, f)), ("up", (count, d, f)), ("down", (count, f, d)))]
-    run = functools.partial(routed, limit=config.swiglu_limit, kernels=self.kernels, expert_axis=expert_axis,
+    run = functools.partial(routed, limit=config.swiglu_limit, kernels=self.kernels, expert_axis=own or None,
                             width_axis=width_axis, exchange=config.expert_exchange, prepared=as_used if late else None,
                             rounded=functools.partial(quantize.linear_input, config) if config.inference_rounding else None)
     tokens = ("batch", "sequence")
-    in_axes = (tokens, tokens, tokens, ("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None))
+    in_axes = (tokens, tokens, tokens, (own, None, "mlp"), (own, None, "mlp"), (own, "mlp", None))
     return sharding.per_shard(run, in_axes, tokens)(x_BSD, experts_BSk, weights_BSk, *matrices)
 
 

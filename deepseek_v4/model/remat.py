@@ -37,9 +37,9 @@ def keep(tree: Any, name: str = SUBLAYER) -> Any:
   return jax.tree.map(functools.partial(checkpoint_name, name=name), tree)
 
 
-def _kept() -> list[str]:
+def _kept(config: ModelConfig) -> list[str]:
   """The names of what `mhc` keeps, on the ambient mesh."""
-  rows = [names.EXPERTS] if sharding.axis_name("expert") is None else []
+  rows = [] if sharding.weight_axes("expert", config.n_routed_experts) else [names.EXPERTS]
   return [SUBLAYER, names.ATTENTION, names.INDEX_LOSS, *rows]
 
 
@@ -54,7 +54,7 @@ def recomputed(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
   policies = jax.checkpoint_policies
   policy = None
   if config.remat == "mhc":
-    policy = policies.save_only_these_names(*_kept())
+    policy = policies.save_only_these_names(*_kept(config))
   elif config.remat == "offload":
     policy = policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[STREAMS], offload_src="device", offload_dst="pinned_host")

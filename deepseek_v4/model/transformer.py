@@ -19,7 +19,7 @@ import pallas_kernels
 from deepseek_v4 import sharding
 from deepseek_v4.config import LayerSpec, ModelConfig
 from deepseek_v4.config_checks import refuse
-from deepseek_v4.model import losses, remat, two_levels, weights
+from deepseek_v4.model import losses, remat, two_levels, vocabulary, weights
 from deepseek_v4.model.block import Block, LayerOutput
 from deepseek_v4.model.cache import Cache, LayerCache
 from deepseek_v4.model.context import (
@@ -36,6 +36,7 @@ from deepseek_v4.model.hyper_connections import HyperHead
 from deepseek_v4.model.mtp import MTP, next_embeddings
 from deepseek_v4.model.norm import RMSNorm
 from deepseek_v4.model.replay import Choice, Replay, choices, stacked
+from deepseek_v4.model.vocabulary import Embedding, LMHead
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -277,8 +278,7 @@ class DeepseekV4(nn.Module):
       streams_BSND = streams_BSND if back is None else jnp.take_along_axis(streams_BSND, back[..., None, None], 1)
     out = None
     if logits != "none":
-      out = jnp.matmul(chosen, head_DV, preferred_element_type=weights.exact_dtype(config))
-      out = sharding.constrain(out, ("batch", "sequence", "vocab"))
+      out = sharding.constrain(vocabulary.logits(config, chosen, head_DV), ("batch", "sequence", "vocab"))
     return ModelOutput(out, hidden_BSD, mtp_BSD, found, routing, cache, None if cache is None else streams_BSND)
 
   def _check(self, tokens: jax.Array, logits: str, targets: jax.Array | None, no_mtp: bool | None) -> None:
@@ -338,26 +338,3 @@ class DeepseekV4(nn.Module):
     further = losses.mtp_targets(targets, context.segment_ids)
     return {"mtp": losses.cross_entropy(mtp_BSD, head_DV, further, chunk_size=self.config.loss_chunk_size),
             "balance": (balance[0] + report.balance, jnp.maximum(balance[1], report.balance_count))}
-
-
-class Embedding(nn.Module):
-  """Token embedding [V, D]."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """tokens int32 [B, S] -> [B, S, D] in the compute dtype."""
-    table = weights.matrix(self, self.config, "embedding", (self.config.vocab_size, self.config.hidden_size))
-    return sharding.constrain(table[tokens], ("batch", "sequence", None))
-
-
-class LMHead(nn.Module):
-  """Output head [D, V], not tied to the embedding."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self) -> Any:
-    """The matrix [D, V]."""
-    return weights.matrix(self, self.config, "kernel", (self.config.hidden_size, self.config.vocab_size))

@@ -15,7 +15,7 @@ import jax
 
 from deepseek_v4 import sharding
 from deepseek_v4.analysis.count import parameters
-from deepseek_v4.config import RunConfig
+from deepseek_v4.config import ModelConfig, RunConfig
 from deepseek_v4.model.groups import group_layers
 from deepseek_v4.model.two_levels import group_length, lone_length
 from deepseek_v4.optim.in_place import BLOCK_BYTES
@@ -84,12 +84,18 @@ def _bytes(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, in
   streams = model.hc_mult * model.hidden_size * width * tokens
   heads = model.num_attention_heads * model.head_dim * width * tokens // mesh.shape["tensor"]
   rows = 1.25 * model.num_experts_per_tok * (model.hidden_size + 3 * model.moe_intermediate_size) * width * tokens
-  expert = 3 * model.hidden_size * model.moe_intermediate_size * model.n_routed_experts // mesh.shape["expert"]
+  expert = 3 * model.hidden_size * model.moe_intermediate_size * model.n_routed_experts // _places(model, mesh)[0]
   layer = 4 * heads + rows + 4 * streams + (width + 4) * expert // mesh.shape["tensor"]
   gradients = held["parameters"] * (1 if run_config.data.accumulation == 1 else 2)
   arguments = sum(held.values())
   block = min(BLOCK_BYTES, held["parameters"]) if run_config.optimizer.matrix_owner == "muon" else 0
   return arguments + max(gradients + kept_streams(run_config) * streams + layer, held["parameters"] + 6 * block)
+
+
+def _places(model: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """Over how many places a layer's experts are split, and over how many devices each place's matrices."""
+  places = math.prod(mesh.shape[axis] for axis in sharding.split_over("expert", model.n_routed_experts, mesh.shape))
+  return places, math.prod(mesh.shape[axis] for axis in sharding.MEMORY_AXES) // places
 
 
 # ---- time -------------------------------------------------------------------------------------------------------------
@@ -102,14 +108,15 @@ def _work(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, int
   tokens, passes, width = tokens_of(run_config, mesh), data.accumulation, WIDTHS[model.compute_dtype]
   share = PASSES[model.remat] * tokens * passes / shape["tensor"]
   count = parameters(model)
-  experts = (count.main["routed_experts"] + count.mtp.get("routed_experts", 0)) / (shape["expert"] * shape["tensor"])
-  dense = count.total + count.total_mtp - experts * shape["expert"] * shape["tensor"]
+  places, gathered = _places(model, mesh)
+  experts = (count.main["routed_experts"] + count.mtp.get("routed_experts", 0)) / (places * shape["tensor"])
+  dense = count.total + count.total_mtp - experts * places * shape["tensor"]
   missing = lambda *axes: 1 - 1 / math.prod(shape[axis] for axis in axes)
-  whole = experts * missing("fsdp", "context") + dense / shape["tensor"] * missing("fsdp", "expert", "context")
+  whole = experts * (1 - 1 / gathered) + dense / shape["tensor"] * missing(*sharding.MEMORY_AXES)
   rounded = 0.5 if run_config.training.gradient_reduction == "bfloat16" else 1
   copies = held["parameters"] * missing(*sharding.COPY_AXES) * 2 * rounded
   weights = passes * whole * (2 * width + 4) + copies  # gathered twice, gradients reduced once; over copies once a step
-  rows = 1.25 * model.num_experts_per_tok * model.hidden_size * width * tokens * missing("expert")
+  rows = 1.25 * model.num_experts_per_tok * model.hidden_size * width * tokens * (1 - 1 / places)
   layers = model.num_hidden_layers + model.num_nextn_predict_layers
   exchanged = (PASSES[model.remat] + 1) * 2 * rows * layers * passes / 2
   streams = model.hc_mult * model.hidden_size * width * tokens

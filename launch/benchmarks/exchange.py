@@ -71,7 +71,8 @@ def program(**fields: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Any, An
 
   def both(experts_BSk, moving, d_BSD):
     run = functools.partial(routed, limit=shapes.expert_limit, kernels="pallas", exchange=case.form,
-                            expert_axis=sharding.axis_name("expert"), width_axis=sharding.axis_name("mlp"))
+                            expert_axis=sharding.weight_axes("expert", shapes.experts) or None,
+                            width_axis=sharding.axis_name("mlp"))
     run = sharding.per_shard(run, (_TOKENS, *axes), _TOKENS)
     y_BSD, pull = jax.vjp(lambda x, *rest: run(x, experts_BSk, *rest), *moving)
     return y_BSD, pull(d_BSD)

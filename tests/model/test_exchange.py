@@ -110,13 +110,15 @@ def arrays_for(rng, rows, length, d=6, f=4):
 def on_mesh(sizes, form, wave=None):
   """The jitted (experts, x, weights, matrices) -> gradients, y of the experts on a mesh (None: one device)."""
   tokens = ("batch", "sequence")
-  axes = (tokens, tokens, tokens, ("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None))
   sizes = dict(sizes)
   mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:np.prod(list(sizes.values()))])
 
   def both(experts, x, weights, *matrices):
+    own = sharding.weight_axes("expert", EXPERTS)
+    axes = (tokens, tokens, tokens, (own, None, "mlp"), (own, None, "mlp"), (own, "mlp", None))
+
     def total(x, weights, *matrices):
-      one = functools.partial(routed, limit=1.0, kernels="blockwise", expert_axis=sharding.axis_name("expert"),
+      one = functools.partial(routed, limit=1.0, kernels="blockwise", expert_axis=own or None,
                               width_axis=sharding.axis_name("mlp"), exchange=form, wave=wave)
       y = sharding.per_shard(one, axes, tokens)(x, experts, weights, *matrices)
       return (y ** 2).sum(), y

@@ -14,6 +14,7 @@ from deepseek_v4.model.exchange import room_for
 from deepseek_v4.model.transformer import DeepseekV4
 from deepseek_v4.planning.collectives import collectives
 from deepseek_v4.training.state import abstract_state
+from pallas_kernels.grouped_matmul import row_tile
 from tests.training.small import (
   LOSSES,
   MODEL,
@@ -202,14 +203,16 @@ def test_not_finite_gives_the_old_state_back(name):
 def test_every_device_holds_its_part(name):
   """Before and after the step, moments included: the sizes of the shards are those that the table of axes promises."""
   sizes = {axis: getattr(ALL[name][0], axis) for axis in ("fsdp", "expert", "context", "tensor")}
-  memory = sizes["fsdp"] * sizes["context"]
-  parts = {"expert": sizes["expert"], "expert_embed": memory, **dict.fromkeys(("embed", "lora"), memory * sizes["expert"]),
+  memory = sizes["fsdp"] * sizes["expert"] * sizes["context"]  # of which the eight experts take all
+  parts = {**dict.fromkeys(("expert", "lora", "channels"), memory), "head_vocab": sizes["fsdp"] * sizes["tensor"],
            **dict.fromkeys(("heads", "index_heads", "groups", "vocab", "mlp"), sizes["tensor"])}
   new = stepped(name)[0]
   (places, _), _ = mesh_step(name).compiled.input_shardings
   params, moments, before = leaves(new.params), leaves(new.opt_state), leaves(places.params)
   for key, x in params.items():
     axes = sharding.parameter_axes(key.split("/"), x.ndim)
+    # what the experts and the vocabulary leave
+    parts["embed"] = 1 if "/experts/" in key else memory // sizes["fsdp"] if key == "lm_head/kernel" else memory
     shard = tuple(n // parts[axis] if axis else n for n, axis in zip(x.shape, axes))
     copies = [m for m_key, m in moments.items() if m_key.endswith(f"/{key}") and (
       "mtp/" in key or "mtp/" not in m_key)]  # mtp has leaves of the same names as the model
@@ -218,7 +221,7 @@ def test_every_device_holds_its_part(name):
     assert {s.data.shape for s in x.addressable_shards} == {shard}, key
     assert before[key].shard_shape(x.shape) == shard, key
   experts = params["layers/unit_0/moe/experts/down"]
-  assert experts.sharding.shard_shape(experts.shape)[1] == MODEL.n_routed_experts // sizes["expert"]
+  assert experts.sharding.shard_shape(experts.shape)[1] == MODEL.n_routed_experts // memory
 
 
 def loops(text):
@@ -237,13 +240,12 @@ def loops(text):
 
 @pytest.mark.parametrize("name", ["fsdp=2 expert=4", pytest.param("fsdp=2 expert=4, gathered", marks=pytest.mark.long)])
 def test_expert_weights_stay_and_newton_schulz_is_alone(name):
-  """In the compiled step of fsdp=2 expert=4: no array holds all experts' weights, no loop of Newton-Schulz communicates."""
+  """In the compiled step of fsdp=2 expert=4, one expert of eight on each device: nothing gathers the matrices of several, no
+  loop of Newton-Schulz communicates."""
   text = mesh_step(name).compiled.as_text()
-  e, d, f = MODEL.n_routed_experts, MODEL.hidden_size, MODEL.moe_intermediate_size
-  moved = re.findall(rf"= \(?(f32\[.*) (?:{COLLECTIVES})\(", text)
-  shapes = {tuple(map(int, shape.split(","))) for line in moved for shape in re.findall(r"f32\[([\d,]+)\]", line)}
-  assert [shape for shape in shapes if shape[-3:] == (e // 4, d, f)]  # gathered over fsdp, for use
-  assert [shape for shape in shapes if shape[-3:] in ((e, d, f), (e, f, d))] == []
+  d, f = MODEL.hidden_size, MODEL.moe_intermediate_size
+  shapes = {shape for kind, _, arrays in moving(text, mesh_of(name)) if kind == "all-gather" for _, shape in arrays}
+  assert {np.prod(shape[:-2]) for shape in shapes if shape[-2:] in ((d, f), (f, d))} == {1}  # a shared expert's
   computations, inside = loops(text)
   newton_schulz = {name for name in inside if "RC,...SC->...RS" in computations[name]}
   communicates = [name for name in newton_schulz if re.search(rf" (?:{COLLECTIVES})\(", computations[name])]
@@ -252,14 +254,16 @@ def test_expert_weights_stay_and_newton_schulz_is_alone(name):
 
 @pytest.mark.parametrize("name", ["fsdp=2 expert=4"])
 def test_tokens_are_sent_to_their_experts_and_not_gathered(name):
-  """On the axis `expert`: rows of tokens move in boxes, and what is gathered is how many they are. (All weights but the
-  experts' are gathered over fsdp and expert together.)"""
-  picks, experts = RUN.data.sequence_length * MODEL.num_experts_per_tok, MODEL.n_routed_experts
+  """Over fsdp and expert together, which split the experts: rows of tokens move in boxes, and what is gathered is how many
+  they are (and dense weights)."""
+  length, experts = RUN.data.sequence_length, MODEL.n_routed_experts
+  picks, width = length * MODEL.num_experts_per_tok, MODEL.hidden_size
+  room = room_for(picks, 1, row_tile(picks, 1, "blockwise"))
   moved = moving(mesh_step(name).compiled.as_text(), mesh_of(name))
-  of = lambda kind: {shape for k, axes, arrays in moved if k == kind and axes == {"expert"} for _, shape in arrays}
-  assert of("all-gather") == {(4, experts)}
-  assert {shape[-2:] for shape in of("all-to-all")} >= {(rows, MODEL.hidden_size) for rows in (
-    picks, room_for(picks, experts // 4, 8))}
+  of = lambda kind: {shape for k, axes, arrays in moved if k == kind and axes == {"fsdp", "expert"} for _, shape in arrays}
+  assert (8, experts) in of("all-gather")
+  assert not {shape for shape in of("all-gather") if shape[-3:-1] == (8, length)}
+  assert {shape[-2:] for shape in of("all-to-all")} >= {(rows, width) for rows in (picks, room)}
 
 
 # ---- what travels along a split sequence -------------------------------------------------------------------------------
@@ -277,30 +281,33 @@ def moving(text, mesh):
 # means that something travels which did not.
 TRAFFIC = {
   "fsdp=2 context=2 tensor=2": {
-    "all-gather context": (12, 528), "all-gather context fsdp": (68, 37504), "all-gather tensor": (7, 7040),
-    "all-reduce context": (9, 15429), "all-reduce context fsdp": (4, 20630), "all-reduce context fsdp tensor": (2, 3330),
-    "all-reduce context tensor": (3, 321), "all-reduce fsdp": (9, 15430), "all-reduce tensor": (39, 57654),
-    "all-to-all context": (18, 29952), "all-to-all fsdp": (18, 29952), "all-to-all tensor": (12, 25472),
-    "collective-permute context": (26, 3096)},
+    "all-gather context": (14, 1552), "all-gather context fsdp": (60, 17120), "all-gather fsdp": (5, 1120),
+    "all-gather tensor": (7, 7040), "all-reduce context": (11, 15943), "all-reduce context fsdp": (4, 148),
+    "all-reduce context fsdp tensor": (5, 3333), "all-reduce context tensor": (3, 321), "all-reduce fsdp": (9, 14406),
+    "all-reduce fsdp tensor": (6, 98), "all-reduce tensor": (36, 58580), "all-to-all context": (18, 13568),
+    "all-to-all context fsdp": (51, 205632), "all-to-all fsdp": (20, 15616), "all-to-all tensor": (14, 24448),
+    "collective-permute context": (26, 3096), "reduce-scatter fsdp": (2, 512)},
   "data=2 expert=2 tensor=2": {
-    "all-gather data": (10, 35840), "all-gather expert": (131, 72704), "all-gather tensor": (21, 12416),
+    "all-gather data": (10, 35840), "all-gather expert": (130, 72448), "all-gather tensor": (21, 12416),
     "all-reduce data": (2, 9216), "all-reduce data expert": (7, 17684), "all-reduce data expert tensor": (2, 3138),
-    "all-reduce expert": (6, 136), "all-reduce tensor": (35, 118632), "all-to-all expert": (18, 13568),
+    "all-reduce expert": (6, 136), "all-reduce tensor": (35, 120680), "all-to-all expert": (18, 13568),
     "all-to-all tensor": (19, 33024), "collective-permute tensor": (4, 8), "reduce-scatter expert": (9, 12672)},
   "fsdp=2 expert=4": {
-    "all-gather expert": (3, 96), "all-gather expert fsdp": (59, 27136), "all-gather fsdp": (9, 9216),
-    "all-reduce expert": (2, 18), "all-reduce expert fsdp": (26, 30043), "all-reduce fsdp": (6, 9234),
-    "all-to-all expert": (63, 218048), "all-to-all fsdp": (16, 28416)},
+    "all-gather expert": (2, 2048), "all-gather expert fsdp": (60, 23232), "all-gather fsdp": (5, 1120),
+    "all-reduce expert": (3, 3074), "all-reduce expert fsdp": (24, 23915), "all-reduce fsdp": (6, 98),
+    "all-to-all expert": (14, 13056), "all-to-all expert fsdp": (49, 428800), "all-to-all fsdp": (16, 15104),
+    "reduce-scatter fsdp": (2, 512)},
   "data=2 fsdp=2 context=2": {
-    "all-gather context": (12, 528), "all-gather context fsdp": (68, 64000), "all-gather data": (7, 28416),
-    "all-reduce context": (8, 22790), "all-reduce context data fsdp": (2, 44316), "all-reduce context fsdp": (2, 136),
-    "all-reduce data fsdp": (5, 22470), "all-to-all context": (14, 28416), "all-to-all fsdp": (14, 28416),
-    "collective-permute context": (22, 3088)},
+    "all-gather context": (14, 2576), "all-gather context fsdp": (60, 23136), "all-gather data": (8, 28416),
+    "all-gather fsdp": (5, 1120), "all-reduce context": (10, 20744), "all-reduce context data": (1, 3072),
+    "all-reduce context data fsdp": (5, 3359), "all-reduce context fsdp": (2, 134), "all-reduce data": (2, 9216),
+    "all-reduce data fsdp": (5, 20422), "all-reduce fsdp": (6, 98), "all-to-all context": (14, 13056),
+    "all-to-all context fsdp": (49, 204992), "all-to-all fsdp": (16, 15104), "collective-permute context": (22, 3088),
+    "reduce-scatter fsdp": (2, 512)},
   "expert=2 context=4": {
-    "all-gather context": (21, 19808), "all-gather context expert": (59, 27136), "all-gather expert": (12, 13056),
-    "all-reduce context": (12, 41560), "all-reduce context expert": (6, 7570), "all-reduce expert": (6, 22488),
-    "all-to-all context": (16, 28416), "all-to-all expert": (14, 13056), "collective-permute context": (22, 6176),
-    "reduce-scatter expert": (9, 6336)},
+    "all-gather context": (12, 1376), "all-gather context expert": (62, 27328), "all-reduce context": (8, 21062),
+    "all-reduce context expert": (10, 9639), "all-reduce expert": (5, 20422), "all-to-all context": (14, 13056),
+    "all-to-all context expert": (49, 428800), "all-to-all expert": (14, 13056), "collective-permute context": (22, 6176)},
 }
 
 
@@ -334,26 +341,25 @@ def test_weights_are_gathered_layer_by_layer_inside_the_loop(name):
 
 @pytest.mark.parametrize("name", [name for name in TOGETHER if "fsdp" in name])
 def test_what_is_gathered_fits_in_a_layer(name):
-  """No gather holds more than the dense weights of a layer, and experts' matrices never meet others than those of their
-  place on `expert`: they are gathered over the axes that split one of them, and are as many as a device has.
-
-  Two kinds of gathers are larger in a real model: embedding and head, which are as small as a layer here only because the
-  vocabulary is; and what replicas gather of orthogonalised matrices (tests/optim/test_placement.py)."""
-  mesh, own = mesh_of(name), set()
+  """No gather holds more than the dense weights of a layer, none an expert's matrix, and embedding and head stay split over
+  fsdp (and tensor): these are as small as a layer here only because the vocabulary is. Larger in a real model can be what
+  copies gather of orthogonalised matrices (tests/optim/test_placement.py)."""
+  mesh, gathered = mesh_of(name), set()
   dense = sum(x.size for path, x in leaves(random_state().params).items()
               if path.startswith("layers/unit_0/") and "/experts/" not in path) // 2  # of two such layers
-  width, inner = MODEL.hidden_size, MODEL.moe_intermediate_size // mesh.shape["tensor"]
   for kind, axes, arrays in moving(mesh_step(name).compiled.as_text(), mesh):
     for _, shape in arrays:
       if axes == {"data"}:
         continue
       assert kind != "all-gather" or np.prod(shape) <= dense, (kind, axes, shape)
-      if kind == "all-gather" and shape[-2:] in ((width, inner), (inner, width)):
-        own.add((axes, int(np.prod(shape[:-2]))))
-  split = frozenset({"fsdp", "context"} if "context" in name else {"fsdp"})
-  several = {(axes, count) for axes, count in own if count > 1}  # one is a dense matrix of that shape
-  assert (split, MODEL.n_routed_experts // mesh.shape["expert"]) in several
-  assert mesh.shape["expert"] == 1 or len(several) == 1
+      if kind == "all-gather":
+        gathered.add(shape)
+  width, inner, vocab = MODEL.hidden_size, MODEL.moe_intermediate_size, MODEL.vocab_size // mesh.shape["tensor"]
+  fsdp = mesh.shape["fsdp"]
+  assert {(vocab, width // fsdp), (width, vocab // fsdp)} <= gathered  # over expert and context
+  if mesh.shape["tensor"] == 1:  # else other weights have these shapes
+    assert not {(vocab, width), (width, vocab)} & gathered
+    assert {np.prod(shape[:-2]) for shape in gathered if shape[-2:] in ((width, inner), (inner, width))} == {1}  # shared
 
 
 @pytest.mark.parametrize("name", ["fsdp=2 context=2 tensor=2"])
@@ -366,8 +372,9 @@ def test_what_travels_along_a_split_sequence(name):
   of = lambda kind: [array for k, axes, arrays in moved if k == kind and axes == {"context"} for array in arrays]
   floats = lambda arrays: sorted(shape for dtype, shape in arrays if dtype == "f32")
   csa, hca = (rows, length // 4, d), (rows, length // 8, d)
+  vocabulary = 2 * [(model.hidden_size, model.vocab_size // 4)]  # the head and, its equal here, the embedding
   ends = (parts, rows, 2, model.n_routed_experts + 1)  # of the balance loss: in HCA's layers and the prediction block
-  assert floats(of("all-gather")) == sorted([csa, csa[:2] + (model.index_head_dim,), hca, ends, ends])
+  assert floats(of("all-gather")) == sorted([csa, csa[:2] + (model.index_head_dim,), hca, ends, ends, *vocabulary])
   window, pending = (rows, 7, d), lambda series: (rows, 7, 2, series, d)
   once = [window, pending(2), pending(2), window, pending(1), window, (rows, 1, model.hidden_size)]  # CSA, HCA, prediction
   assert floats(of("collective-permute")) == sorted(2 * once)

@@ -47,11 +47,12 @@ def test_weights_are_born_where_they_belong(born):
   """No device ever holds a whole matrix: 24 experts, or 40 rows of one, occur in no shape of the program."""
   compiled, state, _ = born
   for name, x in leaves(state.params).items():
-    assert x.sharding == jax.NamedSharding(x.sharding.mesh, sharding.spec(sharding.parameter_axes(name.split("/"), x.ndim)))
+    axes, mesh = sharding.parameter_axes(name.split("/"), x.ndim), x.sharding.mesh
+    assert x.sharding == jax.NamedSharding(mesh, sharding.parameter_spec(axes, x.shape, mesh.shape)), name
   experts = state.params["layers"]["unit_0"]["moe"]["experts"]["up"]
-  assert {shard.data.shape for shard in experts.addressable_shards} == {(2, 6, 20, 48)}
+  assert {shard.data.shape for shard in experts.addressable_shards} == {(2, 3, 40, 48)}
   shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"(?:f32|u32|u64)\[([\d,]+)\]", compiled.as_text())}
-  assert any(shape[-3:] == (6, 20, 48) for shape in shapes)
+  assert any(shape[-3:] == (3, 40, 48) for shape in shapes)
   assert [shape for shape in shapes if np.prod(shape) >= 24 * 20 * 48] == []
   largest = 2 * 3 * 6 * 20 * 48 * 4  # one device's part of all experts, float32
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * largest
