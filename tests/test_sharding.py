@@ -71,11 +71,14 @@ def test_big_matrices_are_split(shapes):
 
 @pytest.mark.parametrize("leaf, shape, expected", [
   ("attention/q_a", (24, 6), P(("fsdp", "expert", "context"), None)),
-  ("attention/q_a", (20, 6), P(("fsdp", "expert"), None)), ("attention/q_a", (18, 6), P("fsdp", None)), ("attention/q_a", (9, 6), P("fsdp", None)),  # which jit then refuses
+  ("attention/q_a", (20, 6), P(("fsdp", "expert"), None)),
+  ("attention/q_a", (18, 6), P("fsdp", None)),
+  ("attention/q_a", (9, 6), P("fsdp", None)),  # which jit then refuses
   ("moe/experts/gate", (8, 3, 6), P(("fsdp", "expert", "context"), None, "tensor")),
   ("moe/experts/gate", (4, 8, 6), P(("fsdp", "expert"), "context", "tensor")),
   ("moe/experts/gate", (6, 8, 6), P("expert", ("fsdp", "context"), "tensor")),
-  ("moe/experts/down", (6, 8, 2), P("expert", "tensor", "fsdp"))])
+  ("moe/experts/down", (6, 8, 2), P("expert", "tensor", "fsdp")),
+])
 def test_an_axis_that_all_do_not_divide_is_split_over_the_first_of_them(leaf, shape, expected):
   tree = jax.ShapeDtypeStruct(shape, np.float32)
   for name in ("layers", "layer_00", *leaf.split("/"))[::-1]:
