@@ -133,6 +133,11 @@ def count(config: ModelConfig, context: int = 1_048_576, *, rewind: int = 0, dra
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
+def dense_layer(config: ModelConfig) -> int:
+  """The most parameters that a layer has beside its routed experts."""
+  return max(sum(n for part, n in _layer(config, spec).items() if part != "routed_experts") for spec in config.layer_specs)
+
+
 def parameters(config: ModelConfig) -> Parameters:
   """Numbers of parameters by part."""
   c = config

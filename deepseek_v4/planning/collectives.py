@@ -140,6 +140,11 @@ def traffic(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
   return dict(sorted(table.items()))
 
 
+def largest_gather(found: Sequence[Collective]) -> int:
+  """The most numbers that a device has after an all-gather; a started one names operands and results, which are larger."""
+  return max((math.prod(shape) for one in found if one.kind == "all-gather" for _, shape in one.arrays), default=0)
+
+
 def _groups_of(line: str) -> np.ndarray:
   """Device numbers [groups, size] of a collective, in each of the ways in which XLA writes them."""
   if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):

@@ -185,7 +185,7 @@ def _shapes(one: Pass, heads: int, width: int = 0) -> Shapes:
 def _experts(name: str, one: Pass) -> Local:
   """Rows that a device works on at a time: its share of all picks."""
   c, mesh = one.model, one.mesh
-  shards = mesh["expert"]
+  shards = math.prod(mesh[axis] for axis in sharding.split_over("expert", c.n_routed_experts, mesh))
   tokens = one.rows // math.prod(mesh[axis] for axis in sharding.BATCH_AXES) * one.tokens // mesh["context"]
   way = c.expert_exchange
   if way == "auto" or shards == 1:

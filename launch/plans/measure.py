@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterator, Mapping
 
 import jax
 
-from deepseek_v4.analysis.count import count
+from deepseek_v4.analysis.count import count, dense_layer
 from deepseek_v4.config import RunConfig
 from deepseek_v4.planning import bound, collectives, dots, lower, read, state
 from deepseek_v4.training.state import abstract_state
@@ -164,7 +164,8 @@ def work_of(wanted: Wanted, mesh: jax.sharding.Mesh, jaxpr: Any, text: str, chip
   """
   of_kernels = kernels.total(list(kernels.traced_calls(jaxpr)), read.executed(text), pass_of(wanted, mesh), chip,
                              by_signature)
-  found = collectives.traffic(collectives.collectives(text))
+  exchanged = collectives.collectives(text)
+  found = collectives.traffic(exchanged)
   executed = dots.flops(text)
   of_all = lambda field: sum(row[field] for row in of_kernels.values())
   moved = sum(part.times * part.hbm_bytes for part in program.parts(text) if part.certain and not part.kernel)
@@ -173,7 +174,9 @@ def work_of(wanted: Wanted, mesh: jax.sharding.Mesh, jaxpr: Any, text: str, chip
                     sum(row["hidden"] for row in found.values()))
   rates = rates_of(chip)
   least, flops = bound.seconds(work, rates), wanted.model_flops
-  return {"kernels": of_kernels, "with_bundles": len(by_signature), "traffic": found, "hbm_bytes_moved": work.hbm_bytes,
+  return {"kernels": of_kernels, "with_bundles": len(by_signature), "traffic": found,
+          "largest_gather": collectives.largest_gather(exchanged),
+          "dense_layer": dense_layer(wanted.run_config.model), "hbm_bytes_moved": work.hbm_bytes,
           "flops": {"model": flops / mesh.size, "matmuls": work.matmul_flops, "kernels": work.kernel_flops,
                     "hardware": work.matmul_flops + work.kernel_flops, "more": executed["more"]},
           "bounds": least, "utilization": bound.utilization(flops, mesh.size, rates, least["step"])}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import deepseek_v4 as dsv4
-from deepseek_v4.analysis.count import PRECISION, cache_bytes, v32_cost
+from deepseek_v4.analysis.count import PRECISION, cache_bytes, dense_layer, v32_cost
 from deepseek_v4.config import CSA, HASH, HCA, LEARNED, SLIDING, ModelConfig
 from deepseek_v4.model.cache import init_cache
 from deepseek_v4.model.draft import init_draft_cache
@@ -59,6 +59,18 @@ def test_parameters_are_those_of_the_model(config):
   ours = dsv4.count(config, 10).parameters
   assert main.pop("hash tables") == ours.hash_table_entries
   assert dict(ours.main) == main and dict(ours.mtp) == mtp
+
+
+@pytest.mark.parametrize("config", [ODD, PRO, FLASH], ids=["odd", "pro", "flash"])
+def test_dense_weights_of_the_largest_layer(config):
+  """Of each layer's leaves all but the experts' and the hash table; scanned layers have equal parts of theirs."""
+  layers = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(config)):
+    names = [str(p.key) for p in path]
+    if names[1] == "layers" and "experts" not in names and "hash_table" not in names:
+      repeats = leaf.shape[0] if names[2].startswith("unit") else 1
+      layers[names[2]] = layers.get(names[2], 0) + int(np.prod(leaf.shape)) // repeats
+  assert dense_layer(config) == max(layers.values())
 
 
 def test_published_parameters():

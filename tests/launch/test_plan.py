@@ -33,6 +33,7 @@ def figures(**changes):
           "traffic": {
             "all-gather": {"count": 4, "started": 3, "bytes": 1.5e9, "hidden": 1e9, "more": 0},
             "ragged-all-to-all": {"count": 9, "started": 8, "bytes": 2e9, "hidden": 2e9, "more": 0.25e9}},
+          "largest_gather": 33_554_432, "dense_layer": 153_400_000,
           "flops": {"model": 8e12, "hardware": 12e12, "matmuls": 10e12, "kernels": 2e12, "more": 1e12},
           "bounds": dict.fromkeys(("matmuls", "kernels", "compute", "hbm", "exposed", "hidden", "step"), 0.25),
           "utilization": 0.456} | changes
@@ -46,6 +47,7 @@ def test_everything_is_printed():
   text = report.text(figures())
   assert "83.3% of the 6.00 that the compiler lets a program use: fits (held at one time: 66.7%)" in text
   assert text.endswith("this allows: 45.6%")
+  assert "largest all-gather a device has 33.6 M numbers; of a layer all weights" in text and "most 153.4 M" in text
   assert "model 8.0, hardware 12.0, matmuls 10.0, kernels 2.0; + 1.0 for" in text
   assert "least ms by these, of 7 shapes also by the compiler's schedule" in report.text(figures(with_bundles=7))
   assert report.text(figures(layout=True)).startswith("laid out, without its machine code (a guess stands for it), in 50 s")

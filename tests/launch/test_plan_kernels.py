@@ -78,6 +78,7 @@ def test_experts_have_their_share_of_the_picks():
   jaxpr = jax.make_jaxpr(run)(wide(2048, 256), *matrices, whole(2))
   hidden, down = kernels.traced_calls(jaxpr.jaxpr)
   one = one_pass(512, mesh=MESH | {"expert": 2})
+  assert kernels.local_of(hidden, one) == kernels.local_of(hidden, one_pass(512, mesh=MESH | {"fsdp": 2}))
   assert kernels.local_of(hidden, one).rows == 1024
   assert kernels.cost(hidden, kernels.local_of(hidden, one), V5P).flops == 2 * 1024 * 256 * 2 * 128
   found = kernels.total([hidden, down], {"experts_hidden": 3, "experts_down": 1}, one, V5P, {})

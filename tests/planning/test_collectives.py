@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_v4 import sharding
 from deepseek_v4.config import MeshConfig
-from deepseek_v4.planning.collectives import collectives, traffic
+from deepseek_v4.planning.collectives import collectives, largest_gather, traffic
 
 ARRAY = "bf16[8,128]{1,0:T(8,128)(2,1)}"  # 2,048 bytes
 LINES = {
@@ -160,6 +160,13 @@ def test_traffic_by_kind():
     "all-gather": row(3, 2, 7680, 6144, 0), "all-reduce": row(2, 1, 6656, 3072, 0), "all-to-all": row(1, 0, 2048, 0, 0),
     "collective-permute": row(1, 1, 2048, 2048, 0), "ragged-all-to-all": row(2, 1, 2560, 1024, 0),
     "reduce-scatter": row(1, 0, 2048, 0, 0)}
+
+
+def test_the_largest_gather_is_told_by_its_result():
+  found = collectives("".join(map(until_done, LINES)))
+  assert largest_gather(found) == 16 * 128  # the second result of the one that starts two
+  assert largest_gather([one for one in found if not one.starts]) == 8 * 128
+  assert largest_gather([one for one in found if one.kind != "all-gather"]) == 0
 
 
 @functools.cache
