@@ -42,8 +42,8 @@ def _traffic(figures: Mapping[str, Any]) -> list[str]:
   lines += [f"  {kind:20}{found['bytes'] / GB:8.2f}{found['count']:5}{found['started']:5}{more(found)}"
             for kind, found in figures["traffic"].items()] or ["  none"]
   gather, layer = figures["largest_gather"] / 1e6, figures["dense_layer"] / 1e6
-  return lines + [f"after the largest all-gather a device has {gather:,.1f} M numbers; of a layer all weights but the routed "
-                  f"experts' are at most {layer:,.1f} M"]
+  return lines + [f"after the largest all-gather a device has {gather:,.1f} M numbers; of a layer all weights but the "
+                  f"routed experts' are at most {layer:,.1f} M"]
 
 
 def _bounds(figures: Mapping[str, Any]) -> list[str]:
