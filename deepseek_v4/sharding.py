@@ -36,9 +36,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES, "sequence": "context", "shards": (*BATCH_AXES, "context"),
     "heads": "tensor", "index_heads": "tensor", "groups": "tensor", "vocab": "tensor", "mlp": "tensor",
     "queries": ("context", "tensor"), "channels": "fsdp", "embed": None, "lora": None,
-    "expert": MEMORY_AXES, "head_vocab": ("fsdp", "tensor"),
+    "expert": MEMORY_AXES, "head_vocab": ("tensor", "fsdp"),
 }
-# Of those that a weight's size must allow, always the first, and of the others as many as divide it (`split_over`).
+# Of those that a weight's size must allow, always this one, and of the others those that divide it most (`split_over`).
 BY_SIZE = {"expert": "expert", "head_vocab": "tensor"}
 # Along these weights are split for memory: over what no other axis of theirs has, and gathered where they are used.
 STORED = ("embed", "lora", "channels")
@@ -218,8 +218,8 @@ def _most_parts(size: int, axes: Sequence[str], sizes: Mapping[str, int]) -> tup
 
 
 def split_over(name: str, size: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
-  """The mesh axes, in the mesh's order and without those of size 1, over which a weight's axis `name` of `BY_SIZE` is split:
-  its first one, and of the others those with which its parts are equal and the most."""
+  """The mesh axes, in the table's order and without those of size 1, over which a weight's axis `name` of `BY_SIZE` is
+  split: the one named there, and of the others those with which its parts are equal and the most."""
   always, allowed = BY_SIZE[name], [axis for axis in RULES[name] or () if sizes[axis] > 1]
   others = [axis for axis in allowed if axis != always]
   more = _most_parts(size // sizes[always], others, sizes) if size % sizes[always] == 0 else ()
