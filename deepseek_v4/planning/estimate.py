@@ -101,8 +101,8 @@ def _places(model: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[int, int]:
 # ---- time -------------------------------------------------------------------------------------------------------------
 def _work(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, int]) -> bound.Work:
   """Matmuls as the model's, with what the policy computes again; weights and gradients that travel in every pass, and sums
-  of what the axis tensor splits; rows that travel to their experts and back; HBM for weights, gradients and a few dozen
-  reads and writes of a layer's streams."""
+  of what the axis tensor splits; rows that travel to their experts and back, and to the parts of the head; HBM for weights,
+  gradients and a few dozen reads and writes of a layer's streams."""
   model, data, shape = run_config.model, run_config.data, mesh.shape
   forward = bound.forward_flops(model, data.sequence_length, run_config.training.attention_mode)
   tokens, passes, width = tokens_of(run_config, mesh), data.accumulation, WIDTHS[model.compute_dtype]
@@ -112,13 +112,18 @@ def _work(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, int
   experts = (count.main["routed_experts"] + count.mtp.get("routed_experts", 0)) / (places * shape["tensor"])
   dense = count.total + count.total_mtp - experts * places * shape["tensor"]
   missing = lambda *axes: 1 - 1 / math.prod(shape[axis] for axis in axes)
-  whole = experts * (1 - 1 / gathered) + dense / shape["tensor"] * missing(*sharding.MEMORY_AXES)
+  vocabulary = 2 * model.vocab_size * model.hidden_size  # embedding and head, whose parts on fsdp stay where they are
+  whole = experts * (1 - 1 / gathered) + ((dense - vocabulary) * missing(*sharding.MEMORY_AXES)
+                                          + vocabulary / shape["fsdp"] * missing("expert", "context")) / shape["tensor"]
   rounded = 0.5 if run_config.training.gradient_reduction == "bfloat16" else 1
   copies = held["parameters"] * missing(*sharding.COPY_AXES) * 2 * rounded
   weights = passes * whole * (2 * width + 4) + copies  # gathered twice, gradients reduced once; over copies once a step
   rows = 1.25 * model.num_experts_per_tok * model.hidden_size * width * tokens * (1 - 1 / places)
   layers = model.num_hidden_layers + model.num_nextn_predict_layers
   exchanged = (PASSES[model.remat] + 1) * 2 * rows * layers * passes / 2
+  # Hidden states come from all of fsdp to each part of the head, their gradients in float32 back.
+  heads = 1 + model.num_nextn_predict_layers
+  exchanged += heads * (shape["fsdp"] - 1) * tokens * model.hidden_size * (width + 4) * passes
   streams = model.hc_mult * model.hidden_size * width * tokens
   moved = passes * (2 * width * PASSES[model.remat] * (experts + dense / shape["tensor"])
                     + 12 * PASSES[model.remat] * streams * layers + 3 * held["parameters"]) + 8 * sum(held.values())

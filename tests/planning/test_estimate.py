@@ -49,6 +49,16 @@ def test_more_passes_hold_less_and_send_more():
   assert many.work.hidden_bytes == few.work.hidden_bytes
 
 
+def test_the_vocabulary_s_matrices_stay_split_over_fsdp():
+  """Over expert they are gathered twice in float32, and their gradients are summed; over fsdp a token's hidden state and its
+  gradient travel to each other device, for either loss."""
+  over = lambda **axes: estimated(axes, accumulation=1).work
+  numbers = 2 * MODEL.vocab_size * MODEL.hidden_size
+  assert over(expert=2).exposed_bytes - over(fsdp=2).exposed_bytes == pytest.approx(numbers / 2 * (2 * 4 + 4))
+  tokens = RUN.data.batch_size * RUN.data.sequence_length // 2
+  assert over(fsdp=2).hidden_bytes - over(expert=2).hidden_bytes == pytest.approx(2 * tokens * MODEL.hidden_size * 8)
+
+
 def test_sizes_that_do_not_divide_are_refused():
   with pytest.raises(ValueError, match="data.batch_size / data.accumulation = 1"):
     estimated({"data": 2}, accumulation=8)
