@@ -137,7 +137,8 @@ class Router(nn.Module):
     num_experts, top_k = config.n_routed_experts, config.num_experts_per_tok
     gate_DE = weights.exact(self, config, "gate", (config.hidden_size, num_experts))
     logits_BSE = jnp.einsum("BSD,DE->BSE", x_BSD.astype(gate_DE.dtype), gate_DE, precision="highest")
-    logits_BSE = remat.keep(logits_BSE)
+    # Else, in the gradient of the gate, XLA may gather the tokens of a whole sequence.
+    logits_BSE = remat.keep(sharding.constrain(logits_BSE, (*sequence.TOKENS, None)))
     scores_BSE = score(logits_BSE, config.scoring_func)
     if self.kind == HASH:
       table = self.variable("router", "hash_table",

@@ -171,9 +171,10 @@ def _spread(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int]) -> jax.Arr
   return x_PKM.reshape(*x_PKM.shape[:len(sizes) + 1], math.prod(short), math.prod(long))
 
 
-def _gather(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int]) -> jax.Array:
-  """The inverse of `_spread`."""
+def _gather(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int], plan: Plan) -> tuple[jax.Array, np.ndarray]:
+  """The inverse of `_spread`, and the number of the matrix at each place of K, as `Plan.slots` tells it."""
   placed, short, long, _ = stack
+  slots = plan.slots()
   moves = moves_of(stack, sizes)
   order = placed + tuple(name for move in moves for name in move.names)
   names = list(sizes)
@@ -181,11 +182,32 @@ def _gather(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int]) -> jax.Arr
   x_PKM = x_PKM.transpose(*(names.index(name) for name in order), *range(len(sizes), x_PKM.ndim))
   for move in reversed(moves):
     x_PKM = _constrain(x_PKM, move.placed + move.names, 1, move.after)
+    if move.after is not None and move.after == move.before:  # what replicas gather should not be empty room
+      x_PKM, slots = _packed(x_PKM, slots, plan.counts.sum(), move)
     x_PKM = _constrain(x_PKM, move.placed, len(move.names) + 1, move.before)
     at = len(move.placed)
     count = math.prod(x_PKM.shape[at:at + len(move.names) + 1])
     x_PKM = x_PKM.reshape(*x_PKM.shape[:at], count, *x_PKM.shape[at + len(move.names) + 1:])
-  return x_PKM
+  return x_PKM, slots
+
+
+def _packed(x_PKM: jax.Array, slots: np.ndarray, matrices: int, move: Move) -> tuple[jax.Array, np.ndarray]:
+  """x_PKM, of whose P `move` is the last part, with as much of K as the fullest place of that part has matrices; and
+  `slots` of what is left."""
+  at = len(move.placed) + len(move.names)
+  lead = x_PKM.shape[len(move.placed):at]
+  by_place = slots.reshape(math.prod(lead), -1)
+  first = np.argsort(by_place >= matrices, axis=1, kind="stable")[:, :(by_place < matrices).sum(1).max()]
+  if first.shape == by_place.shape:
+    return x_PKM, slots
+  spec = PartitionSpec(*move.placed, *move.names, None, *(names or None for names in move.after or ()))
+
+  def local(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[(slice(None),) * at + (index.reshape(-1),)].get(mode="promise_in_bounds")
+  index = first.reshape(*lead, -1).astype(np.int32)
+  taken = jax.shard_map(local, in_specs=(spec, PartitionSpec(*move.names)), out_specs=spec, check_vma=False)(
+    x_PKM, jnp.asarray(index))
+  return taken, np.take_along_axis(by_place, first, 1).reshape(-1)
 
 
 # ---- who works on what ------------------------------------------------------------------------------------------------
@@ -334,8 +356,8 @@ def map_matrices(function: Callable[[jax.Array], jax.Array], leaves: Sequence[ja
   for stacks in by_shape.values():
     done = _apply(function, [spread[stack] for stack in stacks], [plans[stack] for stack in stacks], sizes)
     for stack, x in zip(stacks, done):
-      indices, slots = members[stack], plans[stack].slots()
-      x_PKM = _gather(x, stack, sizes)
+      indices = members[stack]
+      x_PKM, slots = _gather(x, stack, sizes, plans[stack])
       x_PKM = _take(x_PKM, np.flatnonzero(slots < plans[stack].counts.sum()), len(stack[0]))
       for i, piece in zip(indices, _cut(x_PKM, [layouts[i].count for i in indices], len(stack[0]))):
         results[i] = _from_stack(piece, layouts[i], leaves[i].shape)

@@ -1,5 +1,5 @@
-"""How copies of the weights add up their gradients over the mesh axes dcn_data and data: once a step where a slow network or
-rounding makes it worth it (`once_a_step`), else in every pass, as the partitioner does.
+"""How copies of the weights add up their gradients over the mesh axes dcn_data and data: once a step where a slow network,
+rounding or several passes make it worth it (`once_a_step`), else in every pass, as the partitioner does.
 
     float32    one sum
     bfloat16   two exchanges of half the bytes (report 3.4.1): each copy rounds its gradients and sends every other one its
@@ -79,15 +79,16 @@ def sum_gradients(grads: Any, places: Any, how: str, key: jax.Array) -> Any:
                                          check_vma=False)(leaves, key))
 
 
-def once_a_step(how: str) -> bool:
+def once_a_step(how: str, passes: int) -> bool:
   """Whether each copy runs its passes alone, on the ambient mesh.
 
-  Copies within a slice gain little by it. Together with the axis context, or with expert and tensor, XLA's partitioner
-  aborts the process where some axes are taken out of its hands (jaxlib 0.10.2); rounding is refused there by the settings.
+  Copies within a slice gain nothing by it in a single pass. Together with the axis context, or with expert and tensor, XLA's
+  partitioner aborts the process where some axes are taken out of its hands (jaxlib 0.10.2); rounding is refused there by the
+  settings.
   """
   split = {axis: sharding.mesh_axis_size(axis) for axis in ("dcn_data", "context", "expert", "tensor")}
   possible = split["context"] == 1 and (split["expert"] == 1 or split["tensor"] == 1)
-  return bool(sharding.copies()) and possible and (split["dcn_data"] > 1 or how != "float32")
+  return bool(sharding.copies()) and possible and (split["dcn_data"] > 1 or passes > 1 or how != "float32")
 
 
 def over_copies(fn: Callable, whole: Any, rows: Any, places: Any, how: str, key: jax.Array) -> tuple[Any, Any]:
@@ -100,7 +101,7 @@ def over_copies(fn: Callable, whole: Any, rows: Any, places: Any, how: str, key:
     places: PartitionSpecs of the gradients; None without a mesh.
     how, key: as for `sum_gradients`.
   """
-  if not once_a_step(how):
+  if not once_a_step(how, jax.tree.leaves(rows)[0].shape[0]):
     return fn(whole, rows)
   grads, others = sharding.per_copy(fn)(whole, rows)
   return sum_gradients(grads, places, how, key), jax.tree.map(lambda x: x.sum(0), others)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_v4.optim import MatrixAxes, orthogonalize
 from deepseek_v4.optim.batches import flops_of_devices, layout_of, map_matrices
 from deepseek_v4.optim.newton_schulz import COEFFICIENTS, flops
+from deepseek_v4.planning.collectives import collectives as planned
 
 AXIS_NAMES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -131,6 +132,23 @@ def test_large_matrices_leave_small_ones_to_others(sizes):
                                                   list(spec.values())))(g)
   np.testing.assert_array_equal(large, 48 * g["large"])
   np.testing.assert_array_equal(small, 32 * g["small"])
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 8, 11])
+def test_replicas_gather_matrices_and_no_empty_room(count):
+  """Rows of 16 x 24 over four devices, two of which have the same: each gathers a quarter of as many matrices as the one of
+  the two with more of them has made, twice."""
+  g = jnp.asarray(np.random.default_rng(2).normal(size=(count, 16, 24)), jnp.float32)
+  mesh, spec = mesh_of(fsdp=2, expert=4), P(None, "expert")
+  place = NamedSharding(mesh, spec)
+  with jax.set_mesh(mesh):
+    run = jax.jit(lambda g: map_matrices(lambda x: 2 * x, [g], [MatrixAxes((1,), (2,))], [spec])[0], in_shardings=place,
+                  out_shardings=place).lower(g).compile()
+  np.testing.assert_array_equal(run(jax.device_put(g, place)), 2 * g)
+  (gathered,) = [one for one in planned(run.as_text()) if one.kind == "all-gather"]
+  made = flops_of_devices([g.shape], [MatrixAxes((1,), (2,))], [spec], {"fsdp": 2, "expert": 4}) / flops(16, 24)
+  assert len(gathered.devices) == 2 and made.sum() == count
+  assert max(np.prod(shape) for _, shape in gathered.arrays) == 2 * made.sum(1).max() * 4 * 24
 
 
 def test_without_a_mesh_there_is_one_batch_for_every_shape(gradients):

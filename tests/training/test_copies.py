@@ -119,6 +119,24 @@ def test_meshes_whose_copies_cannot_run_alone_are_refused(mesh):
 
 
 # ---- the whole step ----------------------------------------------------------------------------------------------------
+def test_copies_of_one_slice_add_up_once_for_all_passes():
+  """Two copies of two devices, two passes: the numbers of one device, and outside the loop over passes each number of a
+  device's gradients once, in float32. Inside nothing goes from copy to copy."""
+  run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, accumulation=2))
+  mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+  step = Step(run, mesh)
+  state, metrics = step(random_state(), random_batch(2))
+  expected_state, expected = reference()
+  for name in (*LOSSES, "loss", "grad_norm"):
+    assert metrics[name] == pytest.approx(float(expected[name]), rel=3e-6), name
+  grads, wanted = gradients_of(state), gradients_of(expected_state)
+  for name, g in wanted.items():  # as on other meshes, see test_mesh.py
+    assert np.linalg.norm(grads[name] - g) <= 2e-5 * np.linalg.norm(g) + 1e-7, name
+  summed = [count for kind, count, dtypes in moved(step.compiled.as_text(), mesh) if kind == "all-reduce" and "f32" in dtypes]
+  parameters = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(state.params))
+  assert sum(summed) == pytest.approx(4 * parameters, rel=0.02)  # half of 2 x 4 bytes; and a few sums of losses and loads
+
+
 @pytest.mark.long  # its program takes longer to compile than any other's; the sums alone and exact steps are in the suite
 def test_a_step_over_two_slices_with_rounded_sums():
   """Like the step of one device but for the rounding: two of at most 2^-7 of each number, on average a third of that."""
