@@ -30,9 +30,12 @@ class Embedding(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """tokens int32 [B, S] -> [B, S, D] in the compute dtype; a row's gradient is summed at least in float32."""
     table_VD = weights.exact(self, self.config, "embedding", (self.config.vocab_size, self.config.hidden_size))
-    run = functools.partial(_look_up, dtype=self.config.compute_dtype, parts=sharding.axis_name("channels"),
-                            vocab_axis=sharding.axis_name("vocab"))
-    shared = sharding.per_shard(run, (("batch", "sequence"), ("vocab", "channels")), ("batch", "sequence"))
+    # A forward pass may be asked for on a mesh that divides neither; a run is refused there.
+    vocab, channels = (name if size % sharding.axis_size(name) == 0 else None
+                       for name, size in zip(("vocab", "channels"), table_VD.shape))
+    run = functools.partial(_look_up, dtype=self.config.compute_dtype, parts=channels and sharding.axis_name(channels),
+                            vocab_axis=vocab and sharding.axis_name(vocab))
+    shared = sharding.per_shard(run, (("batch", "sequence"), (vocab, channels)), ("batch", "sequence"))
     return sharding.constrain(shared(tokens, table_VD), ("batch", "sequence", None))
 
 

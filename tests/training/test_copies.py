@@ -132,7 +132,8 @@ def test_copies_of_one_slice_add_up_once_for_all_passes():
   grads, wanted = gradients_of(state), gradients_of(expected_state)
   for name, g in wanted.items():  # as on other meshes, see test_mesh.py
     assert np.linalg.norm(grads[name] - g) <= 2e-5 * np.linalg.norm(g) + 1e-7, name
-  summed = [count for kind, count, dtypes in moved(step.compiled.as_text(), mesh) if kind == "all-reduce" and "f32" in dtypes]
+  found = moved(step.compiled.as_text(), mesh)
+  summed = [count for kind, count, dtypes in found if kind == "all-reduce" and "f32" in dtypes]
   parameters = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(state.params))
   assert sum(summed) == pytest.approx(4 * parameters, rel=0.02)  # half of 2 x 4 bytes; and a few sums of losses and loads
 
