@@ -9,8 +9,8 @@ however long it runs. All of it is reshapes and sharding constraints. Leaves tha
           M: the matrix's axes, first those of its shorter side; some still sharded
 
 A mesh axis is placed by splitting its size off K: for one over which the leaf is replicated, a slice on the way there and an
-all-gather on the way back; for one that shards a matrix axis, moving it there is one all-to-all. When all are placed, what
-has the same shape is joined along K, which is local.
+all-gather, or a sum with zeros, on the way back; for one that shards a matrix axis, moving it there is one all-to-all. When
+all are placed, what has the same shape is joined along K, which is local.
 
 Every device has the same room, but not as many matrices (`placement.py`): where one device has a matrix and another has
 none, each asks a table whether there is work to do.
@@ -182,8 +182,8 @@ def _gather(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int], plan: Plan
   x_PKM = x_PKM.transpose(*(names.index(name) for name in order), *range(len(sizes), x_PKM.ndim))
   for move in reversed(moves):
     x_PKM = _constrain(x_PKM, move.placed + move.names, 1, move.after)
-    if move.after is not None and move.after == move.before:  # what replicas gather should not be empty room
-      x_PKM, slots = _packed(x_PKM, slots, plan.counts.sum(), move)
+    if move.after is not None and move.after == move.before:
+      return _from_replicas(x_PKM, slots, int(plan.counts.sum()), move)  # the first move, so the last one back
     x_PKM = _constrain(x_PKM, move.placed, len(move.names) + 1, move.before)
     at = len(move.placed)
     count = math.prod(x_PKM.shape[at:at + len(move.names) + 1])
@@ -191,23 +191,31 @@ def _gather(x_PKM: jax.Array, stack: tuple, sizes: Mapping[str, int], plan: Plan
   return x_PKM, slots
 
 
-def _packed(x_PKM: jax.Array, slots: np.ndarray, matrices: int, move: Move) -> tuple[jax.Array, np.ndarray]:
-  """x_PKM, of whose P `move` is the last part, with as much of K as the fullest place of that part has matrices; and
-  `slots` of what is left."""
-  at = len(move.placed) + len(move.names)
-  lead = x_PKM.shape[len(move.placed):at]
-  by_place = slots.reshape(math.prod(lead), -1)
-  first = np.argsort(by_place >= matrices, axis=1, kind="stable")[:, :(by_place < matrices).sum(1).max()]
-  if first.shape == by_place.shape:
-    return x_PKM, slots
-  spec = PartitionSpec(*move.placed, *move.names, None, *(names or None for names in move.after or ()))
+def _from_replicas(x_PKM: jax.Array, slots: np.ndarray, matrices: int, move: Move) -> tuple[jax.Array, np.ndarray]:
+  """x_PKM with what the replicas, the last part of its P, have made for each other; and `slots` of its K.
+
+  No empty room travels: what is gathered is as much of K of each replica as the one with the most matrices has. Where that
+  is more than twice as much as there is, because few of them have any, each puts its own between zeros and all are added."""
+  at, own = len(move.placed), len(move.placed) + len(move.names)
+  by_replica = slots.reshape(math.prod(x_PKM.shape[at:own]), -1)
+  real = by_replica < matrices
+  most = int(real.sum(1).max())
+  summed = len(by_replica) * most > 2 * matrices
+  if summed:
+    index, slots = np.full((len(by_replica), matrices), by_replica.shape[1]), np.arange(matrices)
+    index[np.nonzero(real)[0], by_replica[real]] = np.nonzero(real)[1]
+  else:
+    index = np.argsort(~real, axis=1, kind="stable")[:, :most]
+    slots = np.take_along_axis(by_replica, index, 1).reshape(-1)
 
   def local(x: jax.Array, index: jax.Array) -> jax.Array:
-    return x.at[(slice(None),) * at + (index.reshape(-1),)].get(mode="promise_in_bounds")
-  index = first.reshape(*lead, -1).astype(np.int32)
-  taken = jax.shard_map(local, in_specs=(spec, PartitionSpec(*move.names)), out_specs=spec, check_vma=False)(
-    x_PKM, jnp.asarray(index))
-  return taken, np.take_along_axis(by_place, first, 1).reshape(-1)
+    x = x.reshape(*x.shape[:at], *x.shape[own:])
+    x = x.at[(slice(None),) * at + (index.reshape(-1),)].get(mode="fill", fill_value=0)
+    return jax.lax.psum(x, move.names) if summed else jax.lax.all_gather(x, move.names, axis=at, tiled=True)
+  matrix = [names or None for names in move.after or ()]
+  before, after = (PartitionSpec(*move.placed, *names, None, *matrix) for names in (move.names, ()))
+  run = jax.shard_map(local, in_specs=(before, PartitionSpec(*move.names)), out_specs=after, check_vma=False)
+  return run(x_PKM, jnp.asarray(index.reshape(*x_PKM.shape[at:own], -1), jnp.int32)), slots
 
 
 # ---- who works on what ------------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ def collectives(text):
 
 # Lists, not sets: a test's name must not hang on the hash seed, or two workers collect different tests.
 @pytest.mark.parametrize("sizes, allowed", [
-    (dict(data=8), ["all-gather"]),
-    (dict(data=2, expert=2, tensor=2), ["all-gather", "all-to-all"]),
+    (dict(data=8), ["all-gather", "all-reduce"]),
+    (dict(data=2, expert=2, tensor=2), ["all-gather", "all-reduce", "all-to-all"]),
 ], ids=str)
 def test_sharded_equals_one_device_and_exchanges_directly(gradients, expected, sizes, allowed):
   compiled, arguments = compiled_update(mesh_of(**sizes), gradients)
@@ -72,7 +72,7 @@ def test_sharded_equals_one_device_and_exchanges_directly(gradients, expected, s
   for name, x in got.items():
     np.testing.assert_allclose(x, expected[name], atol=1e-6, err_msg=name)
     assert x.sharding.is_equivalent_to(arguments[name].sharding, x.ndim)
-  # Only moves of whole matrices: no sums over devices, nothing sent around in rings.
+  # Only moves of whole matrices: no sums over devices but of few matrices with zeros, nothing sent around in rings.
   assert set(collectives(compiled.as_text())) <= set(allowed)
 
 
@@ -81,7 +81,7 @@ def test_collectives_do_not_grow_with_the_steps(gradients, expected):
   few, _ = compiled_update(mesh, gradients, coefficients=COEFFICIENTS[-2:])
   many, arguments = compiled_update(mesh, gradients)
   assert collectives(few.as_text()) == collectives(many.as_text())
-  assert set(collectives(many.as_text())) == {"all-to-all", "all-gather"}
+  assert set(collectives(many.as_text())) == {"all-to-all", "all-gather", "all-reduce"}
   # None is inside a loop or a branch either: those are computations of their own.
   assert [c.startswith("ENTRY") for c in re.split(r"\n(?=\S)", many.as_text()) if collectives(c)] == [True]
   for name, x in many(arguments).items():
@@ -134,21 +134,26 @@ def test_large_matrices_leave_small_ones_to_others(sizes):
   np.testing.assert_array_equal(small, 32 * g["small"])
 
 
+@pytest.mark.parametrize("sizes", [dict(fsdp=2, expert=4), dict(fsdp=4, expert=2), dict(data=2, fsdp=2, expert=2)], ids=str)
 @pytest.mark.parametrize("count", [1, 3, 5, 8, 11])
-def test_replicas_gather_matrices_and_no_empty_room(count):
-  """Rows of 16 x 24 over four devices, two of which have the same: each gathers a quarter of as many matrices as the one of
-  the two with more of them has made, twice."""
+def test_replicas_get_each_other_s_matrices_and_no_empty_room(count, sizes):
+  """Rows of 16 x 24 are split over `expert`, of each part there are replicas. Gathered are from each as many matrices as the
+  one with the most has made; where that is more than twice all of them, they are added up."""
   g = jnp.asarray(np.random.default_rng(2).normal(size=(count, 16, 24)), jnp.float32)
-  mesh, spec = mesh_of(fsdp=2, expert=4), P(None, "expert")
+  mesh, spec = mesh_of(**sizes), P(None, "expert")
   place = NamedSharding(mesh, spec)
   with jax.set_mesh(mesh):
     run = jax.jit(lambda g: map_matrices(lambda x: 2 * x, [g], [MatrixAxes((1,), (2,))], [spec])[0], in_shardings=place,
                   out_shardings=place).lower(g).compile()
   np.testing.assert_array_equal(run(jax.device_put(g, place)), 2 * g)
-  (gathered,) = [one for one in planned(run.as_text()) if one.kind == "all-gather"]
-  made = flops_of_devices([g.shape], [MatrixAxes((1,), (2,))], [spec], {"fsdp": 2, "expert": 4}) / flops(16, 24)
-  assert len(gathered.devices) == 2 and made.sum() == count
-  assert max(np.prod(shape) for _, shape in gathered.arrays) == 2 * made.sum(1).max() * 4 * 24
+  made = flops_of_devices([g.shape], [MatrixAxes((1,), (2,))], [spec], sizes) / flops(16, 24)
+  made = made.reshape(8 // sizes["expert"], -1).sum(1)  # by each replica, all parts together
+  (last,) = [one for one in planned(run.as_text()) if one.kind in ("all-gather", "all-reduce")]
+  assert len(last.devices) == len(made) and made.sum() == count
+  summed = len(made) * made.max() > 2 * count
+  assert last.kind == ("all-reduce" if summed else "all-gather")
+  matrices = count if summed else len(made) * made.max()
+  assert max(np.prod(shape) for _, shape in last.arrays) == matrices * 16 // sizes["expert"] * 24
 
 
 def test_without_a_mesh_there_is_one_batch_for_every_shape(gradients):
