@@ -11,6 +11,7 @@ pass is exchanged between copies, so a pass may also run inside `per_copy`, wher
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -19,7 +20,6 @@ from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4.config import MeshConfig, ModelConfig, RunConfig
@@ -118,8 +118,7 @@ class MeshAxes(tuple[str, ...]):
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The mesh of a run over all devices; every axis exists, most have size 1.
 
-  Devices of several slices are placed slice by slice along dcn_data, within each as its network wants it; others in their
-  order.
+  Devices keep their order, which on a TPU follows its network; those of several slices lie along dcn_data slice by slice.
 
   Raises:
     ValueError: sizes that do not multiply to the number of devices, or slices that are not those of dcn_data.
@@ -133,13 +132,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(f"mesh = {sizes}: the product must be the number of devices, {len(devices)}")
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if slices > 1:
-    if sizes["dcn_data"] != slices:
-      raise ValueError(f"mesh.dcn_data = {sizes['dcn_data']}: expected {slices}, the number of slices of the devices")
-    placed = _over_slices(sizes, devices)
-  else:
-    placed = np.array(devices).reshape(tuple(sizes.values()))
+  placed = np.array(_slice_by_slice(sizes, devices)).reshape(tuple(sizes.values()))
   return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -148,14 +141,15 @@ def platform_of(mesh: Mesh | None) -> str:
   return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-def _over_slices(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-  inside = [1 if name == "dcn_data" else size for name, size in sizes.items()]
-  outside = [size if name == "dcn_data" else 1 for name, size in sizes.items()]
-  try:
-    return mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
-  except (ValueError, NotImplementedError) as error:
-    raise ValueError(f"mesh = {sizes}: expected sizes that the chips of each slice can be laid out in "
-                     f"({str(error).splitlines()[0]})") from error
+def _slice_by_slice(sizes: dict[str, int], devices: Sequence[jax.Device]) -> list[jax.Device]:
+  """The devices in the order of their slices, within each as they came."""
+  slice_of = lambda device: getattr(device, "slice_index", 0)
+  lengths = collections.Counter(map(slice_of, devices))
+  if len(lengths) > 1 and sizes["dcn_data"] != len(lengths):
+    raise ValueError(f"mesh.dcn_data = {sizes['dcn_data']}: expected {len(lengths)}, the number of slices of the devices")
+  if len(set(lengths.values())) > 1:
+    raise ValueError(f"mesh = {sizes}: expected slices of equal size, not of {sorted(lengths.values())} devices")
+  return sorted(devices, key=slice_of)
 
 
 def check_divides(config: RunConfig, mesh: Mesh) -> None:

@@ -169,8 +169,8 @@ def test_slices_lie_along_their_axis_in_whatever_order_their_devices_come(monkey
 @pytest.mark.parametrize("sizes, slices, message", [
   (dict(), [0] * 4 + [1] * 4, "mesh.dcn_data = 1: expected 2, the number of slices"),
   (dict(dcn_data=4, data=2), [0] * 4 + [1] * 4, "mesh.dcn_data = 4: expected 2, the number of slices"),
-  (dict(dcn_data=2, data=4), [0] * 3 + [1] * 5, "'context': 1, 'tensor': 1}: expected sizes that the chips of each slice "
-   "can be laid out in"),
+  (dict(dcn_data=2, data=4), [0] * 3 + [1] * 5, "'context': 1, 'tensor': 1}: expected slices of equal size, "
+   "not of [3, 5] devices"),
   (dict(dcn_data=16, data=1), None, "the product must be the number of devices, 8"),
 ])
 def test_slices_that_do_not_fit_are_refused(sizes, slices, message):
