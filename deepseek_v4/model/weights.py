@@ -40,7 +40,8 @@ def _nearest(x: jax.Array) -> jax.Array:
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # a carry makes it the next number, of the largest ones infinity
   upper = jnp.where(bits & 0x7FFFFFFF > 0x7F800000, 0x7FC0, upper)  # NaN
-  return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+  # Else the TPU's compiler gathers the integers, which SparseCores do not take, so that the program waits for them.
+  return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16))
 
 
 _nearest.defvjp(lambda x: (_nearest(x), None), lambda _, d: (d.astype(jnp.float32),))
