@@ -23,6 +23,6 @@ def get_config() -> RunConfig:
   return dataclasses.replace(
     flash,
     model=dataclasses.replace(flash.model, remat="full"),
-    mesh=MeshConfig(data=1, expert=8, context=64),
+    mesh=MeshConfig(data=2, fsdp=4, context=64),
     data=dataclasses.replace(flash.data, sequence_length=1048576, batch_size=72, accumulation=9),
     stages=())

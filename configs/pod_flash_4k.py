@@ -2,7 +2,7 @@
 
 command   python -m launch.train --config configs/pod_flash_4k.py --workdir FOLDER --set data.path=GLOB
 plan      python -m launch.plan --config configs/pod_flash_4k.py --topology v5p:4x4x8 --layout
-hardware  128 TPU v5p; twice as many: mesh.fsdp=4, data.accumulation=72
+hardware  128 TPU v5p; twice as many: mesh.expert=32, data.accumulation=72
 duration  none: nobody has trained this file
 result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 3 min beside other work, 2.8 GiB of the
           host): fits, 49.0 of 95.7 GiB a device (51%), arguments 17.0, temporaries 31.0, a GiB kept for code; a step of
@@ -10,7 +10,7 @@ result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --lay
           work; so model FLOPs utilisation is at most 58%. Compiled whole on 2026-11-27 (27 min, 14.6 GiB), before changes
           that take less: 81.9 GiB (86%) with temporaries that this libtpu counts twice in part, code 0.7
 
-Weights are split over all chips; an expert's over two, so that little of them is gathered.
+Two experts of each layer lie on each chip and are never gathered; all other weights are split over all chips.
 """
 
 import dataclasses
@@ -23,6 +23,6 @@ def get_config() -> RunConfig:
   flash = load(Path(__file__).with_name("v4_flash.py"))
   return dataclasses.replace(
     flash,
-    mesh=MeshConfig(data=1, fsdp=2, expert=64),
+    mesh=MeshConfig(data=1, fsdp=8, expert=16),
     data=dataclasses.replace(flash.data, sequence_length=4096, batch_size=18432, accumulation=144),
     stages=())

@@ -9,7 +9,7 @@ result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --lay
           75.5M tokens takes at least 287 s: compute 282 (kernels 245: masked attention multiplies what the selection leaves
           out), HBM 94, collectives 5 alone and 11 beside other work; so model FLOPs utilisation is at most 22%
 
-Eight chips share a row, 8,192 tokens each.
+Eight chips share a row, 8,192 tokens each; an expert of each layer lies on each chip.
 """
 
 import dataclasses
@@ -22,6 +22,6 @@ def get_config() -> RunConfig:
   flash = load(Path(__file__).with_name("v4_flash.py"))
   return dataclasses.replace(
     flash,
-    mesh=MeshConfig(data=1, expert=32, context=8),
+    mesh=MeshConfig(data=1, fsdp=8, expert=4, context=8),
     data=dataclasses.replace(flash.data, sequence_length=65536, batch_size=1152, accumulation=36),
     stages=())

@@ -22,6 +22,6 @@ def get_config() -> RunConfig:
   flash = load(Path(__file__).with_name("v4_flash.py"))
   return dataclasses.replace(
     flash,
-    mesh=MeshConfig(data=1, fsdp=4, expert=64),
+    mesh=MeshConfig(data=1, fsdp=8, expert=32),
     data=dataclasses.replace(flash.data, sequence_length=4096, batch_size=18432, accumulation=72),
     stages=())

@@ -25,6 +25,6 @@ def get_config() -> RunConfig:
   return dataclasses.replace(
     flash,
     model=dataclasses.replace(flash.model, remat="full"),
-    mesh=MeshConfig(data=1, fsdp=2, expert=64, context=2),
+    mesh=MeshConfig(data=1, fsdp=8, expert=16, context=2),
     data=dataclasses.replace(flash.data, sequence_length=4096, batch_size=18432, accumulation=144),
     stages=())

@@ -25,6 +25,6 @@ def get_config() -> RunConfig:
   return dataclasses.replace(
     pro,
     model=dataclasses.replace(pro.model, remat="full"),
-    mesh=MeshConfig(data=1, expert=8, context=128, tensor=2),
+    mesh=MeshConfig(data=1, fsdp=8, context=128, tensor=2),
     data=dataclasses.replace(pro.data, sequence_length=1048576, batch_size=96, accumulation=12),
     stages=())

@@ -25,6 +25,6 @@ def get_config() -> RunConfig:
   pro = load(Path(__file__).with_name("v4_pro.py"))
   return dataclasses.replace(
     pro,
-    mesh=MeshConfig(data=1, fsdp=8, expert=128, context=2),
+    mesh=MeshConfig(data=2, fsdp=8, expert=128),
     data=dataclasses.replace(pro.data, sequence_length=4096, batch_size=22528, accumulation=11),
     stages=())

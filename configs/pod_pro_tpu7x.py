@@ -22,6 +22,6 @@ def get_config() -> RunConfig:
   pro = load(Path(__file__).with_name("v4_pro.py"))
   return dataclasses.replace(
     pro,
-    mesh=MeshConfig(data=1, fsdp=4, expert=128, context=2),
+    mesh=MeshConfig(data=1, fsdp=8, expert=64, context=2),
     data=dataclasses.replace(pro.data, sequence_length=4096, batch_size=23040, accumulation=45),
     stages=())
