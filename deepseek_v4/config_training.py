@@ -111,10 +111,10 @@ class MeshConfig:
 
   dcn_data: int = 1  # slices, which only the data centre's network joins, each with a copy of all weights
   data: int = -1
-  fsdp: int = 1
-  expert: int = 1
-  context: int = 1
-  tensor: int = 1
+  fsdp: int = 1  # weights split and gathered where they are used; of the vocabulary a device keeps and uses its part
+  expert: int = 1  # experts split; all other weights as by fsdp
+  context: int = 1  # parts of the sequence; weights as by fsdp. Experts are split over fsdp and context, too, if they divide
+  tensor: int = 1  # heads, width of experts, vocabulary
   emulated_devices: int = 0  # CPU devices that the launcher asks JAX for, of all processes; 0 = what the machines have
 
   def __post_init__(self) -> None:
