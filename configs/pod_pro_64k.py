@@ -22,6 +22,6 @@ def get_config() -> RunConfig:
   pro = load(Path(__file__).with_name("v4_pro.py"))
   return dataclasses.replace(
     pro,
-    mesh=MeshConfig(data=1, fsdp=8, expert=4, context=32, tensor=2),
+    mesh=MeshConfig(data=1, fsdp=16, expert=2, context=64),
     data=dataclasses.replace(pro.data, sequence_length=65536, batch_size=1440, accumulation=45),
     stages=())

@@ -95,7 +95,9 @@ class ModelConfig:
   scan_layers: bool = True
   remat: str = "none"  # what is recomputed in the backward pass, one of REMAT_POLICIES; see `model/remat.py`
   expert_exchange: str = "auto"  # how tokens meet experts of other devices, one of EXCHANGES; see `model/experts.py`
-  loss_chunk_size: int = 1024  # tokens per device whose logits exist at a time in training
+  # Tokens whose logits exist on a device at a time in training: its own; of pre-training those of all devices of mesh.fsdp,
+  # for its part of the vocabulary.
+  loss_chunk_size: int = 1024
 
   def __post_init__(self) -> None:
     typed(self)

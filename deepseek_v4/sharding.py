@@ -3,9 +3,9 @@
 Mesh axes: dcn_data (slices with a copy each), data (copies), fsdp (weights split, gathered where they are used), expert
 (experts split; all other weights as by fsdp), context (contiguous parts of the sequence, see `model/sequence.py`; weights as
 by fsdp), tensor (heads, expert width, vocabulary). Experts are split over fsdp and context, too, as far as their number
-allows, and the vocabulary over fsdp: tokens come to them, and what is split this way is never gathered. A batch is split
-over the first four together: `tokens[B_(dcn_data,data,fsdp,expert), S_context]`. The ambient mesh is the one of
-`jax.set_mesh`; without one everything here is the identity, so that modules need not ask. No gradient or activation of a
+allows, and in pre-training the vocabulary over fsdp: tokens come to them, and what is split this way is not gathered. A
+batch is split over the first four together: `tokens[B_(dcn_data,data,fsdp,expert), S_context]`. The ambient mesh is the one
+of `jax.set_mesh`; without one everything here is the identity, so that modules need not ask. No gradient or activation of a
 pass is exchanged between copies, so a pass may also run inside `per_copy`, where the first two axes are not there.
 """
 
@@ -92,6 +92,10 @@ def parameter_axes(path: Sequence[str], ndim: int) -> tuple[str | None, ...]:
   return (None,) * (ndim - len(axes)) + axes
 
 
+class MeshAxes(tuple[str, ...]):
+  """Mesh axes that stand for themselves among logical ones."""
+
+
 def spec(axes: Sequence[str | MeshAxes | None]) -> PartitionSpec:
   """Logical axis names -> PartitionSpec.
 
@@ -110,15 +114,12 @@ def spec(axes: Sequence[str | MeshAxes | None]) -> PartitionSpec:
   return PartitionSpec(*mapped)
 
 
-class MeshAxes(tuple[str, ...]):
-  """Mesh axes that stand for themselves among logical ones."""
-
-
 # ---- meshes -----------------------------------------------------------------------------------------------------------
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The mesh of a run over all devices; every axis exists, most have size 1.
 
-  Devices keep their order, which on a TPU follows its network; those of several slices lie along dcn_data slice by slice.
+  Devices keep their order; those of several slices lie along dcn_data slice by slice. (An order by `mesh_utils` makes
+  libtpu 0.0.42 wait for gathers over a whole slice that run beside other work in this one.)
 
   Raises:
     ValueError: sizes that do not multiply to the number of devices, or slices that are not those of dcn_data.
@@ -319,15 +320,29 @@ def query_axis(length: int) -> str:
 
 
 def axis_name(logical: str) -> str | None:
-  """Mesh axis to sum over inside `per_shard` for a logical axis that is split there; None where it is whole."""
-  mesh, axis = _ambient(), RULES[logical]
-  return axis if isinstance(axis, str) and mesh is not None and mesh.shape[axis] > 1 else None
+  """Mesh axis to sum over inside `per_shard` for a logical axis that is split there; None where it is whole.
+
+  Raises:
+    ValueError: an axis that may lie on several.
+  """
+  return _lone(logical) if axis_size(logical) > 1 else None
 
 
 def axis_size(logical: str) -> int:
-  """Into how many parts the ambient mesh splits a logical axis that lies on one mesh axis; 1 without a mesh."""
-  mesh = _ambient()
-  return 1 if mesh is None else mesh.shape[RULES[logical]]
+  """Into how many parts the ambient mesh splits a logical axis that lies on one mesh axis; 1 without a mesh.
+
+  Raises:
+    ValueError: an axis that may lie on several.
+  """
+  mesh, axis = _ambient(), _lone(logical)
+  return 1 if mesh is None else mesh.shape[axis]
+
+
+def _lone(logical: str) -> str:
+  axis = RULES[logical]
+  if not isinstance(axis, str):
+    raise ValueError(f"logical axis {logical!r}: expected one that lies on one mesh axis, not on {axis}")
+  return axis
 
 
 def per_shard(fn: Callable, in_axes: Sequence[Any], out_axes: Any) -> Callable:
@@ -346,6 +361,11 @@ def per_shard(fn: Callable, in_axes: Sequence[Any], out_axes: Any) -> Callable:
   to_spec = lambda tree: jax.tree.map(_free_spec, tree, is_leaf=is_axes)
   return jax.shard_map(fn, in_specs=tuple(to_spec(a) for a in in_axes), out_specs=to_spec(out_axes),
                        axis_names=set(_free_axes()), check_vma=False)
+
+
+def splits_weights() -> bool:
+  """Whether the ambient mesh splits weights for memory, so that they are gathered where they are used."""
+  return any(mesh_axis_size(axis) > 1 for axis in MEMORY_AXES)
 
 
 def mesh_axis_size(axis: str) -> int:

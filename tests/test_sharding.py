@@ -254,12 +254,17 @@ def test_without_a_mesh_everything_is_the_identity():
   assert sharding.gathered(x, ("layers", "layer_00", "attention", "q_a")) is x
   assert sharding.per_shard(len, (), ()) is len
   assert sharding.batch_shards() == 1 and sharding.axis_name("heads") is None
+  assert sharding.weight_axes("expert", 4) == () and not sharding.splits_weights()
+  with pytest.raises(ValueError, match="logical axis 'expert': expected one that lies on one mesh axis, not on .'fsdp', "):
+    sharding.axis_name("expert")
 
 
 def test_an_axis_of_one_device_needs_no_sum():
   with jax.set_mesh(mesh_of(data=2, tensor=2)):
     assert sharding.axis_name("heads") == "tensor" and sharding.axis_name("sequence") is None
-    assert sharding.batch_shards() == 2
+    assert sharding.batch_shards() == 2 and not sharding.splits_weights()
+  with jax.set_mesh(mesh_of(context=2)):
+    assert sharding.splits_weights() and sharding.weight_axes("expert", 4) == ("context",)
 
 
 def test_a_batch_lies_over_data_fsdp_and_expert_in_this_order():

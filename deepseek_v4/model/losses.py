@@ -4,8 +4,8 @@ The losses of the next token and of the prediction block (report 2.1, as V3 2.2)
 of the sum is computed together with it, so that a chunk's logits are made once.
 
 A device holds a part of the head. Along `tensor` the others with the same tokens hold the rest; along `fsdp` they have other
-tokens, and all of them work on the tokens of all: a chunk's hidden states are gathered, their gradients are scattered. Up to
-V / T devices that moves less than the head and its gradient would.
+tokens, and all of them work on the tokens of all: a chunk's hidden states are gathered, their gradients are scattered. With
+much more than V / T devices that would move far more than the head and its gradient, which are gathered then (`MOST`).
 
 Axis letters: B batch   S sequence   D hidden size   V vocabulary of a device   T tokens of a device   C tokens of a chunk
               A tokens of a chunk, of all devices that share the head and have other tokens
@@ -23,6 +23,9 @@ import jax.numpy as jnp
 from deepseek_v4 import sharding
 from deepseek_v4.model import sequence
 
+# Tokens of all devices that share a head are gathered up to so many times its columns; then the head is.
+MOST = 4
+
 
 def cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array, *, chunk_size: int
                   ) -> tuple[jax.Array, jax.Array]:
@@ -35,7 +38,12 @@ def cross_entropy(hidden_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Arr
     chunk_size: tokens whose logits, of a device's part of the vocabulary, exist at a time.
   """
   axes = sharding.weight_axes("head_vocab", head_DV.shape[1])
-  shared = _Shared(axes, tuple(axis for axis in axes if axis in sharding.BATCH_AXES))
+  apart = tuple(axis for axis in axes if axis in sharding.BATCH_AXES)
+  own_tokens = targets_BS.size // (sharding.batch_shards() * sharding.sequence_parts())
+  columns = head_DV.shape[1] // math.prod(sharding.mesh_axis_size(axis) for axis in axes if axis not in apart)
+  if own_tokens * math.prod(map(sharding.mesh_axis_size, apart)) > MOST * columns:
+    axes, apart = sharding.MeshAxes(axis for axis in axes if axis not in apart), ()
+  shared = _Shared(axes, apart)
 
   def run(hidden, head, targets):
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -102,6 +110,7 @@ def _chunk(hidden_AD, head_DV, targets_A, shared: _Shared):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _sum(hidden_TD, head_DV, targets_T, chunk_size, shared: _Shared):
+  # A device's gradient of the head is of all devices' tokens: it is right as long as their sums are added up alike.
   def step(total, item):
     loss_A, _ = _chunk(shared.of_all(item[0]), head_DV, shared.of_all(item[1]), shared)
     return total + shared.own(loss_A, item[1].shape[0]).sum(), None

@@ -1,9 +1,10 @@
 """The two matrices of the vocabulary, which are not tied: embedding and output head (report 2), and how devices share them.
 
-Each is larger than the dense weights of a layer, so on the mesh axis `fsdp`, whose devices have different tokens, none of
-them makes one whole. The embedding keeps a part of the channels: every device looks up all devices' tokens in its own part,
-and an exchange gives each its own tokens' channels, as many numbers as it would have looked up alone. The head keeps a part
-of the vocabulary, beside what `tensor` splits of it (`losses.py`). Over `expert` and `context` both are gathered.
+Each is larger than the dense weights of a layer, so in pre-training no device of the mesh axis `fsdp`, whose devices have
+different tokens, makes one whole. The embedding keeps a part of the channels: every device looks up all devices' tokens in
+its own part, and an exchange gives each its own tokens' channels, as many numbers as it would have looked up alone. The head
+keeps a part of the vocabulary, beside what `tensor` splits of it (`losses.py`). Over `expert` and `context` both are
+gathered, and for logits, which decoding and post-training want, the head over `fsdp`, too.
 
 Axis letters: B batch   S sequence   D hidden size   V vocabulary
 """
@@ -28,8 +29,8 @@ class Embedding(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """tokens int32 [B, S] -> [B, S, D] in the compute dtype; a row's gradient is summed at least in float32."""
-    table_VD = weights.exact(self, self.config, "embedding", (self.config.vocab_size, self.config.hidden_size))
+    """tokens int32 [B, S] -> [B, S, D] in the compute dtype; a row's gradient is summed in the parameter's precision."""
+    table_VD = weights.stored(self, self.config, "embedding", (self.config.vocab_size, self.config.hidden_size))
     # A forward pass may be asked for on a mesh that divides neither; a run is refused there.
     vocab, channels = (name if size % sharding.axis_size(name) == 0 else None
                        for name, size in zip(("vocab", "channels"), table_VD.shape))
@@ -64,7 +65,7 @@ class LMHead(nn.Module):
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    """The matrix [D, V] in the compute dtype, V split over `sharding.vocab_axes`."""
+    """The matrix [D, V] in the compute dtype, V split over `weight_axes("head_vocab", V)` of `sharding`."""
     return weights.matrix(self, self.config, "kernel", (self.config.hidden_size, self.config.vocab_size))
 
 

@@ -24,6 +24,13 @@ def matrix(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, 
   return sharding.gathered(weight, (*module.path, name))
 
 
+def stored(module: nn.Module, config: ModelConfig, name: str, shape: tuple[int, ...]) -> jax.Array:
+  """A parameter as `matrix`, not cast but where the compute dtype is wider than what it is stored in."""
+  weight = module.param(name, nn.initializers.normal(config.init_std), shape, jnp.float32)
+  weight = jnp.asarray(weight, jnp.promote_types(weight.dtype, config.compute_dtype))
+  return sharding.gathered(weight, (*module.path, name))
+
+
 def cast(weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   """`weight` (any shape) in another dtype, to the nearest, ties to even; the gradient is cast back.
 
@@ -40,8 +47,9 @@ def _nearest(x: jax.Array) -> jax.Array:
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # a carry makes it the next number, of the largest ones infinity
   upper = jnp.where(bits & 0x7FFFFFFF > 0x7F800000, 0x7FC0, upper)  # NaN
+  nearest = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
   # Else the TPU's compiler gathers the integers, which SparseCores do not take, so that the program waits for them.
-  return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16))
+  return jax.lax.optimization_barrier(nearest) if sharding.splits_weights() else nearest
 
 
 _nearest.defvjp(lambda x: (_nearest(x), None), lambda _, d: (d.astype(jnp.float32),))

@@ -20,6 +20,7 @@ from deepseek_v4.model.groups import group_layers
 from deepseek_v4.model.two_levels import group_length, lone_length
 from deepseek_v4.optim.in_place import BLOCK_BYTES
 from deepseek_v4.planning import bound
+from deepseek_v4.training.copies import can_run_alone
 
 # Forward passes that a step's matmuls cost, by policy: recomputing all of a layer is one more.
 PASSES = {"none": 3.0, "mhc": 3.0, "block": 4.0, "offload": 4.0, "full": 5.0}
@@ -112,18 +113,20 @@ def _work(run_config: RunConfig, mesh: jax.sharding.Mesh, held: Mapping[str, int
   experts = (count.main["routed_experts"] + count.mtp.get("routed_experts", 0)) / (places * shape["tensor"])
   dense = count.total + count.total_mtp - experts * places * shape["tensor"]
   missing = lambda *axes: 1 - 1 / math.prod(shape[axis] for axis in axes)
-  vocabulary = 2 * model.vocab_size * model.hidden_size  # embedding and head, whose parts on fsdp stay where they are
-  whole = experts * (1 - 1 / gathered) + ((dense - vocabulary) * missing(*sharding.MEMORY_AXES)
-                                          + vocabulary / shape["fsdp"] * missing("expert", "context")) / shape["tensor"]
+  # Embedding and head, whose parts on fsdp stay where they are if it divides the vocabulary.
+  table = model.vocab_size * model.hidden_size
+  heads_parts = shape["fsdp"] if "fsdp" in sharding.split_over("head_vocab", model.vocab_size, shape) else 1
+  whole = experts * (1 - 1 / gathered) + ((dense - 2 * table) * missing(*sharding.MEMORY_AXES) + missing("expert", "context")
+                                          * table * (1 / shape["fsdp"] + 1 / heads_parts)) / shape["tensor"]
   rounded = 0.5 if run_config.training.gradient_reduction == "bfloat16" else 1
-  copies = held["parameters"] * missing(*sharding.COPY_AXES) * 2 * rounded
-  weights = passes * whole * (2 * width + 4) + copies  # gathered twice, gradients reduced once; over copies once a step
+  copies = held["parameters"] * missing(*sharding.COPY_AXES) * 2 * rounded * (1 if can_run_alone(shape) else passes)
+  weights = passes * whole * (2 * width + 4) + copies  # gathered twice, gradients reduced once
   rows = 1.25 * model.num_experts_per_tok * model.hidden_size * width * tokens * (1 - 1 / places)
   layers = model.num_hidden_layers + model.num_nextn_predict_layers
   exchanged = (PASSES[model.remat] + 1) * 2 * rows * layers * passes / 2
   # Hidden states come from all of fsdp to each part of the head, their gradients in float32 back.
   heads = 1 + model.num_nextn_predict_layers
-  exchanged += heads * (shape["fsdp"] - 1) * tokens * model.hidden_size * (width + 4) * passes
+  exchanged += heads * (heads_parts - 1) * tokens * model.hidden_size * (width + 4) * passes
   streams = model.hc_mult * model.hidden_size * width * tokens
   moved = passes * (2 * width * PASSES[model.remat] * (experts + dense / shape["tensor"])
                     + 12 * PASSES[model.remat] * streams * layers + 3 * held["parameters"]) + 8 * sum(held.values())

@@ -11,7 +11,7 @@ Over fsdp, expert and context gradients are summed within each pass, in the prec
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +86,13 @@ def once_a_step(how: str, passes: int) -> bool:
   partitioner aborts the process where some axes are taken out of its hands (jaxlib 0.10.2); rounding is refused there by the
   settings.
   """
-  split = {axis: sharding.mesh_axis_size(axis) for axis in ("dcn_data", "context", "expert", "tensor")}
-  possible = split["context"] == 1 and (split["expert"] == 1 or split["tensor"] == 1)
-  return bool(sharding.copies()) and possible and (split["dcn_data"] > 1 or passes > 1 or how != "float32")
+  split = {axis: sharding.mesh_axis_size(axis) for axis in sharding.MESH_AXES}
+  return bool(sharding.copies()) and can_run_alone(split) and (split["dcn_data"] > 1 or passes > 1 or how != "float32")
+
+
+def can_run_alone(split: Mapping[str, int]) -> bool:
+  """Whether copies could, on a mesh with these axes."""
+  return split["context"] == 1 and (split["expert"] == 1 or split["tensor"] == 1)
 
 
 def over_copies(fn: Callable, whole: Any, rows: Any, places: Any, how: str, key: jax.Array) -> tuple[Any, Any]:
