@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices: weights over fsdp, experts over expert, heads over tensor.
+"""Eight emulated CPU devices: weights over fsdp, experts over it and expert, heads over tensor.
 
 command   python -m launch.train --config configs/debug_mesh.py --workdir runs/debug_mesh
 base      configs/debug.py, which see

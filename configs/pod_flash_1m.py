@@ -9,7 +9,8 @@ result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --lay
           tokens takes at least 184 s: compute 179 (kernels 156), HBM 101, collectives 5 alone and 7 beside other work; so
           model FLOPs utilisation is at most 45%
 
-64 chips share a row, 16,384 tokens each.
+64 chips share a row, 16,384 tokens each. Two copies, each with an expert of each layer on each chip, add their gradients up
+in every pass, as the axis context wants it.
 """
 
 import dataclasses

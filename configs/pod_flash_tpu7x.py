@@ -9,7 +9,8 @@ result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1; 4 min beside othe
           least 62 s: compute 37 (kernels 22), HBM 56, collectives 7 alone and 25 beside other work; so model FLOPs
           utilisation is at most 35%
 
-A device is half a chip, with a little less memory than a v5p: twice as many devices as pod_flash_4k.
+A device is half a chip, with a little less memory than a v5p: twice as many devices as pod_flash_4k, with
+an expert of each layer on each.
 """
 
 import dataclasses

@@ -11,7 +11,8 @@ result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --lay
           29.8 GiB on 2026-11-27 and did not fit nine tenths. By the temporaries that libtpu 0.0.42.1 reports of whole
           programs, about 1.5 times as many, neither fits; libtpu 0.0.50, which reports what it lays out, said 25.3
 
-A third of a v5p's memory for each chip: the streams are recomputed, too, and two chips share a row.
+A third of a v5p's memory for each chip: the streams are recomputed, too, and two chips share a row. An
+expert of each layer lies on each chip.
 """
 
 import dataclasses

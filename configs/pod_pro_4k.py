@@ -11,8 +11,8 @@ result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1; 2 min beside othe
           (kernels 27.8), HBM 30.1, collectives 4.6 alone and 3.2 beside other work; so model FLOPs utilisation is at most
           57%
 
-Two chips share two rows, so that weights are split over all chips; 4,096 tokens each. The recipe's 23,040 rows do not
-divide.
+Two copies, since 7,168 channels divide over half of the chips; three experts of each layer lie on eight chips, which gather
+them. 4,096 tokens a chip and pass; the recipe's 23,040 rows do not divide.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --lay
           94.4M tokens takes at least 159 s: compute 129 (kernels 108: masked attention multiplies what the selection leaves
           out), HBM 63, collectives 30 alone and 10 beside other work; so model FLOPs utilisation is at most 22%
 
-64 chips share a row, 1,024 tokens each.
+64 chips share a row, 1,024 tokens each; three experts of each layer lie on 16 chips, which gather them.
 """
 
 import dataclasses

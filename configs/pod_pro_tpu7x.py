@@ -9,7 +9,8 @@ result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1; 4 min beside othe
           s: compute 40 (kernels 23), HBM 51, collectives 2 alone and 50 beside other work; so model FLOPs utilisation is
           at most 47%
 
-Two devices share a row, so that weights are split over all of them; 2,048 tokens each. A device is half a chip.
+Two devices share a row, so that weights are split over all of them; 2,048 tokens each. Three experts of each layer lie on eight
+devices, which gather them. A device is half a chip.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 command   python -m launch.train --config configs/v4_pro_slice.py --workdir FOLDER --set data.path=GLOB
 plan      python -m launch.plan --config configs/v4_pro_slice.py --topology v5p:2x2x1
-hardware  64 TPU v5p with all experts: --topology v5p:4x4x4 and --set model.n_routed_experts=384 --set mesh.expert=64
-          --set data.batch_size=64; as it is, with 8 of them, one chip
+hardware  64 TPU v5p with all experts: --topology v5p:4x4x4 and --set model.n_routed_experts=384 --set mesh.fsdp=8
+          --set mesh.expert=8 --set data.batch_size=64; as it is, with 8 of them, one chip
 duration  none: nobody has trained this file
 result    the compiler accepts both steps, kernels and Muon included (tests/planning/test_aot.py); on one chip it fits since
           updates are made in place: 77.7 of 95.7 GiB on 2026-11-27 (81%; arguments 48.0, temporaries 29.3, held at one

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_v4 import config as c
 from deepseek_v4 import sharding
+from deepseek_v4.analysis.count import dense_layer
 from deepseek_v4.training.state import abstract_state
 from tests.training.small import RUN, leaves, with_model
 
@@ -133,6 +134,22 @@ def test_two_axes_on_one_mesh_axis_are_refused(axes):
 def test_an_unknown_axis_is_refused_with_the_known_ones():
   with pytest.raises(ValueError, match="logical axis 'embedding': expected one of batch, sequence, .*lora"):
     sharding.spec(("embedding", None))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("pod_*.py")), ids=lambda path: path.stem)
+def test_no_pod_gathers_more_than_a_layer_has(path):
+  """What is whole but for tensor where it is used: an expert's matrix, of Flash none; a layer's dense weights; what fsdp
+  leaves of embedding and head."""
+  run = c.load(path)
+  m, sizes = run.model, {axis: getattr(run.mesh, axis) for axis in sharding.MESH_AXES}
+  product = lambda axes: int(np.prod([sizes[axis] for axis in axes]))
+  places, memory = product(sharding.split_over("expert", m.n_routed_experts, sizes)), product(sharding.MEMORY_AXES)
+  assert "pro" in path.stem or places == memory
+  assert "flash" in path.stem or places in (64, 128)  # of 384, by powers of two
+  of_an_expert = m.n_routed_experts // places * m.hidden_size * m.moe_intermediate_size
+  assert of_an_expert // sizes["tensor"] <= dense_layer(m)
+  assert "fsdp" in sharding.split_over("head_vocab", m.vocab_size, sizes)
+  assert m.vocab_size * m.hidden_size // (sizes["fsdp"] * sizes["tensor"]) <= dense_layer(m)
 
 
 # ---- meshes ------------------------------------------------------------------------------------------------------------
