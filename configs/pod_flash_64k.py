@@ -4,10 +4,11 @@ command   python -m launch.train --config configs/pod_flash_64k.py --workdir FOL
 plan      python -m launch.plan --config configs/pod_flash_64k.py --topology v5p:4x8x8 --layout
 hardware  256 TPU v5p
 duration  none: nobody has trained this file
-result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 3 min beside other work, 3.0 GiB of the
-          host): fits, 42.6 of 95.7 GiB a device (45%), arguments 8.5, temporaries 33.1, a GiB kept for code; a step of
-          75.5M tokens takes at least 287 s: compute 282 (kernels 245: masked attention multiplies what the selection leaves
-          out), HBM 94, collectives 5 alone and 11 beside other work; so model FLOPs utilisation is at most 22%
+result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 3 min beside other work, 3.4 GiB of the
+          host): fits, 38.6 of 95.7 GiB a device (40%), arguments 8.5, temporaries 29.1, a GiB kept for code; a step of 75.5M
+          tokens takes at least 283 s: compute 282 (kernels 245), HBM 88, collectives 1 alone and 12 beside other work; so
+          model FLOPs utilisation is at most 22%; no gather makes more than 66 M numbers. Of the kernels' time much is masked
+          attention, which multiplies what the selection leaves out
 
 Eight chips share a row, 8,192 tokens each; an expert of each layer lies on each chip.
 """

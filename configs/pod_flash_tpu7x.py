@@ -4,10 +4,10 @@ command   python -m launch.train --config configs/pod_flash_tpu7x.py --workdir F
 plan      python -m launch.plan --config configs/pod_flash_tpu7x.py --topology TPU7x:4x4x8 --layout
 hardware  128 TPU7x, which are 256 devices
 duration  none: nobody has trained this file
-result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1; 4 min beside other work, 3.5 GiB of the host): fits, 33.7 of
-          94.8 GiB a device (36%), arguments 8.5, temporaries 24.2, a GiB kept for code; a step of 75.5M tokens takes at
-          least 62 s: compute 37 (kernels 22), HBM 56, collectives 7 alone and 25 beside other work; so model FLOPs
-          utilisation is at most 35%
+result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 2 min beside other work, 3.9 GiB of the
+          host): fits, 31.7 of 94.8 GiB a device (33%), arguments 8.5, temporaries 22.1, a GiB kept for code; a step of 75.5M
+          tokens takes at least 65 s: compute 37 (kernels 22), HBM 54, collectives 11 alone and 14 beside other work; so
+          model FLOPs utilisation is at most 34%; no gather makes more than 66 M numbers
 
 A device is half a chip, with a little less memory than a v5p: twice as many devices as pod_flash_4k, with
 an expert of each layer on each.

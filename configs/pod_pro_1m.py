@@ -4,11 +4,10 @@ command   python -m launch.train --config configs/pod_pro_1m.py --workdir FOLDER
 plan      python -m launch.plan --config configs/pod_pro_1m.py --topology v5p:8x16x16 --layout
 hardware  2,048 TPU v5p
 duration  none: nobody has trained this file
-result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1; 5 min beside other work, the compiler with 4.9 GiB): fits,
-          62.4 of 95.7 GiB a device (65%), arguments 6.1, temporaries 55.3, a GiB kept for code; by the temporaries that
-          libtpu 0.0.42.1 reports of whole programs, about 1.5 times as many, it may not; libtpu 0.0.50, which reports what
-          it lays out, said 60.8 on 2026-11-27 (then 60.3 here). A step of 100.7M tokens takes at least 198 s: compute 169
-          (kernels 129), HBM 154, collectives 29 alone and 24 beside other work; so model FLOPs utilisation is at most 34%
+result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 5 min beside other work, 5.2 GiB of the
+          host): fits, 38.1 of 95.7 GiB a device (40%), arguments 6.1, temporaries 31.1, a GiB kept for code; a step of
+          100.7M tokens takes at least 165 s: compute 160 (kernels 129), HBM 116, collectives 6 alone and 13 beside other
+          work; so model FLOPs utilisation is at most 40%; no gather makes more than 134 M numbers
 
 256 chips share a row, pairs of them with the same 8,192 tokens and half of the heads each. Twelve passes of 8 rows: the
 recipe's 90 rows do not divide.

@@ -4,10 +4,11 @@ command   python -m launch.train --config configs/pod_pro_64k.py --workdir FOLDE
 plan      python -m launch.plan --config configs/pod_pro_64k.py --topology v5p:8x16x16 --layout
 hardware  2,048 TPU v5p
 duration  none: nobody has trained this file
-result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 2 min beside other work, 3.1 GiB of the
-          host): fits, 35.2 of 95.7 GiB a device (37%), arguments 8.9, temporaries 25.3, a GiB kept for code; a step of
-          94.4M tokens takes at least 159 s: compute 129 (kernels 108: masked attention multiplies what the selection leaves
-          out), HBM 63, collectives 30 alone and 10 beside other work; so model FLOPs utilisation is at most 22%
+result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 3 min beside other work, 3.3 GiB of the
+          host): fits, 23.5 of 95.7 GiB a device (25%), arguments 6.3, temporaries 16.2, a GiB kept for code; a step of 94.4M
+          tokens takes at least 137 s: compute 129 (kernels 108), HBM 45, collectives 8 alone and 15 beside other work; so
+          model FLOPs utilisation is at most 25%; no gather makes more than 117 M numbers. Of the kernels' time much is
+          masked attention, which multiplies what the selection leaves out
 
 64 chips share a row, 1,024 tokens each; three experts of each layer lie on 16 chips, which gather them.
 """

@@ -4,13 +4,13 @@ command   python -m launch.train --config configs/pod_pro_tpu7x.py --workdir FOL
 plan      python -m launch.plan --config configs/pod_pro_tpu7x.py --topology TPU7x:8x8x8 --layout
 hardware  512 TPU7x, which are 1,024 devices
 duration  none: nobody has trained this file
-result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1; 4 min beside other work, the compiler with 3.6 GiB): fits,
-          43.6 of 94.8 GiB a device (46%), arguments 11.8, temporaries 30.9, a GiB kept for code; a step takes at least 53
-          s: compute 40 (kernels 23), HBM 51, collectives 2 alone and 50 beside other work; so model FLOPs utilisation is
-          at most 47%
+result    laid out on 2026-11-28 (jax 0.10.2, libtpu 0.0.42.1, launch.plan --layout; 2 min beside other work, 4.1 GiB of the
+          host): fits, 40.7 of 94.8 GiB a device (43%), arguments 11.8, temporaries 28.0, a GiB kept for code; a step of
+          94.4M tokens takes at least 53 s: compute 40 (kernels 23), HBM 50, collectives 3 alone and 48 beside other work; so
+          model FLOPs utilisation is at most 47%; no gather makes more than 117 M numbers
 
-Two devices share a row, so that weights are split over all of them; 2,048 tokens each. Three experts of each layer lie on eight
-devices, which gather them. A device is half a chip.
+Two devices share a row, so that weights are split over all of them; 2,048 tokens each. Three experts of each layer lie on
+eight devices, which gather them. A device is half a chip.
 """
 
 import dataclasses
