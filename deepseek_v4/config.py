@@ -97,10 +97,10 @@ class RunConfig:
   def _check_rounded_sums(self) -> None:
     """Refuses meshes on which copies of the weights cannot run their passes alone (see `training/copies.py`)."""
     mesh, how = self.mesh, self.training.gradient_reduction
-    if how != "float32" and (mesh.context != 1 or (mesh.expert != 1 and mesh.tensor != 1)):
+    if how != "float32" and (mesh.context != 1 or (mesh.tensor != 1 and not mesh.expert == mesh.fsdp == 1)):
       refuse("training.gradient_reduction", how,
-             f"'float32' with mesh.context = {mesh.context}, mesh.expert = {mesh.expert}, mesh.tensor = {mesh.tensor}: "
-             f"other sums need context 1, and one of expert and tensor 1")
+             f"'float32' with mesh.context = {mesh.context}, mesh.fsdp = {mesh.fsdp}, mesh.expert = {mesh.expert}, "
+             f"mesh.tensor = {mesh.tensor}: other sums need context 1, and tensor 1 or both fsdp and expert 1")
 
   def _check_anticipation(self) -> None:
     """Refuses a delay that no step reaches: choices are made anew at each checkpoint (see `training/anticipation.py`)."""

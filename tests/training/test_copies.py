@@ -111,7 +111,7 @@ def test_rounded_sums_move_half_the_bytes():
   assert size(exact) == 2 * 3 / 4 * 4 * 43 and size(rounded) == 2 * 3 / 4 * 2 * (12 + 32 + 4)
 
 
-@pytest.mark.parametrize("mesh", [{"context": 2}, {"expert": 2, "tensor": 2}])
+@pytest.mark.parametrize("mesh", [{"context": 2}, {"expert": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}])
 def test_meshes_whose_copies_cannot_run_alone_are_refused(mesh):
   training = dataclasses.replace(RUN.training, gradient_reduction="bfloat16")
   with pytest.raises(ValueError, match="training.gradient_reduction = 'bfloat16': expected 'float32' with mesh.context = "):

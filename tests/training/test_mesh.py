@@ -52,8 +52,10 @@ PAIRS["data=2 fsdp=4"] = (c.MeshConfig(data=2, fsdp=4), "none", 1)
 # Slices are copies too: their gradients are added up with those of `data`.
 SLICES = {"dcn_data=2 fsdp=2 expert=2": (c.MeshConfig(dcn_data=2, data=1, fsdp=2, expert=2), "none", 1),
           "dcn_data=2 data=2 tensor=2": (c.MeshConfig(dcn_data=2, data=2, tensor=2), "block", 2)}
-# Copies that run two passes alone.
+# Copies that could run two passes alone but for the axis tensor, and such that do.
 SLICES["data=2 fsdp=2 tensor=2"] = (c.MeshConfig(data=2, fsdp=2, tensor=2), "mhc", 2)
+SLICES["data=2 expert=2"] = (c.MeshConfig(data=2, expert=2), "block", 2)
+SLICES["data=2 tensor=2"] = (c.MeshConfig(data=2, tensor=2), "none", 2)
 # Where the other way for tokens to meet their experts would be taken; RUN's 2 picks are sent from 3 devices on.
 OTHER_WAY = {"data=2 expert=2 tensor=2, sent": "all_to_all", "fsdp=2 expert=4, gathered": "gather",
              "expert=2 context=4, sent": "all_to_all"}
