@@ -292,10 +292,10 @@ TRAFFIC = {
     "all-to-all context fsdp": (51, 205632), "all-to-all fsdp": (20, 15616), "all-to-all tensor": (14, 24448),
     "collective-permute context": (26, 3096), "reduce-scatter fsdp": (2, 512)},
   "data=2 expert=2 tensor=2": {
-    "all-gather data": (5, 21632), "all-gather data tensor": (4, 9728), "all-gather expert": (130, 72448),
+    "all-gather data": (5, 21632), "all-gather data tensor": (4, 9728), "all-gather expert": (131, 72704),
     "all-gather tensor": (16, 3968), "all-reduce data": (2, 9216), "all-reduce data expert": (6, 17684),
     "all-reduce data expert tensor": (2, 3138), "all-reduce data tensor": (1, 1024), "all-reduce expert": (6, 136),
-    "all-reduce tensor": (35, 120424), "all-to-all expert": (18, 13568), "all-to-all tensor": (19, 33024),
+    "all-reduce tensor": (36, 120424), "all-to-all expert": (18, 13568), "all-to-all tensor": (19, 33024),
     "collective-permute tensor": (4, 8), "reduce-scatter expert": (9, 12672)},
   "fsdp=2 expert=4": {
     "all-gather expert": (2, 2048), "all-gather expert fsdp": (60, 23232), "all-gather fsdp": (5, 1120),
