@@ -44,6 +44,7 @@ from deepseek_v4.config_training import (
   MeshConfig,
   OptimizerConfig,
   TrainingConfig,
+  can_run_alone,
 )
 
 __all__ = ["ATTENTION_KINDS", "CSA", "HASH", "HCA", "LEARNED", "REMAT_POLICIES", "ROUTER_KINDS", "SLIDING", "STUDENT",
@@ -97,7 +98,7 @@ class RunConfig:
   def _check_rounded_sums(self) -> None:
     """Refuses meshes on which copies of the weights cannot run their passes alone (see `training/copies.py`)."""
     mesh, how = self.mesh, self.training.gradient_reduction
-    if how != "float32" and (mesh.context != 1 or (mesh.tensor != 1 and not mesh.expert == mesh.fsdp == 1)):
+    if how != "float32" and not can_run_alone(dataclasses.asdict(mesh)):
       refuse("training.gradient_reduction", how,
              f"'float32' with mesh.context = {mesh.context}, mesh.fsdp = {mesh.fsdp}, mesh.expert = {mesh.expert}, "
              f"mesh.tensor = {mesh.tensor}: other sums need context 1, and tensor 1 or both fsdp and expert 1")

@@ -111,7 +111,7 @@ class MeshConfig:
 
   dcn_data: int = 1  # slices, which only the data centre's network joins, each with a copy of all weights
   data: int = -1
-  fsdp: int = 1  # weights split and gathered where they are used; of the vocabulary a device keeps and uses its part
+  fsdp: int = 1  # weights split and gathered where they are used; of the vocabulary, in pre-training, each uses its part
   expert: int = 1  # experts split; all other weights as by fsdp
   context: int = 1  # parts of the sequence; weights as by fsdp. Experts are split over fsdp and context, too, if they divide
   tensor: int = 1  # heads, width of experts, vocabulary
@@ -128,6 +128,15 @@ class MeshConfig:
     at_least(self, 0, "emulated_devices")
 
   axis_names: typing.ClassVar[tuple[str, ...]] = ("dcn_data", "data", "fsdp", "expert", "context", "tensor")
+
+
+def can_run_alone(sizes: typing.Mapping[str, int]) -> bool:
+  """Whether copies of the weights can run their passes alone on a mesh of these sizes (`training/copies.py`).
+
+  With the axis context, or with tensor beside one that splits experts, XLA's partitioner aborts the process where some axes
+  are taken out of its hands (jaxlib 0.10.2).
+  """
+  return sizes["context"] == 1 and (sizes["tensor"] == 1 or sizes["expert"] == sizes["fsdp"] == 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from deepseek_v4.config import LEARNED, ModelConfig
 from deepseek_v4.model import quantize, remat, weights
 from deepseek_v4.model.context import Context
 from deepseek_v4.model.dispatch import combine_rows, dispatch, gather_rows
-from deepseek_v4.model.exchange import through_experts
+from deepseek_v4.model.exchange import Axes, through_experts
 from deepseek_v4.model.router import Router, balance_loss, expert_load
 from pallas_kernels.names import EXPERTS
 
@@ -41,7 +41,7 @@ SENT = 4096
 
 
 def routed(x_BSD: jax.Array, experts_BSk: jax.Array, weights_BSk: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array,
-           down_EFD: jax.Array, *, limit: float, kernels: str, expert_axis: str | tuple[str, ...] | None = None,
+           down_EFD: jax.Array, *, limit: float, kernels: str, expert_axis: Axes | None = None,
            width_axis: str | None = None, exchange: str = "auto", wave: int | None = None,
            rounded: Callable[[jax.Array], jax.Array] | None = None,
            prepared: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
@@ -148,7 +148,7 @@ def _sent(x_TD, experts_Tk, weights_Tk, matrices, *, limit, kernels, expert_axis
   return _over_axes(out_TD, None, width_axis).astype(x_TD.dtype)
 
 
-def _over_axes(out_TD: jax.Array, expert_axis: str | tuple[str, ...] | None, width_axis: str | None) -> jax.Array:
+def _over_axes(out_TD: jax.Array, expert_axis: Axes | None, width_axis: str | None) -> jax.Array:
   """The parts of all devices summed, each device's own tokens left."""
   out_TD = out_TD if width_axis is None else jax.lax.psum(out_TD, width_axis)
   return out_TD if expert_axis is None else jax.lax.psum_scatter(out_TD, expert_axis, tiled=True)

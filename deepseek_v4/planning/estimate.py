@@ -16,11 +16,11 @@ import jax
 from deepseek_v4 import sharding
 from deepseek_v4.analysis.count import parameters
 from deepseek_v4.config import ModelConfig, RunConfig
+from deepseek_v4.config_training import can_run_alone
 from deepseek_v4.model.groups import group_layers
 from deepseek_v4.model.two_levels import group_length, lone_length
 from deepseek_v4.optim.in_place import BLOCK_BYTES
 from deepseek_v4.planning import bound
-from deepseek_v4.training.copies import can_run_alone
 
 # Forward passes that a step's matmuls cost, by policy: recomputing all of a layer is one more.
 PASSES = {"none": 3.0, "mhc": 3.0, "block": 4.0, "offload": 4.0, "full": 5.0}

@@ -11,13 +11,14 @@ Over fsdp, expert and context gradients are summed within each pass, in the prec
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from deepseek_v4 import sharding
+from deepseek_v4.config_training import can_run_alone
 
 
 def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
@@ -82,17 +83,10 @@ def sum_gradients(grads: Any, places: Any, how: str, key: jax.Array) -> Any:
 def once_a_step(how: str, passes: int) -> bool:
   """Whether each copy runs its passes alone, on the ambient mesh.
 
-  Copies within a slice gain nothing by it in a single pass. Together with the axis context, or with tensor and one of those
-  that split experts, XLA's partitioner aborts the process where some axes are taken out of its hands (jaxlib 0.10.2);
-  rounding is refused there by the settings.
+  Copies within a slice gain nothing by it in a single pass; some meshes do not allow it (`config_training.can_run_alone`).
   """
   split = {axis: sharding.mesh_axis_size(axis) for axis in sharding.MESH_AXES}
   return bool(sharding.copies()) and can_run_alone(split) and (split["dcn_data"] > 1 or passes > 1 or how != "float32")
-
-
-def can_run_alone(split: Mapping[str, int]) -> bool:
-  """Whether copies could, on a mesh with these axes."""
-  return split["context"] == 1 and (split["tensor"] == 1 or split["expert"] == split["fsdp"] == 1)
 
 
 def over_copies(fn: Callable, whole: Any, rows: Any, places: Any, how: str, key: jax.Array) -> tuple[Any, Any]:
