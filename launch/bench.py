@@ -9,7 +9,8 @@ python -m launch.bench overlap --checkpoint runs/tiny/checkpoints [--lengths 512
 python -m launch.bench context [--tokens 1048576] [--chunks 4096,3000] [--json FILE]
 python -m launch.bench plan [--against maxtext --maxtext_python FILE] [--optimizers adamw,muon] [--json FILE [--resume]]
 python -m launch.bench start [--repeats 3] [--json FILE]
-python -m launch.bench all [--parts forward,decode] [--minutes 60] [--lengths 512] [--repeats 1] [--noothers] [--json FILE]
+python -m launch.bench all [--parts forward,decode] [--minutes 60] [--lengths 512] [--repeats 1] [--noothers]
+                       [--json FILE [--resume]]
 python -m launch.bench tables FILE...
 
 forward: logits of all places. train: next-token loss, gradient, AdamW; also the full step with Muon. decode: a prompt in
@@ -28,7 +29,8 @@ from it.
 start: seconds from nothing to the import, the first forward pass and the first training step of configs/tiny.py.
 all: every one of them one after another but overlap, which needs a run's checkpoint, and launch.plan of a slice of Pro;
 beside transformers if it is installed (pip install -e '.[test]' with Python 3.11 brings it). Hours, unattended: what has not
-the time or the memory is left out, which is said, and a part that fails does not stop the others.
+the time or the memory is left out, which is said, and a part that fails does not stop the others. --resume goes on from the
+file of --json: what is whole in it, by the same code, versions and machine, is not measured again.
 To see it work in half an hour: --minutes 30 --lengths 512 --repeats 1 --noothers.
 tables: README's tables, from what kernels, forward, train, decode, remat, launch.plan and all wrote.
 
@@ -68,7 +70,7 @@ COMPILED = (KERNELS, MEMORY, EXCHANGE)
 KNOWN_BY = {
     "lengths": (*cases.KINDS, *COMPILED, OVERLAP, ALL), "repeats": (*cases.KINDS, START, ALL), "topology": COMPILED,
     "ops": (KERNELS,), "models": (KERNELS, EXCHANGE), "others": (KERNELS, MEMORY, ALL), "checkpoint": (OVERLAP,),
-    "tokens": (CONTEXT,), "chunks": (CONTEXT,), "maxtext_python": (PLAN,), "optimizers": (PLAN,), "resume": (PLAN,),
+    "tokens": (CONTEXT,), "chunks": (CONTEXT,), "maxtext_python": (PLAN,), "optimizers": (PLAN,), "resume": (PLAN, ALL),
     "minutes": (*cases.KINDS, *COMPILED, PLAN, ALL), "parts": (ALL,),
     "json": tuple(kind for kind in KINDS if kind != TABLES)}
 
@@ -96,8 +98,8 @@ def define_flags() -> None:
   flags.DEFINE_float("minutes", None, "The most that all of it may take; what is not measured then is left out. Of plan: "
                      f"the most that one compilation may take, {PLAN_MINUTES} if not given.",
                      lower_bound=everything.LEAST_MINUTES)
-  flags.DEFINE_bool("resume", False, "Of plan: what the file of --json says already, by the same code, is not compiled "
-                    "again.")
+  flags.DEFINE_bool("resume", False, "Of plan and all: what the file of --json says already, by the same code, is not "
+                    "measured again.")
   flags.DEFINE_list("parts", [], "Of all: which ones; all if not given.")
   flags.DEFINE_string("json", None, "File for all figures.")
 
@@ -220,6 +222,12 @@ def bench_context(tokens: int, chunks: list[str], path: str | None) -> None:
     report.write_json(path, rows, found)
 
 
+def refuse_resuming_nothing(resume: bool, path: str | None) -> None:
+  """Raises ValueError where there is no file to go on from."""
+  if resume and path is None:
+    raise ValueError("--resume = True: expected --json, the file to go on from")
+
+
 def bench_plan(against: str | None, python: str | None, optimizers: list[str], minutes: float | None, path: str | None,
                resume: bool) -> None:
   """Compiles, prints and writes Flash's step beside MaxText's; ends the program if ours did not compile."""
@@ -228,8 +236,7 @@ def bench_plan(against: str | None, python: str | None, optimizers: list[str], m
                      f"its environment: {plan_run.INSTALL}")
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError("plan: libtpu is not installed, expected what pip install -e '.[aot]' brings")
-  if resume and path is None:
-    raise ValueError("--resume = True: expected --json, the file to go on from")
+  refuse_resuming_nothing(resume, path)
   known = plan_run.read_rows(path) if resume and Path(path).exists() else []
 
   def keep(rows: list[dict]) -> None:
@@ -267,19 +274,27 @@ def bench_model(kind: str, lengths: tuple[int, ...], against: str | None, repeat
 
 
 def bench_all(names: list[str], against: str | None, repeats: int, lengths: list[str] | None, others: bool,
-              minutes: float | None, path: str | None) -> None:
+              minutes: float | None, path: str | None, resume: bool) -> None:
   """Runs all parts, prints how each ended and writes their figures; ends the program if one failed."""
+  refuse_resuming_nothing(resume, path)
   known = everything.parts(against or (everything.default_against() if others else None), repeats, lengths or (), others)
   wanted = everything.chosen(names, known)
   for part in wanted.values():
     if "--lengths" in part.arguments:
       check([part.arguments[1]], lengths, None, None)
 
+  origin = report.origin()
+  made = everything.made_of(origin["machine"], origin["versions"])
+  before = everything.read(path, made) if resume and path is not None and Path(path).exists() else {}
+  if before is None:
+    say(f"nothing of {path} is kept: its code, versions or machine are others")
+
   def keep(found: dict) -> None:
     if path is not None:
-      Path(path).write_text(json.dumps({**report.origin(), "parts": found}, indent=1) + "\n", encoding="utf-8")
+      content = {**report.origin(), "made_of": made, "parts": found}
+      Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
   with children.ending_on_sigterm():
-    found = everything.measure(wanted, say, keep=keep, minutes=minutes)
+    found = everything.measure(wanted, say, keep=keep, minutes=minutes, known=before)
   print("", everything.summary(found), sep="\n")
   if any("failed" in part for part in found.values()):
     sys.exit("error: a part failed")
@@ -312,7 +327,7 @@ def main(argv: list[str]) -> None:
       bench_start(value["repeats"], value["json"])
     elif kind == ALL:
       bench_all(value["parts"], value["against"], value["repeats"], value["lengths"], value["others"], value["minutes"],
-                value["json"])
+                value["json"], value["resume"])
     elif kind == TABLES:
       print(tables.markdown(tables.read(argv[2:])))
     elif kind == OVERLAP:

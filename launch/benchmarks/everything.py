@@ -1,24 +1,28 @@
 """All benches one after another, each in a process of its own and in limited time; one that fails stops no other.
 
-A part that is not finished in time, or that this machine cannot run, is left out: that is said, and is no failure.
+A part that is not finished in time, or that this machine cannot run, is left out: that is said, and is no failure. What an
+earlier call finished is not measured again, if nothing that it follows from has changed since (`known`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from launch.benchmarks import cases
 from launch.benchmarks.kernels.chips import CHIPS
 from launch.children import run_for
 
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("deepseek_v4", "pallas_kernels", "configs", "launch")  # what figures follow from
 PLAN, SLICE = "configs/v4_pro_slice.py", "v5p:2x2x2"
 KERNELS = 90  # minutes for those of a chip
 MODEL = {"forward": 60, "train": 120, cases.DECODE: 60, cases.REMAT: 30}  # minutes
@@ -88,6 +92,36 @@ def default_against() -> str | None:
   return cases.TRANSFORMERS if installed else None
 
 
+# ---- what an earlier call found ---------------------------------------------------------------------------------------
+def made_of(machine: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+  """Digest of what figures follow from: processor and versions, as `report.origin` has them, and the project's code."""
+  found = hashlib.sha256(json.dumps([machine["processor"], machine["cores"], versions], sort_keys=True).encode())
+  for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
+    found.update(path.relative_to(ROOT).as_posix().encode() + b"\n" + path.read_bytes())
+  return found.hexdigest()[:12]
+
+
+def read(path: str, made: str) -> dict[str, dict[str, Any]] | None:
+  """The parts of a file that `bench all` wrote; None if the code, the machine or the versions were others than those of
+  `made`, from `made_of`.
+
+  Raises:
+    ValueError: it is no such file.
+  """
+  with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # no JSON; or JSON of something else
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if all(isinstance(part, dict) for part in content["parts"].values()):
+      return content["parts"] if content["made_of"] == made else None
+  raise ValueError(f"--json = {path!r}: expected, with --resume, a file that launch.bench all wrote")
+
+
+def _is_whole(found: Mapping[str, Any], part: Part) -> bool:
+  """Whether a file's entry is what this part's command wrote, with nothing failed or left out."""
+  rows = (found, *found.get("rows", ()))
+  return found.get("command") == " ".join(part.arguments) and not any(
+    word in row for row in rows for word in ("failed", "left_out"))
+
+
 # ---- one part ---------------------------------------------------------------------------------------------------------
 def free_gigabytes() -> float | None:
   """GiB of memory that programs can still get; None where the system does not say."""
@@ -135,29 +169,39 @@ def _measured(part: Part, limit: float, run: Run) -> dict[str, Any]:
       found = {}
   if code is None:
     return found | {"left_out": f"stopped after {limit:.3g} minutes"}
-  return found | {"failed": f"exit code {code}"} if code else found
+  return found | ({"failed": f"exit code {code}"} if code else {"command": " ".join(part.arguments)})
 
 
 # ---- all --------------------------------------------------------------------------------------------------------------
 def measure(wanted: dict[str, Part], say: Callable[[str], None], run: Run = run_for,
-            keep: Callable[[dict[str, Any]], None] = lambda found: None, minutes: float | None = None) -> dict[str, Any]:
+            keep: Callable[[dict[str, Any]], None] = lambda found: None, minutes: float | None = None,
+            known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any]:
   """{part: what it wrote, with "failed": how it ended, or "left_out": why}; its own lines are printed as they come.
 
   Args:
     wanted: see `parts`.
     run: runs a command for at most so many seconds, see `children.run_for`.
-    keep: is given what was found so far after each part.
+    keep: is given what was found so far after each part, behind what `known` has of parts that are not wanted.
     minutes: for all of them together; each gets its share.
+    known: from `read`: what an earlier call wrote. Parts of the same command in which nothing is missing are not measured
+      again.
   """
+  known = known or {}
+  again = {name: known[name] for name, part in wanted.items() if _is_whole(known.get(name, {}), part)}
   found, start = {}, time.monotonic()
   for number, (name, part) in enumerate(wanted.items()):
+    if name in again:
+      say(f"\n==== {number + 1}/{len(wanted)} {name}: kept, of {again[name].get('date', 'before')}")
+      found[name] = again[name]
+      continue
     spent = (time.monotonic() - start) / 60
-    limit = limit_of(list(wanted.values())[number:], None if minutes is None else minutes - spent)
+    left = [one for other, one in list(wanted.items())[number:] if other not in again]
+    limit = limit_of(left, None if minutes is None else minutes - spent)
     reason = obstacle(part) or (f"the {minutes:g} minutes of all are over" if _over(part, limit) else None)
     say(f"\n==== {number + 1}/{len(wanted)} {name}, {spent:.0f} min so far, at most {limit:.3g} more: "
         f"python -m {' '.join(part.arguments)}" + (f"\nleft out: {reason}" if reason else ""))
     found[name] = {"left_out": reason} if reason else _measured(part, limit, run)
-    keep(found)
+    keep({name: part for name, part in known.items() if name not in wanted} | again | found)
   return found
 
 

@@ -84,6 +84,9 @@ WRONG = table(
   ("--json", "'no/such/x.json'", "a file in a folder that exists", command("bench", "train", "--json", "no/such/x.json")),
   ("--json", "bench_config.json'", "a file that launch.bench plan wrote", command(
     "bench", "plan", "--json", str(ROOT / "launch/benchmarks/bench_config.json"), "--resume")),
+  ("--json", "bench_config.json'", "a file that launch.bench all wrote", command(
+    "bench", "all", "--json", str(ROOT / "launch/benchmarks/bench_config.json"), "--resume")),
+  ("--resume", "True", "--json, the file to go on from", command("bench", "all", "--resume")),
   ("repeats", "0", "a positive integer", command("bench", "forward", "--repeats", "0")),
   ("miniature", "'hanoi'", "one of", command("miniature", "hanoi", *WORKDIR)),
   ("--workdir", "config_checks.py'", "a folder", command("miniature", "depth", "--workdir", NO_RUN_FILE)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -70,7 +71,8 @@ def test_minutes_of_all_are_shared_and_bound_the_whole():
   assert first == pytest.approx(240, abs=5) and second == pytest.approx(480, abs=5)  # the first one took no time
   assert float(command[command.index("--minutes") + 1]) == pytest.approx(3.75, abs=0.1) and "--minutes" not in plain
   found = everything.measure(wanted, lambda text: None, lambda command, limit: 0, minutes=0.3)
-  assert found == {"first": {"left_out": "the 0.3 minutes of all are over"}, "second": {}}  # too few to say --minutes
+  late = {"left_out": "the 0.3 minutes of all are over"}  # too few to say --minutes
+  assert found == {"first": late, "second": {"command": "x"}}
   found = everything.measure(wanted, lambda text: None, lambda command, limit: 0, minutes=1e-9)
   assert found["second"] == {"left_out": "the 1e-09 minutes of all are over"}
 
@@ -115,23 +117,54 @@ def test_a_flag_that_would_do_nothing_is_refused(kind, name, others):
 
 def test_all_writes_machine_versions_and_date_and_ends_well_with_parts_left_out(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(everything, "run_for", None)
-  monkeypatch.setattr(everything, "measure", lambda wanted, say, keep, minutes: keep(
+  monkeypatch.setattr(everything, "measure", lambda wanted, say, keep, minutes, known: keep(
     {name: {"left_out": "time"} for name in wanted}) or {name: {"left_out": "time"} for name in wanted})
   with program("bench") as main:
     main.main(main.flags.FLAGS(["bench", "all", "--parts", "start,decode", "--json", str(tmp_path / "all.json")]))
     with pytest.raises(SystemExit, match="error: --lengths = '1000': expected multiples of 128"):
       main.main(main.flags.FLAGS(["bench", "all", "--parts", "memory", "--lengths", "1000"]))
   content = json.loads((tmp_path / "all.json").read_text())
-  assert list(content) == ["machine", "versions", "date", "parts"] and list(content["parts"]) == ["start", "decode"]
+  assert list(content) == ["machine", "versions", "date", "made_of", "parts"]
+  assert list(content["parts"]) == ["start", "decode"]
   first, *_, last = capsys.readouterr().out.split("error")[0].splitlines()[:4]
   assert content["versions"]["jax"] in first and content["date"][:10] in first and f"{os.cpu_count()} cores" in first
   assert last == "decode          left out: time"
 
 
+def test_all_goes_on_from_its_file(monkeypatch, tmp_path, capsys):
+  """What is whole there is not measured again, nor lost; what failed, was left out or had other flags is; another code,
+  processor or version keeps nothing."""
+  file, ran = tmp_path / "all.json", []
+
+  def run(command, seconds):
+    ran.append(command[3])
+    rows = [{"left_out": "time"}] if command[3] == "train" else []
+    Path(command[command.index("--json") + 1]).write_text(json.dumps({"rows": rows}))
+    return int(command[3] == "decode")
+  monkeypatch.setattr(everything, "run_for", run)
+  monkeypatch.setattr(everything.measure, "__defaults__", (run, *everything.measure.__defaults__[1:]))
+  with program("bench") as main:
+    def measured(*arguments):
+      ran.clear()
+      with contextlib.suppress(SystemExit):  # a part failed
+        main.main(main.flags.FLAGS(["bench", "all", "--noothers", "--json", str(file), *arguments]))
+      return ran
+    assert measured("--parts", "start,train,decode") == ["start", "train", "decode"]
+    assert measured("--parts", "decode,context", "--resume") == ["decode", "context"]
+    assert set(json.loads(file.read_text())["parts"]) == {"start", "train", "decode", "context"}
+    assert "kept" not in capsys.readouterr().out
+    assert measured("--parts", "start,train,decode,context", "--resume") == ["train", "decode"]
+    assert "4/4 context: kept" in capsys.readouterr().out
+    assert measured("--parts", "start,context", "--repeats", "2", "--resume") == ["start"]  # context knows no repeats
+    file.write_text(file.read_text().replace('"made_of": "', '"made_of": "0'))
+    assert measured("--parts", "context", "--repeats", "2", "--resume") == ["context"]
+    assert "its code, versions or machine are others" in capsys.readouterr().out
+
+
 def test_all_listens_to_a_signal_only_while_it_measures(monkeypatch):
   before, during = signal.getsignal(signal.SIGTERM), []
   monkeypatch.setattr(everything, "measure", lambda *_, **__: during.append(signal.getsignal(signal.SIGTERM)) or {})
-  bench.bench_all([], None, 1, None, False, None, None)
+  bench.bench_all([], None, 1, None, False, None, None, False)
   assert during != [before] and signal.getsignal(signal.SIGTERM) == before
 
 
