@@ -27,7 +27,7 @@ python3.12 -m venv FOLDER && FOLDER/bin/pip install 'maxtext[tpu]==0.2.5', then 
 compilation, up to its layout, takes three to seven minutes; the file of --json is written after each, and --resume goes on
 from it.
 start: seconds from nothing to the import, the first forward pass and the first training step of configs/tiny.py.
-all: every one of them one after another but overlap, which needs a run's checkpoint, and launch.plan of a slice of Pro;
+all: every one of them but overlap, which needs a run's checkpoint, one after another, and launch.plan of a slice of Pro too;
 beside transformers if it is installed (pip install -e '.[test]' with Python 3.11 brings it). Hours, unattended: what has not
 the time or the memory is left out, which is said, and a part that fails does not stop the others. --resume goes on from the
 file of --json: what is whole in it, by the same code, versions and machine, is not measured again.
@@ -277,24 +277,24 @@ def bench_all(names: list[str], against: str | None, repeats: int, lengths: list
               minutes: float | None, path: str | None, resume: bool) -> None:
   """Runs all parts, prints how each ended and writes their figures; ends the program if one failed."""
   refuse_resuming_nothing(resume, path)
-  known = everything.parts(against or (everything.default_against() if others else None), repeats, lengths or (), others)
-  wanted = everything.chosen(names, known)
+  wanted = everything.chosen(names, everything.parts(
+    against or (everything.default_against() if others else None), repeats, lengths or (), others))
   for part in wanted.values():
     if "--lengths" in part.arguments:
       check([part.arguments[1]], lengths, None, None)
 
-  origin = report.origin()
-  made = everything.made_of(origin["machine"], origin["versions"])
-  before = everything.read(path, made) if resume and path is not None and Path(path).exists() else {}
-  if before is None:
-    say(f"nothing of {path} is kept: its code, versions or machine are others")
+  known = everything.read(path) if resume and path is not None and Path(path).exists() else {}
+
+  def made() -> str:
+    return everything.made_of(report.machine(), report.versions())
 
   def keep(found: dict) -> None:
-    if path is not None:
-      content = {**report.origin(), "made_of": made, "parts": found}
-      Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if path is not None:  # in one go: whoever is stopped meanwhile has the file of before
+      file = Path(f"{path}.new")
+      file.write_text(json.dumps({**report.origin(), "parts": found}, indent=1) + "\n", encoding="utf-8")
+      file.replace(path)
   with children.ending_on_sigterm():
-    found = everything.measure(wanted, say, keep=keep, minutes=minutes, known=before)
+    found = everything.measure(wanted, say, keep=keep, minutes=minutes, known=known, made=made)
   print("", everything.summary(found), sep="\n")
   if any("failed" in part for part in found.values()):
     sys.exit("error: a part failed")

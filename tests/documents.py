@@ -51,12 +51,12 @@ def spans(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[Command]:
-  """Every command of the blocks without a language, and of the spans that begin with python -m; each once."""
+  """Every command of the blocks without a language, and of the spans that begin with python -m or pytest; each once."""
   lines = []
   for language, content in blocks(text):
     if not language:
       lines += content.replace("\\\n", " ").splitlines()
-  lines += [span for span in spans(text) if span.startswith("python -m ")]
+  lines += [span for span in spans(text) if span.startswith(("python -m ", "pytest "))]
   found = {}
   for line in lines:
     if line.split(" ")[0] in PROGRAMS:

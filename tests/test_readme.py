@@ -91,14 +91,23 @@ def test_a_command_of_another_program_is_right(command):
     assert all(f'"{extra}":' in setup for extra in ",".join(extras).split(",") if extra)
   else:
     assert program == "pytest"
-    words = iter(arguments)
+    words, text = iter(arguments), "".join(path.read_text("utf-8") for word in arguments for path in files_of(word))
     for word in words:
       if word == "-m":
         assert re.search(rf"^  {next(words)}: ", (ROOT / ".pytest.ini").read_text("utf-8"), re.M)
       elif word == "-k":
-        next(words)
+        wanted = set(re.findall(r"\w+", next(words))) - {"and", "or", "not"}
+        assert all(name in text for name in wanted), wanted  # of a test or of a parameter
+      elif word == "-n":
+        assert next(words).isdigit()
       else:
-        assert word == "-s" or (ROOT / word).is_file(), word
+        assert word in ("-s", "-v", "--durations=0") or files_of(word), word
+
+
+def files_of(word: str) -> list:
+  """The files of tests that a word of pytest's command line means."""
+  path = ROOT / word
+  return [path] if path.is_file() else sorted(path.rglob("test_*.py")) if path.is_dir() else []
 
 
 # What the README says of a model is in the last lines that `launch.count` prints.
@@ -206,6 +215,7 @@ ADDED = {
   "train": (), "generate": (), "convert": (), "count": (), "miniature": (), "distill": (),
   "plan": ("--set", "model.num_hidden_layers=1"), "faults": ("--kills", "0", "--stops", "1", "--full_disks", "0"),
   "bench forward": (), "bench train": (), "bench decode": (), "bench remat": (), "bench context": (), "bench start": (),
+  "bench overlap": (),
   "bench kernels": ("--lengths", "512", "--models", "flash", "--ops", "select", "--noothers"),
   "bench memory": ("--lengths", "512", "--noothers"), "bench exchange": ("--lengths", "512"), "bench plan": None,
   "bench all": None}

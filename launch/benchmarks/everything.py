@@ -94,32 +94,34 @@ def default_against() -> str | None:
 
 # ---- what an earlier call found ---------------------------------------------------------------------------------------
 def made_of(machine: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-  """Digest of what figures follow from: processor and versions, as `report.origin` has them, and the project's code."""
-  found = hashlib.sha256(json.dumps([machine["processor"], machine["cores"], versions], sort_keys=True).encode())
-  for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
+  """Digest of what figures follow from: versions and the machine, as `report.origin` has them, and the project's code."""
+  where = [machine["processor"], machine["cores"], round(machine.get("memory_bytes", 0) / 2**30), versions]
+  found = hashlib.sha256(json.dumps(where, sort_keys=True).encode())
+  for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".json")):
     found.update(path.relative_to(ROOT).as_posix().encode() + b"\n" + path.read_bytes())
   return found.hexdigest()[:12]
 
 
-def read(path: str, made: str) -> dict[str, dict[str, Any]] | None:
-  """The parts of a file that `bench all` wrote; None if the code, the machine or the versions were others than those of
-  `made`, from `made_of`.
+def read(path: str) -> dict[str, dict[str, Any]]:
+  """The parts of a file that `bench all` wrote.
 
   Raises:
     ValueError: it is no such file.
   """
   with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # no JSON; or JSON of something else
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-    if all(isinstance(part, dict) for part in content["parts"].values()):
-      return content["parts"] if content["made_of"] == made else None
+    parts = json.loads(Path(path).read_text(encoding="utf-8"))["parts"]
+    if all(isinstance(row, dict) for part in parts.values() for row in (part, *part.get("rows", ()))):
+      return parts
   raise ValueError(f"--json = {path!r}: expected, with --resume, a file that launch.bench all wrote")
 
 
-def _is_whole(found: Mapping[str, Any], part: Part) -> bool:
-  """Whether a file's entry is what this part's command wrote, with nothing failed or left out."""
-  rows = (found, *found.get("rows", ()))
-  return found.get("command") == " ".join(part.arguments) and not any(
-    word in row for row in rows for word in ("failed", "left_out"))
+def _is_whole(found: Mapping[str, Any], part: Part, made: str) -> bool:
+  """Whether a file's entry is what this part's command writes now, with nothing left out and nothing of ours failed. What
+  others fail in, they fail in again."""
+  if (found.get("command"), found.get("made_of")) != (" ".join(part.arguments), made) or {"failed", "left_out"} & set(found):
+    return False
+  rows = found.get("rows", ())
+  return not any("left_out" in row or "cut" in row or ("failed" in row and row.get("ours", True)) for row in rows)
 
 
 # ---- one part ---------------------------------------------------------------------------------------------------------
@@ -158,7 +160,8 @@ def _over(part: Part, limit: float) -> bool:
   return _inside(limit) < LEAST_MINUTES if part.watches else not limit
 
 
-def _measured(part: Part, limit: float, run: Run) -> dict[str, Any]:
+def _measured(part: Part, limit: float, run: Run, made: Callable[[], str]) -> dict[str, Any]:
+  before = made()
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "part.json"
     minutes = ("--minutes", f"{_inside(limit):.3g}") if part.watches else ()
@@ -169,40 +172,48 @@ def _measured(part: Part, limit: float, run: Run) -> dict[str, Any]:
       found = {}
   if code is None:
     return found | {"left_out": f"stopped after {limit:.3g} minutes"}
-  return found | ({"failed": f"exit code {code}"} if code else {"command": " ".join(part.arguments)})
+  if code:
+    return found | {"failed": f"exit code {code}"}
+  return found | {"command": " ".join(part.arguments)} | ({"made_of": before} if made() == before else {})
 
 
 # ---- all --------------------------------------------------------------------------------------------------------------
 def measure(wanted: dict[str, Part], say: Callable[[str], None], run: Run = run_for,
             keep: Callable[[dict[str, Any]], None] = lambda found: None, minutes: float | None = None,
-            known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+            known: Mapping[str, dict[str, Any]] | None = None, made: Callable[[], str] = lambda: "") -> dict[str, Any]:
   """{part: what it wrote, with "failed": how it ended, or "left_out": why}; its own lines are printed as they come.
 
   Args:
     wanted: see `parts`.
     run: runs a command for at most so many seconds, see `children.run_for`.
-    keep: is given what was found so far after each part, behind what `known` has of parts that are not wanted.
+    keep: is given all that is known after each part, also of parts that are not wanted or have not had their turn.
     minutes: for all of them together; each gets its share.
-    known: from `read`: what an earlier call wrote. Parts of the same command in which nothing is missing are not measured
-      again.
+    known: from `read`: what an earlier call wrote. Parts of the same command and digest in which nothing is missing are not
+      measured again; figures of the others stay until there are new ones.
+    made: the digest of now, see `made_of`.
   """
-  known = known or {}
-  again = {name: known[name] for name, part in wanted.items() if _is_whole(known.get(name, {}), part)}
-  found, start = {}, time.monotonic()
+  known, start, now = known or {}, time.monotonic(), made()
+  again = {name for name, part in wanted.items() if _is_whole(known.get(name, {}), part, now)}
+  found: dict[str, Any] = {}
   for number, (name, part) in enumerate(wanted.items()):
     if name in again:
-      say(f"\n==== {number + 1}/{len(wanted)} {name}: kept, of {again[name].get('date', 'before')}")
-      found[name] = again[name]
+      say(f"\n==== {number + 1}/{len(wanted)} {name}: kept, of {known[name].get('date', 'before')}")
+      found[name] = known[name]
       continue
-    spent = (time.monotonic() - start) / 60
-    left = [one for other, one in list(wanted.items())[number:] if other not in again]
-    limit = limit_of(left, None if minutes is None else minutes - spent)
-    reason = obstacle(part) or (f"the {minutes:g} minutes of all are over" if _over(part, limit) else None)
+    spent, reason = (time.monotonic() - start) / 60, obstacle(part)
+    later = [one for other, one in list(wanted.items())[number + 1:] if other not in again and not obstacle(one)]
+    limit = limit_of([part, *later], None if minutes is None else minutes - spent)
+    reason = reason or (f"the {minutes:g} minutes of all are over" if _over(part, limit) else None)
     say(f"\n==== {number + 1}/{len(wanted)} {name}, {spent:.0f} min so far, at most {limit:.3g} more: "
         f"python -m {' '.join(part.arguments)}" + (f"\nleft out: {reason}" if reason else ""))
-    found[name] = {"left_out": reason} if reason else _measured(part, limit, run)
-    keep({name: part for name, part in known.items() if name not in wanted} | again | found)
+    new = {"left_out": reason} if reason else _measured(part, limit, run, made)
+    found[name] = new if _has_figures(new) or not _has_figures(known.get(name, {})) else known[name] | new
+    keep({**known, **found})
   return found
+
+
+def _has_figures(found: Mapping[str, Any]) -> bool:
+  return "rows" in found or "fits" in found
 
 
 def summary(found: dict[str, Any]) -> str:

@@ -207,7 +207,9 @@ def measure_group(group: Sequence[Case], folder: Path, repeats: int, progress: P
       for line in compare_tokens({case: samples[case][0] for case in group if samples[case]}) if turn == 0 else ():
         progress.say(line)
   made = [[rows[case]] if case in rows else report.make_rows(case, ready[case], samples[case]) for case in group]
-  return sum(made, [])
+  cut = {case for case in group if case not in rows and len(samples[case]) < turns}
+  return [row | {"cut": f"{len(samples[case])} of {turns} passes"} if case in cut else row
+          for case, its in zip(group, made) for row in its]
 
 
 def check_losses(ready: dict[Case, dict[str, Any]]) -> None:

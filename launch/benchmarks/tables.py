@@ -9,7 +9,7 @@ from typing import Any, Iterable, Sequence
 from launch.benchmarks import cases
 from launch.benchmarks.cases import DECODE, PREFILL, REMAT
 from launch.benchmarks.kernels import cases as kernel_cases
-from launch.benchmarks.kernels.chips import CHIPS, Chip, chip_of
+from launch.benchmarks.kernels.chips import CHIPS, chip_of
 from launch.benchmarks.missing import measured
 
 Row = dict[str, Any]
@@ -68,9 +68,7 @@ def markdown(files: Sequence[dict[str, Any]]) -> str:
   for kind in cases.KINDS:
     for file in of[kind]:
       parts += [origin([file], machine=True), make[kind](file["rows"])]
-  for chip in CHIPS:
-    if files := [file for file in of["plan"] if chip_of(file["topology"]) == chip]:
-      parts += [f"{chip.name}, {origin(files)}", plan_table(files, chip)]
+  parts += [origin(of["plan"]), plan_table(of["plan"])] if of["plan"] else []
   return "\n\n".join(parts)
 
 
@@ -189,13 +187,17 @@ def decode_table(rows: Sequence[Row]) -> str:
 
 
 # ---- plans ------------------------------------------------------------------------------------------------------------
-def plan_table(files: Sequence[dict[str, Any]], chip: Chip) -> str:
-  """Memory of a chip (GiB), least time and utilisation of each step that was compiled for such chips."""
-  lines, gib = [], chip.devices_per_chip / 2**30
+def plan_table(files: Sequence[dict[str, Any]]) -> str:
+  """Memory of a chip (GiB; of all its devices), least time and utilisation of each step that was compiled."""
+  lines = []
   for file in files:
+    chip = chip_of(file["topology"])
+    gib = chip.devices_per_chip / 2**30
     taken = f"{file['memory']['all'] * gib:.1f} of {file['hbm_bytes'] * gib:.1f}"
     verdict = f"{taken}, fits" if file["fits"] else f"**{taken}, does not fit**"
-    run = f"{Path(file['config']).stem}, {file['sequence_length']:,}" + f", {file['step']}" * (file["step"] != "train")
+    slices = file.get("mesh", {}).get("dcn_data", 1)
+    run = f"`{Path(file['config']).stem}`, {file['sequence_length']:,}, " + f"{slices} slices of " * (slices > 1)
+    run += file["topology"] + f", {file['step']}" * (file["step"] != "train")
     lines.append([run, f"{file['devices'] // chip.devices_per_chip:,}", f"{file['memory']['peak'] * gib:.1f}", verdict,
                   f"{file['bounds']['step']:.3g} s", f"{file['utilization']:.0%}"])
   return _table(["run", "chips", "held at one time", "arguments, temporaries, code", "least step", "utilisation allowed"],

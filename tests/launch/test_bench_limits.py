@@ -72,7 +72,7 @@ def test_minutes_of_all_are_shared_and_bound_the_whole():
   assert float(command[command.index("--minutes") + 1]) == pytest.approx(3.75, abs=0.1) and "--minutes" not in plain
   found = everything.measure(wanted, lambda text: None, lambda command, limit: 0, minutes=0.3)
   late = {"left_out": "the 0.3 minutes of all are over"}  # too few to say --minutes
-  assert found == {"first": late, "second": {"command": "x"}}
+  assert found == {"first": late, "second": {"command": "x", "made_of": ""}}
   found = everything.measure(wanted, lambda text: None, lambda command, limit: 0, minutes=1e-9)
   assert found["second"] == {"left_out": "the 1e-09 minutes of all are over"}
 
@@ -117,14 +117,14 @@ def test_a_flag_that_would_do_nothing_is_refused(kind, name, others):
 
 def test_all_writes_machine_versions_and_date_and_ends_well_with_parts_left_out(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(everything, "run_for", None)
-  monkeypatch.setattr(everything, "measure", lambda wanted, say, keep, minutes, known: keep(
+  monkeypatch.setattr(everything, "measure", lambda wanted, say, keep, **_: keep(
     {name: {"left_out": "time"} for name in wanted}) or {name: {"left_out": "time"} for name in wanted})
   with program("bench") as main:
     main.main(main.flags.FLAGS(["bench", "all", "--parts", "start,decode", "--json", str(tmp_path / "all.json")]))
     with pytest.raises(SystemExit, match="error: --lengths = '1000': expected multiples of 128"):
       main.main(main.flags.FLAGS(["bench", "all", "--parts", "memory", "--lengths", "1000"]))
   content = json.loads((tmp_path / "all.json").read_text())
-  assert list(content) == ["machine", "versions", "date", "made_of", "parts"]
+  assert list(content) == ["machine", "versions", "date", "parts"]
   assert list(content["parts"]) == ["start", "decode"]
   first, *_, last = capsys.readouterr().out.split("error")[0].splitlines()[:4]
   assert content["versions"]["jax"] in first and content["date"][:10] in first and f"{os.cpu_count()} cores" in first
@@ -132,17 +132,16 @@ def test_all_writes_machine_versions_and_date_and_ends_well_with_parts_left_out(
 
 
 def test_all_goes_on_from_its_file(monkeypatch, tmp_path, capsys):
-  """What is whole there is not measured again, nor lost; what failed, was left out or had other flags is; another code,
-  processor or version keeps nothing."""
-  file, ran = tmp_path / "all.json", []
+  """What is whole there is not measured again; what failed, was left out, or had other flags or other code is."""
+  file, ran, digest = tmp_path / "all.json", [], ["a"]
 
   def run(command, seconds):
     ran.append(command[3])
-    rows = [{"left_out": "time"}] if command[3] == "train" else []
+    rows = [{"left_out": "time"}] if command[3] == "train" else [{"failed": "no room", "ours": False}]
     Path(command[command.index("--json") + 1]).write_text(json.dumps({"rows": rows}))
     return int(command[3] == "decode")
-  monkeypatch.setattr(everything, "run_for", run)
   monkeypatch.setattr(everything.measure, "__defaults__", (run, *everything.measure.__defaults__[1:]))
+  monkeypatch.setattr(everything, "made_of", lambda machine, versions: digest[0])
   with program("bench") as main:
     def measured(*arguments):
       ran.clear()
@@ -156,9 +155,62 @@ def test_all_goes_on_from_its_file(monkeypatch, tmp_path, capsys):
     assert measured("--parts", "start,train,decode,context", "--resume") == ["train", "decode"]
     assert "4/4 context: kept" in capsys.readouterr().out
     assert measured("--parts", "start,context", "--repeats", "2", "--resume") == ["start"]  # context knows no repeats
-    file.write_text(file.read_text().replace('"made_of": "', '"made_of": "0'))
+    digest[0] = "b"
     assert measured("--parts", "context", "--repeats", "2", "--resume") == ["context"]
-    assert "its code, versions or machine are others" in capsys.readouterr().out
+  assert [path.name for path in tmp_path.iterdir()] == ["all.json"]
+
+
+def test_figures_of_before_stay_until_there_are_new_ones(monkeypatch):
+  """In the file too, after each part; also where a part comes to nothing this time, which is said beside them."""
+  row = lambda word: {"rows": [{"case": word, "ours": True}], "command": "x", "made_of": "a"}
+  known = {name: row(name) for name in ("kept", "cut", "other", "late", "unasked")}
+  known["cut"]["rows"][0]["cut"] = "1 of 3 passes"
+  known["other"]["made_of"] = "b"
+  known["late"] |= {"left_out": "stopped"}
+  so_far = []
+
+  def run(command, seconds):
+    if not so_far:  # the first one alone writes something
+      Path(command[command.index("--json") + 1]).write_text(json.dumps({"rows": [{"case": "new"}]}))
+    return 0 if not so_far else None
+  wanted = {name: everything.Part(("x",), 5) for name in ("kept", "cut", "other", "late")}
+  found = everything.measure(wanted, lambda text: None, run, so_far.append, known=known, made=lambda: "a")
+  assert [set(content) for content in so_far] == [set(known)] * 3  # "kept" had no turn
+  assert found["kept"] == known["kept"] and found["cut"]["rows"] == [{"case": "new"}]
+  assert found["other"] == known["other"] | {"left_out": "stopped after 5 minutes"}
+  assert found["late"] == known["late"] | {"left_out": "stopped after 5 minutes"}
+  assert so_far[0]["other"] == known["other"] and so_far[-1]["unasked"] == known["unasked"]
+
+
+def test_code_that_changes_meanwhile_is_nobodys(tmp_path):
+  digests = iter("aab")
+  found = everything.measure({"part": PART}, lambda text: None, lambda command, seconds: 0, made=lambda: next(digests))
+  assert found == {"part": {"command": "nothing"}}
+
+
+def test_what_figures_follow_from(monkeypatch, tmp_path):
+  """A byte of any program or of the model that is measured, another machine, another version."""
+  monkeypatch.setattr(everything, "ROOT", tmp_path)
+  for name in ("launch/a.py", "launch/b/model.json", "configs/c.txt"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("1")
+  machine, versions = {"processor": "p", "cores": 2, "memory_bytes": 2**34}, {"jax": "1"}
+  first = everything.made_of(machine, versions)
+  (tmp_path / "configs/c.txt").write_text("2")
+  assert everything.made_of(machine | {"memory_bytes": 2**34 + 2**20}, versions) == first
+  others = [everything.made_of(machine | {"cores": 4}, versions), everything.made_of(machine, {"jax": "2"})]
+  for name in ("launch/a.py", "launch/b/model.json"):
+    (tmp_path / name).write_text("2")
+    others.append(everything.made_of(machine, versions))
+  assert len({first, *others}) == 5
+
+
+def test_minutes_go_to_parts_that_can_run(monkeypatch):
+  monkeypatch.setattr(everything, "obstacle", lambda part: "no compiler" if part.compiler else None)
+  wanted = {"first": everything.Part(("x",), 10), "second": everything.Part(("x",), 90, compiler=True)}
+  limits = []
+  found = everything.measure(wanted, lambda text: None, lambda command, limit: limits.append(limit) or 0, minutes=5)
+  assert limits == [pytest.approx(300, abs=1)] and found["second"] == {"left_out": "no compiler"}
 
 
 def test_all_listens_to_a_signal_only_while_it_measures(monkeypatch):
@@ -199,7 +251,7 @@ def test_what_is_not_measured_in_time_is_left_out(monkeypatch, tmp_path):
   monkeypatch.setattr(run, "PROGRAM", (sys.executable, "-c", FAKE))
   group = cases.cases_of("forward", (512,), TRANSFORMERS)[0]
   found = run.measure_group(group, tmp_path, 3, run.Progress([group], 3, lambda text: None), time.monotonic() + 2)
-  assert found[0]["repeats"] == 1 and found[0]["seconds_median"] == 1.0
+  assert found[0]["repeats"] == 1 and found[0]["seconds_median"] == 1.0 and found[0]["cut"] == "1 of 3 passes"
   assert found[1]["left_out"] == missing.NO_TIME and "failed" not in found[1]
   rows = report.with_ratios(found)
   assert "ratio" not in rows[0] and report.table(rows).splitlines()[-1].endswith(f"left out: {missing.NO_TIME}")

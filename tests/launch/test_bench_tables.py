@@ -81,13 +81,16 @@ def test_the_models_tables_are_those_of_the_readme(tmp_path):
                "| 8,192 |  | 402 |  |  |  | 319 |  |  |", "| 16,384 |  |  |  |  |  |  |  |  |",
                "| `none` | everything | 1.00 | 795 |", "| `full` | streams in front of groups of layers | 1.27 | 424 |",
                "| `block` | streams in front of each layer |  |  |",
-               "| pod_flash_4k, 4,096 | 128 | 59.6 | 85.5 of 95.7, fits | 211 s | 52% |"):
+               "| `pod_flash_4k`, 4,096, v5p:4x4x8 | 128 | 59.6 | 85.5 of 95.7, fits | 211 s | 52% |"):
     assert line in lines, line
   assert lines[0] == "a processor, 2 cores, jax 1.2, torch 3, 2026-01-02"
-  assert "v5p, jax 1.2, libtpu 0.1, 2026-01-02" in lines
+  assert "jax 1.2, libtpu 0.1, 2026-01-02" in lines
   large = plan | {"fits": False, "topology": "TPU7x:2x2x1", "devices": 8, "hbm_bytes": 50 * 2**30,
                   "memory": {"all": 60 * 2**30, "peak": 40 * 2**30}}  # a chip is two devices
-  assert "| pod_flash_4k, 4,096 | 4 | 80.0 | **120.0 of 100.0, does not fit** | 211 s | 52% |" in tables.markdown([large])
+  row = "| `pod_flash_4k`, 4,096, TPU7x:2x2x1 | 4 | 80.0 | **120.0 of 100.0, does not fit** | 211 s | 52% |"
+  assert row in tables.markdown([large])
+  two = plan | {"mesh": {"dcn_data": 2}, "devices": 256, "step": "decode"}
+  assert "| `pod_flash_4k`, 4,096, 2 slices of v5p:4x4x8, decode | 256 |" in tables.markdown([two])
 
 
 def test_a_decode_table_has_a_column_for_each_side(tmp_path):
