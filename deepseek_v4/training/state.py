@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 from typing import Any, Mapping
 
@@ -35,7 +36,9 @@ class TrainState:
   key: jax.Array
 
 
-# Numbers are drawn once, by a hundred little loops: XLA's CPU compiler takes half the time where it leaves them as they are.
+# Numbers are drawn once, by a hundred little loops. XLA's CPU compiler takes half the time where it leaves them as they are.
+# Most of that keeps one core busy, so two programs, of half the leaves each, are compiled at the same time.
+PROGRAMS = 2
 INIT_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
@@ -58,10 +61,22 @@ def fresh_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
 
 def _drawn(init: Any, mesh: Mesh | None, key: jax.Array) -> Any:
-  """A jitted function of a key, called; compiled as what runs once, where it is not a part of another program."""
+  """A jitted function of a key, called; where it is not a part of another program, compiled as what runs once, in parts."""
   if isinstance(key, jax.core.Tracer):
     return init(key)
-  return init.lower(key).compile(compiler_options=INIT_OPTIONS.get(sharding.platform_of(mesh)))(key)
+  leaves, tree = jax.tree.flatten(init.eval_shape(key))
+
+  def lowered(number: int) -> Any:
+    mine = slice(number, None, PROGRAMS)
+    places = None if mesh is None else [leaf.sharding for leaf in leaves[mine]]
+    return jax.jit(lambda key: jax.tree.leaves(init(key))[mine], out_shardings=places).lower(key)
+
+  options = INIT_OPTIONS.get(sharding.platform_of(mesh))
+  with concurrent.futures.ThreadPoolExecutor(PROGRAMS) as pool:
+    programs = list(pool.map(lambda program: program.compile(options), map(lowered, range(PROGRAMS))))
+  for number, program in enumerate(programs):
+    leaves[number::PROGRAMS] = program(key)
+  return jax.tree.unflatten(tree, leaves)
 
 
 def optimizer_of(run_config: RunConfig, params: Any, mesh: Mesh | None) -> optax.GradientTransformation:

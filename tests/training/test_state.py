@@ -43,6 +43,14 @@ def test_fresh_variables_are_those_of_a_fresh_state(born):
   assert differing(fresh, {"params": alone.params, "router": alone.router}) == []
 
 
+def test_what_is_compiled_in_parts_is_the_same_state(born):
+  """`init_state` has the leaves made by several programs, each where its leaves belong."""
+  _, state, _ = born
+  made = state_lib.init_state(LITTLE, jax.random.key(5), sharding.make_mesh(MESH))
+  assert differing(made, state) == []
+  assert jax.tree.map(lambda x: x.sharding, made) == jax.tree.map(lambda x: x.sharding, state)
+
+
 def test_weights_are_born_where_they_belong(born):
   """No device ever holds a whole matrix: 24 experts, or 40 rows of one, occur in no shape of the program."""
   compiled, state, _ = born
