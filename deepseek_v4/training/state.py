@@ -37,7 +37,7 @@ class TrainState:
 
 
 # Numbers are drawn once, by a hundred little loops. XLA's CPU compiler takes half the time where it leaves them as they are.
-# Most of that keeps one core busy, so two programs, of half the leaves each, are compiled at the same time.
+# Most of a compilation keeps one core busy, so two programs, each of every second leaf, are compiled at the same time.
 PROGRAMS = 2
 INIT_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 0}}
 
@@ -72,6 +72,7 @@ def _drawn(init: Any, mesh: Mesh | None, key: jax.Array) -> Any:
     return jax.jit(lambda key: jax.tree.leaves(init(key))[mine], out_shardings=places).lower(key)
 
   options = INIT_OPTIONS.get(sharding.platform_of(mesh))
+  # `map` lowers in this thread: others do not see its ambient mesh.
   with concurrent.futures.ThreadPoolExecutor(PROGRAMS) as pool:
     programs = list(pool.map(lambda program: program.compile(options), map(lowered, range(PROGRAMS))))
   for number, program in enumerate(programs):
